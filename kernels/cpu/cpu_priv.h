@@ -1,0 +1,76 @@
+/* Inside of the CPU backend: the device, the choice of instruction set, and the one GEMM micro-kernel all linear layers
+ * share. Included by kernels/cpu/ only (and its unit tests).
+ *
+ * Operations open their own OpenMP parallel regions with device->n_threads threads; the functions marked "one thread"
+ * are called inside such a region. */
+#ifndef TR_KERNELS_CPU_PRIV_H
+#define TR_KERNELS_CPU_PRIV_H
+
+#include "kernels/kernels.h"
+
+enum { TR_PANEL = 16 }; /* output rows of one weight panel */
+
+typedef enum tr_isa { TR_ISA_PLAIN, TR_ISA_AVX2, TR_ISA_AVX512 } tr_isa;
+
+/* One matrix product on packed weights, whole panels: y[r, o] = sum_i x[row(r), i] w[i_mat][o, i] for outputs of panels
+ * [panel_begin, panel_end), row(r) = row_index ? row_index[r] : r. Each output has one accumulator per 128-block of k and
+ * sums blocks in order, whatever n_rows is: no row's bits depend on the others. Outputs past n_out are not written. */
+typedef struct tr_gemm {
+    const tr_linear *w;
+    int i_mat;
+    const float *x;
+    size_t ldx;
+    const int32_t *row_index;
+    float *y; /* row r at y + r * ldy */
+    size_t ldy;
+    int n_rows;
+} tr_gemm;
+
+/* Functions that exist once per instruction set; NULL fields fall back to plain (filled in by tr_device_open). */
+typedef struct tr_cpu_kernels {
+    /* One thread. */
+    void (*gemm)(const tr_gemm *g, int panel_begin, int panel_end);
+    /* sum_i a[i] b[i] in a fixed order (of its own per instruction set). */
+    float (*dot)(const float *a, const float *b, int n);
+    /* y += a x */
+    void (*axpy)(float *y, float a, const float *x, int n);
+    /* n e4m3 codes to fp32, times scale; n bf16 to fp32. */
+    void (*expand_e4m3)(float *out, const uint8_t *in, float scale, int n);
+    void (*expand_bf16)(float *out, const uint16_t *in, int n);
+    /* x[i] = exp(x[i] - max), returns nothing; elementwise the same for every position and n. */
+    void (*exp_sub)(float *x, float max, int n);
+    /* Attention and indexer inner loops: see kernels/cpu/attention_priv.h (owned by the attention files). */
+    const struct tr_attention_kernels *attention;
+} tr_cpu_kernels;
+
+struct tr_device {
+    int n_threads;
+    tr_isa isa;
+    tr_cpu_kernels k;
+    uint64_t ticket;
+    char error[256];
+    char describe[64];
+};
+
+static inline int tr_n_panels(int n_out)
+{
+    return (n_out + TR_PANEL - 1) / TR_PANEL;
+}
+
+/* Whole product over all threads of the device (opens a parallel region), panels spread statically. */
+void tr_cpu_gemm_all(tr_device *d, const tr_gemm *g);
+
+/* The tables of the instruction sets; the SIMD ones exist only where TR_HAVE_X86_SIMD is defined. */
+extern const tr_cpu_kernels tr_cpu_plain, tr_cpu_avx2, tr_cpu_avx512;
+extern const struct tr_attention_kernels tr_attention_plain, tr_attention_avx2, tr_attention_avx512;
+
+/* The operations, defined across kernels/cpu, collected in cpu.c. */
+#define TR_CPU_OP(name) tr_status tr_cpu_##name(tr_device *, tr_lane, const struct tr_##name##_args *);
+TR_OPS(TR_CPU_OP)
+
+size_t tr_cpu_linear_bytes(tr_format format, int n_mats, int n_out, int n_in);
+tr_status tr_cpu_linear_pack(tr_device *d, tr_linear *dst, const tr_linear_src *src);
+size_t tr_cpu_moe_workspace(int n_max, int k, int d, int d_inner);
+size_t tr_cpu_sparse_mla_workspace(int n_max, int n_heads, int d_latent);
+
+#endif

@@ -1,0 +1,402 @@
+/* kernels.h: every operation the model needs, as one table of C functions; one table per backend.
+ *
+ * Memory is the backend's. An operation takes a struct of named arguments, does one thing that the paper or the
+ * specification names, and can be enqueued on a lane: on CUDA it goes to a stream and never synchronises; on the CPU it
+ * runs at once, on an OpenMP team. Row counts are read from device memory (`*n`), `n_max` bounds them for launch
+ * sizes. Argument structs are copied at the call; what their pointers name must stay until the lane has passed.
+ *
+ * Rows do not influence each other: an output row depends on its own inputs, bit for bit, whatever else is in the step
+ * and however a prompt was cut into chunks (architecture.md 4). Activations are fp32 on the CPU and bf16 on CUDA;
+ * comments give the CPU's type. Shapes: slowest axis first. Numerics: model.md, by section. */
+#ifndef TR_KERNELS_KERNELS_H
+#define TR_KERNELS_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/err.h"
+#include "kernels/plan_block.h"
+
+typedef struct tr_device tr_device; /* a backend instance: memory, lanes, last error text */
+
+typedef enum tr_dtype { TR_F32, TR_BF16, TR_E4M3, TR_I32, TR_U8 } tr_dtype;
+typedef enum tr_lane { TR_LANE_MAIN, TR_LANE_SIDE, TR_LANE_COMM, TR_LANE_COPY, TR_N_LANES } tr_lane;
+
+enum { TR_PAGE_TOKENS = 64, TR_MAX_PEERS = 8, TR_MAX_LOGPROBS = 20 };
+
+/* ---- data that several operations share ------------------------------------------------------------------------- */
+
+typedef struct tr_acts { /* activations [n_max, d], row stride ld elements: x f32 (CPU) or bf16 (CUDA) */
+    void *x;
+    size_t ld;
+    uint8_t *q;     /* [n_max, d] e4m3 for W8A8, NULL where unused */
+    float *q_scale; /* [d/128, n_max rounded up to 4] */
+    int n_max, d;
+} tr_acts;
+
+/* A weight [n_mats][n_out, n_in] (n_mats: experts, heads). `format` says how its numbers are stored: a new quantisation
+ * is a new enumerator, a loader, and one branch of linear and moe per backend. data is in the backend's own order. */
+typedef enum tr_format { TR_W_F32, TR_W_BF16, TR_W_E4M3_B128 } tr_format;
+typedef struct tr_linear {
+    tr_format format;
+    int n_mats, n_out, n_in;
+    void *data; /* linear_bytes(...) bytes of device memory, owned by the weights */
+} tr_linear;
+
+/* A piece of a checkpoint tensor in host memory, as linear_pack wants it: element (o, i) of the matrix to pack is
+ * src[o * ld + i], or src[i * ld + o] when transposed (the absorbed W_UK is the transpose of rows of kv_b).
+ * scale (TR_W_E4M3_B128): fp32 [.., scale_ld], element (o, i) is multiplied by
+ * scale[((row0 + o) / 128) * scale_ld + (col0 + i) / 128] (o and i swapped when transposed: row0 and col0 count in the
+ * stored tensor). row0, col0: where the piece begins inside its first scale block, so slices off the grid stay exact.
+ * Rows [o_begin, o_begin + n_out) of matrix i_mat are written (gate and up are packed into one matrix by two calls). */
+typedef struct tr_linear_src {
+    const void *src;
+    size_t ld;
+    int transposed;
+    const float *scale;
+    size_t scale_ld;
+    int row0, col0;
+    int i_mat, o_begin, n_out;
+} tr_linear_src;
+
+typedef struct tr_push { /* stores go to self and to every peer at the same offset; n_peers 0: self only */
+    int n_peers;
+    ptrdiff_t peer_offset[TR_MAX_PEERS]; /* peer address - own address, symmetric memory */
+    uint32_t *peer_flag[TR_MAX_PEERS];   /* raised to *epoch, release.sys, when this launch's rows are out */
+    const uint32_t *epoch;               /* device word, advanced once per replay: never an immediate */
+} tr_push;
+typedef struct tr_await { /* n 0: data is here already (MPI, NCCL, one rank) */
+    int n;
+    const uint32_t *flag[TR_MAX_PEERS], *epoch;
+    const volatile uint32_t *abort; /* host-mapped; every device-side wait polls it and leaves */
+} tr_await;
+
+typedef struct tr_slots { /* what the device keeps per slot (a slot is one running sequence) */
+    int n_slots, max_pages;
+    int32_t *length;         /* [n_slots] tokens whose cache rows are written */
+    int32_t *last_token;     /* [n_slots] newest sampled token, not yet run through the model */
+    int32_t *page_table;     /* [n_slots, max_pages] */
+    tr_slot_open *sampling;  /* [n_slots] parameters of the open request */
+} tr_slots;
+
+typedef struct tr_rows { /* this rank's rows of a step, made on the device by plan_apply */
+    int n_max, n_head_max;   /* capacity */
+    int max_context;         /* host bound for launch sizes: the plan's */
+    int32_t *n, *n_head;     /* live counts */
+    int32_t *token, *slot;   /* [n] */
+    int32_t *position;       /* [n]: row i sees keys [0, position[i]] */
+    int64_t *write;          /* [n] cache row page*64+offset, -1: pad row */
+    uint8_t *dense;          /* [n] 1: multi-head form, 0: absorbed form with selection */
+    int32_t *head_row;       /* [n_head] row index that reaches the head */
+    int32_t *target;         /* [n_head] token to score there, -1: sample */
+    const int32_t *page_table; /* [n_slots, max_pages], the slots' */
+    int max_pages;
+} tr_rows;
+
+/* Cache of one layer: pages of TR_PAGE_TOKENS tokens; model.md 5.3-5.5.
+ * latent rows, contiguous: TR_E4M3: [d_latent e4m3][ceil(d_latent/128) f32 scales][d_rope bf16] (656 B at 512 + 64);
+ * TR_BF16, TR_F32: d_latent + d_rope numbers. Index pages, TR_E4M3 and TR_BF16: [64][d_index] e4m3, then 64 f32 scales
+ * (8448 B at 128); TR_F32: [64][d_index] f32. index NULL: the layer has no indexer of its own (IndexCache). */
+typedef struct tr_kv_layer {
+    void *latent, *index;
+    tr_dtype dtype;
+    int n_pages, d_latent, d_rope, d_index;
+} tr_kv_layer;
+
+/* Bytes of one latent row (of one index page) of these dimensions. Pure. */
+size_t tr_kv_row_bytes(tr_dtype dtype, int d_latent, int d_rope);
+size_t tr_index_page_bytes(tr_dtype dtype, int d_index);
+
+/* ---- a step's frame ---------------------------------------------------------------------------------------------- */
+
+/* Apply a checked plan, in this order: opens (sampling parameters, length 0), page table changes, then rows: for each
+ * span position, token, slot, form and cache row of its rows; slots->length becomes last position + 1. Fills all of
+ * *rows but the capacities, max_context and page_table. Copies are pages_copy's. */
+struct tr_plan_apply_args {
+    const tr_plan *plan; /* device copy of the block */
+    tr_slots slots;
+    tr_rows rows;
+};
+/* Half-filled pages of forked sequences: every copy of the plan, for one layer, latents and index keys. */
+struct tr_pages_copy_args {
+    const tr_plan *plan;
+    tr_kv_layer kv;
+};
+/* out[i] = table[token[i]], for tokens in [first, first + n_table); other tokens give zeros (vocab-parallel ranks). */
+struct tr_embed_args {
+    const tr_rows *rows;
+    const void *table; /* [n_table, d] row-major in `dtype` (TR_BF16, TR_F32) */
+    tr_dtype dtype;
+    int first, n_table, d;
+    float *out; /* [n, d] */
+};
+/* residual += add (add may be NULL), then out = RMSNorm(residual) * weight in fp32 (model.md 3.1). */
+struct tr_norm_args {
+    const int32_t *n;
+    int n_max, d;
+    const float *add;
+    size_t ld_add;
+    float *residual;
+    size_t ld_residual;
+    const float *weight; /* [d] */
+    float eps;
+    float *out; /* may equal residual when add is NULL */
+    size_t ld_out;
+};
+/* out[r] = in[index[i0 + r]], r < min(n_rows, *n_index - i0): the rows that reach the head. */
+struct tr_rows_gather_args {
+    const int32_t *index, *n_index;
+    int i0, n_rows, d;
+    const float *in;
+    float *out;
+};
+
+/* ---- linear layers ----------------------------------------------------------------------------------------------- */
+
+/* out[r, o] = sum_i in[r, i] w[o, i]; matrix 0 of w. One order along i for every number of rows. */
+struct tr_linear_args {
+    const int32_t *n;
+    int n_max;
+    const tr_linear *w;
+    tr_acts in;
+    void *out; /* f32 [n, n_out], row stride ld_out */
+    size_t ld_out;
+    int out_f32; /* CUDA: keep fp32 (router, index head weights, lm_head); the CPU always does */
+};
+/* out = silu(gate) * up; gate_up [n, 2 d] holds gate in [0, d), up in [d, 2 d) of each row. out [n, d]. */
+struct tr_swiglu_args {
+    const int32_t *n;
+    int n_max, d;
+    const float *gate_up;
+    float *out;
+};
+
+/* ---- attention (model.md 3.2-3.4, 4, 5.3-5.5) --------------------------------------------------------------------- */
+
+/* q [n, n_heads, d_nope + d_rope] from q_b. All rows: rope (interleaved) on the last d_rope, in place. Absorbed rows
+ * (dense[i] == 0): q_absorbed[i, h] = [W_UK[h]^T q_nope (d_latent) | q_pe (d_rope)]. */
+struct tr_mla_query_args {
+    const tr_rows *rows;
+    float *q;
+    int n_heads, d_nope, d_rope, d_latent;
+    const float *rope;        /* [max_position, d_rope/2, 2]: cos, sin */
+    const tr_linear *w_uk_t;  /* n_heads matrices [d_latent, d_nope] */
+    float *q_absorbed;        /* [n, n_heads, d_latent + d_rope] */
+};
+/* Into the cache at rows->write. Latent: RMSNorm of kv_a[:, :d_latent], rope (interleaved) of the rest, stored as the
+ * cache's dtype. Index key: LayerNorm (eps 1e-6) with weight and bias, rope (half-split) on the first d_rope, Hadamard,
+ * quantise (TR_F32: stored after rope). bf16 roundings of model.md 4 apply except in TR_F32 caches.
+ * Either of kv_a and index_k may be NULL: not this call. */
+struct tr_kv_write_args {
+    const tr_rows *rows;
+    const float *kv_a; /* [n, d_latent + d_rope], row stride ld_kv_a */
+    size_t ld_kv_a;
+    const float *index_k; /* [n, d_index], row stride ld_index_k */
+    size_t ld_index_k;
+    const float *norm;            /* [d_latent] */
+    const float *k_norm, *k_bias; /* [d_index] */
+    const float *rope;
+    float eps;
+    tr_kv_layer kv;
+    tr_push push;
+};
+/* Index queries: q [n, n_heads, d_index] from wq_b: rope (half-split) on the first d_rope, Hadamard, quantise; head
+ * weights w [n, n_heads] from weights_proj times n_heads^-0.5 d_index^-0.5 (and the query's scale), in place.
+ * out: e4m3 [n, n_heads, d_index], or f32 of the same shape for TR_F32 caches (no Hadamard, not quantised). */
+struct tr_index_query_args {
+    const tr_rows *rows;
+    const float *q;
+    float *w;
+    int n_heads, d_index, d_rope;
+    tr_dtype cache_dtype;
+    const float *rope;
+    void *out;
+};
+/* score[r - i_row, s] = sum_h w[r, h] relu(q[r, h] . k[s]) (times the key's scale), for rows r in [i_row, i_row + n_row)
+ * and s in [first[r], last[r]) (NULL: the whole context [0, position]). Rows that need no selection (dense, or position
+ * < k) are skipped. NaN becomes -inf, -0.0 becomes +0.0. */
+struct tr_index_logits_args {
+    const tr_rows *rows;
+    const void *q; /* as index_query's out */
+    const float *w;
+    int n_heads, k;
+    tr_kv_layer kv;
+    const int32_t *first, *last;
+    int i_row, n_row;
+    float *score; /* [n_row, ld] */
+    size_t ld;
+    tr_await keys;
+};
+/* The k best of each row's context: larger score first, equal scores smaller position first. Output per row: positions
+ * ascending, -1 padded; cache_row = page*64+offset of each. position < k: identity 0..position. Dense rows: none. */
+struct tr_topk_args {
+    const tr_rows *rows;
+    const float *score; /* [n_row, ld], as index_logits left it; may be NULL when no row needs selection */
+    size_t ld;
+    int k, i_row, n_row;
+    int32_t *position;   /* [n, k]; rows i_row.. are written */
+    int32_t *cache_row;  /* [n, k] */
+    int32_t *n_selected; /* [n] */
+};
+/* Absorbed rows: softmax over the selected keys in fp32, out[r, h] = sum_s p c[s]. A row with nothing selected is 0. */
+struct tr_sparse_mla_args {
+    const tr_rows *rows;
+    const float *q; /* [n, n_heads, d_latent + d_rope], absorbed */
+    int n_heads;
+    float scale;
+    const int32_t *cache_row; /* [n, k] */
+    int k;
+    tr_kv_layer kv;
+    tr_await latents;
+    float *out; /* [n, n_heads, d_latent] */
+    float *lse; /* [n, n_heads] or NULL */
+    void *workspace;
+    size_t workspace_bytes;
+};
+/* Dense rows (dense[i] == 1): multi-head form over keys [0, position], keys in blocks of 64 from position 0 so that
+ * chunking cannot show. k_nope = W_UK c, v = W_UV c of the cached (dequantised) latent. */
+struct tr_dense_mha_args {
+    const tr_rows *rows;
+    const float *q; /* [n, n_heads, d_nope + d_rope], rope applied */
+    int n_heads, d_nope, d_rope, d_v;
+    float scale;
+    const tr_linear *w_uk, *w_uv; /* n_heads matrices [d_nope, d_latent], [d_v, d_latent] */
+    tr_kv_layer kv;
+    tr_await latents;
+    float *out; /* [n, n_heads, d_v] */
+};
+/* Absorbed rows: out[r, h] = W_UV[h] u[r, h]; dense rows are left alone. */
+struct tr_mla_value_args {
+    const tr_rows *rows;
+    const float *u; /* [n, n_heads, d_latent] */
+    int n_heads, d_latent, d_v;
+    const tr_linear *w_uv;
+    float *out; /* [n, n_heads, d_v] */
+};
+
+/* ---- mixture of experts (model.md 6) ------------------------------------------------------------------------------ */
+
+/* sigmoid scores, bias for selection only, groups, top-k (ties: smaller index), weights normalised and scaled.
+ * Experts in selection order (descending biased score). */
+struct tr_router_args {
+    const int32_t *n;
+    int n_max, n_experts, n_group, topk_group, k, norm_topk;
+    const float *logits; /* [n, n_experts] */
+    const float *bias;   /* [n_experts] or NULL: group score is the max */
+    float scaling;
+    int32_t *expert; /* [n, k] */
+    float *weight;   /* [n, k] */
+};
+/* Pairs (row, choice) of the experts [e_first, e_first + n_local), grouped by expert, rows ascending inside:
+ * pair[start[e] .. start[e + 1]) = row * k + choice. */
+struct tr_moe_pack_args {
+    const int32_t *n;
+    int n_max, k, e_first, n_local;
+    const int32_t *expert; /* [n, k] */
+    int32_t *start;        /* [n_local + 1] */
+    int32_t *pair;         /* [n * k] */
+};
+/* For every pair: out[pair] = down(silu(gate x) * up x) of its expert, unweighted. gate_up: n_local matrices
+ * [2 d_inner, d] (gate rows first), down: [d, d_inner]. Each used expert's weights are read once per step. */
+struct tr_moe_args {
+    const int32_t *n;
+    int n_max, k, n_local;
+    const tr_linear *gate_up, *down;
+    tr_acts in;           /* [n, d] */
+    const int32_t *start, *pair;
+    float *out; /* [n * k, d] */
+    void *workspace;
+    size_t workspace_bytes; /* moe_workspace(...) */
+};
+/* out[r] = shared[r] + sum_j weight[r, j] y[r * k + j] over local experts, fp32, j ascending. */
+struct tr_moe_combine_args {
+    const int32_t *n;
+    int n_max, k, d, e_first, n_local;
+    const int32_t *expert;
+    const float *weight, *y;
+    const float *shared; /* [n, d] or NULL */
+    float *out;          /* [n, d]; may equal shared */
+};
+
+/* ---- head (model.md 8, chat.md 4.2) -------------------------------------------------------------------------------- */
+
+/* One chunk of head rows [i_head, i_head + n_rows): where target is -1, apply the changes and the mask of ids without
+ * a token, then temperature, min_p, top_k, top_p (each on what the one before left, renormalised) and draw with Philox
+ * keyed by (slot's key, position); greedy is argmax, ties to the smaller id. logits stay as they are.
+ * token_out[head row]: the token; -1 where a target was given; -2 where the row's logits hold a NaN or Inf (target
+ * rows too). A sampled token also becomes slots.last_token. */
+struct tr_sample_args {
+    const tr_rows *rows;
+    int i_head, n_rows, n_vocab;
+    const float *logits; /* [n_rows, ld]: row 0 is head row i_head */
+    size_t ld;
+    const uint32_t *has_token; /* bit per id, [ceil(n_vocab / 32)] */
+    tr_slots slots;
+    const tr_plan *plan; /* changes */
+    int32_t *token_out;  /* [n_head] */
+};
+/* Log-softmax of the raw logits, before any change: of the sampled token or the target; its rank (1: best; ties count
+ * smaller ids as better); and the n best (descending, ties smaller id). n per row from the slot's sampling parameters
+ * (n_logprobs where sampled, n_prompt_logprobs at targets); -1: the row is skipped. */
+struct tr_logprobs_args {
+    const tr_rows *rows;
+    int i_head, n_rows, n_vocab;
+    const float *logits;
+    size_t ld;
+    tr_slots slots;
+    const int32_t *token_out;
+    float *logprob;     /* [n_head] */
+    int32_t *rank;      /* [n_head] */
+    int32_t *top_token; /* [n_head, TR_MAX_LOGPROBS], -1 padded */
+    float *top_logprob; /* [n_head, TR_MAX_LOGPROBS] */
+};
+
+/* ---- the table ---------------------------------------------------------------------------------------------------- */
+
+/* The list, once: struct names, table, region names, `bench kernels`, and "every operation has a test" come from it.
+ * To come with their features: reduce_norm, await, rows_scatter, pages_pack, sample_merge, verify. */
+#define TR_OPS(X) \
+    X(plan_apply) X(pages_copy) X(embed) X(norm) X(rows_gather) X(linear) X(swiglu) X(mla_query) X(kv_write) \
+    X(index_query) X(index_logits) X(topk) X(sparse_mla) X(dense_mha) X(mla_value) X(router) X(moe_pack) X(moe) \
+    X(moe_combine) X(sample) X(logprobs)
+#define TR_OP(name) tr_status (*name)(tr_device *, tr_lane, const struct tr_##name##_args *);
+
+enum { TR_CAP_GRAPH = 1, TR_CAP_PEERS = 2, TR_CAP_W8A8 = 4 }; /* tr_ops.caps */
+
+typedef struct tr_ops {
+    const char *name;
+    unsigned caps;
+    /* Memory: start-up only. symmetric: peers may be given its address (CP caches). Freed by release or close. */
+    tr_status (*alloc)(tr_device *, size_t bytes, int symmetric, void **);
+    void (*release)(tr_device *, void *);
+    tr_status (*upload)(tr_device *, tr_lane, void *dst, const void *pinned, size_t);
+    tr_status (*download)(tr_device *, tr_lane, void *pinned, const void *src, size_t);
+    /* Order: fork and join of lanes; a ticket marks a point of a lane, done polls it and never blocks. */
+    tr_status (*order)(tr_device *, tr_lane before, tr_lane after);
+    uint64_t (*ticket)(tr_device *, tr_lane);
+    int (*done)(tr_device *, tr_lane, uint64_t ticket);
+    /* The text of the last failure of this device, one line. */
+    const char *(*error)(const tr_device *);
+    void (*close)(tr_device *);
+    /* Weights, at load. linear_bytes is pure: `plan` uses it without a device. */
+    size_t (*linear_bytes)(tr_format, int n_mats, int n_out, int n_in);
+    tr_status (*linear_pack)(tr_device *, tr_linear *dst, const tr_linear_src *src);
+    size_t (*moe_workspace)(int n_max, int k, int d, int d_inner);
+    size_t (*sparse_mla_workspace)(int n_max, int n_heads, int d_latent);
+    TR_OPS(TR_OP) /* the network */
+} tr_ops;
+
+/* Open a backend by name: "cpu" (later "cuda", "auto"). *ops is static. The device is closed by ops->close.
+ * n_threads 0: what OpenMP would use. isa NULL: the best this CPU has; "plain", "avx2", "avx512": that one (tests,
+ * bench), TR_E_USAGE where the CPU or the build lacks it. */
+typedef struct tr_device_options {
+    const char *name;
+    int n_threads;
+    const char *isa;
+} tr_device_options;
+tr_status tr_device_open(tr_device **out, const tr_ops **ops, const tr_device_options *options, tr_err *err);
+
+/* What the device is, for the start table: "cpu, 2 threads, avx512". */
+const char *tr_device_describe(const tr_device *device);
+
+#endif

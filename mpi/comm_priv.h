@@ -1,0 +1,28 @@
+/* What an implementation of tr_comm provides; included by the implementations (mpi/comm*.c, the tests' loop-back) only. */
+#ifndef TR_MPI_COMM_PRIV_H
+#define TR_MPI_COMM_PRIV_H
+
+#include "mpi/comm.h"
+
+struct tr_comm {
+    const struct tr_comm_impl *impl;
+    int rank, size;
+    uint64_t next_ticket;
+    uint64_t calls[TR_COMM_N_OPS], bytes[TR_COMM_N_OPS];
+};
+
+/* Same arguments as the public functions; the public ones count, check the arguments and hand on. */
+typedef struct tr_comm_impl {
+    tr_status (*all_reduce)(tr_comm *, void *, size_t, tr_dtype, tr_ticket *, tr_err *);
+    tr_status (*all_gather)(tr_comm *, const void *, void *, const size_t *, tr_ticket *, tr_err *);
+    tr_status (*reduce_scatter)(tr_comm *, const void *, void *, size_t, tr_dtype, tr_ticket *, tr_err *);
+    tr_status (*all_to_all)(tr_comm *, const void *, const size_t *, void *, const size_t *, tr_ticket *, tr_err *);
+    tr_status (*send)(tr_comm *, int, const void *, size_t, tr_ticket *, tr_err *);
+    tr_status (*recv)(tr_comm *, int, void *, size_t, tr_ticket *, tr_err *);
+    tr_status (*broadcast)(tr_comm *, int, void *, size_t, tr_ticket *, tr_err *);
+    tr_status (*wait)(tr_comm *, tr_lane, tr_ticket, tr_err *);
+    void (*progress)(tr_comm *);
+    void (*free)(tr_comm *);
+} tr_comm_impl;
+
+#endif

@@ -1,0 +1,30 @@
+/* Start-up: MPI_Init_thread(FUNNELED), who this rank is, which ranks share its host, binding (later), and the end.
+ * Works started by mpirun, by srun or bare (a world of one). Main thread only. */
+#ifndef TR_MPI_START_H
+#define TR_MPI_START_H
+
+#include <stddef.h>
+
+#include "base/err.h"
+
+typedef struct tr_world {
+    int rank, size;             /* MPI_COMM_WORLD */
+    int local_rank, local_size; /* ranks of this host, by MPI_COMM_TYPE_SHARED */
+    char host[64];
+} tr_world;
+
+/* TR_E_COMM when MPI gives less than MPI_THREAD_FUNNELED. */
+tr_status tr_start(tr_world *world, tr_err *err);
+
+/* MPI_Finalize, unless the world was never started. After it: no MPI call. */
+void tr_finish(void);
+
+/* All ranks say how a phase (open, load, a step) went; all return the same status: TR_OK if all were well, else the
+ * status of the lowest failing rank, whose text every rank gets, "rank 3 on node07: " in front where size > 1 and
+ * "(and 5 more ranks)" behind. `mine` is TR_OK or err->status. Collective over the world. */
+tr_status tr_agree(const tr_world *world, tr_status mine, tr_err *err);
+
+/* Versions for --version: "Open MPI v4.1.4, ..." on one line into text. */
+void tr_mpi_version(char *text, size_t n);
+
+#endif

@@ -1,0 +1,76 @@
+/* The model: weights, operation table, communicators and cache of one rank, and one forward pass of one step.
+ * There is one forward pass, not one per mode: a row's causal limit is its own position. Runs on the main thread. */
+#ifndef TR_MODEL_MODEL_H
+#define TR_MODEL_MODEL_H
+
+#include "base/region.h"
+#include "kernels/kernels.h"
+#include "model/cache.h"
+#include "model/config.h"
+#include "model/plan.h"
+#include "model/weights.h"
+#include "mpi/comm.h"
+
+typedef struct tr_groups { /* communicators of this rank, borrowed; size 1: tr_comm_self() */
+    tr_comm *stage;   /* MoE and dense MLP sums */
+    tr_comm *attn_tp; /* o_proj sums */
+    tr_comm *attn_cp; /* keys and latents */
+} tr_groups;
+
+/* What a step leaves for the host; valid when ops->done(ticket). Arrays over head rows, in the order of the spans. */
+typedef struct tr_step_output {
+    int n_head;
+    int32_t *token;       /* as sample's token_out: id, -1 scored, -2 not finite */
+    float *logprob;
+    int32_t *rank;
+    int32_t *top_token;   /* [n_head, TR_MAX_LOGPROBS] */
+    float *top_logprob;
+} tr_step_output;
+
+typedef struct tr_step { /* one step in flight; the engine owns a ring of them */
+    const tr_plan *plan; /* checked; must stay until the step is done */
+    tr_step_output out;
+    uint64_t ticket;
+    struct tr_step_memory *memory; /* private: plan_dev, rows, head outputs on the device */
+} tr_step;
+
+typedef struct tr_model_options {
+    tr_dtype kv_dtype;        /* TR_E4M3, TR_BF16, TR_F32 */
+    int max_rows;             /* rows of one step: --max-batch-tokens + --max-sequences */
+    int n_slots;              /* --max-sequences, plus what a fork needs */
+    int max_model_len;        /* tokens of one sequence */
+    int n_pages;              /* 0: from memory_bytes */
+    size_t cache_bytes;       /* budget for the cache when n_pages is 0 */
+} tr_model_options;
+
+/* For tests and --sync-check: called after every named intermediate with its rows; may change them. index scores come
+ * stripe by stripe (i_row: first row). names: "embed", "hidden", "index_logits", "index_topk", "router_experts",
+ * "router_weights", "final", "logits". layer: -1 where there is none. data: f32, or int32 for topk and experts. */
+typedef struct tr_probe {
+    void *ctx;
+    void (*see)(void *ctx, const char *name, int layer, int i_row, int n_rows, int n_cols, size_t ld, void *data);
+} tr_probe;
+
+typedef struct tr_model tr_model;
+
+/* Keeps config, weights, device, ops, groups, regions (all must outlive the model). Allocates cache, slots and
+ * workspace, once; TR_E_MEMORY with the budget when they do not fit. */
+tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weights *weights, tr_device *device,
+                          const tr_ops *ops, const tr_groups *groups, const tr_model_options *options,
+                          const uint32_t *has_token, tr_regions *regions, tr_err *err);
+void tr_model_free(tr_model *model);
+void tr_model_set_probe(tr_model *model, const tr_probe *probe); /* kept; NULL: none */
+
+/* What plans for this model may hold. */
+tr_plan_limits tr_model_limits(const tr_model *model);
+size_t tr_model_cache_bytes(const tr_model *model), tr_model_workspace_bytes(const tr_model *model);
+
+tr_status tr_step_create(tr_step *step, tr_model *model, tr_err *err);
+void tr_step_free(tr_step *step, tr_model *model);
+
+/* Enqueue one step: apply the plan, embed, this stage's layers, head, sample. step->plan is set by the caller. */
+tr_status tr_model_forward(tr_model *model, tr_step *step, tr_err *err);
+/* 1 when the step's outputs are on the host; never blocks. */
+int tr_step_done(const tr_model *model, const tr_step *step);
+
+#endif
