@@ -143,12 +143,13 @@ struct tr_norm_args {
     float *out; /* may equal residual when add is NULL */
     size_t ld_out;
 };
-/* out[r] = in[index[i0 + r]], r < min(n_rows, *n_index - i0): the rows that reach the head. */
+/* out[r] = in[index[i0 + r]], r < *n_out = min(n_rows, *n_index - i0): the rows that reach the head. */
 struct tr_rows_gather_args {
     const int32_t *index, *n_index;
     int i0, n_rows, d;
     const float *in;
     float *out;
+    int32_t *n_out; /* one word, written: how many rows there are, for the operations behind */
 };
 
 /* ---- linear layers ----------------------------------------------------------------------------------------------- */

@@ -21,14 +21,18 @@ tr_status tr_json_load(json_t **out, const char *path, size_t max_bytes, tr_err 
 
 /* Parse text; flags as json_loadb's besides JSON_REJECT_DUPLICATES, which is always set. On failure line and column
  * (1-based, column in bytes) are given in *line, *column (may be NULL) and the text says them too. */
-tr_status tr_json_parse(json_t **out, const char *text, size_t n, size_t flags, int *line, int *column, tr_err *err);
+tr_status tr_json_parse(json_t **out, const char *text, size_t n, size_t flags, int *line,
+                        int *column, tr_err *err);
 
 /* Typed members of an object. Absent or null: *out keeps its value and TR_OK is returned; a wrong type or a value out
  * of range is TR_E_INPUT with the key named. An integer must be a JSON integer (1e3 and 2.0 are refused). */
-tr_status tr_json_int(const json_t *object, const char *key, int64_t min, int64_t max, int64_t *out, tr_err *err);
-tr_status tr_json_double(const json_t *object, const char *key, double min, double max, double *out, tr_err *err);
+tr_status tr_json_int(const json_t *object, const char *key, int64_t min, int64_t max, int64_t *out,
+                      tr_err *err);
+tr_status tr_json_double(const json_t *object, const char *key, double min, double max, double *out,
+                         tr_err *err);
 tr_status tr_json_bool(const json_t *object, const char *key, bool *out, tr_err *err);
 /* *out borrows from the object. Strings may hold NUL when JSON_ALLOW_NUL was given: *n counts (n may be NULL). */
-tr_status tr_json_string(const json_t *object, const char *key, const char **out, size_t *n, tr_err *err);
+tr_status tr_json_string(const json_t *object, const char *key, const char **out, size_t *n,
+                         tr_err *err);
 
 #endif

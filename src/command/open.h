@@ -1,0 +1,47 @@
+/* Opening a model for a subcommand: config, slice, weights, device, model, in the order in which faults are cheapest to find.
+ * batch and bench share it. Owned by the caller; close in one call. */
+#ifndef TR_COMMAND_OPEN_H
+#define TR_COMMAND_OPEN_H
+
+#include "base/log.h"
+#include "base/region.h"
+#include "model/model.h"
+
+typedef struct tr_open_options {
+    const char *model_dir;
+    const char *const *overrides; /* --override key=value */
+    int n_overrides;
+    tr_load_format load_format;
+    uint64_t seed;      /* of dummy weights */
+    const char *device; /* "auto", "cpu" */
+    const char *isa;    /* NULL: best */
+    int n_threads;      /* 0: all given */
+} tr_open_options;
+
+typedef struct tr_opened {
+    tr_config config;
+    tr_grid grid;
+    tr_slice slice;
+    tr_checkpoint *checkpoint; /* NULL with dummy weights */
+    tr_device *device;
+    const tr_ops *ops;
+    tr_comm *self;
+    tr_groups groups;
+    tr_weights *weights;
+    tr_model *model;
+    tr_regions regions;
+} tr_opened;
+
+/* config.json, grid and slice, shard headers: seconds at most, no weights yet. */
+tr_status tr_open_checkpoint(tr_opened *o, const tr_open_options *options, tr_err *err);
+/* Device and weights. */
+tr_status tr_open_weights(tr_opened *o, const tr_open_options *options, tr_log *log, tr_err *err);
+/* The model. has_token: bit per id, NULL: every id has a token. */
+tr_status tr_open_model(tr_opened *o, const tr_model_options *options, const uint32_t *has_token,
+                        tr_err *err);
+void tr_opened_close(tr_opened *o); /* zeroed or half open: fine */
+
+/* "fp8", "bf16", "f32" of --kv-dtype; TR_E_USAGE for others. */
+tr_status tr_open_kv_dtype(tr_dtype *out, const char *name, tr_err *err);
+
+#endif

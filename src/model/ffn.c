@@ -1,0 +1,80 @@
+/* Feed-forward blocks (model.md 3.5, 6): the dense MLP of the first layers, and experts plus shared expert of the others. */
+#include "config.h"
+
+#include "model/model_priv.h"
+
+/* down(silu(gate x) * up x): [n, hidden] -> [n, hidden]. */
+static tr_status mlp(tr_model *m, const tr_pass *p, const tr_mlp_weights *w, float *out,
+                     tr_err *err)
+{
+    tr_status st =
+        tr_model_linear(m, p, &w->gate_up, m->ws.normed, m->ws.gate_up, err); /* [n, 2 inner] */
+    if (st == TR_OK)
+        st = TR_RUN(m, swiglu, err, .n = p->rows.n, .n_max = m->max_rows, .d = w->inner,
+                    .gate_up = m->ws.gate_up, .out = m->ws.inner);
+    return st == TR_OK ? tr_model_linear(m, p, &w->down, m->ws.inner, out, err) : st;
+}
+
+tr_status tr_dense_forward(tr_model *m, const tr_pass *p, const tr_mlp_weights *w, tr_err *err)
+{
+    tr_status st = mlp(m, p, w, m->ws.block_out, err);
+    if (st == TR_OK && m->weights->slice.dense_partial)
+        st = tr_model_reduce(m, p, m->groups.stage, m->ws.block_out, err);
+    return st;
+}
+
+/* The experts each row goes to: expert [n, k], weight [n, k]. */
+static tr_status route(tr_model *m, const tr_pass *p, const tr_moe_weights *w, int layer,
+                       tr_err *err)
+{
+    const tr_config *c = m->config;
+    const int k = c->num_experts_per_tok;
+    tr_status st =
+        tr_model_linear(m, p, &w->gate, m->ws.normed, m->ws.router, err); /* [n, experts], fp32 */
+    if (st == TR_OK)
+        st = TR_RUN(m, router, err, .n = p->rows.n, .n_max = m->max_rows,
+                    .n_experts = c->n_routed_experts, .n_group = c->n_group,
+                    .topk_group = c->topk_group, .k = k, .norm_topk = c->norm_topk_prob,
+                    .logits = m->ws.router, .bias = w->gate_bias,
+                    .scaling = (float)c->routed_scaling_factor, .expert = m->ws.expert,
+                    .weight = m->ws.weight);
+    if (st != TR_OK) return st;
+    tr_model_show(m, "router_experts", layer, 0, p->n, k, (size_t)k, m->ws.expert);
+    tr_model_show(m, "router_weights", layer, 0, p->n, k, (size_t)k, m->ws.weight);
+    return TR_RUN(m, moe_pack, err, .n = p->rows.n, .n_max = m->max_rows, .k = k,
+                  .e_first = w->e_first, .n_local = w->n_local, .expert = m->ws.expert,
+                  .start = m->ws.start, .pair = m->ws.pair);
+}
+
+tr_status tr_moe_forward(tr_model *m, const tr_pass *p, const tr_moe_weights *w, int layer,
+                         tr_err *err)
+{
+    const tr_config *c = m->config;
+    const tr_slice *s = &m->weights->slice;
+    const int d = c->hidden_size, k = c->num_experts_per_tok;
+    /* What is not a partial sum must enter the group's sum once: member 0 brings it. */
+    const int partial = s->moe_partial || s->shared_partial,
+              first = tr_comm_rank(m->groups.stage) == 0;
+    const int routed_here = s->moe_partial || !partial || first;
+    const int shared_here = s->shared_partial || !partial || first;
+    tr_status st = route(m, p, w, layer, err);
+
+    if (st == TR_OK && routed_here) {
+        m->note_flops = 6.0 * p->n * k * d * w->inner;
+        st = TR_RUN(m, moe, err, .n = p->rows.n, .n_max = m->max_rows, .k = k,
+                    .n_local = w->n_local, .gate_up = &w->gate_up, .down = &w->down,
+                    .in = {.x = m->ws.normed, .ld = (size_t)d, .n_max = m->max_rows, .d = d},
+                    .start = m->ws.start, .pair = m->ws.pair, .out = m->ws.expert_out,
+                    .workspace = m->ws.scratch, .workspace_bytes = m->ws.scratch_bytes);
+    }
+    if (st == TR_OK && shared_here && w->shared.inner > 0)
+        st = mlp(m, p, &w->shared, m->ws.block_out, err);
+    if (st == TR_OK)
+        st = TR_RUN(m, moe_combine, err, .n = p->rows.n, .n_max = m->max_rows, .k = k, .d = d,
+                    .e_first = w->e_first, .n_local = routed_here ? w->n_local : 0,
+                    .expert = m->ws.expert, .weight = m->ws.weight, .y = m->ws.expert_out,
+                    .shared = shared_here && w->shared.inner > 0 ? m->ws.block_out : NULL,
+                    .out = m->ws.block_out);
+    if (st == TR_OK && partial) st = tr_model_reduce(m, p, m->groups.stage, m->ws.block_out, err);
+    return st;
+}

@@ -1,0 +1,55 @@
+/* One decoder layer, and the order of the network (model.md 3.1):
+ *
+ *     h = embed[token]                                              model.c
+ *     for each layer:
+ *         a = RMSNorm(h) ; h += Attention(a)                        attention.c: MLA over the indexer's selection
+ *         m = RMSNorm(h) ; h += FFN(m)                              ffn.c: dense MLP, or experts + shared expert
+ *     logits = RMSNorm(h) lm_head^T                                 model.c
+ *
+ * The residual sums are made by the norm that follows them, from the unrounded sum. */
+#include "config.h"
+
+#include "model/model_priv.h"
+
+/* hidden += add; normed = RMSNorm(hidden) * weight. All [n, hidden_size]. */
+static tr_status norm(tr_model *m, const tr_pass *p, const float *add, const float *weight,
+                      tr_err *err)
+{
+    const int d = m->config->hidden_size;
+    return TR_RUN(m, norm, err, .n = p->rows.n, .n_max = m->max_rows, .d = d, .add = add,
+                  .ld_add = (size_t)d, .residual = m->ws.hidden, .ld_residual = (size_t)d,
+                  .weight = weight, .eps = (float)m->config->rms_norm_eps, .out = m->ws.normed,
+                  .ld_out = (size_t)d);
+}
+
+tr_status tr_layer_forward(tr_model *m, const tr_pass *p, int i_layer, int layer, const float *add,
+                           tr_err *err)
+{
+    const tr_layer_weights *w = &m->weights->layer[i_layer];
+    const int d = m->config->hidden_size;
+    tr_status st;
+
+    /* h is complete for the layer before only now; a probe may look at it, and change it. */
+    st = norm(m, p, add, w->attention.input_norm, err);
+    if (st == TR_OK && m->probe && add) {
+        tr_model_show(m, "hidden", layer - 1, 0, p->n, d, (size_t)d, m->ws.hidden);
+        st = norm(m, p, NULL, w->attention.input_norm, err);
+    }
+    if (st != TR_OK) return st;
+
+    tr_region_begin(m->regions, m->region_attention);
+    st = tr_attention_forward(m, p, &w->attention, tr_cache_layer(m->cache, i_layer), layer, err);
+    if (st == TR_OK && m->weights->slice.attention_partial)
+        st = tr_model_reduce(m, p, m->groups.attn_tp, m->ws.block_out, err);
+    tr_region_end(m->regions, 0, 0);
+    if (st != TR_OK) return st;
+
+    st = norm(m, p, m->ws.block_out, w->post_norm, err);
+    if (st != TR_OK) return st;
+
+    tr_region_begin(m->regions, w->is_moe ? m->region_moe : m->region_dense);
+    st = w->is_moe ? tr_moe_forward(m, p, &w->moe, layer, err)
+                   : tr_dense_forward(m, p, &w->mlp, err);
+    tr_region_end(m->regions, 0, 0);
+    return st;
+}

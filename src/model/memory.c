@@ -1,0 +1,189 @@
+/* Everything a model and its steps allocate, once, before the first step. */
+#include "config.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/size.h"
+#include "model/model_priv.h"
+
+enum { STRIPE_BYTES = 64 << 20 }; /* bound of the index-score buffer and of the logits buffer */
+
+/* Rows of `row_bytes` that fit a stripe buffer: at least `least`, at most `most`. */
+static int stripe_rows(size_t row_bytes, int least, int most)
+{
+    size_t n = STRIPE_BYTES / row_bytes;
+    if (n < (size_t)least) n = (size_t)least;
+    return n > (size_t)most ? most : (int)n;
+}
+
+tr_status tr_model_take(tr_model *m, size_t bytes, void *out, tr_err *err)
+{
+    void *p = NULL;
+    if (m->n_owned == TR_MODEL_ALLOCATIONS)
+        return tr_fail(err, TR_E_MEMORY, "too many allocations of one model");
+    tr_status st = m->ops->alloc(m->device, bytes ? bytes : 1, 0, &p);
+    if (st != TR_OK)
+        return tr_fail(err, st, "workspace of %.1f MB (%.1f MB before it): %s",
+                       (double)bytes * 1e-6, (double)m->owned_bytes * 1e-6,
+                       m->ops->error(m->device));
+    m->owned[m->n_owned++] = p;
+    m->owned_bytes += bytes;
+    *(void **)out = p;
+    return TR_OK;
+}
+
+void tr_model_release(tr_model *m)
+{
+    for (int i = 0; i < m->n_owned; i++)
+        m->ops->release(m->device, m->owned[i]);
+    m->n_owned = 0;
+}
+
+/* rows x columns elements of four bytes. */
+static tr_status take4(tr_model *m, size_t rows, size_t columns, void *out, tr_err *err)
+{
+    size_t n, bytes;
+    if (!tr_mul(&n, rows, columns) || !tr_mul(&bytes, n, 4))
+        return tr_fail(err, TR_E_MEMORY,
+                       "a workspace of %zu x %zu numbers does not fit an address space", rows,
+                       columns);
+    return tr_model_take(m, bytes, out, err);
+}
+
+static int largest(int a, int b)
+{
+    return a > b ? a : b;
+}
+
+/* Widest inner of this rank's MLPs and shared experts, and of its routed experts. */
+static void widths(const tr_weights *w, int *mlp_inner, int *expert_inner)
+{
+    *mlp_inner = *expert_inner = 1;
+    for (int i = 0; i < w->slice.layers.n; i++) {
+        const tr_layer_weights *l = &w->layer[i];
+        *mlp_inner = largest(*mlp_inner, l->is_moe ? l->moe.shared.inner : l->mlp.inner);
+        if (l->is_moe) *expert_inner = largest(*expert_inner, l->moe.inner);
+    }
+}
+
+static tr_status take_workspace(tr_model *m, tr_err *err)
+{
+    const tr_config *c = m->config;
+    tr_workspace *ws = &m->ws;
+    const size_t n = (size_t)m->max_rows, k = (size_t)c->num_experts_per_tok,
+                 heads = (size_t)m->heads;
+    const size_t d_kv = (size_t)(c->kv_lora_rank + c->qk_rope_head_dim),
+                 hidden = (size_t)c->hidden_size;
+    int mlp_inner, expert_inner;
+    widths(m->weights, &mlp_inner, &expert_inner);
+
+    const struct {
+        void *out;
+        size_t rows, columns;
+    } wanted[] = {
+        {&ws->hidden, n, hidden},
+        {&ws->normed, n, hidden},
+        {&ws->block_out, n, hidden},
+        {&ws->q_latent, n, (size_t)c->q_lora_rank},
+        {&ws->q, n, heads * (size_t)(c->qk_nope_head_dim + c->qk_rope_head_dim)},
+        {&ws->kv_a, n, d_kv},
+        {&ws->index_k, n, (size_t)c->index_head_dim},
+        {&ws->index_q, n, (size_t)(c->index_n_heads * c->index_head_dim)},
+        {&ws->index_q8, n, (size_t)(c->index_n_heads * c->index_head_dim)},
+        {&ws->index_w, n, (size_t)c->index_n_heads},
+        {&ws->score, (size_t)m->n_stripe, (size_t)m->max_model_len},
+        {&ws->top_position, n, (size_t)c->index_topk},
+        {&ws->top_row, n, (size_t)c->index_topk},
+        {&ws->n_selected, n, 1},
+        {&ws->q_absorbed, n, heads * d_kv},
+        {&ws->u, n, heads * (size_t)c->kv_lora_rank},
+        {&ws->attended, n, heads * (size_t)c->v_head_dim},
+        {&ws->gate_up, n, 2 * (size_t)mlp_inner},
+        {&ws->inner, n, (size_t)mlp_inner},
+        {&ws->router, n, (size_t)c->n_routed_experts},
+        {&ws->expert, n, k},
+        {&ws->weight, n, k},
+        {&ws->start, (size_t)c->n_routed_experts + 1, 1},
+        {&ws->pair, n, k},
+        {&ws->expert_out, n * k, hidden},
+        {&ws->n_head, 1, 1},
+        {&ws->head_in, (size_t)m->n_head_chunk, hidden},
+        {&ws->logits, (size_t)m->n_head_chunk, (size_t)c->vocab_size},
+    };
+    tr_status st = TR_OK;
+    for (size_t i = 0; i < sizeof wanted / sizeof *wanted && st == TR_OK; i++)
+        st = take4(m, wanted[i].rows, wanted[i].columns, wanted[i].out, err);
+    if (st != TR_OK) return st;
+
+    size_t sizes[] = {
+        m->ops->moe_workspace(m->max_rows, c->num_experts_per_tok, c->hidden_size, expert_inner),
+        m->ops->sparse_mla_workspace(m->max_rows, m->heads, c->kv_lora_rank),
+        m->ops->sample_workspace(m->n_head_chunk, c->vocab_size),
+    };
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        if (sizes[i] > ws->scratch_bytes) ws->scratch_bytes = sizes[i];
+    return tr_model_take(m, ws->scratch_bytes, &ws->scratch, err);
+}
+
+static tr_status take_slots(tr_model *m, int n_slots, tr_err *err)
+{
+    tr_slots *s = &m->slots;
+    s->n_slots = n_slots;
+    s->max_pages = (int)tr_ceil_div((size_t)m->max_model_len, TR_PAGE_TOKENS);
+    tr_status st = take4(m, (size_t)n_slots, 1, &s->length, err);
+    if (st == TR_OK) st = take4(m, (size_t)n_slots, 1, &s->last_token, err);
+    if (st == TR_OK) st = take4(m, (size_t)n_slots, (size_t)s->max_pages, &s->page_table, err);
+    if (st == TR_OK)
+        st = tr_model_take(m, (size_t)n_slots * sizeof(tr_slot_open), &s->sampling, err);
+    return st;
+}
+
+/* Host tables that every step reads: rope angles, ids that have a token. */
+static tr_status take_tables(tr_model *m, const uint32_t *has_token, tr_err *err)
+{
+    const tr_config *c = m->config;
+    const size_t words = tr_ceil_div((size_t)c->vocab_size, 32);
+    const size_t rope_bytes =
+        (size_t)m->max_model_len * (size_t)c->qk_rope_head_dim * sizeof(float);
+    float *table = malloc(rope_bytes);
+    if (!table)
+        return tr_fail(err, TR_E_MEMORY, "out of memory for the rope table (%zu bytes)",
+                       rope_bytes);
+    tr_config_rope_table(c, m->max_model_len, table);
+    tr_status st = tr_model_take(m, rope_bytes, &m->rope, err);
+    if (st == TR_OK) st = m->ops->upload(m->device, TR_LANE_COPY, m->rope, table, rope_bytes);
+    free(table);
+    if (st == TR_OK) st = tr_model_take(m, words * 4, &m->has_token, err);
+    if (st == TR_OK)
+        st = m->ops->upload(m->device, TR_LANE_COPY, m->has_token, has_token, words * 4);
+    if (st == TR_OK) st = m->ops->order(m->device, TR_LANE_COPY, TR_LANE_MAIN);
+    return st;
+}
+
+tr_status tr_model_allocate(tr_model *m, const tr_model_options *options, const uint32_t *has_token,
+                            tr_err *err)
+{
+    const tr_config *c = m->config;
+    const int layers = m->weights->slice.layers.n;
+    m->n_stripe = stripe_rows((size_t)m->max_model_len * 4, 1, m->max_rows);
+    m->n_head_chunk = stripe_rows((size_t)c->vocab_size * 4, 16, m->max_rows);
+
+    tr_status st = take_slots(m, options->n_slots, err);
+    if (st == TR_OK) st = take_workspace(m, err);
+    if (st == TR_OK) st = take_tables(m, has_token, err);
+    if (st != TR_OK) return st;
+
+    /* More pages than every slot at full length can use are never touched. */
+    size_t useful = (size_t)m->slots.n_slots * (size_t)m->slots.max_pages;
+    size_t pages = (size_t)options->n_pages;
+    const size_t page_bytes = tr_cache_page_bytes(c, layers, options->kv_dtype);
+    if (options->n_pages == 0) pages = options->cache_bytes / page_bytes;
+    if (pages > useful) pages = useful;
+    if (pages < 1)
+        return tr_fail(err, TR_E_MEMORY,
+                       "the cache budget of %.1f MB does not hold one page of %.1f MB (64 tokens)",
+                       (double)options->cache_bytes * 1e-6, (double)page_bytes * 1e-6);
+    return tr_cache_create(&m->cache, m->ops, m->device, c, layers, options->kv_dtype, (int)pages,
+                           err);
+}

@@ -1,0 +1,124 @@
+/* Inside of the model: what model.c, layer.c, attention.c and ffn.c share. Not for others (tests use the probe). */
+#ifndef TR_MODEL_MODEL_PRIV_H
+#define TR_MODEL_MODEL_PRIV_H
+
+#include "model/model.h"
+
+/* One id per operation, for its profiling region. */
+typedef enum tr_op_id {
+#define TR_OP_ID(name) TR_OP_ID_##name,
+    TR_OPS(TR_OP_ID)
+#undef TR_OP_ID
+        TR_N_OPS
+} tr_op_id;
+
+/* Activations of one step, fp32 on the CPU, N = max_rows. Allocated once; a step in flight owns them while it runs on the
+ * main lane, in order, so one set serves every step of the ring. */
+typedef struct tr_workspace {
+    float *hidden;    /* [N, hidden] residual stream */
+    float *normed;    /* [N, hidden] input of a block */
+    float *block_out; /* [N, hidden] output of a block, added to the residual by the next norm */
+    float *q_latent;  /* [N, q_lora] */
+    float *q;         /* [N, heads, nope + rope] */
+    float *kv_a;      /* [N, kv_lora + rope] */
+    float *index_k;   /* [N, index_dim] */
+    float *index_q;   /* [N, index_heads, index_dim] before rope */
+    void *index_q8;   /* the same, quantised (f32 with an f32 cache) */
+    float *index_w;   /* [N, index_heads] */
+    float *score;     /* [n_stripe, max_model_len] */
+    int32_t *top_position, *top_row; /* [N, index_topk] */
+    int32_t *n_selected;             /* [N] */
+    float *q_absorbed;               /* [N, heads, kv_lora + rope] */
+    float *u;                        /* [N, heads, kv_lora] */
+    float *attended;                 /* [N, heads, v] */
+    float *gate_up;                  /* [N, 2 inner] dense MLP or shared expert */
+    float *inner;                    /* [N, inner] */
+    float *router;                   /* [N, experts] */
+    int32_t *expert;                 /* [N, k] */
+    float *weight;                   /* [N, k] */
+    int32_t *start;                  /* [local experts + 1] */
+    int32_t *pair;                   /* [N * k] */
+    float *expert_out;               /* [N * k, hidden] */
+    int32_t *n_head;                 /* one word: live rows of a head chunk */
+    float *head_in;                  /* [n_head_chunk, hidden] */
+    float *logits;                   /* [n_head_chunk, vocab] */
+    void *scratch;                   /* of the operation that runs */
+    size_t scratch_bytes;
+} tr_workspace;
+
+enum { TR_MODEL_ALLOCATIONS = 64 };
+
+struct tr_model {
+    const tr_config *config;
+    const tr_weights *weights;
+    tr_device *device;
+    const tr_ops *ops;
+    tr_groups groups;
+    tr_regions *regions;
+    const tr_probe *probe;
+
+    int max_rows, n_stripe, n_head_chunk, max_model_len;
+    int heads; /* this rank's */
+    float attention_scale;
+    tr_cache *cache;
+    tr_share *share_key, *share_latent;
+    tr_slots slots;
+    float *rope;         /* [max_model_len, d_rope / 2, 2] */
+    uint32_t *has_token; /* bit per id */
+    tr_workspace ws;
+
+    void *owned[TR_MODEL_ALLOCATIONS]; /* device memory to release */
+    int n_owned;
+    size_t owned_bytes;
+
+    int region_op[TR_N_OPS], region_step, region_attention, region_dense, region_moe, region_head,
+        region_comm;
+    double note_bytes,
+        note_flops; /* what the next operation moves and computes; cleared when it ends */
+};
+
+/* The rows of the step that runs: live count on the host, for bytes and flops and for skipping what has nothing to do. */
+typedef struct tr_pass {
+    const tr_plan *plan;
+    tr_rows rows;
+    int n; /* live rows */
+} tr_pass;
+
+/* Run an operation on the main lane as a region of its name; an error names it. */
+#define TR_RUN(model, op, err, ...)                                                                \
+    (tr_region_begin((model)->regions, (model)->region_op[TR_OP_ID_##op]),                         \
+     tr_model_ran((model), #op,                                                                    \
+                  (model)->ops->op((model)->device, TR_LANE_MAIN,                                  \
+                                   &(const struct tr_##op##_args){__VA_ARGS__}),                   \
+                  err))
+tr_status tr_model_ran(tr_model *m, const char *op, tr_status st, tr_err *err);
+
+/* out = in w^T for all rows of the pass. */
+tr_status tr_model_linear(tr_model *m, const tr_pass *p, const tr_linear *w, const float *in,
+                          float *out, tr_err *err);
+/* Sum of [n, hidden] over a group, begun and awaited. */
+tr_status tr_model_reduce(tr_model *m, const tr_pass *p, tr_comm *group, float *x, tr_err *err);
+/* Show a named intermediate to the probe, if there is one. */
+void tr_model_show(tr_model *m, const char *name, int layer, int i_row, int n_rows, int n_cols,
+                   size_t ld, void *data);
+
+/* layer.c: one decoder layer; the residual is ws.hidden, block_out of the layer before is still to be added. i_layer counts this
+ * stage's layers, `layer` is the model's number. */
+tr_status tr_layer_forward(tr_model *m, const tr_pass *p, int i_layer, int layer, const float *add,
+                           tr_err *err);
+/* attention.c: ws.normed -> ws.block_out. */
+tr_status tr_attention_forward(tr_model *m, const tr_pass *p, const tr_attention_weights *w,
+                               tr_kv_layer kv, int layer, tr_err *err);
+/* ffn.c: ws.normed -> ws.block_out. */
+tr_status tr_dense_forward(tr_model *m, const tr_pass *p, const tr_mlp_weights *w, tr_err *err);
+tr_status tr_moe_forward(tr_model *m, const tr_pass *p, const tr_moe_weights *w, int layer,
+                         tr_err *err);
+
+/* memory.c: everything a model allocates, at creation. */
+tr_status tr_model_allocate(tr_model *m, const tr_model_options *options, const uint32_t *has_token,
+                            tr_err *err);
+tr_status tr_model_take(tr_model *m, size_t bytes, void *out,
+                        tr_err *err); /* out: the address of a pointer */
+void tr_model_release(tr_model *m);
+
+#endif

@@ -1,0 +1,261 @@
+/* The engine with the trained checkpoint: what a request gets does not depend on its neighbours, on how its prompt is cut, on
+ * preemption, on how many steps are in flight or on the number of threads, to the last bit. */
+#include "config.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine/engine.h"
+#include "fixture.h"
+#include "vectors.h"
+
+enum { N_REQUESTS = 16, MAX_LEN = 1024, EOS = 2026 };
+
+typedef struct setting { /* of one run; 0: the default */
+    tr_dtype dtype;
+    int max_batch_tokens, ring, n_threads, n_pages;
+    uint64_t only; /* this request alone; 0: all (ids count from 1) */
+} setting;
+
+typedef struct result {
+    int n_choices;
+    tr_event *event;
+} result;
+
+static json_t *cases;
+
+static tr_request *make_request(uint64_t id)
+{
+    const json_t *c = json_array_get(cases, (id - 1) % json_array_size(cases));
+    const json_t *ids = json_object_get(c, "prompt_ids");
+    tr_request *r = calloc(1, sizeof *r);
+    assert_non_null(r);
+    r->id = id;
+    r->n_prompt = json_array_size(ids);
+    r->prompt = malloc(r->n_prompt * sizeof *r->prompt);
+    for (size_t i = 0; i < r->n_prompt; i++)
+        r->prompt[i] = (int32_t)json_integer_value(json_array_get(ids, i));
+    r->params = (tr_params){.n = 1,
+                            .key = id * 77,
+                            .temperature = 1,
+                            .top_p = 0.95f,
+                            .max_tokens = 40,
+                            .repetition = 1,
+                            .ignore_eos = id % 2 == 0,
+                            .n_logprobs = 3,
+                            .n_prompt_logprobs = -1};
+    switch (id % 8) { /* every kind of work somewhere in the batch */
+    case 1:
+        r->params.temperature = 0;
+        break;
+    case 2:
+        r->params.n = 3;
+        break;
+    case 3:
+        r->params.n_prompt_logprobs = 2;
+        break;
+    case 4:
+        r->params.frequency = 0.5f;
+        r->params.repetition = 1.2f;
+        break;
+    case 5:
+        r->params.min_p = 0.05f;
+        r->params.top_k = 20;
+        break;
+    case 6:
+        r->params.max_tokens = 0;
+        r->params.n_prompt_logprobs = 0;
+        break;
+    case 7:
+        r->params.n = 2;
+        r->params.min_tokens = 10;
+        r->params.n_prompt_logprobs = 0;
+        break;
+    default:
+        break;
+    }
+    return r;
+}
+
+static void run(const setting *s, result *results)
+{
+    char dir[512];
+    tr_fixture f;
+    tr_engine *engine;
+    tr_event *event;
+    tr_err err = {0};
+    const int n_slots = 12;
+    tr_fixture_options options = {.dir = tr_source_path(dir, sizeof dir, "models/tiny"),
+                                  .kv_dtype = s->dtype,
+                                  .max_model_len = MAX_LEN,
+                                  .n_slots = n_slots,
+                                  .max_rows = 512 + n_slots,
+                                  .n_threads = s->n_threads};
+    assert_int_equal(tr_fixture_open(&f, &options), 0);
+    if (s->n_pages > 0) { /* a small pool: another model on the same weights */
+        tr_step_free(&f.step, f.model);
+        tr_model_free(f.model);
+        const tr_groups groups = {f.self, f.self, f.self};
+        const tr_model_options model = {.kv_dtype = s->dtype,
+                                        .max_rows = 512 + n_slots,
+                                        .n_slots = n_slots,
+                                        .max_model_len = MAX_LEN,
+                                        .n_pages = s->n_pages};
+        assert_int_equal(tr_model_create(&f.model, &f.config, f.weights, f.device, f.ops, &groups,
+                                         &model, f.has_token, &f.regions, &err),
+                         TR_OK);
+        assert_int_equal(tr_step_create(&f.step, f.model, &err), TR_OK);
+    }
+    const tr_engine_options eo = {.max_batch_tokens =
+                                      s->max_batch_tokens ? s->max_batch_tokens : 512,
+                                  .max_sequences = n_slots,
+                                  .max_model_len = MAX_LEN,
+                                  .ring = s->ring ? s->ring : 1,
+                                  .queue_max = 2 * N_REQUESTS,
+                                  .eos = EOS,
+                                  .bos = -1,
+                                  .pad = -1,
+                                  .is_leader = true};
+    if (tr_engine_create(&engine, f.model, NULL, f.self, &eo, NULL, &f.regions, &err) != TR_OK)
+        fail_msg("%s", err.text);
+    for (uint64_t id = 1; id <= N_REQUESTS; id++)
+        if (s->only == 0 || s->only == id)
+            assert_int_equal(tr_engine_submit(engine, make_request(id), &err), TR_OK);
+    tr_engine_close(engine);
+    if (tr_engine_run(engine, &err) != TR_OK) fail_msg("%s", err.text);
+    while (tr_engine_take(engine, &event, 0) == 1) {
+        if (event->kind != TR_EVENT_DONE)
+            fail_msg("request %d: %s", (int)event->request->id, event->message);
+        assert_null(results[event->request->id].event);
+        results[event->request->id] = (result){event->n_choices, event};
+    }
+    const tr_engine_stats stats = tr_engine_stats_get(engine);
+    assert_int_equal(stats.pages_held, 0);
+    if (s->n_pages > 0) assert_true(stats.preemptions > 0);
+    tr_engine_free(engine);
+    tr_fixture_close(&f);
+}
+
+static void same_scores(const tr_scores *a, const tr_scores *b, int id)
+{
+    if (a->n != b->n || a->n_top != b->n_top)
+        fail_msg("request %d: %d scores, %d scores", id, a->n, b->n);
+    if (a->n == 0) return;
+    const size_t n = (size_t)a->n, top = n * (size_t)a->n_top;
+    if (memcmp(a->logprob, b->logprob, n * sizeof *a->logprob) != 0)
+        fail_msg("request %d: log-probabilities differ", id);
+    if (memcmp(a->rank, b->rank, n * sizeof *a->rank) != 0)
+        fail_msg("request %d: ranks differ", id);
+    if (top > 0 && (memcmp(a->top_token, b->top_token, top * 4) != 0 ||
+                    memcmp(a->top_logprob, b->top_logprob, top * 4) != 0))
+        fail_msg("request %d: alternatives differ", id);
+}
+
+static void same(const result *a, const result *b, int id)
+{
+    assert_non_null(a->event);
+    assert_non_null(b->event);
+    assert_int_equal(a->n_choices, b->n_choices);
+    same_scores(&a->event->prompt_scores, &b->event->prompt_scores, id);
+    for (int i = 0; i < a->n_choices; i++) {
+        const tr_choice *x = &a->event->choice[i], *y = &b->event->choice[i];
+        if (x->n_token != y->n_token ||
+            (x->n_token > 0 && memcmp(x->token, y->token, (size_t)x->n_token * 4) != 0))
+            fail_msg("request %d, choice %d: other tokens (%d and %d)", id, i, x->n_token,
+                     y->n_token);
+        assert_int_equal(x->finish, y->finish);
+        same_scores(&x->scores, &y->scores, id);
+    }
+}
+
+static void forget(result *results)
+{
+    for (int i = 0; i <= N_REQUESTS; i++)
+        tr_event_free(results[i].event);
+    memset(results, 0, (N_REQUESTS + 1) * sizeof *results);
+}
+
+/* All sixteen together is the yardstick of every other way. */
+static void independent(tr_dtype dtype)
+{
+    static const setting ways[] = {
+        {.max_batch_tokens = 7}, {.ring = 2},
+        {.n_threads = 1},        {.n_threads = 3, .max_batch_tokens = 100},
+        {.n_pages = 24},         {.n_pages = 24, .ring = 2, .max_batch_tokens = 64}};
+    result together[N_REQUESTS + 1] = {0}, other[N_REQUESTS + 1] = {0};
+    run(&(setting){.dtype = dtype}, together);
+    for (size_t i = 0; i < sizeof ways / sizeof *ways; i++) {
+        setting s = ways[i];
+        s.dtype = dtype;
+        run(&s, other);
+        for (int id = 1; id <= N_REQUESTS; id++)
+            same(&together[id], &other[id], id);
+        forget(other);
+    }
+    for (uint64_t id = 1; id <= N_REQUESTS; id += 3) {
+        run(&(setting){.dtype = dtype, .only = id}, other);
+        same(&together[id], &other[id], (int)id);
+        forget(other);
+    }
+    forget(together);
+}
+
+static void test_f32(void **state)
+{
+    (void)state;
+    independent(TR_F32);
+}
+
+static void test_fp8(void **state)
+{
+    (void)state;
+    independent(TR_E4M3);
+}
+
+/* The choices of one request differ from each other, and equal choices would show a key that is not mixed in. */
+static void test_choices(void **state)
+{
+    result results[N_REQUESTS + 1] = {0};
+    (void)state;
+    run(&(setting){.dtype = TR_E4M3, .only = 10},
+        results); /* n = 3, a text prompt, temperature 1 */
+    const tr_choice *c = results[10].event->choice;
+    assert_int_equal(results[10].n_choices, 3);
+    assert_true(c[0].n_token > 4 && c[1].n_token > 4);
+    assert_true(c[0].n_token != c[1].n_token ||
+                memcmp(c[0].token, c[1].token, (size_t)c[0].n_token * 4) != 0);
+    forget(results);
+}
+
+static int read_cases(void **state)
+{
+    char path[512];
+    (void)state;
+    cases = tr_read_json(tr_vector_path(path, sizeof path, "tiny/generation.json"));
+    return cases ? 0 : -1;
+}
+
+static int drop_cases(void **state)
+{
+    (void)state;
+    json_decref(cases);
+    return 0;
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_f32),
+        cmocka_unit_test(test_fp8),
+        cmocka_unit_test(test_choices),
+    };
+    return cmocka_run_group_tests(tests, read_cases, drop_cases);
+}
