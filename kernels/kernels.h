@@ -325,7 +325,7 @@ struct tr_moe_combine_args {
  * a token, then temperature, min_p, top_k, top_p (each on what the one before left, renormalised) and draw with Philox
  * keyed by (slot's key, position); greedy is argmax, ties to the smaller id. logits stay as they are.
  * token_out[head row]: the token; -1 where a target was given; -2 where the row's logits hold a NaN or Inf (target
- * rows too). A sampled token also becomes slots.last_token. */
+ * rows too), or where changes and mask leave no id. A sampled token also becomes slots.last_token. */
 struct tr_sample_args {
     const tr_rows *rows;
     int i_head, n_rows, n_vocab;
@@ -335,6 +335,8 @@ struct tr_sample_args {
     tr_slots slots;
     const tr_plan *plan; /* changes */
     int32_t *token_out;  /* [n_head] */
+    void *workspace;
+    size_t workspace_bytes; /* sample_workspace(...) */
 };
 /* Log-softmax of the raw logits, before any change: of the sampled token or the target; its rank (1: best; ties count
  * smaller ids as better); and the n best (descending, ties smaller id). n per row from the slot's sampling parameters
@@ -384,6 +386,7 @@ typedef struct tr_ops {
     tr_status (*linear_pack)(tr_device *, tr_linear *dst, const tr_linear_src *src);
     size_t (*moe_workspace)(int n_max, int k, int d, int d_inner);
     size_t (*sparse_mla_workspace)(int n_max, int n_heads, int d_latent);
+    size_t (*sample_workspace)(int n_rows, int n_vocab);
     TR_OPS(TR_OP) /* the network */
 } tr_ops;
 

@@ -83,7 +83,7 @@ static int forward(tr_fixture *f, int max_context)
 int tr_fixture_slot(tr_fixture *f, int slot, int n_logprobs)
 {
     const tr_plan_limits limits = tr_model_limits(f->model);
-    tr_plan_begin(f->builder, f->n_steps++, 0);
+    tr_plan_begin(f->builder, f->n_steps++, TR_PLAN_IDLE);
     tr_plan_add_open(f->builder, (tr_slot_open){.key = 1,
                                                 .slot = slot,
                                                 .n_logprobs = n_logprobs,
@@ -102,7 +102,8 @@ int tr_fixture_slot(tr_fixture *f, int slot, int n_logprobs)
 }
 
 int tr_fixture_run(tr_fixture *f, int slot, const int32_t *tokens, int position, int n,
-                   int n_logits, int form, int32_t *token_out, float *logprob_out)
+                   int n_logits, int form, const int32_t *targets, int32_t *token_out,
+                   float *logprob_out)
 {
     const int k = f->config.index_topk;
     if (form == TR_FORM_AUTO && position < k && position + n > k) {
@@ -110,7 +111,7 @@ int tr_fixture_run(tr_fixture *f, int slot, const int32_t *tokens, int position,
         const int n_dense = k - position, n_late = n - n_dense;
         const int late_logits = n_logits < n_late ? n_logits : n_late,
                   early_logits = n_logits - late_logits;
-        if (tr_fixture_run(f, slot, tokens, position, n_dense, early_logits, form, token_out,
+        if (tr_fixture_run(f, slot, tokens, position, n_dense, early_logits, form, targets, token_out,
                            logprob_out))
             return -1;
         return tr_fixture_run(f, slot, tokens + n_dense, k, n_late, late_logits, form,

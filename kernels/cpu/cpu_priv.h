@@ -10,7 +10,7 @@
 
 enum { TR_PANEL = 16 }; /* output rows of one weight panel */
 
-typedef enum tr_isa { TR_ISA_PLAIN, TR_ISA_AVX2, TR_ISA_AVX512 } tr_isa;
+typedef enum tr_isa { TR_ISA_PLAIN, TR_ISA_AVX2, TR_ISA_AVX512, TR_N_ISAS } tr_isa;
 
 /* One matrix product on packed weights, whole panels: y[r, o] = sum_i x[row(r), i] w[i_mat][o, i] for outputs of panels
  * [panel_begin, panel_end), row(r) = row_index ? row_index[r] : r. Each output has one accumulator per 128-block of k and
@@ -21,8 +21,9 @@ typedef struct tr_gemm {
     const float *x;
     size_t ldx;
     const int32_t *row_index;
-    float *y; /* row r at y + r * ldy */
+    float *y; /* row r at y + out(r) * ldy, out(r) = out_index ? out_index[r] : r */
     size_t ldy;
+    const int32_t *out_index;
     int n_rows;
 } tr_gemm;
 
@@ -30,6 +31,8 @@ typedef struct tr_gemm {
 typedef struct tr_cpu_kernels {
     /* One thread. */
     void (*gemm)(const tr_gemm *g, int panel_begin, int panel_end);
+    /* Where gemm wants code (lane, k) of an e4m3 group: byte order[lane * 4 + k % 4] of 64 (packed.h). */
+    const uint8_t *e4m3_order;
     /* sum_i a[i] b[i] in a fixed order (of its own per instruction set). */
     float (*dot)(const float *a, const float *b, int n);
     /* y += a x */
@@ -43,34 +46,59 @@ typedef struct tr_cpu_kernels {
     const struct tr_attention_kernels *attention;
 } tr_cpu_kernels;
 
+struct tr_cpu_block; /* one allocation, cpu.c */
+
 struct tr_device {
     int n_threads;
     tr_isa isa;
     tr_cpu_kernels k;
     uint64_t ticket;
+    struct tr_cpu_block *blocks; /* everything alloc gave and release has not taken back */
     char error[256];
     char describe[64];
 };
 
 static inline int tr_n_panels(int n_out)
 {
-    return (n_out + TR_PANEL - 1) / TR_PANEL;
+    return n_out / TR_PANEL + (n_out % TR_PANEL != 0);
+}
+
+/* Keeps the text for tr_ops.error; returns `status`. */
+tr_status tr_cpu_fail(tr_device *d, tr_status status, const char *fmt, ...)
+    __attribute__((format(printf, 3, 4)));
+
+/* Rows of a step: *n, never more than the capacity. */
+static inline int tr_live_rows(const int32_t *n, int n_max)
+{
+    return *n < 0 ? 0 : *n < n_max ? *n : n_max;
+}
+
+/* Threads for `work` multiply-adds (or the like): opening a parallel region costs some microseconds, so small work
+ * stays on the calling thread. */
+static inline int tr_threads_for(const tr_device *d, double work)
+{
+    return work < 20000.0 ? 1 : d->n_threads;
 }
 
 /* Whole product over all threads of the device (opens a parallel region), panels spread statically. */
 void tr_cpu_gemm_all(tr_device *d, const tr_gemm *g);
+
+/* One thread: out = silu(gate) * up, n numbers; out may be gate. */
+void tr_swiglu_row(const tr_device *d, float *out, const float *gate, const float *up, int n);
 
 /* The tables of the instruction sets; the SIMD ones exist only where TR_HAVE_X86_SIMD is defined. */
 extern const tr_cpu_kernels tr_cpu_plain, tr_cpu_avx2, tr_cpu_avx512;
 extern const struct tr_attention_kernels tr_attention_plain, tr_attention_avx2, tr_attention_avx512;
 
 /* The operations, defined across kernels/cpu, collected in cpu.c. */
-#define TR_CPU_OP(name) tr_status tr_cpu_##name(tr_device *, tr_lane, const struct tr_##name##_args *);
+#define TR_CPU_OP(name)                                                                            \
+    tr_status tr_cpu_##name(tr_device *, tr_lane, const struct tr_##name##_args *);
 TR_OPS(TR_CPU_OP)
 
 size_t tr_cpu_linear_bytes(tr_format format, int n_mats, int n_out, int n_in);
 tr_status tr_cpu_linear_pack(tr_device *d, tr_linear *dst, const tr_linear_src *src);
 size_t tr_cpu_moe_workspace(int n_max, int k, int d, int d_inner);
 size_t tr_cpu_sparse_mla_workspace(int n_max, int n_heads, int d_latent);
+size_t tr_cpu_sample_workspace(int n_rows, int n_vocab);
 
 #endif

@@ -225,7 +225,7 @@ static tr_status open_slots(bench *b, int n, int tokens, tr_err *err)
 {
     const int pages = (int)tr_ceil_div((size_t)tokens, TR_PAGE_TOKENS);
     double unused;
-    tr_plan_begin(b->builder, b->n_steps++, 0);
+    tr_plan_begin(b->builder, b->n_steps++, TR_PLAN_IDLE);
     for (int slot = 0; slot < n; slot++) {
         const tr_slot_open open = {.key = (uint64_t)slot,
                                    .slot = slot,

@@ -18,37 +18,38 @@ typedef struct tr_string {
 } tr_string;
 
 typedef struct tr_params { /* chat.md 4.2 */
-    int n;                  /* choices */
-    uint64_t key;           /* the request's Philox key; choice i uses tr_choice_key(key, i) */
+    int n;                 /* choices */
+    uint64_t key;          /* the request's Philox key; choice i uses tr_choice_key(key, i) */
     float temperature, top_p, min_p;
-    int top_k;              /* <= 0: off */
-    int max_tokens;         /* >= 0, already at most what the context leaves; 0: scoring only */
+    int top_k;      /* <= 0: off */
+    int max_tokens; /* >= 0, already at most what the context leaves; 0: scoring only */
     int min_tokens;
     bool ignore_eos, include_stop;
     float presence, frequency, repetition; /* 0, 0, 1: off */
-    tr_bias *bias;          /* sorted by token, one entry each */
+    tr_bias *bias;                         /* sorted by token, one entry each */
     int n_bias;
     int32_t *stop_token;
     int n_stop_tokens;
-    tr_string *stop;        /* stop strings */
+    tr_string *stop; /* stop strings */
     int n_stop;
-    int n_logprobs;         /* -1: none; 0..20 alternatives of generated tokens */
-    int n_prompt_logprobs;  /* -1: none; 0..20: score the prompt's tokens */
+    int n_logprobs;        /* -1: none; 0..20 alternatives of generated tokens */
+    int n_prompt_logprobs; /* -1: none; 0..20: score the prompt's tokens */
 } tr_params;
 
 typedef struct tr_request { /* owned; tr_request_free */
     uint64_t id;            /* the caller's: line number */
     int32_t *prompt;
-    size_t n_prompt;        /* >= 1 */
+    size_t n_prompt; /* >= 1 */
     tr_params params;
-    bool stream;            /* TR_EVENT_TOKENS wanted (serve) */
-    void *user;             /* the caller's, untouched; free_user (may be NULL) is called by tr_request_free */
+    bool stream; /* TR_EVENT_TOKENS wanted (serve) */
+    void *user;  /* the caller's, untouched; free_user (may be NULL) is called by tr_request_free */
     void (*free_user)(void *user);
 } tr_request;
 
 typedef enum tr_finish { TR_FINISH_STOP, TR_FINISH_LENGTH } tr_finish;
 
-typedef struct tr_scores { /* log-probabilities of a run of tokens; arrays of n (x n_top), NULL where n is 0 */
+typedef struct
+    tr_scores { /* log-probabilities of a run of tokens; arrays of n (x n_top), NULL where n is 0 */
     int n, n_top;
     float *logprob;
     int32_t *rank;
@@ -57,15 +58,16 @@ typedef struct tr_scores { /* log-probabilities of a run of tokens; arrays of n 
 } tr_scores;
 
 typedef struct tr_choice {
-    int32_t *token;      /* as sampled, EOS included */
+    int32_t *token; /* as sampled, EOS included */
     int n_token;
-    tr_scores scores;    /* of token, when n_logprobs >= 0 */
-    char *text;          /* decoded output (chat.md 1.6), stop string removed unless include_stop; EOS, stop tokens, BOS, pad
+    tr_scores scores; /* of token, when n_logprobs >= 0 */
+    char *
+        text; /* decoded output (chat.md 1.6), stop string removed unless include_stop; EOS, stop tokens, BOS, pad
                           * not in it; NULL without a tokenizer */
     size_t n_text;
     tr_finish finish;
-    int32_t stop_token;  /* the token that ended it, -1: none */
-    int stop;            /* index of the stop string that ended it, -1: none */
+    int32_t stop_token; /* the token that ended it, -1: none */
+    int stop;           /* index of the stop string that ended it, -1: none */
 } tr_choice;
 
 typedef enum tr_event_kind { TR_EVENT_TOKENS, TR_EVENT_DONE, TR_EVENT_FAILED } tr_event_kind;
@@ -74,9 +76,10 @@ typedef struct tr_event { /* owned by whoever took it; tr_event_free frees the r
     tr_event_kind kind;
     tr_request *request;
     int n_choices;
-    tr_choice *choice;       /* DONE */
-    tr_scores prompt_scores; /* DONE, n_prompt_logprobs >= 0: n = n_prompt - 1, entry i is of prompt[i + 1] */
-    const char *code;        /* FAILED: "numerical_error", "context_length_exceeded", ... (static) */
+    tr_choice *choice; /* DONE */
+    tr_scores
+        prompt_scores; /* DONE, n_prompt_logprobs >= 0: n = n_prompt - 1, entry i is of prompt[i + 1] */
+    const char *code; /* FAILED: "numerical_error", "context_length_exceeded", ... (static) */
     char message[256];
     uint64_t submitted_ns, first_token_ns, done_ns;
 } tr_event;

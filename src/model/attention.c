@@ -65,7 +65,8 @@ static tr_status make_queries(tr_model *m, const tr_pass *p, const tr_attention_
                   .q_absorbed = m->ws.q_absorbed);
 }
 
-/* Index scores and selection, in stripes of rows so that the scores stay within their buffer. */
+/* Index scores and selection, in stripes of rows so that the scores stay within their buffer. Dense rows select nothing: a
+ * step of dense rows alone needs no lists, but the keys' exchange ends here all the same. */
 static tr_status select_keys(tr_model *m, const tr_pass *p, const tr_attention_weights *w,
                              tr_kv_layer kv, int layer, tr_err *err)
 {
@@ -85,6 +86,7 @@ static tr_status select_keys(tr_model *m, const tr_pass *p, const tr_attention_w
                         .cache_dtype = kv.dtype, .rope = m->rope, .out = m->ws.index_q8);
     }
     if (st == TR_OK) st = tr_share_ready(m->share_key, TR_LANE_MAIN, &keys, err);
+    if (!(p->plan->flags & TR_PLAN_HAS_ABSORBED)) return st;
 
     for (int i = 0; i < p->n && st == TR_OK; i += m->n_stripe) {
         const int n_row = p->n - i < m->n_stripe ? p->n - i : m->n_stripe;
@@ -139,9 +141,7 @@ tr_status tr_attention_forward(tr_model *m, const tr_pass *p, const tr_attention
 {
     tr_status st = write_keys(m, p, w, kv, err);
     if (st == TR_OK) st = make_queries(m, p, w, err);
-    /* Dense rows select nothing; a step of dense rows alone needs no lists. */
-    if (st == TR_OK && (p->plan->flags & TR_PLAN_HAS_ABSORBED))
-        st = select_keys(m, p, w, kv, layer, err);
+    if (st == TR_OK) st = select_keys(m, p, w, kv, layer, err);
     if (st == TR_OK) st = attend(m, p, w, kv, err);
     if (st == TR_OK)
         st = tr_model_linear(m, p, &w->o, m->ws.attended, m->ws.block_out, err); /* [n, hidden] */

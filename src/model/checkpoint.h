@@ -29,8 +29,11 @@ void tr_checkpoint_close(tr_checkpoint *c);
 
 /* NULL: there is none of this name. */
 const tr_tensor *tr_checkpoint_find(const tr_checkpoint *c, const char *name);
+/* All tensors are one array, by shard name and then by offset: tr_checkpoint_tensor(c, i) is tr_checkpoint_tensor(c, 0) + i. */
 size_t tr_checkpoint_count(const tr_checkpoint *c);
 const tr_tensor *tr_checkpoint_tensor(const tr_checkpoint *c, size_t i);
+/* Path of the file a tensor lies in, for messages. */
+const char *tr_checkpoint_path(const tr_checkpoint *c, const tr_tensor *t);
 
 /* Bytes [begin, begin + n) of a tensor into dst. The file's size is checked again: a shard that shrank is TR_E_INPUT
  * naming file and tensor, a failing read TR_E_IO. */

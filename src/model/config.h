@@ -8,6 +8,8 @@
 
 #include "base/err.h"
 
+enum { TR_ROPE_DIM_MAX = 1024 }; /* largest qk_rope_head_dim */
+
 typedef struct tr_config {
     int vocab_size, hidden_size, num_hidden_layers, num_nextn_predict_layers;
     int first_k_dense_replace, moe_layer_freq, intermediate_size, moe_intermediate_size;

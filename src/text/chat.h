@@ -54,11 +54,14 @@ tr_status tr_chat_encode(tr_chat_prompt *out, const tr_jtext *body, const tr_jno
 void tr_chat_prompt_free(tr_chat_prompt *p);
 
 /* Generated text into reasoning and content (chat.md 3.2, without tools: 3.3-3.6 come later). A state machine: feed text in
- * any pieces, then finish. reasoning is meaningful when has_reasoning. Zeroed by begin; buffers freed by free. */
+ * any pieces, then finish. reasoning is meaningful when has_reasoning. A literal <｜end▁of▁sentence｜> ends the text. What is in
+ * the two buffers stays there: it may be sent on at any time. Zeroed by begin; buffers freed by free. When memory ran
+ * out one of the three buffers has failed. */
 typedef struct tr_reasoning {
     int state; /* private */
     bool has_reasoning;
     tr_buf reasoning, content, held;
+    size_t blank; /* private: white space at the front of held */
     size_t reasoning_bytes; /* of the input up to and including </think>; 0: none closed */
     size_t seen;
 } tr_reasoning;

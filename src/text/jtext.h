@@ -32,9 +32,14 @@ const tr_jnode *tr_jtext_child(const tr_jtext *t, const tr_jnode *n); /* first, 
 const tr_jnode *tr_jtext_next(const tr_jtext *t, const tr_jnode *n);  /* sibling, or NULL */
 /* Member by key (escapes in keys count): of repeated ones the last. NULL: absent, or n is no object. */
 const tr_jnode *tr_jtext_member(const tr_jtext *t, const tr_jnode *n, const char *key);
+/* The same, NULL also where the member is null: "not given". */
+const tr_jnode *tr_jtext_given(const tr_jtext *t, const tr_jnode *n, const char *key);
+/* Compared as decoded characters; n's key, n's own value (false where n is no string). Nothing is allocated. */
 bool tr_jtext_key_is(const tr_jtext *t, const tr_jnode *n, const char *key);
+bool tr_jtext_is(const tr_jtext *t, const tr_jnode *n, const char *text);
 
-/* A growing byte string; starts as zeros, freed with free(b.s). ok becomes false when memory ran out and stays so. */
+/* A growing byte string; starts as zeros, freed with free(b.s). failed becomes true when memory ran out and stays so;
+ * what is added then is lost. s, where not NULL, has a NUL behind its n bytes. */
 typedef struct tr_buf {
     char *s;
     size_t n, cap;
@@ -48,8 +53,12 @@ void tr_buf_printf(tr_buf *b, const char *fmt, ...) __attribute__((format(printf
 void tr_jtext_string(const tr_jtext *t, const tr_jnode *n, tr_buf *out);
 void tr_jtext_key(const tr_jtext *t, const tr_jnode *n, tr_buf *out);
 
+/* The members of an object with repeated keys resolved (chat.md 2.3): the last value at the place of the first.
+ * *out (the caller's: free) has *n_out nodes, each with a key span of its own. TR_E_MEMORY. */
+tr_status tr_jtext_members(const tr_jtext *t, const tr_jnode *n, const tr_jnode ***out, size_t *n_out, tr_err *err);
+
 /* Re-spell a value as Python's json.dumps(value, ensure_ascii=False) does (chat.md 2.3). TR_E_INPUT: a number beyond the
- * double range. */
+ * double range, named in the text. TR_E_MEMORY: out has failed. */
 tr_status tr_jtext_respell(const tr_jtext *t, const tr_jnode *n, tr_buf *out, tr_err *err);
 
 /* A JSON string literal of n bytes of UTF-8, with quotes, escaped as in 2.3. Ill-formed bytes must not be in it. */

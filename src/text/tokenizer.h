@@ -32,6 +32,11 @@ bool tr_tokenizer_has(const tr_tokenizer *t, int32_t id);
 bool tr_tokenizer_special(const tr_tokenizer *t, int32_t id);
 /* Bit per id of [0, n_vocab): set where the id has a token; words ceil(n_vocab / 32). */
 void tr_tokenizer_mask(const tr_tokenizer *t, int n_vocab, uint32_t *words);
+/* The text of ids: their bytes joined, ill-formed UTF-8 repaired, NUL-terminated; *text is the caller's (free). Ids
+ * without token give nothing; skip_special leaves out tr_tokenizer_special ones. Never on output that is to be parsed
+ * (chat.md 1.6). TR_E_MEMORY. */
+tr_status tr_decode(const tr_tokenizer *t, const int32_t *ids, size_t n, bool skip_special, char **text, size_t *n_text,
+                    tr_err *err);
 /* 32 hex digits over the file's bytes. */
 const char *tr_tokenizer_identity(const tr_tokenizer *t);
 

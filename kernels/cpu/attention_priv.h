@@ -1,0 +1,107 @@
+/* Inside of the attention operations: the inner loops that exist once per instruction set, and what the operations share.
+ * Included by kernels/cpu/ only (and its unit tests).
+ *
+ * The rule every function here keeps: an output element is made by one sequence of roundings that depends on its own
+ * row and key alone, never on how many rows or keys come along in the call. Tails are lanes of zeros. So rows do not
+ * see each other, nor the chunking of a prompt, nor the number of threads (architecture.md 4). */
+#ifndef TR_KERNELS_CPU_ATTENTION_PRIV_H
+#define TR_KERNELS_CPU_ATTENTION_PRIV_H
+
+#include <assert.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kernels/cpu/cpu_priv.h"
+
+enum {
+    TR_KEY_BLOCK =
+        TR_PAGE_TOKENS, /* keys of one softmax step: from position 0, or along the selected list */
+    TR_ROW_BLOCK = 16,  /* query rows (heads, tokens) that meet a key block together */
+    /* Bounds of the scratch on the threads' stacks: 64 keys of the first are 256 KiB. */
+    TR_D_KEY_MAX = 1024,  /* d_latent + d_rope */
+    TR_D_HEAD_MAX = 512,  /* d_nope + d_rope, d_v */
+    TR_D_INDEX_MAX = 256, /* d_index */
+};
+
+typedef struct tr_tile { /* n rows of numbers, ld apart */
+    const float *x;
+    size_t ld;
+    int n;
+} tr_tile;
+
+/* One thread. Arrays of a key block have room for TR_KEY_BLOCK numbers per row. Any d, n >= 1. */
+struct tr_attention_kernels {
+    /* out[r, s] = q[r] . k[s], rows of out TR_KEY_BLOCK apart. Past k.n, up to a multiple of 16, out is undefined. */
+    void (*dots)(float *out, tr_tile q, tr_tile k, int d);
+    /* y[r] = keep[r] y[r] + sum over s < n_keys[r], ascending, of p[r, s] v[s]. keep 0: y is not read.
+     * y [n_rows, ld_y], p [n_rows, TR_KEY_BLOCK], d numbers per row of y and v. */
+    void (*accumulate)(float *y, size_t ld_y, const float *p, const float *keep, const int *n_keys,
+                       int n_rows, const float *v, size_t ld_v, int d);
+    /* x *= scale; returns the maximum. */
+    float (*scale_max)(float *x, float scale, int n);
+    float (*sum)(const float *x, int n);
+    /* acc[s] += sum over h of w[h] relu(dots[h, s]), h ascending, for all TR_KEY_BLOCK keys; relu(NaN) is NaN. */
+    void (*relu_add)(float *acc, const float *dots, const float *w, int n_heads);
+    /* score[s] = acc[s] * key_scale[s] (NULL: 1), -0.0 made +0.0 and NaN made -inf. n <= TR_KEY_BLOCK */
+    void (*index_score)(float *score, const float *acc, const float *key_scale, int n);
+    float (*max_abs)(const float *x, int n);
+    /* e4m3 of x * factor, factor a power of two; the codes are tr_f32_to_e4m3's. */
+    void (*to_e4m3)(uint8_t *out, const float *x, float factor, int n);
+    /* And back, times scale: one rounding. NaN codes give NaN. */
+    void (*expand_e4m3)(float *out, const uint8_t *in, float scale, int n);
+};
+
+static inline const struct tr_attention_kernels *tr_attention_of(const tr_device *d)
+{
+    return d->k.attention ? d->k.attention : &tr_attention_plain;
+}
+
+/* Dimensions the scratch and the record formats can hold; flags that the CPU has no use for. TR_E_USAGE if not. */
+tr_status tr_attention_check_kv(tr_device *d, const char *name, const tr_kv_layer *kv);
+tr_status tr_attention_check_wait(tr_device *d, const char *name, const tr_await *await);
+
+/* A pad row sees no keys and writes none. */
+static inline int tr_row_is_pad(const tr_rows *rows, int i)
+{
+    return rows->write[i] < 0;
+}
+
+/* End of the rows [i_row, i_row + n_row) that exist. */
+static inline int tr_row_end(const tr_rows *rows, int i_row, int n_row)
+{
+    int n = tr_live_rows(rows->n, rows->n_max);
+    return n - i_row < n_row ? n : i_row + n_row;
+}
+
+/* kv_write.c: cache records read back, one thread. Latent row i_row (page * 64 + offset): [c | k_pe] as fp32. */
+void tr_latent_read(const tr_device *d, const tr_kv_layer *kv, int64_t i_row, float *out);
+/* The first n index keys of a page, [n, d_index]: in place where they are fp32 (scale NULL), else expanded to scratch. */
+typedef struct tr_index_keys {
+    const float *key, *scale;
+} tr_index_keys;
+tr_index_keys tr_index_page_read(const tr_device *d, const tr_kv_layer *kv, int page, int n,
+                                 float *scratch);
+
+/* e4m3 codes of x (n at most 128: one scale), returns the scale. */
+float tr_quantise(const struct tr_attention_kernels *k, uint8_t *out, const float *x, int n);
+/* Where an e4m3 index key and its scale lie. */
+typedef struct tr_index_slot {
+    uint8_t *code;
+    float *scale;
+} tr_index_slot;
+tr_index_slot tr_index_at(const tr_kv_layer *kv, int64_t i_row);
+
+/* indexer.c: steps 3 and 4 of model.md 4. */
+void tr_hadamard(float *x, int d); /* d a power of two */
+/* bf16 rounding, Hadamard, bf16 rounding, e4m3; returns the scale. x is overwritten. One thread. */
+float tr_index_quantise(const tr_device *d, uint8_t *out, float *x, int d_index);
+
+/* mla.c: one step of an online softmax. p [64]: dot products in, exp(scale p - max) out. Updates *max (start: -inf)
+ * and *sum (start: 0); returns the factor for what was accumulated so far, 0 at the start. */
+float tr_softmax_step(const tr_device *d, float *p, int n, float scale, float *max, float *sum);
+
+/* mla.c: a product per head: g's y = W[h] x for h < n_heads, x and y of head h x_step and y_step floats further,
+ * panels of all heads spread over the threads. g->i_mat is not used. */
+void tr_gemm_heads(const tr_device *d, const tr_gemm *g, int n_heads, size_t x_step, size_t y_step);
+
+#endif

@@ -1,0 +1,274 @@
+#include "config.h"
+
+#include "kernels/kernels.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <omp.h>
+
+#include "base/size.h"
+#include "kernels/cpu/cpu_priv.h"
+
+/* ---- what a cache row and page are (kernels.h) ---- */
+
+size_t tr_kv_row_bytes(tr_dtype dtype, int d_latent, int d_rope)
+{
+    size_t latent = (size_t)d_latent, rope = (size_t)d_rope;
+    if (dtype == TR_E4M3) return latent + tr_ceil_div(latent, 128) * sizeof(float) + 2 * rope;
+    return (latent + rope) * (dtype == TR_BF16 ? 2 : 4);
+}
+
+size_t tr_index_page_bytes(tr_dtype dtype, int d_index)
+{
+    size_t d = (size_t)d_index;
+    return TR_PAGE_TOKENS * (dtype == TR_F32 ? d * sizeof(float) : d + sizeof(float));
+}
+
+/* ---- memory: plain heap, in a list so that close finds what release has not ---- */
+
+enum { ALIGN = 64 };
+
+typedef struct tr_cpu_block {
+    struct tr_cpu_block *next, *previous;
+    void *base; /* what free wants */
+} block;
+
+static tr_status cpu_alloc(tr_device *d, size_t bytes, int symmetric, void **out)
+{
+    size_t whole;
+    (void)symmetric;
+    *out = NULL;
+    /* calloc gives fresh pages of a large block untouched: the thread that fills them first places
+     * them. */
+    void *base = tr_add(&whole, bytes, sizeof(block) + ALIGN) ? calloc(1, whole) : (void *)NULL;
+    if (!base) return tr_cpu_fail(d, TR_E_MEMORY, "out of memory: %zu bytes", bytes);
+    uintptr_t at = ((uintptr_t)base + sizeof(block) + ALIGN - 1) / ALIGN * ALIGN;
+    block *b = (block *)at - 1;
+    *b = (block){.next = d->blocks, .base = base};
+    if (d->blocks) d->blocks->previous = b;
+    d->blocks = b;
+    *out = (void *)at;
+    return TR_OK;
+}
+
+static void cpu_release(tr_device *d, void *p)
+{
+    if (!p) return;
+    block *b = (block *)p - 1;
+    if (b->next) b->next->previous = b->previous;
+    if (b->previous)
+        b->previous->next = b->next;
+    else
+        d->blocks = b->next;
+    free(b->base);
+}
+
+static tr_status cpu_upload(tr_device *d, tr_lane lane, void *dst, const void *pinned, size_t n)
+{
+    (void)d, (void)lane;
+    if (n) memcpy(dst, pinned, n);
+    return TR_OK;
+}
+
+static tr_status cpu_download(tr_device *d, tr_lane lane, void *pinned, const void *src, size_t n)
+{
+    (void)d, (void)lane;
+    if (n) memcpy(pinned, src, n);
+    return TR_OK;
+}
+
+/* ---- order: operations run at the call, so lanes are in order and every ticket is done ---- */
+
+static tr_status cpu_order(tr_device *d, tr_lane before, tr_lane after)
+{
+    (void)d, (void)before, (void)after;
+    return TR_OK;
+}
+
+static uint64_t cpu_ticket(tr_device *d, tr_lane lane)
+{
+    (void)lane;
+    return ++d->ticket;
+}
+
+static int cpu_done(tr_device *d, tr_lane lane, uint64_t ticket)
+{
+    (void)lane;
+    return ticket <= d->ticket;
+}
+
+static const char *cpu_error(const tr_device *d)
+{
+    return d->error;
+}
+
+tr_status tr_cpu_fail(tr_device *d, tr_status status, const char *fmt, ...)
+{
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(d->error, sizeof d->error, fmt, args);
+    va_end(args);
+    return status;
+}
+
+static void cpu_close(tr_device *d)
+{
+    if (!d) return;
+    for (block *b = d->blocks, *next; b; b = next) {
+        next = b->next;
+        free(b->base);
+    }
+    free(d);
+}
+
+#define OPERATION(name) .name = tr_cpu_##name,
+static const tr_ops cpu_ops = {
+    .name = "cpu",
+    .caps = 0,
+    .alloc = cpu_alloc,
+    .release = cpu_release,
+    .upload = cpu_upload,
+    .download = cpu_download,
+    .order = cpu_order,
+    .ticket = cpu_ticket,
+    .done = cpu_done,
+    .error = cpu_error,
+    .close = cpu_close,
+    .linear_bytes = tr_cpu_linear_bytes,
+    .linear_pack = tr_cpu_linear_pack,
+    .moe_workspace = tr_cpu_moe_workspace,
+    .sparse_mla_workspace = tr_cpu_sparse_mla_workspace,
+    .sample_workspace = tr_cpu_sample_workspace,
+    /* clang-format off */
+    TR_OPS(OPERATION)
+    /* clang-format on */
+};
+
+/* ---- the instruction set ---- */
+
+static const char *const isa_name[TR_N_ISAS] = {"plain", "avx2", "avx512"};
+
+#ifdef TR_HAVE_X86_SIMD
+static int cpu_has(tr_isa isa)
+{
+    switch (isa) {
+    case TR_ISA_AVX2:
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+               __builtin_cpu_supports("f16c");
+    case TR_ISA_AVX512:
+        return cpu_has(TR_ISA_AVX2) && __builtin_cpu_supports("avx512f") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512dq");
+    case TR_ISA_PLAIN:
+    case TR_N_ISAS:
+        break;
+    }
+    return isa == TR_ISA_PLAIN;
+}
+
+/* Worst first; a table's NULL entries come from those before it (merge). */
+static const tr_cpu_kernels *const tables[TR_N_ISAS] = {&tr_cpu_plain, &tr_cpu_avx2,
+                                                        &tr_cpu_avx512};
+#else
+static int cpu_has(tr_isa isa)
+{
+    return isa == TR_ISA_PLAIN;
+}
+static const tr_cpu_kernels *const tables[TR_N_ISAS] = {&tr_cpu_plain};
+#endif
+
+static tr_status choose_isa(tr_isa *out, const char *name, tr_err *err)
+{
+    if (!name) {
+        for (int i = TR_N_ISAS - 1; i >= 0; i--)
+            if (cpu_has((tr_isa)i)) {
+                *out = (tr_isa)i;
+                return TR_OK;
+            }
+    }
+    for (int i = 0; name && i < TR_N_ISAS; i++) {
+        if (strcmp(name, isa_name[i]) != 0) continue;
+        *out = (tr_isa)i;
+        if (cpu_has(*out)) return TR_OK;
+        return tr_fail(err, TR_E_USAGE, "instruction set %s: not in this CPU or this build", name);
+    }
+    return tr_fail(err, TR_E_USAGE, "instruction set '%s' is none of plain, avx2, avx512",
+                   name ? name : "");
+}
+
+/* gemm and the order of its weights belong together; the rest may come from a lower table. */
+static tr_cpu_kernels merge(tr_isa isa)
+{
+    tr_cpu_kernels k = *tables[isa];
+    for (int i = (int)isa - 1; i >= 0; i--) {
+        const tr_cpu_kernels *low = tables[i];
+        if (!k.gemm) k.gemm = low->gemm, k.e4m3_order = low->e4m3_order;
+        if (!k.dot) k.dot = low->dot;
+        if (!k.axpy) k.axpy = low->axpy;
+        if (!k.expand_e4m3) k.expand_e4m3 = low->expand_e4m3;
+        if (!k.expand_bf16) k.expand_bf16 = low->expand_bf16;
+        if (!k.exp_sub) k.exp_sub = low->exp_sub;
+        if (!k.attention) k.attention = low->attention;
+    }
+    return k;
+}
+
+/* ---- opening ---- */
+
+/* A backend that lacks an operation is refused here, not found out in a step. */
+static tr_status check_ops(const tr_ops *ops, tr_err *err)
+{
+    const char *missing = NULL;
+#define HAVE(entry)                                                                                \
+    if (!ops->entry) missing = #entry;
+    /* clang-format off */
+    HAVE(alloc) HAVE(release) HAVE(upload) HAVE(download) HAVE(order) HAVE(ticket) HAVE(done)
+    HAVE(error) HAVE(close) HAVE(linear_bytes) HAVE(linear_pack) HAVE(moe_workspace)
+    HAVE(sparse_mla_workspace) HAVE(sample_workspace) TR_OPS(HAVE)
+#undef HAVE
+    if (!missing) return TR_OK;
+    /* clang-format on */
+    return tr_fail(err, TR_E_DEVICE, "backend %s has no operation %s", ops->name, missing);
+}
+
+static tr_status check_name(const char *name, tr_err *err)
+{
+    if (!name || strcmp(name, "auto") == 0 || strcmp(name, "cpu") == 0) return TR_OK;
+    if (strcmp(name, "cuda") == 0)
+        return tr_fail(err, TR_E_USAGE, "this build has no CUDA backend");
+    return tr_fail(err, TR_E_USAGE, "device '%s' is none of auto, cpu, cuda", name);
+}
+
+tr_status tr_device_open(tr_device **out, const tr_ops **ops, const tr_device_options *options,
+                         tr_err *err)
+{
+    tr_isa isa = TR_ISA_PLAIN;
+    tr_status st;
+
+    *out = NULL;
+    *ops = NULL;
+    if ((st = check_name(options->name, err)) != TR_OK) return st;
+    if (options->n_threads < 0)
+        return tr_fail(err, TR_E_USAGE, "%d threads: must be at least 1", options->n_threads);
+    if ((st = choose_isa(&isa, options->isa, err)) != TR_OK) return st;
+    if ((st = check_ops(&cpu_ops, err)) != TR_OK) return st;
+
+    tr_device *d = calloc(1, sizeof *d);
+    if (!d) return tr_fail(err, TR_E_MEMORY, "out of memory");
+    d->n_threads = options->n_threads > 0 ? options->n_threads : omp_get_max_threads();
+    d->isa = isa;
+    d->k = merge(isa);
+    snprintf(d->describe, sizeof d->describe, "cpu, %d thread%s, %s", d->n_threads,
+             d->n_threads == 1 ? "" : "s", isa_name[isa]);
+    *out = d;
+    *ops = &cpu_ops;
+    return TR_OK;
+}
+
+const char *tr_device_describe(const tr_device *device)
+{
+    return device->describe;
+}

@@ -1,0 +1,183 @@
+/* MLA in its multi-head form (model.md 3.4), for rows that see every key before them. Keys come in blocks of 64 positions
+ * from position 0, the pages of the cache: each block's k_nope and v are made from its latents once per head and
+ * group of rows, and every row runs its own online softmax over the blocks. Where a prompt was cut, or which rows
+ * share a group, cannot show. */
+#include "config.h"
+
+#include <assert.h>
+#include <math.h>
+#include <string.h>
+
+#include "kernels/cpu/attention_priv.h"
+
+enum {
+    GROUP_ROWS = 1024,   /* most rows of one group: their softmax state is on the stack */
+    GROUP_ROWS_MIN = 64, /* smaller groups spend more on making keys than on using them */
+    TASKS_PER_THREAD =
+        4, /* where heads do not divide evenly: late groups cost more than early ones */
+};
+
+typedef struct run { /* rows [begin, end) of one slot at consecutive positions */
+    int begin, end;
+} run;
+
+typedef struct block { /* one head's view of the keys of a page */
+    float latent[TR_KEY_BLOCK * TR_D_KEY_MAX];
+    float key[TR_KEY_BLOCK * TR_D_HEAD_MAX];
+    float value[TR_KEY_BLOCK * TR_D_HEAD_MAX];
+    int n;
+} block;
+
+static int is_live(const tr_rows *rows, int i)
+{
+    return rows->dense[i] && !tr_row_is_pad(rows, i);
+}
+
+static int next_run(const tr_rows *rows, run *r)
+{
+    int n = tr_live_rows(rows->n, rows->n_max), i = r->end;
+
+    while (i < n && !is_live(rows, i))
+        i++;
+    r->begin = i;
+    if (i == n) return 0;
+    for (i++; i < n && is_live(rows, i) && rows->slot[i] == rows->slot[i - 1] &&
+              rows->position[i] == rows->position[i - 1] + 1;)
+        i++;
+    r->end = i;
+    return 1;
+}
+
+/* k = [W_UK c | k_pe] and v = W_UV c of head h, for the first b->n keys of a page. */
+static void block_make(const tr_device *d, const struct tr_dense_mha_args *a, int h, int page,
+                       block *b)
+{
+    size_t d_latent = (size_t)a->kv.d_latent, d_rope = (size_t)a->d_rope, d_key = d_latent + d_rope;
+    size_t d_q = (size_t)a->d_nope + d_rope;
+    tr_gemm g = {.x = b->latent, .ldx = d_key, .i_mat = h, .n_rows = b->n};
+
+    for (int s = 0; s < b->n; s++) {
+        float *row = b->latent + (size_t)s * d_key;
+        tr_latent_read(d, &a->kv, (int64_t)page * TR_PAGE_TOKENS + s, row);
+        memcpy(b->key + (size_t)s * d_q + a->d_nope, row + d_latent, d_rope * sizeof *row);
+    }
+    g.w = a->w_uk;
+    g.y = b->key;
+    g.ldy = d_q;
+    d->k.gemm(&g, 0, tr_n_panels(a->d_nope));
+    g.w = a->w_uv;
+    g.y = b->value;
+    g.ldy = (size_t)a->d_v;
+    d->k.gemm(&g, 0, tr_n_panels(a->d_v));
+}
+
+/* Up to TR_ROW_BLOCK rows from row i on against a block; the first row sees n_first of its keys, each next one more. */
+static void rows_step(const tr_device *d, const struct tr_dense_mha_args *a, int h, int i, int n,
+                      int n_first, const block *b, float *max, float *sum)
+{
+    const struct tr_attention_kernels *k = tr_attention_of(d);
+    size_t d_q = (size_t)a->d_nope + (size_t)a->d_rope, at = (size_t)i * a->n_heads + h;
+    float p[TR_ROW_BLOCK * TR_KEY_BLOCK] __attribute__((aligned(64))), keep[TR_ROW_BLOCK];
+    int n_keys[TR_ROW_BLOCK];
+    tr_tile q = {a->q + at * d_q, (size_t)a->n_heads * d_q, n};
+    tr_tile key = {b->key, d_q, n_first + n - 1 < b->n ? n_first + n - 1 : b->n};
+
+    k->dots(p, q, key, (int)d_q);
+    for (int r = 0; r < n; r++) {
+        n_keys[r] = n_first + r < b->n ? n_first + r : b->n;
+        keep[r] = tr_softmax_step(d, p + r * TR_KEY_BLOCK, n_keys[r], a->scale, max + r, sum + r);
+    }
+    k->accumulate(a->out + at * a->d_v, (size_t)a->n_heads * a->d_v, p, keep, n_keys, n, b->value,
+                  (size_t)a->d_v, a->d_v);
+}
+
+/* One head of the rows [r.begin, r.end), at most GROUP_ROWS; `out` is the accumulator. */
+static void group_attention(const tr_device *d, const struct tr_dense_mha_args *a, int h, run r,
+                            block *b)
+{
+    const tr_rows *rows = a->rows;
+    const int32_t *pages = rows->page_table + (size_t)rows->slot[r.begin] * rows->max_pages;
+    int position = rows->position[r.begin], last = position + r.end - r.begin - 1;
+    float max[GROUP_ROWS], sum[GROUP_ROWS];
+
+    for (int i = 0; i < r.end - r.begin; i++) {
+        max[i] = -INFINITY;
+        sum[i] = 0.0f;
+    }
+    for (int s = 0; s <= last; s += TR_KEY_BLOCK) {
+        b->n = last + 1 - s < TR_KEY_BLOCK ? last + 1 - s : TR_KEY_BLOCK;
+        block_make(d, a, h, pages[s / TR_KEY_BLOCK], b);
+        for (int i = s > position ? s - position : 0; i < r.end - r.begin; i += TR_ROW_BLOCK) {
+            int n = r.end - r.begin - i;
+            rows_step(d, a, h, r.begin + i, n < TR_ROW_BLOCK ? n : TR_ROW_BLOCK,
+                      position + i + 1 - s, b, max + i, sum + i);
+        }
+    }
+    for (int i = 0; i < r.end - r.begin; i++) {
+        float *out = a->out + ((size_t)(r.begin + i) * a->n_heads + h) * a->d_v;
+        float factor = sum[i] == 0.0f ? 0.0f : 1.0f / sum[i];
+        for (int j = 0; j < a->d_v; j++)
+            out[j] *= factor;
+    }
+}
+
+/* Groups a run is cut into so that the threads have enough to share. */
+static int group_rows(const tr_device *d, const struct tr_dense_mha_args *a, run r)
+{
+    int n = r.end - r.begin, n_groups = 1;
+
+    if (a->n_heads % d->n_threads)
+        n_groups = (TASKS_PER_THREAD * d->n_threads + a->n_heads - 1) / a->n_heads;
+    n = (n + n_groups - 1) / n_groups;
+    n = n < GROUP_ROWS_MIN ? GROUP_ROWS_MIN : n;
+    return n < GROUP_ROWS ? n : GROUP_ROWS;
+}
+
+static void run_attention(const tr_device *d, const struct tr_dense_mha_args *a, run r, block *b)
+{
+    int n = group_rows(d, a, r), n_groups = (r.end - r.begin + n - 1) / n;
+
+    /* The latest group, with the most keys, first. */
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int t = 0; t < n_groups * a->n_heads; t++) {
+        run group = {r.begin + (n_groups - 1 - t / a->n_heads) * n, r.end};
+        if (group.end - group.begin > n) group.end = group.begin + n;
+        group_attention(d, a, t % a->n_heads, group, b);
+    }
+}
+
+static tr_status check(tr_device *d, const struct tr_dense_mha_args *a)
+{
+    tr_status st = tr_attention_check_kv(d, "dense_mha", &a->kv);
+
+    if (st == TR_OK) st = tr_attention_check_wait(d, "dense_mha", &a->latents);
+    if (st == TR_OK && (a->d_rope != a->kv.d_rope || a->d_v > TR_D_HEAD_MAX ||
+                        a->d_nope > TR_D_HEAD_MAX - a->d_rope))
+        st = tr_cpu_fail(d, TR_E_USAGE, "dense_mha: heads wider than 512 numbers");
+    return st;
+}
+
+tr_status tr_cpu_dense_mha(tr_device *d, tr_lane lane, const struct tr_dense_mha_args *a)
+{
+    const tr_rows *rows = a->rows;
+    size_t row = (size_t)a->n_heads * a->d_v;
+    double work = 0;
+    tr_status st = check(d, a);
+
+    (void)lane;
+    if (st != TR_OK) return st;
+    for (int i = 0; i < tr_live_rows(rows->n, rows->n_max); i++) {
+        if (is_live(rows, i))
+            work += (double)a->n_heads * a->kv.d_latent * (a->d_nope + a->d_v);
+        else if (rows->dense[i]) /* a pad sees nothing */
+            memset(a->out + (size_t)i * row, 0, row * sizeof *a->out);
+    }
+    if (work == 0) return TR_OK;
+#pragma omp parallel num_threads(tr_threads_for(d, work))
+    {
+        block b __attribute__((aligned(64)));
+        for (run r = {0, 0}; next_run(rows, &r);)
+            run_attention(d, a, r, &b);
+    }
+    return TR_OK;
+}

@@ -1,0 +1,301 @@
+#include "config.h"
+
+#include <math.h>
+#include <string.h>
+
+#include <omp.h>
+
+#include "kernels/cpu/cpu_priv.h"
+
+/* Mixture of experts (model.md 6): which experts a row takes, the experts themselves, and their
+ * weighted sum. */
+
+enum { EXPERTS_MAX = 1024, GROUPS_MAX = EXPERTS_MAX };
+
+/* ---- router ---- */
+
+/* Index of the largest b that is not taken, the first of equals; -1: all are taken. */
+static int best_of(const float *b, const uint8_t *taken, int n)
+{
+    int best = -1;
+    for (int i = 0; i < n; i++)
+        if (!taken[i] && (best < 0 || b[i] > b[best])) best = i;
+    return best;
+}
+
+/* With a bias the sum of a group's two best, without one its best. */
+static float group_score(const float *b, int n, int has_bias)
+{
+    float first = -INFINITY, second = -INFINITY;
+    for (int i = 0; i < n; i++) {
+        if (b[i] > first) {
+            second = first;
+            first = b[i];
+        } else if (b[i] > second) {
+            second = b[i];
+        }
+    }
+    return has_bias && n > 1 ? first + second : first;
+}
+
+/* b = -inf outside the topk_group best groups. */
+static void mask_groups(float *b, const struct tr_router_args *a)
+{
+    const int n = a->n_experts / a->n_group;
+    float score[GROUPS_MAX];
+    uint8_t keep[GROUPS_MAX] = {0};
+
+    for (int g = 0; g < a->n_group; g++)
+        score[g] = group_score(b + g * n, n, a->bias != NULL);
+    for (int i = 0; i < a->topk_group; i++) {
+        int g = best_of(score, keep, a->n_group);
+        if (g >= 0) keep[g] = 1;
+    }
+    for (int g = 0; g < a->n_group; g++)
+        for (int i = 0; i < n && !keep[g]; i++)
+            b[g * n + i] = -INFINITY;
+}
+
+static void route_row(const struct tr_router_args *a, int r)
+{
+    const float *logits = a->logits + (size_t)r * (size_t)a->n_experts;
+    int32_t *expert = a->expert + (size_t)r * (size_t)a->k;
+    float *weight = a->weight + (size_t)r * (size_t)a->k;
+    float s[EXPERTS_MAX], b[EXPERTS_MAX], sum = 0;
+    uint8_t taken[EXPERTS_MAX] = {0};
+
+    for (int e = 0; e < a->n_experts; e++) {
+        s[e] = 1.0f / (1.0f + expf(-logits[e]));
+        b[e] = a->bias ? s[e] + a->bias[e] : s[e];
+        if (isnan(b[e])) b[e] = -INFINITY; /* any k experts, so long as they are k */
+    }
+    if (a->n_group > 1) mask_groups(b, a);
+    for (int j = 0; j < a->k; j++) {
+        int e = best_of(b, taken, a->n_experts);
+        taken[e] = 1;
+        expert[j] = e;
+        weight[j] = s[e];
+        sum += s[e];
+    }
+    for (int j = 0; j < a->k; j++) {
+        if (a->norm_topk) weight[j] /= sum + 1e-20f;
+        weight[j] *= a->scaling;
+    }
+}
+
+tr_status tr_cpu_router(tr_device *d, tr_lane lane, const struct tr_router_args *a)
+{
+    int n = tr_live_rows(a->n, a->n_max);
+    (void)lane;
+    if (a->n_experts < 1 || a->n_experts > EXPERTS_MAX || a->k < 1 || a->k > a->n_experts ||
+        a->n_group < 1 || a->n_experts % a->n_group != 0)
+        return tr_cpu_fail(d, TR_E_USAGE,
+                           "router: %d of %d experts in %d groups (at most %d experts)", a->k,
+                           a->n_experts, a->n_group, EXPERTS_MAX);
+    int threads = tr_threads_for(d, (double)n * a->n_experts * (8 + a->k));
+    if (threads == 1) {
+        for (int r = 0; r < n; r++)
+            route_row(a, r);
+        return TR_OK;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int r = 0; r < n; r++)
+        route_row(a, r);
+    return TR_OK;
+}
+
+/* ---- pairs by expert ---- */
+
+/* A counting sort; start is the counter first, then the cursor of each expert, then what it should
+ * be. */
+tr_status tr_cpu_moe_pack(tr_device *d, tr_lane lane, const struct tr_moe_pack_args *a)
+{
+    const int n_pairs = tr_live_rows(a->n, a->n_max) * a->k;
+    (void)d, (void)lane;
+
+    memset(a->start, 0, (size_t)(a->n_local + 1) * sizeof *a->start);
+    for (int i = 0; i < n_pairs; i++) {
+        int e = a->expert[i] - a->e_first;
+        if (e >= 0 && e < a->n_local) a->start[e + 1]++;
+    }
+    for (int e = 0; e < a->n_local; e++)
+        a->start[e + 1] += a->start[e];
+    for (int i = 0; i < n_pairs; i++) {
+        int e = a->expert[i] - a->e_first;
+        if (e >= 0 && e < a->n_local) a->pair[a->start[e]++] = i;
+    }
+    memmove(a->start + 1, a->start, (size_t)a->n_local * sizeof *a->start);
+    a->start[0] = 0;
+    return TR_OK;
+}
+
+/* ---- the experts ---- */
+
+/* Of one call: rows in the order of `pair`. gate_up [n_pairs, 2 inner]; silu(gate) * up replaces
+ * gate. */
+typedef struct moe_work {
+    const struct tr_moe_args *a;
+    int n_pairs, inner;
+    int32_t *row; /* [n_pairs]: pair / k */
+    float *gate_up;
+} moe_work;
+
+size_t tr_cpu_moe_workspace(int n_max, int k, int d, int d_inner)
+{
+    (void)d;
+    if (n_max <= 0 || k <= 0 || d_inner <= 0) return 0;
+    size_t n_pairs = (size_t)n_max * (size_t)k;
+    return n_pairs * (2 * (size_t)d_inner * sizeof(float) + sizeof(int32_t));
+}
+
+/* Units of 16 inner columns, a panel of gate and one of up, so that whoever has both can go on to
+ * silu. Where up begins inside a panel an expert is one unit. */
+static int inner_units(int inner)
+{
+    return inner % TR_PANEL == 0 ? inner / TR_PANEL : 1;
+}
+
+static void expert_inner(const tr_device *d, const moe_work *w, int e, int begin, int end)
+{
+    const struct tr_moe_args *a = w->a;
+    const int first = a->start[e], n_rows = a->start[e + 1] - first,
+              n_units = inner_units(w->inner);
+    float *gate_up = w->gate_up + (size_t)first * 2 * (size_t)w->inner;
+    tr_gemm g = {
+        .w = a->gate_up,
+        .i_mat = e,
+        .x = a->in.x,
+        .ldx = a->in.ld,
+        .row_index = w->row + first,
+        .y = gate_up,
+        .ldy = 2 * (size_t)w->inner,
+        .n_rows = n_rows,
+    };
+    int i = begin * TR_PANEL, n = (end - begin) * TR_PANEL;
+
+    if (w->inner % TR_PANEL == 0) {
+        d->k.gemm(&g, begin, end);
+        d->k.gemm(&g, n_units + begin, n_units + end);
+    } else {
+        d->k.gemm(&g, 0, tr_n_panels(2 * w->inner));
+        i = 0;
+        n = w->inner;
+    }
+    for (int r = 0; r < n_rows; r++) {
+        float *gate = gate_up + (size_t)r * 2 * (size_t)w->inner + i;
+        tr_swiglu_row(d, gate, gate, gate + w->inner, n);
+    }
+}
+
+static void expert_down(const tr_device *d, const moe_work *w, int e, int begin, int end)
+{
+    const struct tr_moe_args *a = w->a;
+    const int first = a->start[e];
+    tr_gemm g = {
+        .w = a->down,
+        .i_mat = e,
+        .x = w->gate_up + (size_t)first * 2 * (size_t)w->inner,
+        .ldx = 2 * (size_t)w->inner,
+        .y = a->out,
+        .ldy = (size_t)a->down->n_out,
+        .out_index = a->pair + first,
+        .n_rows = a->start[e + 1] - first,
+    };
+    d->k.gemm(&g, begin, end);
+}
+
+typedef void expert_phase(const tr_device *d, const moe_work *w, int e, int begin, int end);
+
+/* Thread i of n does its share of n_units units of every used expert: shares are consecutive and of
+ * equal cost, a unit costing its rows and, for reading and expanding the weights, about four more.
+ */
+static void phase_part(const tr_device *d, const moe_work *w, expert_phase *phase, int n_units,
+                       int i, int n)
+{
+    enum { READING = 4 };
+    const int32_t *start = w->a->start;
+    int64_t total = 0, base = 0;
+
+    for (int e = 0; e < w->a->n_local; e++)
+        if (start[e + 1] > start[e])
+            total += (int64_t)n_units * (start[e + 1] - start[e] + READING);
+    int64_t low = total * i / n, high = total * (i + 1) / n;
+    for (int e = 0; e < w->a->n_local && base < high; e++) {
+        if (start[e + 1] == start[e]) continue;
+        int64_t cost = start[e + 1] - start[e] + READING;
+        int64_t begin = low > base ? (low - base + cost - 1) / cost : 0;
+        int64_t end = (high - base + cost - 1) / cost;
+        if (end > n_units) end = n_units;
+        if (begin < end) phase(d, w, e, (int)begin, (int)end);
+        base += n_units * cost;
+    }
+}
+
+tr_status tr_cpu_moe(tr_device *d, tr_lane lane, const struct tr_moe_args *a)
+{
+    const int d_model = a->down->n_out, n_pairs = a->start[a->n_local];
+    moe_work w = {.a = a, .n_pairs = n_pairs, .inner = a->gate_up->n_out / 2};
+    (void)lane;
+
+    if (a->gate_up->n_out != 2 * a->down->n_in || a->gate_up->n_in != a->in.d)
+        return tr_cpu_fail(d, TR_E_USAGE, "moe: gate_up [%d, %d] and down [%d, %d] for %d inputs",
+                           a->gate_up->n_out, a->gate_up->n_in, d_model, a->down->n_in, a->in.d);
+    if (a->workspace_bytes < tr_cpu_moe_workspace(n_pairs, 1, d_model, w.inner))
+        return tr_cpu_fail(d, TR_E_USAGE, "moe: workspace of %zu bytes for %d rows",
+                           a->workspace_bytes, n_pairs);
+    w.gate_up = a->workspace;
+    w.row = (int32_t *)(void *)(w.gate_up + (size_t)n_pairs * 2 * (size_t)w.inner);
+    for (int i = 0; i < n_pairs; i++)
+        w.row[i] = a->pair[i] / a->k;
+
+    const int n_inner = inner_units(w.inner), n_down = tr_n_panels(d_model);
+    int threads = tr_threads_for(d, 3.0 * n_pairs * w.inner * d_model);
+    if (threads == 1) {
+        phase_part(d, &w, expert_inner, n_inner, 0, 1);
+        phase_part(d, &w, expert_down, n_down, 0, 1);
+        return TR_OK;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        /* The runtime may give fewer threads than asked for. */
+        int i = omp_get_thread_num(), n = omp_get_num_threads();
+        phase_part(d, &w, expert_inner, n_inner, i, n);
+#pragma omp barrier
+        phase_part(d, &w, expert_down, n_down, i, n);
+    }
+    return TR_OK;
+}
+
+/* ---- weighted sum ---- */
+
+static void combine_row(const tr_device *d, const struct tr_moe_combine_args *a, int r)
+{
+    const size_t width = (size_t)a->d;
+    float *out = a->out + (size_t)r * width;
+
+    if (!a->shared)
+        memset(out, 0, width * sizeof *out);
+    else if (a->shared != a->out)
+        memcpy(out, a->shared + (size_t)r * width, width * sizeof *out);
+    for (int j = 0; j < a->k; j++) {
+        size_t pair = (size_t)r * (size_t)a->k + (size_t)j;
+        int e = a->expert[pair] - a->e_first;
+        if (e >= 0 && e < a->n_local) d->k.axpy(out, a->weight[pair], a->y + pair * width, a->d);
+    }
+}
+
+tr_status tr_cpu_moe_combine(tr_device *d, tr_lane lane, const struct tr_moe_combine_args *a)
+{
+    int n = tr_live_rows(a->n, a->n_max);
+    int threads = tr_threads_for(d, (double)n * a->k * a->d);
+    (void)lane;
+    if (threads == 1) {
+        for (int r = 0; r < n; r++)
+            combine_row(d, a, r);
+        return TR_OK;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int r = 0; r < n; r++)
+        combine_row(d, a, r);
+    return TR_OK;
+}

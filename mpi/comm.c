@@ -1,0 +1,253 @@
+#include "config.h"
+
+#include "mpi/comm.h"
+
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/size.h"
+#include "mpi/comm_priv.h"
+
+/* ---- the public functions: check, count, hand on ------------------------------------------------------------------ */
+
+/* All arguments come from this program; a wrong one is its error, told before it can hang the other members. */
+static tr_status bad(tr_err *err, const char *op, const char *what)
+{
+    return tr_fail(err, TR_E_COMM, "%s: %s", op, what);
+}
+
+static bool element_bytes(size_t *bytes, size_t n, tr_dtype dtype)
+{
+    return dtype == TR_F32 && tr_mul(bytes, n, sizeof(float));
+}
+
+static bool sum_of(size_t *sum, const size_t *n, int size)
+{
+    *sum = 0;
+    for (int i = 0; i < size; i++)
+        if (!tr_add(sum, *sum, n[i])) return false;
+    return true;
+}
+
+static void count(tr_comm *c, tr_comm_op op, size_t bytes, tr_ticket *ticket)
+{
+    c->calls[op]++;
+    c->bytes[op] += bytes;
+    ticket->n = ++c->next_ticket;
+}
+
+int tr_comm_rank(const tr_comm *c)
+{
+    return c->rank;
+}
+
+int tr_comm_size(const tr_comm *c)
+{
+    return c->size;
+}
+
+void tr_comm_free(tr_comm *c)
+{
+    if (c) c->impl->free(c);
+}
+
+tr_status tr_comm_all_reduce(tr_comm *c, void *buf, size_t n, tr_dtype dtype, tr_ticket *ticket,
+                             tr_err *err)
+{
+    size_t bytes;
+
+    if (!element_bytes(&bytes, n, dtype))
+        return bad(err, "all_reduce", "not a number of f32 elements");
+    if (!ticket || (n && !buf)) return bad(err, "all_reduce", "no buffer or no ticket");
+    count(c, TR_COMM_ALL_REDUCE, bytes, ticket);
+    return c->impl->all_reduce(c, buf, n, dtype, ticket, err);
+}
+
+tr_status tr_comm_all_gather(tr_comm *c, const void *send, void *recv, const size_t *bytes,
+                             tr_ticket *ticket, tr_err *err)
+{
+    size_t all;
+
+    if (!bytes || !sum_of(&all, bytes, c->size)) return bad(err, "all_gather", "impossible sizes");
+    if (!ticket || (bytes[c->rank] && !send) || (all && !recv))
+        return bad(err, "all_gather", "no buffer or no ticket");
+    count(c, TR_COMM_ALL_GATHER, bytes[c->rank], ticket);
+    return c->impl->all_gather(c, send, recv, bytes, ticket, err);
+}
+
+tr_status tr_comm_reduce_scatter(tr_comm *c, const void *send, void *recv, size_t n, tr_dtype dtype,
+                                 tr_ticket *ticket, tr_err *err)
+{
+    size_t bytes;
+
+    if (!element_bytes(&bytes, n, dtype) || !tr_mul(&bytes, bytes, (size_t)c->size))
+        return bad(err, "reduce_scatter", "not a number of f32 elements");
+    if (!ticket || (n && (!send || !recv)))
+        return bad(err, "reduce_scatter", "no buffer or no ticket");
+    count(c, TR_COMM_REDUCE_SCATTER, bytes, ticket);
+    return c->impl->reduce_scatter(c, send, recv, n, dtype, ticket, err);
+}
+
+tr_status tr_comm_all_to_all(tr_comm *c, const void *send, const size_t *n_send, void *recv,
+                             const size_t *n_recv, tr_ticket *ticket, tr_err *err)
+{
+    size_t out, in;
+
+    if (!n_send || !n_recv || !sum_of(&out, n_send, c->size) || !sum_of(&in, n_recv, c->size) ||
+        n_send[c->rank] != n_recv[c->rank])
+        return bad(err, "all_to_all", "impossible sizes");
+    if (!ticket || (out && !send) || (in && !recv))
+        return bad(err, "all_to_all", "no buffer or no ticket");
+    count(c, TR_COMM_ALL_TO_ALL, out, ticket);
+    return c->impl->all_to_all(c, send, n_send, recv, n_recv, ticket, err);
+}
+
+static bool is_other(const tr_comm *c, int rank)
+{
+    return rank >= 0 && rank < c->size && rank != c->rank;
+}
+
+tr_status tr_comm_send(tr_comm *c, int to, const void *buf, size_t bytes, tr_ticket *ticket,
+                       tr_err *err)
+{
+    if (!is_other(c, to)) return bad(err, "send", "not another member");
+    if (!ticket || (bytes && !buf)) return bad(err, "send", "no buffer or no ticket");
+    count(c, TR_COMM_SEND, bytes, ticket);
+    return c->impl->send(c, to, buf, bytes, ticket, err);
+}
+
+tr_status tr_comm_recv(tr_comm *c, int from, void *buf, size_t bytes, tr_ticket *ticket,
+                       tr_err *err)
+{
+    if (!is_other(c, from)) return bad(err, "recv", "not another member");
+    if (!ticket || (bytes && !buf)) return bad(err, "recv", "no buffer or no ticket");
+    count(c, TR_COMM_RECV, 0, ticket);
+    return c->impl->recv(c, from, buf, bytes, ticket, err);
+}
+
+tr_status tr_comm_broadcast(tr_comm *c, int root, void *buf, size_t bytes, tr_ticket *ticket,
+                            tr_err *err)
+{
+    if (root < 0 || root >= c->size) return bad(err, "broadcast", "the root is not a member");
+    if (!ticket || (bytes && !buf)) return bad(err, "broadcast", "no buffer or no ticket");
+    count(c, TR_COMM_BROADCAST, root == c->rank ? bytes : 0, ticket);
+    return c->impl->broadcast(c, root, buf, bytes, ticket, err);
+}
+
+/* Ticket 0 stands for nothing begun: there is nothing to wait for. */
+tr_status tr_comm_wait(tr_comm *c, tr_lane reader, tr_ticket ticket, tr_err *err)
+{
+    if (ticket.n > c->next_ticket) return bad(err, "wait", "a ticket that was never given");
+    return ticket.n ? c->impl->wait(c, reader, ticket, err) : TR_OK;
+}
+
+void tr_comm_progress(tr_comm *c)
+{
+    c->impl->progress(c);
+}
+
+void tr_comm_counts(const tr_comm *c, tr_comm_op op, uint64_t *calls, uint64_t *bytes)
+{
+    *calls = c->calls[op];
+    *bytes = c->bytes[op];
+}
+
+/* ---- the group of one: what a member would get is what it gives --------------------------------------------------- */
+
+static void copy(void *to, const void *from, size_t n)
+{
+    if (n && to != from) memmove(to, from, n);
+}
+
+static tr_status self_all_reduce(tr_comm *c, void *buf, size_t n, tr_dtype dtype, tr_ticket *ticket,
+                                 tr_err *err)
+{
+    (void)c, (void)buf, (void)n, (void)dtype, (void)ticket, (void)err;
+    return TR_OK;
+}
+
+static tr_status self_all_gather(tr_comm *c, const void *send, void *recv, const size_t *bytes,
+                                 tr_ticket *ticket, tr_err *err)
+{
+    (void)c, (void)ticket, (void)err;
+    copy(recv, send, bytes[0]);
+    return TR_OK;
+}
+
+static tr_status self_reduce_scatter(tr_comm *c, const void *send, void *recv, size_t n,
+                                     tr_dtype dtype, tr_ticket *ticket, tr_err *err)
+{
+    (void)c, (void)dtype, (void)ticket, (void)err;
+    copy(recv, send, n * sizeof(float));
+    return TR_OK;
+}
+
+static tr_status self_all_to_all(tr_comm *c, const void *send, const size_t *n_send, void *recv,
+                                 const size_t *n_recv, tr_ticket *ticket, tr_err *err)
+{
+    (void)c, (void)n_recv, (void)ticket, (void)err;
+    copy(recv, send, n_send[0]);
+    return TR_OK;
+}
+
+static tr_status self_send(tr_comm *c, int to, const void *buf, size_t bytes, tr_ticket *ticket,
+                           tr_err *err)
+{
+    (void)c, (void)to, (void)buf, (void)bytes, (void)ticket;
+    return bad(err, "send", "a group of one");
+}
+
+static tr_status self_recv(tr_comm *c, int from, void *buf, size_t bytes, tr_ticket *ticket,
+                           tr_err *err)
+{
+    (void)c, (void)from, (void)buf, (void)bytes, (void)ticket;
+    return bad(err, "recv", "a group of one");
+}
+
+static tr_status self_broadcast(tr_comm *c, int root, void *buf, size_t bytes, tr_ticket *ticket,
+                                tr_err *err)
+{
+    (void)c, (void)root, (void)buf, (void)bytes, (void)ticket, (void)err;
+    return TR_OK;
+}
+
+static tr_status self_wait(tr_comm *c, tr_lane reader, tr_ticket ticket, tr_err *err)
+{
+    (void)c, (void)reader, (void)ticket, (void)err;
+    return TR_OK;
+}
+
+static void self_progress(tr_comm *c)
+{
+    (void)c;
+}
+
+static void self_free(tr_comm *c)
+{
+    free(c);
+}
+
+static const tr_comm_impl self_impl = {
+    .all_reduce = self_all_reduce,
+    .all_gather = self_all_gather,
+    .reduce_scatter = self_reduce_scatter,
+    .all_to_all = self_all_to_all,
+    .send = self_send,
+    .recv = self_recv,
+    .broadcast = self_broadcast,
+    .wait = self_wait,
+    .progress = self_progress,
+    .free = self_free,
+};
+
+tr_comm *tr_comm_self(void)
+{
+    tr_comm *c = calloc(1, sizeof *c);
+
+    if (c) {
+        c->impl = &self_impl;
+        c->size = 1;
+    }
+    return c;
+}

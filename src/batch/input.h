@@ -1,0 +1,34 @@
+/* The input file: read twice, by lines. The first pass hashes it, counts the requests and
+ * refuses a custom_id that stands twice; the second gives the lines out. What is no regular file
+ * ("-", a pipe) is copied to an unlinked temporary file first. Main thread opens and checks, the
+ * reader thread calls next. */
+#ifndef TR_BATCH_INPUT_H
+#define TR_BATCH_INPUT_H
+
+#include "batch/envelope.h"
+
+enum { TR_LINE_MAX = 16 << 20 };
+
+typedef struct tr_input tr_input;
+
+typedef struct tr_input_info {
+    char hash[33]; /* XXH3 over every byte */
+    uint64_t bytes;
+    uint64_t n_requests; /* lines that are not blank */
+} tr_input_info;
+
+/* path "-" is stdin. max_line 0: TR_LINE_MAX. TR_E_INPUT: missing, or a custom_id twice (with
+ * both line numbers). */
+tr_status tr_input_open(tr_input **out, const char *path, size_t max_line, tr_err *err);
+void tr_input_close(tr_input *in);
+const tr_input_info *tr_input_about(const tr_input *in);
+
+/* The next line that is not blank, without BOM, carriage return and line feed. 1, 0 at the end,
+ * -1: err. */
+int tr_input_next(tr_input *in, tr_line *line, tr_err *err);
+
+/* At the end of a run: TR_E_INPUT when the file is not what the first pass saw. The contents are
+ * compared only when every line was given out. */
+tr_status tr_input_check(const tr_input *in, tr_err *err);
+
+#endif

@@ -1,0 +1,384 @@
+#include "config.h"
+
+#include "batch/job.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <time.h>
+
+#include "base/clock.h"
+#include "base/stop.h"
+
+enum { QUEUE = 256, WAIT_MS = 20, MS = 1000000 };
+
+typedef struct job {
+    const tr_job_options *o;
+    tr_job_counts *c;     /* the writer's, except skipped: the reader's */
+    atomic_bool stopping; /* admit nothing more */
+    atomic_ullong n_skipped;
+    /* Records of refused lines, on their way from the reader to the writer. */
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    struct ready {
+        tr_buf line;
+        const char *code; /* of the refusal; NULL: invalid_line */
+    } queue[QUEUE];
+    int n_queue;
+    bool reader_done;
+    tr_status reader_st, writer_st;
+    tr_err reader_err, writer_err;
+    uint64_t begun_ns;
+} job;
+
+/* ---- reader ---------------------------------------------------------------------------------- */
+
+static void nap(int ms)
+{
+    nanosleep(&(struct timespec){.tv_sec = ms / 1000, .tv_nsec = (long)(ms % 1000) * MS}, NULL);
+}
+
+/* Takes the line's memory. */
+static void push(job *j, tr_buf line, const char *code)
+{
+    pthread_mutex_lock(&j->lock);
+    while (j->n_queue == QUEUE && !atomic_load(&j->stopping))
+        pthread_cond_wait(&j->changed, &j->lock);
+    if (j->n_queue < QUEUE)
+        j->queue[j->n_queue++] = (struct ready){line, code};
+    else
+        free(line.s);
+    pthread_cond_broadcast(&j->changed);
+    pthread_mutex_unlock(&j->lock);
+}
+
+static tr_status read_one(job *j, tr_parser *parser, tr_envelope *e, const tr_line *line,
+                          tr_err *err)
+{
+    const tr_job_options *o = j->o;
+    tr_parsed parsed;
+    tr_buf record = {0};
+    tr_status st = tr_envelope_read(e, line, err);
+
+    if (st != TR_OK) return st;
+    if (tr_journal_has(o->journal, e->key)) {
+        atomic_fetch_add(&j->n_skipped, 1);
+        return TR_OK;
+    }
+    st = tr_parser_line(parser, e, &parsed, err);
+    if (st != TR_OK) return st;
+    while (tr_journal_stalled(o->journal) && !atomic_load(&j->stopping))
+        nap(50);
+    if (parsed.kind == TR_PARSED_REQUEST) return tr_engine_submit(o->engine, parsed.request, err);
+    const tr_record_name name = {e->id.s, e->id.n, e->line};
+    if (parsed.kind == TR_PARSED_REFUSED)
+        st = tr_record_refusal(&record, &o->record, &name, &parsed.refusal, err);
+    else
+        st = tr_record_invalid(&record, &o->record, e->line, parsed.column, e->fault, err);
+    if (st == TR_OK)
+        push(j, record, parsed.kind == TR_PARSED_REFUSED ? parsed.refusal.code : NULL);
+    else
+        free(record.s);
+    return st;
+}
+
+static void *reader(void *arg)
+{
+    job *j = arg;
+    tr_parser *parser = NULL;
+    tr_envelope e = {0};
+    tr_line line;
+    tr_status st = tr_parser_create(&parser, &j->o->request, &j->reader_err);
+
+    while (st == TR_OK && !atomic_load(&j->stopping)) {
+        int got = tr_input_next(j->o->input, &line, &j->reader_err);
+        if (got == 0) break;
+        st = got < 0 ? j->reader_err.status : read_one(j, parser, &e, &line, &j->reader_err);
+    }
+    /* What was admitted still finishes, whatever went wrong here. */
+    tr_engine_close(j->o->engine);
+    tr_envelope_free(&e);
+    tr_parser_free(parser);
+    pthread_mutex_lock(&j->lock);
+    j->reader_st = st == TR_E_STOP ? TR_OK : st; /* who stopped the engine knows why */
+    j->reader_done = true;
+    pthread_cond_broadcast(&j->changed);
+    pthread_mutex_unlock(&j->lock);
+    return NULL;
+}
+
+/* ---- writer ---------------------------------------------------------------------------------- */
+
+static void count_kind(tr_job_counts *c, const char *code)
+{
+    int i = 0;
+    while (i < c->n_kinds && strcmp(c->code[i], code))
+        i++;
+    if (i == TR_JOB_KINDS_MAX) return;
+    if (i == c->n_kinds) {
+        c->code[i] = code;
+        c->n_kinds++;
+    }
+    c->n_code[i]++;
+}
+
+/* The first failure of the writer ends the run; later ones are its consequences. */
+static void writer_failed(job *j, tr_status st)
+{
+    if (j->writer_st == TR_OK) j->writer_st = st;
+    atomic_store(&j->stopping, true);
+    tr_engine_stop(j->o->engine);
+    pthread_mutex_lock(&j->lock);
+    pthread_cond_broadcast(&j->changed);
+    pthread_mutex_unlock(&j->lock);
+}
+
+static void write_record(job *j, const tr_buf *line)
+{
+    tr_err err;
+    if (j->writer_st != TR_OK) return;
+    tr_status st = tr_journal_append(j->o->journal, line->s, line->n, &err);
+    if (st == TR_OK) return;
+    j->writer_err = err;
+    writer_failed(j, st);
+}
+
+/* Records of refused lines; true: there were some. */
+static bool write_ready(job *j)
+{
+    struct ready ready[QUEUE];
+
+    pthread_mutex_lock(&j->lock);
+    int n = j->n_queue;
+    memcpy(ready, j->queue, (size_t)n * sizeof *ready);
+    j->n_queue = 0;
+    pthread_cond_broadcast(&j->changed);
+    pthread_mutex_unlock(&j->lock);
+    for (int i = 0; i < n; i++) {
+        write_record(j, &ready[i].line);
+        free(ready[i].line.s);
+        if (j->writer_st != TR_OK) continue;
+        if (ready[i].code) {
+            j->c->refused++;
+            count_kind(j->c, ready[i].code);
+        } else {
+            j->c->invalid++;
+        }
+    }
+    return n > 0;
+}
+
+static void write_event(job *j, tr_event *event)
+{
+    tr_buf line = {0};
+    tr_err err;
+
+    if (j->writer_st == TR_OK) {
+        tr_status st = tr_record_answer(&line, &j->o->record, event, (int64_t)time(NULL), &err);
+        if (st != TR_OK) {
+            j->writer_err = err;
+            writer_failed(j, st);
+        }
+    }
+    write_record(j, &line);
+    if (j->writer_st == TR_OK) {
+        if (event->kind == TR_EVENT_FAILED) {
+            tr_refusal refusal;
+            tr_record_failure(event, &refusal);
+            count_kind(j->c, refusal.code);
+            if (refusal.status == 400) j->c->refused++;
+            if (refusal.status == 500) j->c->failed++;
+            if (!strcmp(refusal.code, "numerical_error")) j->c->numerical++;
+        } else {
+            j->c->answered++;
+        }
+    }
+    free(line.s);
+    tr_event_free(event);
+}
+
+/* "12.3 k" */
+static void short_count(double x, char *out, size_t size)
+{
+    static const char *const unit[] = {"", "k", "M", "G", "T"};
+    int i = 0;
+    while (x >= 1000 && i < 4) {
+        x /= 1000;
+        i++;
+    }
+    snprintf(out, size, i ? "%.1f %s" : "%.0f %s", x, unit[i]);
+}
+
+static void progress(job *j)
+{
+    tr_engine_stats s = tr_engine_stats_get(j->o->engine);
+    uint64_t total = tr_input_about(j->o->input)->n_requests;
+    uint64_t mine = j->c->answered + j->c->refused + j->c->invalid + j->c->failed;
+    uint64_t done = mine + atomic_load(&j->n_skipped);
+    double seconds = (double)(tr_now_ns() - j->begun_ns) / 1e9;
+    char tokens[32], rate[32], left[48] = "";
+
+    short_count((double)s.decode_tokens, tokens, sizeof tokens);
+    short_count((double)s.decode_tokens / (seconds + 1e-9), rate, sizeof rate);
+    if (mine && done < total) {
+        uint64_t t = (uint64_t)(seconds / (double)mine * (double)(total - done));
+        snprintf(left, sizeof left, ", %02ju:%02ju:%02ju left", (uintmax_t)(t / 3600),
+                 (uintmax_t)(t / 60 % 60), (uintmax_t)(t % 60));
+    }
+    tr_log_progress(j->o->log, "%ju/%ju requests, %stok out, %stok/s, %ju failed%s",
+                    (uintmax_t)done, (uintmax_t)total, tokens, rate,
+                    (uintmax_t)(j->c->refused + j->c->invalid + j->c->failed), left);
+}
+
+static bool reader_is_done(job *j)
+{
+    pthread_mutex_lock(&j->lock);
+    bool done = j->reader_done && !j->n_queue;
+    pthread_mutex_unlock(&j->lock);
+    return done;
+}
+
+static void *writer(void *arg)
+{
+    job *j = arg;
+    tr_event *event;
+    tr_err err;
+
+    for (;;) {
+        bool busy = write_ready(j);
+        int got = tr_engine_take(j->o->engine, &event, busy ? 0 : WAIT_MS);
+        if (got > 0) write_event(j, event);
+        if (got < 0) {
+            /* The engine has ended; the reader learns it from its next submit, or from this. */
+            atomic_store(&j->stopping, true);
+            if (reader_is_done(j)) break;
+            if (!busy) nap(WAIT_MS);
+        }
+        if (tr_stop_requested() && !atomic_exchange(&j->stopping, true))
+            tr_engine_stop(j->o->engine);
+        tr_status st = j->writer_st == TR_OK ? tr_journal_tick(j->o->journal, &err) : TR_OK;
+        if (st != TR_OK) {
+            j->writer_err = err;
+            writer_failed(j, st);
+        }
+        progress(j);
+    }
+    return NULL;
+}
+
+/* ---- the job --------------------------------------------------------------------------------- */
+
+static double per_second(uint64_t tokens, uint64_t ns)
+{
+    return ns ? (double)tokens * 1e9 / (double)ns : 0;
+}
+
+static void summary(const job *j)
+{
+    const tr_job_counts *c = j->c;
+    tr_engine_stats s = tr_engine_stats_get(j->o->engine);
+    uint64_t total = tr_input_about(j->o->input)->n_requests;
+    uint64_t done = c->skipped + c->answered + c->refused + c->invalid + c->failed;
+    struct rusage usage;
+    tr_buf kinds = {0};
+
+    for (int i = 0; i < c->n_kinds; i++)
+        tr_buf_printf(&kinds, "%s%ju %s", i ? ", " : " (", (uintmax_t)c->n_code[i], c->code[i]);
+    if (c->n_kinds) tr_buf_puts(&kinds, ")");
+    tr_log_info(j->o->log,
+                "%ju requests: %ju answered, %ju refused, %ju failed, %ju invalid lines%s; %ju had "
+                "a record before",
+                (uintmax_t)total, (uintmax_t)c->answered, (uintmax_t)c->refused,
+                (uintmax_t)c->failed, (uintmax_t)c->invalid, kinds.n ? kinds.s : "",
+                (uintmax_t)c->skipped);
+    free(kinds.s);
+    memset(&usage, 0, sizeof usage);
+    getrusage(RUSAGE_SELF, &usage);
+    tr_log_info(j->o->log,
+                "%ju prompt tokens at %.1f tok/s, %ju generated at %.1f tok/s, %ju steps, %ju "
+                "preemptions, %.1f s, peak memory "
+                "%.2f GB",
+                (uintmax_t)s.prefill_tokens, per_second(s.prefill_tokens, s.prefill_ns),
+                (uintmax_t)s.decode_tokens,
+                per_second(s.decode_tokens - s.mixed_decode_tokens, s.decode_ns),
+                (uintmax_t)s.steps, (uintmax_t)s.preemptions,
+                (double)(tr_now_ns() - j->begun_ns) / 1e9, (double)usage.ru_maxrss * 1024 / 1e9);
+    if (done < total)
+        tr_log_info(j->o->log,
+                    "%s%s: %ju requests have no record yet; the same command goes on with them",
+                    tr_stop_requested() ? "stopped by " : "ended early",
+                    tr_stop_requested() ? tr_stop_reason() : "", (uintmax_t)(total - done));
+}
+
+/* What the run amounts to: a failure to record outweighs a failure to compute, that one a
+ * failure to read. */
+static tr_status outcome(job *j, tr_status engine_st, const tr_err *engine_err, tr_err *err)
+{
+    const tr_job_counts *c = j->c;
+    uint64_t done = c->answered + c->refused + c->invalid + c->failed;
+    const tr_err *from = NULL;
+
+    if (j->writer_st != TR_OK)
+        from = &j->writer_err;
+    else if (engine_st != TR_OK && engine_st != TR_E_STOP)
+        from = engine_err;
+    else if (j->reader_st != TR_OK)
+        from = &j->reader_err;
+    if (from) {
+        if (err) *err = *from;
+        return from->status;
+    }
+    if (c->numerical * 100 > done)
+        return tr_fail(
+            err, TR_E_DEVICE,
+            "%ju of %ju requests failed with numerical_error: suspect device or checkpoint",
+            (uintmax_t)c->numerical, (uintmax_t)done);
+    if (engine_st == TR_E_STOP)
+        return tr_fail(err, TR_E_STOP, "stopped by %s",
+                       tr_stop_reason() ? tr_stop_reason() : "request");
+    return TR_OK;
+}
+
+tr_status tr_job_run(const tr_job_options *options, tr_job_counts *counts, tr_err *err)
+{
+    pthread_t read_thread, write_thread;
+    tr_err engine_err = {0};
+    job *j = calloc(1, sizeof *j);
+
+    memset(counts, 0, sizeof *counts);
+    if (!j) return tr_fail(err, TR_E_MEMORY, "out of memory");
+    j->o = options;
+    j->c = counts;
+    j->begun_ns = tr_now_ns();
+    pthread_mutex_init(&j->lock, NULL);
+    pthread_cond_init(&j->changed, NULL);
+    tr_status st = TR_OK;
+    if (pthread_create(&write_thread, NULL, writer, j) != 0) {
+        st = tr_fail(err, TR_E_MEMORY, "cannot start the writer thread");
+        goto done;
+    }
+    bool reading = pthread_create(&read_thread, NULL, reader, j) == 0;
+    if (!reading) {
+        pthread_mutex_lock(&j->lock);
+        j->reader_st = tr_fail(&j->reader_err, TR_E_MEMORY, "cannot start the reader thread");
+        j->reader_done = true;
+        pthread_mutex_unlock(&j->lock);
+        tr_engine_close(options->engine);
+    }
+    tr_status engine_st = tr_engine_run(options->engine, &engine_err);
+    if (reading) pthread_join(read_thread, NULL);
+    pthread_join(write_thread, NULL);
+    counts->skipped = atomic_load(&j->n_skipped);
+    summary(j);
+    st = outcome(j, engine_st, &engine_err, err);
+done:
+    for (int i = 0; i < j->n_queue; i++)
+        free(j->queue[i].line.s);
+    pthread_cond_destroy(&j->changed);
+    pthread_mutex_destroy(&j->lock);
+    free(j);
+    return st;
+}

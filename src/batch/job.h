@@ -1,0 +1,42 @@
+/* A batch job around a running engine: the reader thread parses and submits (skipping what has a
+ * record), the writer thread takes events and writes records, the calling thread (the MPI one)
+ * runs the steps. */
+#ifndef TR_BATCH_JOB_H
+#define TR_BATCH_JOB_H
+
+#include "batch/input.h"
+#include "batch/journal.h"
+#include "batch/record.h"
+#include "batch/request.h"
+#include "engine/engine.h"
+
+enum { TR_JOB_KINDS_MAX = 32 };
+
+typedef struct tr_job_options { /* all borrowed */
+    tr_input *input;
+    tr_journal *journal;
+    tr_engine *engine;
+    tr_request_options request;
+    tr_record_options record;
+    tr_log *log;
+} tr_job_options;
+
+typedef struct
+    tr_job_counts { /* of this run; requests of the input that have no record are in none of them */
+    uint64_t skipped; /* had a record */
+    uint64_t answered, refused, invalid, failed;
+    uint64_t numerical;                 /* of failed: numerical_error */
+    const char *code[TR_JOB_KINDS_MAX]; /* refused and failed by code; static strings */
+    uint64_t n_code[TR_JOB_KINDS_MAX];
+    int n_kinds;
+} tr_job_counts;
+
+/* Until the input is done (TR_OK), a signal asks to stop (TR_E_STOP), or something fails. Prints
+ * progress and a summary. More than 1 % numerical_error: TR_E_DEVICE. The journal is left open. */
+tr_status tr_job_run(const tr_job_options *options, tr_job_counts *counts, tr_err *err);
+
+/* One chat message; its answer's content to out with a line feed behind it. TR_E_USAGE: refused. */
+tr_status tr_job_prompt(const tr_job_options *options, const char *text, size_t n, FILE *out,
+                        tr_err *err);
+
+#endif

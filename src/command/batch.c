@@ -1,0 +1,83 @@
+/* trireme batch: start, the phases with an agreement behind each, end. */
+#include "config.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/stop.h"
+#include "batch/merge.h"
+#include "command/batch_run.h"
+#include "command/command.h"
+#include "command/options.h"
+#include "mpi/grid.h"
+#include "mpi/start.h"
+
+/* After each phase every rank knows how all of them fared. A stop asked for meanwhile ends the
+ * run between phases. */
+static tr_status agree(const tr_world *world, tr_status st, tr_err *err)
+{
+    if (st == TR_OK && tr_stop_requested())
+        st = tr_fail(err, TR_E_STOP, "stopped by %s", tr_stop_reason());
+    return tr_agree(world, st, err);
+}
+
+static tr_status phases(tr_run *run, const tr_world *world, tr_err *err)
+{
+    static tr_status (*const phase[])(tr_run *, tr_err *) = {
+        tr_run_input, tr_run_files, tr_run_journal, tr_run_weights, tr_run_model, tr_run_engine};
+    const tr_grid_sizes one = {1, 1, 1, 1, 1, 1, 1};
+    tr_grid grid;
+
+    tr_status st = agree(world, tr_grid_make(&grid, one, world->rank, world->size, err), err);
+    for (size_t i = 0; st == TR_OK && i < sizeof phase / sizeof *phase; i++)
+        st = agree(world, phase[i](run, err), err);
+    return st == TR_OK ? tr_agree(world, tr_run_job(run, err), err) : st;
+}
+
+static tr_status with_ranks(const tr_batch_options *options, tr_err *err)
+{
+    tr_world world;
+    tr_run *run = NULL;
+    tr_log *log = NULL;
+    tr_status st = tr_start(&world, err);
+
+    if (st != TR_OK) goto done;
+    bool leads = world.rank == 0;
+    log = tr_log_create(stderr, !leads, options->verbose);
+    run = tr_run_create(options, leads, world.local_size, log);
+    st = tr_agree(&world, run && log ? TR_OK : tr_fail(err, TR_E_MEMORY, "out of memory"), err);
+    if (st == TR_OK) st = phases(run, &world, err);
+    if (st != TR_OK && !leads) err->text[0] = 0; /* rank 0 speaks for the job */
+done:
+    tr_run_free(run); /* every file before MPI ends: the launcher may end ranks that still run */
+    tr_log_free(log);
+    tr_finish();
+    return st;
+}
+
+static tr_status merge(const tr_batch_options *o, tr_err *err)
+{
+    tr_log *log = tr_log_create(stderr, false, o->verbose);
+    tr_status st = log ? tr_merge(o->input, o->output, o->part, o->n_parts, log, err)
+                       : tr_fail(err, TR_E_MEMORY, "out of memory");
+    tr_log_free(log);
+    return st;
+}
+
+tr_status tr_command_batch(int argc, char **argv, tr_err *err)
+{
+    tr_batch_options options;
+    tr_status st = tr_batch_options_parse(&options, argc, argv, err);
+
+    if (st != TR_OK) return st;
+    if (options.help) {
+        tr_batch_options_help(stdout);
+        return fflush(stdout) ? tr_fail(err, TR_E_IO, "standard output: %s", strerror(errno))
+                              : TR_OK;
+    }
+    st = tr_stop_install(err);
+    if (st != TR_OK) return st;
+    return options.merge ? merge(&options, err) : with_ranks(&options, err);
+}

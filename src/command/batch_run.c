@@ -1,0 +1,489 @@
+#include "config.h"
+
+#include "command/batch_run.h"
+
+#include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/hash.h"
+#include "base/json.h"
+#include "base/size.h"
+#include "base/stop.h"
+#include "batch/job.h"
+#include "command/budget.h"
+#include "command/open.h"
+
+enum { MODEL_LEN_MAX = 16384, SMALL_FILE_MAX = 16 << 20, N_FIELDS = 17, FIELD_MAX = 96 };
+
+struct tr_run {
+    const tr_batch_options *o;
+    int local_size;
+    bool leads;
+    tr_log *log;
+    tr_input *input; /* NULL with --prompt */
+    tr_journal *journal;
+    tr_open_options open;
+    tr_opened opened;
+    tr_dtype kv_dtype;
+    tr_tokenizer *tokenizer; /* NULL: the folder has none */
+    tr_request_options request;
+    int32_t eos, bos, pad;
+    int max_model_len;
+    char *model_name;
+    tr_engine *engine;
+};
+
+/* ---- the model folder's small files ---------------------------------------------------------- */
+
+/* NAME of the model folder as JSON, or *out NULL where it does not exist. */
+static tr_status load_small(const tr_run *run, const char *name, json_t **out, tr_err *err)
+{
+    char *path = NULL;
+    tr_status st = TR_OK;
+
+    *out = NULL;
+    if (asprintf(&path, "%s/%s", run->o->model, name) < 0)
+        return tr_fail(err, TR_E_MEMORY, "out of memory");
+    if (access(path, F_OK) == 0 || errno != ENOENT)
+        st = tr_json_load(out, path, SMALL_FILE_MAX, err);
+    free(path);
+    return st;
+}
+
+static tr_status add_eos(tr_run *run, const json_t *id, tr_err *err)
+{
+    tr_request_options *r = &run->request;
+    json_int_t v = json_is_integer(id) ? json_integer_value(id) : -1;
+
+    if (v < 0 || v >= run->opened.config.vocab_size)
+        return tr_fail(err, TR_E_INPUT, "generation_config.json: eos_token_id is not a token id");
+    if (v == run->eos) return TR_OK;
+    if (r->n_extra_eos == TR_EXTRA_EOS_MAX)
+        return tr_fail(err, TR_E_INPUT, "generation_config.json: eos_token_id has more than %d ids",
+                       TR_EXTRA_EOS_MAX + 1);
+    r->extra_eos[r->n_extra_eos++] = (int32_t)v;
+    return TR_OK;
+}
+
+/* Sampling defaults (chat.md 4.2) and the ids that end an answer. */
+static tr_status read_generation(tr_run *run, tr_err *err)
+{
+    tr_sampling_defaults *d = &run->request.defaults;
+    int64_t top_k = 0;
+    json_t *j = NULL;
+
+    *d = (tr_sampling_defaults){
+        .temperature = 1, .top_p = 1, .min_p = 0, .repetition = 1, .top_k = 0};
+    tr_status st = load_small(run, "generation_config.json", &j, err);
+    if (st != TR_OK || !j) return st;
+    st = tr_json_double(j, "temperature", 0, 2, &d->temperature, err);
+    if (st == TR_OK) st = tr_json_double(j, "top_p", 1e-6, 1, &d->top_p, err);
+    if (st == TR_OK) st = tr_json_double(j, "min_p", 0, 1, &d->min_p, err);
+    if (st == TR_OK) st = tr_json_double(j, "repetition_penalty", 1e-6, 2, &d->repetition, err);
+    if (st == TR_OK) st = tr_json_int(j, "top_k", -1, INT32_MAX, &top_k, err);
+    if (st != TR_OK) tr_within(err, "generation_config.json");
+    d->top_k = (int)top_k;
+    const json_t *eos = json_object_get(j, "eos_token_id");
+    if (st == TR_OK && json_is_array(eos)) {
+        for (size_t i = 0; st == TR_OK && i < json_array_size(eos); i++)
+            st = add_eos(run, json_array_get(eos, i), err);
+    } else if (st == TR_OK && eos && !json_is_null(eos)) {
+        st = add_eos(run, eos, err);
+    }
+    json_decref(j);
+    return st;
+}
+
+static tr_status choose_chat_format(tr_run *run, tr_err *err)
+{
+    tr_chat_options *c = &run->request.chat;
+    const char *name = run->o->chat_format;
+
+    c->default_thinking = run->o->default_thinking;
+    c->thinking_only = run->o->thinking_only;
+    c->allow_tools = run->o->allow_tools;
+    c->literal_content = run->o->literal_content;
+    c->response_format_in_prompt = run->o->response_format_in_prompt;
+    c->dsv31_assistant_after_tool = run->o->dsv31_assistant_after_tool;
+    c->format = TR_CHAT_NONE;
+    if (!run->tokenizer) return TR_OK;
+    tr_status st = tr_chat_check_tokenizer(run->tokenizer, err);
+    if (st != TR_OK) return st;
+    if (!strcmp(name, "auto"))
+        return tr_chat_format_detect(&c->format, run->o->model, run->tokenizer, run->log, err);
+    c->format = strcmp(name, "dsv31") ? TR_CHAT_DSV32 : TR_CHAT_DSV31;
+    return TR_OK;
+}
+
+/* Ids by content where there is a tokenizer (chat.md 1.2), else by config.json. */
+static tr_status open_tokenizer(tr_run *run, tr_err *err)
+{
+    char *path = NULL;
+    json_t *j = NULL;
+    tr_status st = TR_OK;
+
+    run->eos = run->opened.config.eos_token_id;
+    run->bos = run->opened.config.bos_token_id;
+    run->pad = -1;
+    if (asprintf(&path, "%s/tokenizer.json", run->o->model) < 0)
+        return tr_fail(err, TR_E_MEMORY, "out of memory");
+    if (access(path, F_OK) != 0 && errno == ENOENT)
+        tr_log_warn(run->log, "%s: there is none: prompts must be token ids, answers have no text",
+                    path);
+    else
+        st = tr_tokenizer_open(&run->tokenizer, path, NULL, run->log, err);
+    free(path);
+    if (st == TR_OK) st = choose_chat_format(run, err);
+    if (st == TR_OK) st = load_small(run, "tokenizer_config.json", &j, err);
+    if (st == TR_OK && j) {
+        st = tr_json_bool(j, "add_bos_token", &run->request.add_bos, err);
+        if (st != TR_OK) tr_within(err, "tokenizer_config.json");
+    }
+    json_decref(j);
+    if (st != TR_OK || !run->tokenizer) return st;
+    if (tr_tokenizer_size(run->tokenizer) > run->opened.config.vocab_size)
+        return tr_fail(err, TR_E_INPUT,
+                       "tokenizer.json has ids up to %d, config.json a vocab_size of %d",
+                       tr_tokenizer_size(run->tokenizer) - 1, run->opened.config.vocab_size);
+    int32_t eos = tr_tokenizer_added(run->tokenizer, "<｜end▁of▁sentence｜>");
+    if (eos != run->eos)
+        tr_log_warn(run->log,
+                    "config.json has %d as end of sentence, tokenizer.json %d, which is taken",
+                    run->eos, eos);
+    run->eos = eos;
+    run->bos = tr_tokenizer_added(run->tokenizer, "<｜begin▁of▁sentence｜>");
+    run->pad = tr_tokenizer_added(run->tokenizer, "<｜▁pad▁｜>");
+    return TR_OK;
+}
+
+static tr_status choose_length(tr_run *run, tr_err *err)
+{
+    int64_t most = run->opened.config.max_position_embeddings, asked = run->o->max_model_len;
+
+    if (asked > most)
+        return tr_fail(err, TR_E_USAGE, "--max-model-len %jd: the model has %jd positions",
+                       (intmax_t)asked, (intmax_t)most);
+    run->max_model_len = (int)(asked ? asked : most < MODEL_LEN_MAX ? most : MODEL_LEN_MAX);
+    return TR_OK;
+}
+
+/* The last part of the folder's name: what answers call the model. */
+static tr_status name_model(tr_run *run, tr_err *err)
+{
+    char *path = realpath(run->o->model, NULL);
+    const char *slash = path ? strrchr(path, '/') : NULL;
+    const char *name = slash && slash[1] ? slash + 1 : run->o->model;
+
+    run->model_name = strdup(name);
+    free(path);
+    return run->model_name ? TR_OK : tr_fail(err, TR_E_MEMORY, "out of memory");
+}
+
+tr_status tr_run_files(tr_run *run, tr_err *err)
+{
+    run->open = (tr_open_options){
+        .model_dir = run->o->model,
+        .overrides = run->o->overrides.s,
+        .n_overrides = run->o->overrides.n,
+        .load_format = strcmp(run->o->load_format, "dummy") ? TR_LOAD_SAFETENSORS : TR_LOAD_DUMMY,
+        .seed = (uint64_t)run->o->seed,
+        .device = run->o->device,
+    };
+    tr_status st = tr_open_kv_dtype(&run->kv_dtype, run->o->kv_dtype, err);
+    if (st == TR_OK) st = tr_open_checkpoint(&run->opened, &run->open, err);
+    if (st == TR_OK) st = choose_length(run, err);
+    if (st == TR_OK) st = open_tokenizer(run, err);
+    if (st == TR_OK) st = read_generation(run, err);
+    if (st == TR_OK) st = name_model(run, err);
+    run->request.tokenizer = run->tokenizer;
+    run->request.vocab_size = run->opened.config.vocab_size;
+    run->request.max_model_len = run->max_model_len;
+    run->request.bos = run->bos;
+    run->request.seed = (uint64_t)run->o->seed;
+    run->request.strict_params = run->o->strict_params;
+    run->request.log = run->log;
+    return st;
+}
+
+/* ---- what the run was started with ----------------------------------------------------------- */
+
+typedef struct identity {
+    tr_run_field field[N_FIELDS];
+    char text[N_FIELDS][FIELD_MAX];
+    int n;
+} identity;
+
+__attribute__((format(printf, 3, 4))) static void add_field(identity *id, const char *name,
+                                                            const char *fmt, ...)
+{
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(id->text[id->n], FIELD_MAX, fmt, args);
+    va_end(args);
+    id->field[id->n] = (tr_run_field){name, id->text[id->n]};
+    id->n++;
+}
+
+/* config.json as it is used, and the shards: their names, sizes and headers. */
+static tr_status model_identity(const tr_run *run, char *out, size_t size, tr_err *err)
+{
+    char *path = NULL, *text = NULL, config_hex[33], shards_hex[33] = "dummy";
+    size_t n = 0;
+
+    if (asprintf(&path, "%s/config.json", run->o->model) < 0)
+        return tr_fail(err, TR_E_MEMORY, "out of memory");
+    tr_status st = tr_file_read(path, SMALL_FILE_MAX, &text, &n, err);
+    free(path);
+    tr_hasher *h = tr_hasher_create();
+    if (st == TR_OK && !h) st = tr_fail(err, TR_E_MEMORY, "out of memory");
+    if (st == TR_OK) {
+        tr_hasher_add(h, text, n);
+        for (int i = 0; i < run->o->overrides.n; i++)
+            tr_hasher_add(h, run->o->overrides.s[i], strlen(run->o->overrides.s[i]) + 1);
+        tr_hasher_hex(h, config_hex);
+        if (run->opened.checkpoint) tr_checkpoint_identity(run->opened.checkpoint, shards_hex);
+        snprintf(out, size, "%s-%s", shards_hex, config_hex);
+    }
+    tr_hasher_free(h);
+    free(text);
+    return st;
+}
+
+/* Everything a record may depend on; not grid, device and sizes of steps (reliability.md 3). */
+static tr_status make_identity(const tr_run *run, identity *id, tr_err *err)
+{
+    static const char *const formats[] = {"none", "dsv32", "dsv31"};
+    const tr_input_info *in = tr_input_about(run->input);
+    const tr_sampling_defaults *d = &run->request.defaults;
+    const tr_chat_options *c = &run->request.chat;
+    char model[80], eos[80] = "";
+    size_t n = 0;
+
+    tr_status st = model_identity(run, model, sizeof model, err);
+    if (st != TR_OK) return st;
+    for (int i = 0; i < run->request.n_extra_eos; i++)
+        n += (size_t)snprintf(eos + n, sizeof eos - n, ",%d", run->request.extra_eos[i]);
+    id->n = 0;
+    add_field(id, "version", "%s", PACKAGE_VERSION);
+    add_field(id, "input", "%s", in->hash);
+    add_field(id, "input_bytes", "%ju", (uintmax_t)in->bytes);
+    add_field(id, "model", "%s", model);
+    add_field(id, "tokenizer", "%s",
+              run->tokenizer ? tr_tokenizer_identity(run->tokenizer) : "none");
+    add_field(id, "kv_dtype", "%s", run->o->kv_dtype);
+    add_field(id, "max_model_len", "%d", run->max_model_len);
+    add_field(id, "shard", "0/1");
+    add_field(id, "seed", "%jd", (intmax_t)run->o->seed);
+    add_field(id, "temperature", "%.9g", d->temperature);
+    add_field(id, "top_p", "%.9g", d->top_p);
+    add_field(id, "top_k", "%d", d->top_k);
+    add_field(id, "min_p", "%.9g", d->min_p);
+    add_field(id, "repetition_penalty", "%.9g", d->repetition);
+    add_field(id, "end_tokens", "%d%s", run->eos, eos);
+    add_field(id, "chat_format", "%s%s", formats[c->format],
+              run->request.add_bos ? ", add_bos_token" : "");
+    add_field(id, "text_options", "%s%s%s%s%s%s%s", c->default_thinking ? "default-thinking " : "",
+              c->thinking_only ? "thinking-only " : "", c->allow_tools ? "allow-tools " : "",
+              c->literal_content ? "literal " : "",
+              c->response_format_in_prompt ? "format-in-prompt " : "",
+              c->dsv31_assistant_after_tool ? "assistant-after-tool " : "",
+              run->o->strict_params ? "strict" : "");
+    return TR_OK;
+}
+
+tr_status tr_run_journal(tr_run *run, tr_err *err)
+{
+    identity id;
+    if (!run->input) return TR_OK;
+    if (!strcmp(run->o->output, "-"))
+        return tr_journal_stream(&run->journal, STDOUT_FILENO, "standard output", err);
+    tr_status st = make_identity(run, &id, err);
+    if (st != TR_OK) return st;
+    const tr_journal_options o = {
+        .run = {.out_path = run->o->output,
+                .field = id.field,
+                .n_fields = id.n,
+                .must_exist = run->o->resume,
+                .log = run->log},
+        .input_hash = tr_input_about(run->input)->hash,
+    };
+    return tr_journal_open(&run->journal, &o, err);
+}
+
+/* ---- the model ------------------------------------------------------------------------------- */
+
+/* Cache pages: what the largest load can use, within half of what is left of the memory. */
+static tr_status choose_pages(const tr_run *run, int *n_pages, tr_err *err)
+{
+    size_t page =
+        tr_cache_page_bytes(&run->opened.config, run->opened.slice.layers.n, run->kv_dtype);
+    size_t each = tr_ceil_div((size_t)run->max_model_len, TR_PAGE_TOKENS) + 1;
+    size_t want = each * (size_t)run->o->max_sequences; /* at most 2^31/64 * 4096: fits */
+    uint64_t left = tr_memory_available() / 2 / (uint64_t)run->local_size;
+    size_t fit = left ? (size_t)(left / page) : want;
+
+    if (fit < each)
+        return tr_fail(err, TR_E_MEMORY,
+                       "%.1f GB for the cache do not hold one sequence of %d tokens (%.1f GB): "
+                       "lower --max-model-len or "
+                       "--kv-dtype",
+                       (double)left / 1e9, run->max_model_len, (double)each * (double)page / 1e9);
+    if (want > fit) want = fit;
+    *n_pages = want > INT32_MAX ? INT32_MAX : (int)want;
+    return TR_OK;
+}
+
+tr_status tr_run_model(tr_run *run, tr_err *err)
+{
+    const tr_config *c = &run->opened.config;
+    uint32_t *has_token = NULL;
+    int n_pages = 0;
+
+    tr_status st = choose_pages(run, &n_pages, err);
+    if (st != TR_OK) return st;
+    if (run->tokenizer) {
+        has_token = tr_calloc(tr_ceil_div((size_t)c->vocab_size, 32), sizeof *has_token);
+        if (!has_token) return tr_fail(err, TR_E_MEMORY, "out of memory");
+        tr_tokenizer_mask(run->tokenizer, c->vocab_size, has_token);
+    }
+    const tr_model_options options = {
+        .kv_dtype = run->kv_dtype,
+        .max_rows = (int)(run->o->max_batch_tokens + run->o->max_sequences),
+        .n_slots = (int)run->o->max_sequences,
+        .max_model_len = run->max_model_len,
+        .n_pages = n_pages,
+    };
+    st = tr_open_model(&run->opened, &options, has_token, err);
+    free(has_token);
+    if (st != TR_OK) return st;
+    tr_log_info(run->log,
+                "%s: %d layers, %.2f GB of weights; cache %s, %.2f GB, %d tokens; context %d; %jd "
+                "sequences; %s",
+                run->model_name, c->num_hidden_layers, (double)run->opened.weights->bytes / 1e9,
+                run->o->kv_dtype, (double)tr_model_cache_bytes(run->opened.model) / 1e9,
+                n_pages * TR_PAGE_TOKENS, run->max_model_len, (intmax_t)run->o->max_sequences,
+                tr_device_describe(run->opened.device));
+    return TR_OK;
+}
+
+tr_status tr_run_engine(tr_run *run, tr_err *err)
+{
+    const tr_engine_options options = {
+        .max_batch_tokens = (int)run->o->max_batch_tokens,
+        .max_sequences = (int)run->o->max_sequences,
+        .max_model_len = run->max_model_len,
+        .ring = run->o->no_overlap ? 1 : 2,
+        .eos = run->eos,
+        .bos = run->bos,
+        .pad = run->pad,
+        .is_leader = run->leads,
+    };
+    return tr_engine_create(&run->engine, run->opened.model, run->tokenizer, run->opened.self,
+                            &options, run->log, &run->opened.regions, err);
+}
+
+/* ---- the run --------------------------------------------------------------------------------- */
+
+static tr_status read_stdin(tr_buf *text, tr_err *err)
+{
+    char piece[4096];
+    ssize_t got;
+    while ((got = read(STDIN_FILENO, piece, sizeof piece)) != 0) {
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0) return tr_fail(err, TR_E_IO, "standard input: %s", strerror(errno));
+        tr_buf_add(text, piece, (size_t)got);
+        if (text->n > TR_LINE_MAX)
+            return tr_fail(err, TR_E_USAGE, "--prompt -: more than %d bytes", TR_LINE_MAX);
+    }
+    while (text->n && (text->s[text->n - 1] == '\n' || text->s[text->n - 1] == '\r'))
+        text->n--; /* what ends a line of a terminal or of echo is no part of the question */
+    return text->failed ? tr_fail(err, TR_E_MEMORY, "out of memory") : TR_OK;
+}
+
+tr_status tr_run_job(tr_run *run, tr_err *err)
+{
+    tr_job_counts counts;
+    tr_err later;
+    const tr_record_options record = {
+        .input_hash = run->input ? tr_input_about(run->input)->hash : "",
+        .tokenizer = run->tokenizer,
+        .model = run->model_name,
+        .eos = run->eos,
+        .bos = run->bos,
+        .pad = run->pad,
+    };
+    const tr_job_options job = {
+        .input = run->input,
+        .journal = run->journal,
+        .engine = run->engine,
+        .request = run->request,
+        .record = record,
+        .log = run->log,
+    };
+    if (!run->input) {
+        tr_buf text = {0};
+        tr_status st = TR_OK;
+        if (!strcmp(run->o->prompt, "-"))
+            st = read_stdin(&text, err);
+        else
+            tr_buf_puts(&text, run->o->prompt);
+        if (st == TR_OK && text.failed) st = tr_fail(err, TR_E_MEMORY, "out of memory");
+        if (st == TR_OK) st = tr_job_prompt(&job, text.n ? text.s : "", text.n, stdout, err);
+        free(text.s);
+        return st;
+    }
+    tr_status st = tr_job_run(&job, &counts, err);
+    tr_status changed = tr_input_check(run->input, &later);
+    if (changed != TR_OK && (st == TR_OK || st == TR_E_STOP)) {
+        st = changed;
+        *err = later;
+    }
+    tr_status closed = tr_journal_close(run->journal, &later);
+    run->journal = NULL;
+    if (closed != TR_OK && (st == TR_OK || st == TR_E_STOP)) {
+        st = closed;
+        *err = later;
+    }
+    return st;
+}
+
+tr_status tr_run_input(tr_run *run, tr_err *err)
+{
+    if (!run->leads || !run->o->input) return TR_OK;
+    tr_status st = tr_input_open(&run->input, run->o->input, 0, err);
+    if (st == TR_OK && !tr_input_about(run->input)->n_requests)
+        tr_log_warn(run->log, "%s: no requests in it", run->o->input);
+    return st;
+}
+
+tr_status tr_run_weights(tr_run *run, tr_err *err)
+{
+    return tr_open_weights(&run->opened, &run->open, run->log, err);
+}
+
+tr_run *tr_run_create(const tr_batch_options *options, bool leads, int local_size, tr_log *log)
+{
+    tr_run *run = calloc(1, sizeof *run);
+    if (!run) return NULL;
+    run->o = options;
+    run->leads = leads;
+    run->local_size = local_size > 0 ? local_size : 1;
+    run->log = log;
+    return run;
+}
+
+void tr_run_free(tr_run *run)
+{
+    if (!run) return;
+    tr_journal_close(run->journal, NULL);
+    tr_engine_free(run->engine);
+    tr_opened_close(&run->opened);
+    tr_tokenizer_free(run->tokenizer);
+    tr_input_close(run->input);
+    free(run->model_name);
+    free(run);
+}

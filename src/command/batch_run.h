@@ -1,0 +1,26 @@
+/* The phases of `trireme batch` on one rank, in the order in which faults are cheapest to find:
+ * the input, the model folder's small files, lock and OUT.run, weights, model, engine, job. The
+ * caller lets the ranks agree between them. */
+#ifndef TR_COMMAND_BATCH_RUN_H
+#define TR_COMMAND_BATCH_RUN_H
+
+#include "base/log.h"
+#include "command/options.h"
+
+typedef struct tr_run tr_run;
+
+/* Keeps options and log. leads: rank 0, which has input, journal and voice. local_size: ranks of
+ * this host. NULL: out of memory. */
+tr_run *tr_run_create(const tr_batch_options *options, bool leads, int local_size, tr_log *log);
+void tr_run_free(tr_run *run);
+
+tr_status tr_run_input(tr_run *run,
+                       tr_err *err); /* hashed, duplicates refused; nothing with --prompt */
+tr_status tr_run_files(tr_run *run, tr_err *err);   /* config, shard headers, tokenizer, defaults */
+tr_status tr_run_journal(tr_run *run, tr_err *err); /* lock, OUT.run, resume */
+tr_status tr_run_weights(tr_run *run, tr_err *err);
+tr_status tr_run_model(tr_run *run, tr_err *err); /* the cache's size is decided here */
+tr_status tr_run_engine(tr_run *run, tr_err *err);
+tr_status tr_run_job(tr_run *run, tr_err *err); /* or the answer to --prompt */
+
+#endif

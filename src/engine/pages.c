@@ -1,0 +1,129 @@
+#include "config.h"
+
+#include "engine/pages.h"
+
+#include <assert.h>
+#include <stdlib.h>
+
+#include "base/size.h"
+
+typedef struct aging { /* a page without references that steps in flight may still read */
+    uint64_t step;     /* it was dropped in */
+    int32_t page;
+} aging;
+
+struct tr_pages {
+    int n, ring;
+    int n_free, n_aging;
+    int32_t *references; /* [n] */
+    uint64_t *free_bits; /* [n_words] bit set: can be taken */
+    int n_words;
+    int first_word; /* no free bit lies in the words before it */
+    aging *aging;   /* [n] a queue, oldest at i_aging; a page is in it once at most */
+    int i_aging;
+};
+
+static void set_free(tr_pages *p, int32_t page)
+{
+    p->free_bits[page / 64] |= UINT64_C(1) << (page % 64);
+    if (page / 64 < p->first_word) p->first_word = page / 64;
+    p->n_free++;
+}
+
+tr_pages *tr_pages_create(int n_pages, int ring)
+{
+    if (n_pages < 1 || ring < 1) return NULL;
+    tr_pages *p = calloc(1, sizeof *p);
+    if (!p) return NULL;
+    p->n = n_pages;
+    p->ring = ring;
+    p->n_words = (int)tr_ceil_div((size_t)n_pages, 64);
+    p->references = tr_calloc((size_t)n_pages, sizeof *p->references);
+    p->free_bits = tr_calloc((size_t)p->n_words, sizeof *p->free_bits);
+    p->aging = tr_calloc((size_t)n_pages, sizeof *p->aging);
+    if (!p->references || !p->free_bits || !p->aging) {
+        tr_pages_free(p);
+        return NULL;
+    }
+    for (int i = 0; i < n_pages; i++)
+        set_free(p, i);
+    return p;
+}
+
+void tr_pages_free(tr_pages *p)
+{
+    if (!p) return;
+    free(p->references);
+    free(p->free_bits);
+    free(p->aging);
+    free(p);
+}
+
+int tr_pages_take(tr_pages *p, int n, int32_t *page)
+{
+    int n_taken = 0;
+
+    if (n < 0 || n > p->n_free) return 0;
+    for (int w = p->first_word; n_taken < n; w++) {
+        assert(w < p->n_words);
+        while (p->free_bits[w] && n_taken < n) {
+            int32_t id = w * 64 + __builtin_ctzll(p->free_bits[w]);
+            p->free_bits[w] &= p->free_bits[w] - 1;
+            assert(p->references[id] == 0);
+            p->references[id] = 1;
+            page[n_taken++] = id;
+        }
+        p->first_word = w;
+    }
+    p->n_free -= n;
+    return 1;
+}
+
+void tr_pages_share(tr_pages *p, const int32_t *page, int n)
+{
+    for (int i = 0; i < n; i++) {
+        assert(page[i] >= 0 && page[i] < p->n && p->references[page[i]] > 0);
+        p->references[page[i]]++;
+    }
+}
+
+void tr_pages_drop(tr_pages *p, const int32_t *page, int n, uint64_t step)
+{
+    for (int i = 0; i < n; i++) {
+        assert(page[i] >= 0 && page[i] < p->n && p->references[page[i]] > 0);
+        if (--p->references[page[i]]) continue;
+        p->aging[(p->i_aging + p->n_aging) % p->n] = (aging){.step = step, .page = page[i]};
+        p->n_aging++;
+    }
+}
+
+void tr_pages_step(tr_pages *p, uint64_t step)
+{
+    while (p->n_aging) {
+        aging oldest = p->aging[p->i_aging];
+        if (step < oldest.step || step - oldest.step < (uint64_t)p->ring) break;
+        set_free(p, oldest.page);
+        p->i_aging = (p->i_aging + 1) % p->n;
+        p->n_aging--;
+    }
+}
+
+int tr_pages_available(const tr_pages *p)
+{
+    return p->n_free;
+}
+
+int tr_pages_held(const tr_pages *p)
+{
+    return p->n - p->n_free - p->n_aging;
+}
+
+int tr_pages_total(const tr_pages *p)
+{
+    return p->n;
+}
+
+int tr_pages_references(const tr_pages *p, int32_t page)
+{
+    return p->references[page];
+}

@@ -1,0 +1,301 @@
+#include <config.h>
+
+#include "model/weights_priv.h"
+
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/clock.h"
+#include "base/size.h"
+#include "kernels/number.h"
+
+void tr_loader_done(tr_loader *l)
+{
+    free(l->raw);
+    free(l->scale);
+    l->raw = NULL;
+    l->scale = NULL;
+}
+
+static tr_status device_fail(const tr_loader *l, tr_status st, const char *name, tr_err *err)
+{
+    return tr_fail(err, st, "%s: %s", name, l->ops->error(l->device));
+}
+
+tr_status tr_loader_alloc(tr_loader *l, const char *name, size_t bytes, void **out, tr_err *err)
+{
+    struct tr_weights_memory *m = l->weights->memory;
+
+    *out = NULL;
+    if (m->n == m->room) {
+        size_t room = m->room ? 2 * m->room : 256, n_bytes;
+        void **grown = tr_mul(&n_bytes, room, sizeof *grown) ? realloc(m->block, n_bytes) : NULL;
+        if (!grown) return tr_fail(err, TR_E_MEMORY, "%s: out of memory", name);
+        m->block = grown;
+        m->room = room;
+    }
+    tr_status st = l->ops->alloc(l->device, bytes, 0, out);
+    if (st != TR_OK) return device_fail(l, st, name, err);
+    m->block[m->n++] = *out;
+    l->weights->bytes += bytes;
+    return TR_OK;
+}
+
+/* ---- from the file into host memory -------------------------------------------------------------------------------- */
+
+static size_t element_bytes(tr_stored stored)
+{
+    return stored == TR_STORED_F8_E4M3 ? 1 : stored == TR_STORED_BF16 ? 2 : 4;
+}
+
+/* `rows` rows of `bytes_row` bytes; what was there is lost. */
+static tr_status grow(void **buffer, size_t *bytes, size_t rows, size_t bytes_row, const char *name,
+                      tr_err *err)
+{
+    size_t n;
+    bool fits = tr_mul(&n, rows, bytes_row);
+    if (fits && n <= *bytes) return TR_OK;
+    free(*buffer);
+    *bytes = 0;
+    *buffer = fits ? malloc(n) : NULL;
+    if (!*buffer)
+        return tr_fail(err, TR_E_MEMORY, "%s: out of memory for %zu rows of %zu bytes", name, rows,
+                       bytes_row);
+    *bytes = n;
+    return TR_OK;
+}
+
+/* The name and place of the tensor's data: the stored tensor itself, or NULL for dummy weights. */
+static tr_status locate(const tr_loader *l, const tr_wanted *w, const tr_tensor **tensor,
+                        tr_stored *stored, tr_err *err)
+{
+    *tensor = NULL;
+    if (l->dummy) {
+        *stored = tr_dummy_stored(l->config, w);
+        return TR_OK;
+    }
+    *tensor = tr_checkpoint_find(l->checkpoint, w->name);
+    /* tr_wanted_check has seen it; an optional one is not asked for here */
+    if (!*tensor) return tr_fail(err, TR_E_INPUT, "%s is missing", w->name);
+    *stored = (*tensor)->stored;
+    return TR_OK;
+}
+
+static tr_range blocks_of(tr_range r)
+{
+    int first = r.begin / TR_SCALE_BLOCK;
+    return (tr_range){.begin = first, .n = (r.begin + r.n - 1) / TR_SCALE_BLOCK + 1 - first};
+}
+
+static tr_status fetch_scale(tr_loader *l, const tr_wanted *w, tr_range rows, tr_range columns,
+                             tr_err *err)
+{
+    tr_range r = blocks_of(rows), c = blocks_of(columns);
+    char name[sizeof w->name + 16];
+    size_t n = strlen(w->name);
+
+    void *room = l->scale;
+    tr_status st =
+        grow(&room, &l->scale_bytes, (size_t)r.n, (size_t)c.n * sizeof(float), w->name, err);
+    l->scale = room;
+    l->scale_ld = (size_t)c.n;
+    if (st != TR_OK) return st;
+    if (l->dummy) {
+        tr_dummy_scale(l->dummy, w, r.begin, r.n, c.begin, c.n, l->scale);
+        return TR_OK;
+    }
+    memcpy(name, w->name, n);
+    memcpy(name + n, "_scale_inv", sizeof "_scale_inv");
+    const tr_tensor *t = tr_checkpoint_find(l->checkpoint, name);
+    if (!t) return tr_fail(err, TR_E_INPUT, "%s is missing", name);
+    l->weights->bytes_read += (uint64_t)r.n * (uint64_t)c.n * sizeof(float);
+    return tr_checkpoint_read_block(l->checkpoint, t, r.begin, r.n, c.begin, c.n, l->scale, err);
+}
+
+static tr_status fetch(tr_loader *l, const tr_wanted *w, tr_range rows, tr_range columns,
+                       tr_err *err)
+{
+    const tr_tensor *t;
+    tr_status st = locate(l, w, &t, &l->stored, err);
+    if (st != TR_OK) return st;
+    size_t row_bytes = (size_t)columns.n * element_bytes(l->stored);
+    size_t bytes = (size_t)rows.n * row_bytes;
+
+    st = grow(&l->raw, &l->raw_bytes, (size_t)rows.n, row_bytes, w->name, err);
+    if (st != TR_OK) return st;
+    if (!t) {
+        tr_dummy_block(l->dummy, w, l->stored, rows.begin, rows.n, columns.begin, columns.n,
+                       l->raw);
+        l->bytes_made += bytes;
+    } else {
+        l->weights->bytes_read += bytes;
+        st = w->rank == 2 ? tr_checkpoint_read_block(l->checkpoint, t, rows.begin, rows.n,
+                                                     columns.begin, columns.n, l->raw, err)
+                          : tr_checkpoint_read(l->checkpoint, t, 0, bytes, l->raw, err);
+    }
+    if (st == TR_OK && l->stored == TR_STORED_F8_E4M3) st = fetch_scale(l, w, rows, columns, err);
+    return st;
+}
+
+tr_status tr_loader_fetch(tr_loader *l, const tr_wanted *w, tr_range rows, tr_range columns,
+                          tr_err *err)
+{
+    uint64_t before = l->weights->bytes_read + l->bytes_made;
+
+    tr_region_begin(l->regions, l->read_region);
+    tr_status st = fetch(l, w, rows, columns, err);
+    uint64_t after = l->weights->bytes_read + l->bytes_made;
+    tr_region_end(l->regions, (double)(after - before), 0.0);
+
+    double seconds = (double)(tr_now_ns() - l->begun_ns) * 1e-9;
+    tr_log_progress(l->log, "loading layer %d of %d: %.2f GB %s, %.2f GB/s", l->i_layer,
+                    l->n_layers, (double)after * 1e-9, l->dummy ? "made up" : "read",
+                    seconds > 0.0 ? (double)after * 1e-9 / seconds : 0.0);
+    return st;
+}
+
+/* ---- from host memory to the device ------------------------------------------------------------------------------- */
+
+/* The host buffer may be used again when this returns. */
+static tr_status upload(tr_loader *l, const char *name, void *dst, const void *src, size_t bytes,
+                        tr_err *err)
+{
+    tr_status st = l->ops->upload(l->device, TR_LANE_COPY, dst, src, bytes);
+    if (st != TR_OK) return device_fail(l, st, name, err);
+    uint64_t ticket = l->ops->ticket(l->device, TR_LANE_COPY);
+    while (!l->ops->done(l->device, TR_LANE_COPY, ticket))
+        sched_yield();
+    return TR_OK;
+}
+
+static tr_format format_of(tr_stored stored)
+{
+    return stored == TR_STORED_F8_E4M3 ? TR_W_E4M3_B128
+           : stored == TR_STORED_BF16  ? TR_W_BF16
+                                       : TR_W_F32;
+}
+
+tr_status tr_loader_linear(tr_loader *l, tr_linear *dst, const tr_wanted *w, int n_mats, int n_out,
+                           int n_in, tr_err *err)
+{
+    const tr_tensor *t;
+    tr_stored stored;
+    tr_status st = locate(l, w, &t, &stored, err);
+    if (st != TR_OK) return st;
+    *dst = (tr_linear){.format = format_of(stored), .n_mats = n_mats, .n_out = n_out, .n_in = n_in};
+    return tr_loader_alloc(l, w->name, l->ops->linear_bytes(dst->format, n_mats, n_out, n_in),
+                           &dst->data, err);
+}
+
+tr_status tr_loader_pack_fetched(tr_loader *l, tr_linear *dst, const tr_wanted *w, tr_range rows,
+                                 tr_range columns, tr_range part, int transposed, int i_mat,
+                                 int o_begin, tr_err *err)
+{
+    size_t ld = (size_t)columns.n;
+    int row = rows.begin + part.begin; /* in the stored tensor */
+    int block = row / TR_SCALE_BLOCK - rows.begin / TR_SCALE_BLOCK;
+    tr_linear_src src = {
+        .src = (const char *)l->raw + (size_t)part.begin * ld * element_bytes(l->stored),
+        .ld = ld,
+        .transposed = transposed,
+        .i_mat = i_mat,
+        .o_begin = o_begin,
+        .n_out = transposed ? columns.n : part.n,
+    };
+    if (format_of(l->stored) != dst->format)
+        return tr_fail(err, TR_E_INPUT,
+                       "%s is not stored in the same format as the tensors it belongs to", w->name);
+    if (l->stored == TR_STORED_F8_E4M3) {
+        src.scale = l->scale + (size_t)block * l->scale_ld;
+        src.scale_ld = l->scale_ld;
+        src.row0 = row % TR_SCALE_BLOCK;
+        src.col0 = columns.begin % TR_SCALE_BLOCK;
+    }
+    tr_region_begin(l->regions, l->pack_region);
+    tr_status st = l->ops->linear_pack(l->device, dst, &src);
+    tr_region_end(l->regions, (double)((size_t)part.n * ld * element_bytes(l->stored)), 0.0);
+    return st == TR_OK ? TR_OK : device_fail(l, st, w->name, err);
+}
+
+/* Rows of a chunk: whole scale blocks, so that no scale is read twice. */
+static int chunk_rows(const tr_loader *l, tr_range columns)
+{
+    size_t row_bytes = (size_t)columns.n * sizeof(float); /* at most */
+    size_t rows = l->chunk_bytes / row_bytes / TR_SCALE_BLOCK * TR_SCALE_BLOCK;
+    return rows ? (int)rows : TR_SCALE_BLOCK;
+}
+
+tr_status tr_loader_pack(tr_loader *l, tr_linear *dst, const tr_wanted *w, tr_range rows,
+                         tr_range columns, int i_mat, int o_begin, tr_err *err)
+{
+    int step = chunk_rows(l, columns);
+    tr_status st = TR_OK;
+    for (int done = 0, n = 0; done < rows.n && st == TR_OK; done += n) {
+        tr_range chunk = {.begin = rows.begin + done};
+        /* A slice that begins inside a block first goes to the block's end. */
+        n = step - chunk.begin % TR_SCALE_BLOCK;
+        if (n > rows.n - done) n = rows.n - done;
+        chunk.n = n;
+        st = tr_loader_fetch(l, w, chunk, columns, err);
+        if (st != TR_OK) break;
+        st = tr_loader_pack_fetched(l, dst, w, chunk, columns, tr_whole(n), 0, i_mat,
+                                    o_begin + done, err);
+    }
+    return st;
+}
+
+tr_status tr_loader_vector(tr_loader *l, float **out, tr_role role, int layer, tr_err *err)
+{
+    tr_wanted w;
+    void *memory;
+
+    tr_wanted_get(&w, l->config, role, layer, 0);
+    size_t n = (size_t)w.shape[0], bytes = n * sizeof(float);
+    tr_status st = tr_loader_fetch(l, &w, tr_whole(1), tr_whole(w.shape[0]), err);
+    if (st != TR_OK) return st;
+    if (l->stored == TR_STORED_BF16) {
+        /* Widen in place, from the end: element i moves up from byte 2 i to byte 4 i. */
+        if (bytes > l->raw_bytes) {
+            void *grown = realloc(l->raw, bytes);
+            if (!grown) return tr_fail(err, TR_E_MEMORY, "%s: out of memory", w.name);
+            l->raw = grown;
+            l->raw_bytes = bytes;
+        }
+        const uint16_t *from = l->raw;
+        float *to = l->raw;
+        for (size_t i = n; i-- > 0;) {
+            float x = tr_bf16_to_f32(from[i]);
+            memcpy(&to[i], &x, sizeof x);
+        }
+    }
+    st = tr_loader_alloc(l, w.name, bytes, &memory, err);
+    if (st != TR_OK) return st;
+    *out = memory;
+    return upload(l, w.name, memory, l->raw, bytes, err);
+}
+
+tr_status tr_loader_table(tr_loader *l, void **out, tr_dtype *dtype, const tr_wanted *w,
+                          tr_err *err)
+{
+    const tr_tensor *t;
+    tr_stored stored;
+    size_t row_bytes, bytes;
+
+    tr_status st = locate(l, w, &t, &stored, err);
+    if (st != TR_OK) return st;
+    *dtype = stored == TR_STORED_BF16 ? TR_BF16 : TR_F32;
+    if (!tr_mul(&row_bytes, (size_t)w->shape[1], element_bytes(stored)) ||
+        !tr_mul(&bytes, (size_t)w->shape[0], row_bytes))
+        return tr_fail(err, TR_E_MEMORY, "%s is too large", w->name);
+    st = tr_loader_alloc(l, w->name, bytes, out, err);
+    int step = chunk_rows(l, tr_whole(w->shape[1]));
+    for (int row = 0; row < w->shape[0] && st == TR_OK; row += step) {
+        int n = (int)w->shape[0] - row < step ? (int)w->shape[0] - row : step;
+        st = tr_loader_fetch(l, w, (tr_range){.begin = row, .n = n}, tr_whole(w->shape[1]), err);
+        if (st == TR_OK)
+            st = upload(l, w->name, (char *)*out + (size_t)row * row_bytes, l->raw,
+                        (size_t)n * row_bytes, err);
+    }
+    return st;
+}

@@ -1,0 +1,132 @@
+#!/bin/bash
+# Kill a batch job with -9 at random moments, run the same command again, and so on, until it was killed often enough; then
+# let it finish. OUT must then hold exactly one record for every request, the same ones as an uninterrupted run's but for
+# `created`.
+#
+# usage: run_kill.sh TRIREME MODEL N_KILLS [SEED]
+set -u
+
+if [ $# -lt 3 ]; then
+    echo "usage: $0 TRIREME MODEL N_KILLS [SEED]" >&2
+    exit 2
+fi
+trireme=$1 model=$2 wanted=$3
+RANDOM=${4:-1}
+python=${PYTHON:-python3}
+export OMP_WAIT_POLICY=passive
+command -v "$python" >/dev/null || { echo "skipped: no $python to compare records with" >&2; exit 77; }
+
+dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-kill.XXXXXX") || exit 1
+trap 'rm -rf "$dir"' EXIT
+
+"$python" - "$dir/in.jsonl" <<'PY' || exit 1
+import json, random, sys
+
+random.seed(5)
+names = ["amber falcon", "gilded raven", "stone ferry", "quick walnut", "solid pine"]
+out = open(sys.argv[1], "w")
+for i in range(200):
+    facts = [(n, random.randrange(1000, 9999)) for n in names]
+    random.shuffle(facts)
+    text = "\n".join("The code of %s is %d." % f for f in facts[: random.randrange(1, 6)])
+    text += "\nWhat is the code of %s?" % facts[0][0]
+    kind = i % 10
+    line = {"custom_id": "request-%03d" % i, "method": "POST", "url": "/v1/chat/completions"}
+    body = {"messages": [{"role": "user", "content": text}], "max_tokens": random.randrange(8, 60)}
+    if kind == 1:
+        body["chat_template_kwargs"] = {"thinking": True}
+    if kind == 2:
+        body.update(temperature=0, logprobs=True, top_logprobs=3)
+    if kind == 3:
+        body.update(n=2, stop=["is"], return_token_ids=True)
+    if kind in (4, 5):
+        line["url"] = "/v1/completions"
+        body = {"prompt": text, "max_tokens": random.randrange(8, 60), "seed": i}
+    if kind == 5:
+        body.update(echo=True, logprobs=1, max_tokens=random.choice([0, 4]))
+    if kind == 6:
+        line["url"] = "/v1/completions"
+        body = {"prompt": [random.randrange(2000) for _ in range(random.randrange(1, 200))], "max_tokens": 12, "prompt_logprobs": 1}
+    if kind == 7 and i % 20 == 7:
+        body["temperature"] = 7  # refused
+    line["body"] = body
+    if kind == 8 and i % 40 == 8:
+        out.write("this is not a request\n")
+    else:
+        out.write(json.dumps(line, ensure_ascii=bool(i % 2)) + "\n")
+PY
+
+job() { # OUT; in a shell of its own, which it replaces: the process to kill is the job itself
+    exec "$trireme" batch -m "$model" -i "$dir/in.jsonl" -o "$1" --max-sequences 8 --max-model-len 512
+}
+
+# Records of both files as sets, without created; every request exactly once.
+compare() {
+    "$python" - "$dir/in.jsonl" "$dir/whole.jsonl" "$1" <<'PY'
+import json, sys
+
+def records(path):
+    found = {}
+    data = open(path, "rb").read()
+    assert data.endswith(b"\n"), path + ": a torn end"
+    for line in data.split(b"\n")[:-1]:
+        r = json.loads(line)
+        if r["response"] and "created" in r["response"]["body"]:
+            del r["response"]["body"]["created"]
+        key = r["custom_id"] or "line %d" % r["error"]["line"]
+        assert key not in found, path + ": two records of " + key
+        found[key] = json.dumps(r, sort_keys=True)
+    return found
+
+wanted = set()
+for number, line in enumerate(open(sys.argv[1]), 1):
+    try:
+        wanted.add(json.loads(line)["custom_id"])
+    except ValueError:
+        wanted.add("line %d" % number)
+whole, killed = records(sys.argv[2]), records(sys.argv[3])
+assert set(whole) == wanted, "the uninterrupted run has other records than requests"
+lost, more = wanted - set(killed), set(killed) - wanted
+altered = [k for k in killed if k in whole and killed[k] != whole[k]]
+print("%d records: %d lost, %d too many, %d altered" % (len(killed), len(lost), len(more), len(altered)))
+for k in altered[:3]:
+    print(whole[k], killed[k], sep="\n")
+sys.exit(bool(lost or more or altered))
+PY
+}
+
+echo "uninterrupted run"
+(job "$dir/whole.jsonl") 2>"$dir/log" || { cat "$dir/log"; exit 1; }
+
+kills=0 runs=0 finished=0 torn=0
+rm -f "$dir"/killed.jsonl*
+while :; do
+    job "$dir/killed.jsonl" 2>"$dir/log" &
+    pid=$!
+    runs=$((runs + 1))
+    if [ "$kills" -lt "$wanted" ]; then
+        sleep "$((RANDOM % 2)).$(printf %03d $((RANDOM % 1000)))"
+        if kill -9 "$pid" 2>/dev/null; then
+            kills=$((kills + 1))
+            wait "$pid" 2>/dev/null
+            status=$?
+            [ "$status" -eq 137 ] || { [ "$status" -eq 0 ] && kills=$((kills - 1)); }
+            if [ -s "$dir/killed.jsonl" ] && [ -n "$(tail -c 1 "$dir/killed.jsonl")" ]; then
+                torn=$((torn + 1))
+            fi
+            [ "$status" -eq 0 ] || continue
+        fi
+    fi
+    wait "$pid" 2>/dev/null
+    status=$?
+    if [ "$status" -ne 0 ] && [ "$status" -ne 127 ]; then
+        echo "exit status $status instead of 0:"
+        cat "$dir/log"
+        exit 1
+    fi
+    finished=$((finished + 1))
+    compare "$dir/killed.jsonl" || exit 1
+    [ "$kills" -ge "$wanted" ] && break
+    rm -f "$dir"/killed.jsonl*
+done
+echo "$kills kills in $runs runs, $finished jobs finished, $torn torn ends met"

@@ -1,0 +1,139 @@
+#!/bin/sh
+# What make check-long (and, with --campaign, make check-campaign) runs, from Makefile.am, which sets TRIREME, TR_SRCDIR and
+# TR_BUILDDIR. Each step is one line on stdout; its output is in TR_BUILDDIR/long/STEP.log, its counts are in
+# TR_BUILDDIR/long/results as "STEP PASSED FAILED SKIPPED". Builds are kept there, so that a second run is short.
+# shellcheck disable=SC2317 # functions are called by name
+set -u
+: "${TRIREME:?run it as make check-long}" "${TR_SRCDIR:?}" "${TR_BUILDDIR:?}"
+long=$TR_BUILDDIR/long
+model=$TR_SRCDIR/models/tiny
+mkdir -p "$long"
+: >"$long/results"
+all_good=0
+
+case ${MAKEFLAGS-} in
+*j*) parallel= ;;
+*) parallel=-j$(getconf _NPROCESSORS_ONLN) ;;
+esac
+
+# step NAME COMMAND...: run it; 0 is good, 77 is skipped with the last line of output as the reason. COMMAND may leave its own
+# counts in long/counts.
+step()
+{
+    name=$1
+    shift
+    rm -f "$long/counts"
+    begun=$(date +%s)
+    "$@" >"$long/$name.log" 2>&1
+    status=$?
+    seconds=$(($(date +%s) - begun))
+    case $status in
+    0) word=PASS counts='1 0 0' ;;
+    77) word="SKIP ($(tail -n 1 "$long/$name.log"))" counts='0 0 1' ;;
+    *) word=FAIL counts='0 1 0' all_good=1 ;;
+    esac
+    if [ -f "$long/counts" ]; then
+        read -r p f s <"$long/counts"
+        # A build that failed before its tests still is a failure.
+        [ "$status" -eq 0 ] || [ "$f" -gt 0 ] || f=1
+        counts="$p $f $s"
+    fi
+    echo "$name $counts" >>"$long/results"
+    echo "$name: $word, $seconds s"
+    if [ "$word" = FAIL ]; then
+        tail -n 30 "$long/$name.log" | sed 's/^/    /'
+        echo "    (all of it: $long/$name.log)"
+    fi
+}
+
+# sub_make NAME TARGETS -- CONFIGURE-ARGUMENTS...: build in long/NAME and make TARGETS there.
+sub_make()
+{
+    dir=$long/$1
+    targets=$2
+    shift 3
+    mkdir -p "$dir" && cd "$dir" || return 1
+    [ -f Makefile ] || "$TR_SRCDIR/configure" "$@" || return 1
+    rm -f tests/*.trs
+    # shellcheck disable=SC2086 # lists of words
+    make $parallel all && make $parallel $targets
+    made=$?
+    [ "$made" -eq 0 ] || cat test-suite.log 2>/dev/null
+    sh "$TR_SRCDIR/tests/count.sh" . >"$long/counts"
+    [ "$(cat "$long/counts")" != '0 0 0' ] || rm "$long/counts"
+    return "$made"
+}
+
+need()
+{
+    command -v "$1" >/dev/null && return 0
+    echo "$1 is not installed"
+    return 1
+}
+
+style_step()
+{
+    cd "$TR_SRCDIR" || return 1
+    complaints=$(find src kernels mpi tests -name '*.[ch]' -exec awk '
+        FNR == 801 { print FILENAME ": more than 800 lines" }
+        /^#include/ && FILENAME ~ /c$/ && !seen[FILENAME]++ && $2 != "<config.h>" {
+            print FILENAME ": the first #include is not <config.h>"
+        }' {} +)
+    [ -z "$complaints" ] || { echo "$complaints" && return 1; }
+    need shellcheck || return 77
+    shellcheck bootstrap jobs/install-deps jobs/quickstart tests/run tests/*.sh || return 1
+    need clang-format-14 || return 77
+    find src kernels mpi tests -name '*.[ch]' -exec clang-format-14 --dry-run -Werror {} +
+}
+
+clang_step()
+{
+    need clang || return 77
+    sub_make clang 'check TESTS=' -- CC=clang --enable-werror
+}
+
+address_step()
+{
+    sub_make address check -- --enable-sanitize=address,undefined CFLAGS='-O1 -g'
+}
+
+# The team's threads are not the ones under test, and the thread sanitizer does not see libgomp's locks.
+thread_step()
+{
+    OMP_NUM_THREADS=1 sub_make thread check-threads -- --enable-sanitize=thread CFLAGS='-O1 -g'
+}
+
+plain_step()
+{
+    sub_make plain check -- --disable-simd --enable-werror
+}
+
+kill_step()
+{
+    "$TR_SRCDIR/tests/run_kill.sh" "$TRIREME" "$model" "$1"
+}
+
+faults_step()
+{
+    "$TR_SRCDIR/tests/run_faults.sh" "$TRIREME" "$model"
+}
+
+distcheck_step()
+{
+    # shellcheck disable=SC2086
+    make -C "$TR_BUILDDIR" $parallel distcheck
+}
+
+if [ "${1-}" = --campaign ]; then
+    step kill-200 kill_step 200
+else
+    step style style_step
+    step kill-20 kill_step 20
+    step faults faults_step
+    step clang clang_step
+    step address address_step
+    step thread thread_step
+    step plain plain_step
+    step distcheck distcheck_step
+fi
+exit "$all_good"

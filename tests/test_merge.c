@@ -1,0 +1,191 @@
+/* --merge: input order, lost and doubled requests, damaged parts, outputs that exist. */
+#include "config.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/json.h"
+#include "batch/input.h"
+#include "batch/merge.h"
+#include "batch/record.h"
+#include "tests/scratch.h"
+
+enum { N = 9 }; /* requests; line 5 of the input is no request, line 3 is blank */
+
+static char folder[256], in_path[300], all_path[300], part_path[3][300];
+static char hash[33];
+static char *record[N];
+static size_t length[N];
+
+static int setup(void **state)
+{
+    tr_buf text = {0};
+    tr_input *in = NULL;
+    (void)state;
+    if (!tr_scratch_make(folder, sizeof folder)) return -1;
+    snprintf(in_path, sizeof in_path, "%s/in", folder);
+    snprintf(all_path, sizeof all_path, "%s/all", folder);
+    for (int i = 0; i < 3; i++)
+        snprintf(part_path[i], sizeof part_path[i], "%s/part%d", folder, i);
+    for (int i = 0; i < N; i++) {
+        if (i == 2) tr_buf_puts(&text, "\n");
+        if (i == 3)
+            tr_buf_puts(&text, "no request\n");
+        else
+            tr_buf_printf(&text, "{\"custom_id\":\"r%d\"}\n", i);
+    }
+    if (tr_scratch_write(folder, "in", text.s, text.n) ||
+        tr_input_open(&in, in_path, 0, NULL) != TR_OK)
+        return -1;
+    memcpy(hash, tr_input_about(in)->hash, sizeof hash);
+    tr_input_close(in);
+    free(text.s);
+    const tr_record_options o = {.input_hash = hash, .model = "m"};
+    for (int i = 0; i < N; i++) {
+        tr_buf line = {0};
+        char id[8];
+        snprintf(id, sizeof id, "r%d", i);
+        const tr_record_name name = {id, strlen(id), 0};
+        const tr_refusal refusal = {400, "invalid_request_error", "x", "", "m"};
+        if (i == 3)
+            tr_record_invalid(&line, &o, 5, 1, "bad", NULL);
+        else
+            tr_record_refusal(&line, &o, &name, &refusal, NULL);
+        record[i] = line.s;
+        length[i] = line.n;
+    }
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    (void)state;
+    tr_scratch_clear(folder, 1);
+    for (int i = 0; i < N; i++)
+        free(record[i]);
+    return 0;
+}
+
+/* A part with the records of `which`, a string of digits. */
+static void put_part(int part, const char *which, const char *tail)
+{
+    tr_buf b = {0};
+    char name[8];
+    for (; *which; which++)
+        tr_buf_add(&b, record[*which - '0'], length[*which - '0']);
+    tr_buf_puts(&b, tail);
+    snprintf(name, sizeof name, "part%d", part);
+    assert_int_equal(tr_scratch_write(folder, name, b.s ? b.s : "", b.n), 0);
+    free(b.s);
+}
+
+static tr_status merge(int n_parts, tr_err *err)
+{
+    char *parts[3] = {part_path[0], part_path[1], part_path[2]};
+    return tr_merge(in_path, all_path, parts, n_parts, NULL, err);
+}
+
+static void expect_merged(void)
+{
+    char *text = NULL;
+    size_t n, at = 0;
+    assert_int_equal(tr_file_read(all_path, 1 << 20, &text, &n, NULL), TR_OK);
+    for (int i = 0; i < N; i++) {
+        assert_true(at + length[i] <= n);
+        assert_memory_equal(text + at, record[i], length[i]);
+        at += length[i];
+    }
+    assert_int_equal(at, n);
+    free(text);
+    assert_int_equal(unlink(all_path), 0);
+}
+
+static void test_order(void **state)
+{
+    tr_err err;
+    (void)state;
+    put_part(0, "8531", "");
+    put_part(1, "0276", "{\"id\":\"torn"); /* a torn tail is no record */
+    put_part(2, "4", "\n{}\n");
+    if (merge(3, &err) != TR_OK) fail_msg("%s", err.text);
+    expect_merged();
+    put_part(0, "876543210", "");
+    if (merge(1, &err) != TR_OK) fail_msg("%s", err.text);
+    expect_merged();
+}
+
+static void test_lost(void **state)
+{
+    tr_err err;
+    char gone[N + 1];
+    (void)state;
+    put_part(1, "", "");
+    for (int i = 0; i < N; i++) {
+        int n = 0;
+        for (int k = 0; k < N; k++)
+            if (k != i) gone[n++] = (char)('0' + k);
+        gone[n] = 0;
+        put_part(0, gone, "");
+        assert_int_equal(merge(2, &err), TR_E_INPUT);
+        char word[16];
+        snprintf(word, sizeof word, "line %d", i < 2 ? i + 1 : i + 2);
+        assert_non_null(strstr(err.text, "1 of 9"));
+        assert_non_null(strstr(err.text, word));
+        assert_int_equal(access(all_path, F_OK), -1);
+    }
+}
+
+static void test_doubled(void **state)
+{
+    tr_err err;
+    (void)state;
+    put_part(0, "012345678", "");
+    put_part(1, "3", "");
+    assert_int_equal(merge(2, &err), TR_E_INPUT);
+    assert_non_null(strstr(err.text, "two records"));
+    assert_non_null(strstr(err.text, "part1, line 1"));
+    assert_non_null(strstr(err.text, "part0, line 4"));
+    put_part(0, "0123456780", "");
+    assert_int_equal(merge(1, &err), TR_E_INPUT);
+    assert_int_equal(access(all_path, F_OK), -1);
+}
+
+static void test_files(void **state)
+{
+    tr_err err;
+    char *none[1] = {all_path};
+    (void)state;
+    put_part(0, "012345678", "");
+    assert_int_equal(tr_merge(in_path, part_path[1], none, 1, NULL, &err),
+                     TR_E_USAGE); /* part1 exists */
+    unlink(part_path[1]);
+    assert_int_equal(tr_merge(in_path, part_path[1], none, 1, NULL, &err),
+                     TR_E_INPUT); /* the part does not */
+    none[0] = part_path[0];
+    assert_int_equal(tr_merge(all_path, part_path[1], none, 1, NULL, &err),
+                     TR_E_INPUT); /* nor does the input */
+    assert_int_equal(tr_merge("-", part_path[1], none, 1, NULL, &err), TR_E_USAGE);
+    if (merge(1, &err) != TR_OK) fail_msg("%s", err.text);
+    assert_int_equal(merge(1, &err), TR_E_USAGE); /* never overwritten */
+    expect_merged();
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_order),
+        cmocka_unit_test(test_lost),
+        cmocka_unit_test(test_doubled),
+        cmocka_unit_test(test_files),
+    };
+    return cmocka_run_group_tests(tests, setup, teardown);
+}
