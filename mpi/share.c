@@ -1,6 +1,6 @@
 /* Rows that every member writes a part of and every member reads whole (context parallelism). So far groups have one
  * member: the writer's rows are the reader's, nobody is pushed to and nothing is awaited. */
-#include "config.h"
+#include <config.h>
 
 #include <stdlib.h>
 

@@ -1,4 +1,4 @@
-#include "config.h"
+#include <config.h>
 
 #include "mpi/start.h"
 
@@ -39,7 +39,7 @@ static void host_name(char *host, size_t n)
     if (dot && dot != host) *dot = '\0';
 }
 
-tr_status tr_start(tr_world *world, tr_err *err)
+tr_status tr_world_start(tr_world *world, tr_err *err)
 {
     tr_status st = TR_OK;
     MPI_Comm local = MPI_COMM_NULL;
@@ -66,7 +66,7 @@ done:
     return st;
 }
 
-void tr_finish(void)
+void tr_world_finish(void)
 {
     int begun = 0, ended = 0;
 

@@ -14,10 +14,10 @@ typedef struct tr_world {
 } tr_world;
 
 /* TR_E_COMM when MPI gives less than MPI_THREAD_FUNNELED. */
-tr_status tr_start(tr_world *world, tr_err *err);
+tr_status tr_world_start(tr_world *world, tr_err *err);
 
 /* MPI_Finalize, unless the world was never started. After it: no MPI call. */
-void tr_finish(void);
+void tr_world_finish(void);
 
 /* All ranks say how a phase (open, load, a step) went; all return the same status: TR_OK if all were well, else the
  * status of the lowest failing rank, whose text every rank gets, "rank 3 on node07: " in front where size > 1 and

@@ -1,6 +1,6 @@
 /* trireme: find the subcommand, run it, print its error once, turn its status into the exit
  * code. */
-#include "config.h"
+#include <config.h>
 
 #include <errno.h>
 #include <fcntl.h>

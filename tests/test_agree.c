@@ -1,6 +1,6 @@
 /* Start-up and the agreement on errors. Alone it is a world of one; tests/ starts it under mpirun on 2 and 4 ranks too:
  * every rank runs the same checks. */
-#include "config.h"
+#include <config.h>
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -103,12 +103,12 @@ int main(void)
         cmocka_unit_test_prestate(test_long_text, &world),
     };
 
-    if (tr_start(&world, &err) != TR_OK) {
+    if (tr_world_start(&world, &err) != TR_OK) {
         fprintf(stderr, "test_agree: %s\n", err.text);
         return 1;
     }
     int n_failed = cmocka_run_group_tests(tests, NULL, NULL);
-    tr_finish();
-    tr_finish(); /* once more is harmless */
+    tr_world_finish();
+    tr_world_finish(); /* once more is harmless */
     return n_failed ? 1 : 0;
 }

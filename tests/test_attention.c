@@ -1,6 +1,6 @@
 /* Every attention operation against double precision, on small and hostile shapes, all cache formats and instruction
  * sets; and the promise that rows do not see each other, the chunking or the threads. */
-#include "config.h"
+#include <config.h>
 
 #include <math.h>
 #include <setjmp.h>

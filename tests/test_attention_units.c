@@ -1,6 +1,6 @@
 /* The attention files against the unit vectors of model/unit.json, and their inner loops of every instruction set
  * against plain C and the scalar formats of number.h. */
-#include "config.h"
+#include <config.h>
 
 #include <math.h>
 #include <setjmp.h>

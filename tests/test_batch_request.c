@@ -1,6 +1,6 @@
 /* Lines of a batch into requests, refusals and invalid lines: every parameter's bounds, types
  * and rules. */
-#include "config.h"
+#include <config.h>
 
 #include <setjmp.h>
 #include <stdarg.h>

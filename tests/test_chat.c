@@ -1,5 +1,5 @@
 /* Chat prompts: the vectors of chat/encode.jsonl, the checks of chat.md 2.2, thinking modes, literal content, detection. */
-#include "config.h"
+#include <config.h>
 
 #include <setjmp.h>
 #include <stdarg.h>

@@ -1,5 +1,5 @@
 /* Communicators: the group of one, argument checks, counts, shares; and the loop-back that other tests use for MPI. */
-#include "config.h"
+#include <config.h>
 
 #include <limits.h>
 #include <pthread.h>

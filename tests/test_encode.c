@@ -1,6 +1,6 @@
 /* Encoding: the pre-tokenizer and the merges against slow second versions, random texts, segments,
  * flags of added tokens, time, and memory that runs out. */
-#include "config.h"
+#include <config.h>
 
 #include <setjmp.h>
 #include <stdarg.h>

@@ -1,6 +1,6 @@
 /* The engine with the trained checkpoint: what a request gets does not depend on its neighbours, on how its prompt is cut, on
  * preemption, on how many steps are in flight or on the number of threads, to the last bit. */
-#include "config.h"
+#include <config.h>
 
 #include <setjmp.h>
 #include <stdarg.h>

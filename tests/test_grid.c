@@ -1,5 +1,5 @@
 /* The process grid: every grid of up to 24 ranks, broken ones, and the layers of stages. */
-#include "config.h"
+#include <config.h>
 
 #include <limits.h>
 #include <setjmp.h>

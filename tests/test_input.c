@@ -1,5 +1,5 @@
 /* The input: lines, duplicates, hash, and a file that changes under the job. */
-#include "config.h"
+#include <config.h>
 
 #include <setjmp.h>
 #include <stdarg.h>

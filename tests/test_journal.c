@@ -1,6 +1,6 @@
 /* OUT and OUT.run: resume from every damage, locks, identity, a disk that is full for a while,
  * files that vanish. */
-#include "config.h"
+#include <config.h>
 
 #include <setjmp.h>
 #include <stdarg.h>

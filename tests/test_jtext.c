@@ -1,5 +1,5 @@
 /* JSON text: strict syntax with offsets, depth, strings, keys, Python's spelling, and mutated texts. */
-#include "config.h"
+#include <config.h>
 
 #include <setjmp.h>
 #include <stdarg.h>

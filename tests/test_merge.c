@@ -1,5 +1,5 @@
 /* --merge: input order, lost and doubled requests, damaged parts, outputs that exist. */
-#include "config.h"
+#include <config.h>
 
 #include <setjmp.h>
 #include <stdarg.h>

@@ -1,6 +1,6 @@
 /* The whole network against tests/vectors/model (double-precision reference): layer by layer with the reference's input, end to end,
  * in every split of the prompt, with exact, bf16 and fp8 caches. */
-#include "config.h"
+#include <config.h>
 
 #include <setjmp.h>
 #include <stdarg.h>

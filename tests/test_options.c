@@ -1,6 +1,6 @@
 /* The command line of batch: every option, its bounds, what is not built, what excludes each
  * other; --help's width. */
-#include "config.h"
+#include <config.h>
 
 #include <setjmp.h>
 #include <stdarg.h>

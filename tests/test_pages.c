@@ -1,5 +1,5 @@
 /* The page allocator: references, order, the delay of the ring, against a simple model. */
-#include "config.h"
+#include <config.h>
 
 #include <setjmp.h>
 #include <stdarg.h>

@@ -1,5 +1,5 @@
 /* The plan block: what the builder seals passes the checker; whatever is changed in it is refused or stays harmless. */
-#include "config.h"
+#include <config.h>
 
 #include <math.h>
 #include <setjmp.h>

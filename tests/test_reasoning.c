@@ -1,5 +1,5 @@
 /* Generated text into reasoning and content (chat.md 3.2, tools off): rules, the applicable vectors, every way of cutting. */
-#include "config.h"
+#include <config.h>
 
 #include <setjmp.h>
 #include <stdarg.h>

@@ -1,6 +1,6 @@
 /* The lines of OUT: fields, ids, log-probabilities, bytes that are no text, and reading them
  * back. */
-#include "config.h"
+#include <config.h>
 
 #include <setjmp.h>
 #include <stdarg.h>

@@ -1,5 +1,5 @@
 /* Philox, the sampler and the log-probabilities of the CPU backend, against exact distributions. */
-#include "config.h"
+#include <config.h>
 
 #include <math.h>
 #include <setjmp.h>

@@ -1,6 +1,6 @@
 /* The scheduler against the simulated model of scheduler_world.h: everybody gets the tokens it would get alone, nobody waits
  * for ever, no page is lost or held twice. With an argument: that many steps (the default is 100000). */
-#include "config.h"
+#include <config.h>
 
 #include "scheduler_world.h"
 

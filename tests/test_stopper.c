@@ -1,5 +1,5 @@
 /* Where text ends and what it is, for every way of cutting it into tokens. */
-#include "config.h"
+#include <config.h>
 
 #include <setjmp.h>
 #include <stdarg.h>

@@ -1,6 +1,6 @@
 /* The trained checkpoint models/tiny against Hugging Face transformers in fp32 (tests/vectors/tiny): greedy answers exact,
  * log-probabilities to 1e-3, mean negative log-likelihood of unseen text to 1e-4; with fp8 caches recall and tool answers exact. */
-#include "config.h"
+#include <config.h>
 
 #include <setjmp.h>
 #include <stdarg.h>

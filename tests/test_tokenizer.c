@@ -1,7 +1,7 @@
 /* Tokenizer files: all vectors, every refusal of chat.md 1.7, damaged and large files, and what
  * may be asked of an open one. (test_encode.c has the parts, random texts, segments, time and
  * memory.) */
-#include "config.h"
+#include <config.h>
 
 #include <setjmp.h>
 #include <stdarg.h>

@@ -1,6 +1,6 @@
 /* Two ranks of one model in one process: each thread holds half of the heads and half of the experts (tp = ep = 2), the groups of one
  * are replaced by a loop-back. The model's code is the one every rank runs; the sums are made in another order, nothing else. */
-#include "config.h"
+#include <config.h>
 
 #include <setjmp.h>
 #include <stdarg.h>

@@ -1,6 +1,6 @@
 /* utf8.c and detok.c: the table of the Unicode standard by brute force, and every way of
  * cutting. */
-#include "config.h"
+#include <config.h>
 
 #include <stdarg.h>
 #include <stddef.h>

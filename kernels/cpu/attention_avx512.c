@@ -1,6 +1,6 @@
 /* The inner loops of attention with AVX-512 (F, BW, VL, DQ). Loops over small constant counts are unrolled, so that the
  * accumulators named as arrays live in registers. */
-#include "config.h"
+#include <config.h>
 
 #ifdef TR_HAVE_X86_SIMD
 

@@ -1,7 +1,7 @@
 /* The inner loops of attention in plain C: the reference of the other two, and what runs where they do not. Sums have 16
  * accumulators (element i goes to accumulator i % 16) joined by one tree: compilers can vectorise that without leave to
  * reorder, and its rounding error does not grow with the length as one long chain's would. */
-#include "config.h"
+#include <config.h>
 
 #include <math.h>
 

@@ -2,7 +2,7 @@
  * from position 0, the pages of the cache: each block's k_nope and v are made from its latents once per head and
  * group of rows, and every row runs its own online softmax over the blocks. Where a prompt was cut, or which rows
  * share a group, cannot show. */
-#include "config.h"
+#include <config.h>
 
 #include <assert.h>
 #include <math.h>

@@ -1,5 +1,5 @@
 /* The lightning indexer (model.md 4): its queries and its scores. Its keys are written by kv_write.c. */
-#include "config.h"
+#include <config.h>
 
 #include <math.h>
 #include <string.h>

@@ -1,5 +1,5 @@
 /* The cache records of model.md 5.3-5.5: written by kv_write, read back by the functions next to it. */
-#include "config.h"
+#include <config.h>
 
 #include <assert.h>
 #include <math.h>

@@ -1,6 +1,6 @@
 /* Multi-head latent attention in its absorbed form (model.md 3.4): the query's way into the latent space, attention over
  * the selected cache rows, and the way back out. */
-#include "config.h"
+#include <config.h>
 
 #include <math.h>
 #include <string.h>

@@ -1,4 +1,4 @@
-#include "config.h"
+#include <config.h>
 
 #include <float.h>
 #include <math.h>

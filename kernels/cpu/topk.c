@@ -1,7 +1,7 @@
 /* Selection of the k best keys of a row (model.md 4.3): exact, larger score first, equal scores smaller position first.
  * A radix search over the bits of sortable keys finds the smallest score that is selected, four passes at most; one more
  * pass writes the positions in ascending order. One row, one thread: the row itself is not changed. */
-#include "config.h"
+#include <config.h>
 
 #include <assert.h>
 

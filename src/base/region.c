@@ -1,4 +1,4 @@
-#include "config.h"
+#include <config.h>
 
 #include "base/region.h"
 
@@ -52,6 +52,12 @@ void tr_region_end(tr_regions *r, double bytes, double flops)
         t->flops += flops;
     }
     if (r->sink.end) r->sink.end(r->sink.ctx, id, now, bytes, flops);
+}
+
+void tr_regions_reset(tr_regions *r)
+{
+    for (int i = 0; i < r->n; i++)
+        r->total[i] = (tr_region_total){.name = r->total[i].name};
 }
 
 static int longest_first(const void *a, const void *b)

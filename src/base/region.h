@@ -38,6 +38,9 @@ int tr_region_id(tr_regions *r, const char *static_name);
 void tr_region_begin(tr_regions *r, int id);
 void tr_region_end(tr_regions *r, double bytes, double flops);
 
+/* Totals to zero, names stay: before the part of a run that is to be looked at. Not inside a region. */
+void tr_regions_reset(tr_regions *r);
+
 /* A table, largest exclusive time first: name, calls, time, share, GB/s, Gflop/s. */
 void tr_regions_print(const tr_regions *r, FILE *out);
 

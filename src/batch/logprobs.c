@@ -1,6 +1,6 @@
 /* Log-probabilities in the three forms of chat.md 4.2: OpenAI's chat, OpenAI's completions,
  * vLLM's prompt_logprobs. */
-#include "config.h"
+#include <config.h>
 
 #include "batch/record_priv.h"
 

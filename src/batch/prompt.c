@@ -1,5 +1,5 @@
 /* trireme batch --prompt: one chat message through the same parser and engine. */
-#include "config.h"
+#include <config.h>
 
 #include "batch/job.h"
 

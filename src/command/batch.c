@@ -1,5 +1,5 @@
 /* trireme batch: start, the phases with an agreement behind each, end. */
-#include "config.h"
+#include <config.h>
 
 #include <errno.h>
 #include <stdio.h>
@@ -41,7 +41,7 @@ static tr_status with_ranks(const tr_batch_options *options, tr_err *err)
     tr_world world;
     tr_run *run = NULL;
     tr_log *log = NULL;
-    tr_status st = tr_start(&world, err);
+    tr_status st = tr_world_start(&world, err);
 
     if (st != TR_OK) goto done;
     bool leads = world.rank == 0;
@@ -53,7 +53,7 @@ static tr_status with_ranks(const tr_batch_options *options, tr_err *err)
 done:
     tr_run_free(run); /* every file before MPI ends: the launcher may end ranks that still run */
     tr_log_free(log);
-    tr_finish();
+    tr_world_finish();
     return st;
 }
 

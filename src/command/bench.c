@@ -1,6 +1,6 @@
 /* trireme bench step: whole steps of a model, decode and prefill, as a table and JSON lines on stdout. Times are of
  * tr_model_forward alone (plan to tokens on the host), by the monotonic clock; medians over the steps. Never a verdict. */
-#include "config.h"
+#include <config.h>
 
 #include <getopt.h>
 #include <stdio.h>
@@ -42,7 +42,7 @@ static const char help_text[] =
     "      --load-format NAME    safetensors or dummy (default safetensors)\n"
     "      --override KEY=VALUE  a config.json number; may be repeated\n"
     "      --seed N              of dummy weights and of the token ids (default 0)\n"
-    "      --regions             where the time went, after the table\n"
+    "      --regions             where the time went, after each line\n"
     "  -h, --help                this text\n";
 
 /* ---- options --------------------------------------------------------------------------------------------------------- */
@@ -300,7 +300,7 @@ static int ascending(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-static void report(const bench *b, const char *what, int sequences, int context, double tokens)
+static void report(bench *b, const char *what, int sequences, int context, double tokens)
 {
     const bench_options *o = b->options;
     qsort(b->seconds, (size_t)o->steps, sizeof *b->seconds, ascending);
@@ -312,6 +312,7 @@ static void report(const bench *b, const char *what, int sequences, int context,
            "%d, "
            "\"median_s\": %.9f, \"min_s\": %.9f, \"max_s\": %.9f, \"tokens_per_s\": %.3f}\n",
            what, sequences, context, o->steps, median, low, high, tokens / median);
+    if (o->regions) tr_regions_print(&b->opened.regions, stdout);
     fflush(stdout);
 }
 
@@ -323,6 +324,7 @@ static tr_status bench_decode(bench *b, int sequences, int context, tr_err *err)
         st = prefill(b, slot, context, &unused, err);
     for (int i = 0; i < 3 && st == TR_OK; i++)
         st = decode(b, sequences, context + i, &unused, err); /* warm */
+    tr_regions_reset(&b->opened.regions);
     for (int i = 0; i < b->options->steps && st == TR_OK; i++)
         st = decode(b, sequences, context + 3 + i, &b->seconds[i], err);
     if (st == TR_OK) report(b, "decode", sequences, context, sequences);
@@ -335,6 +337,7 @@ static tr_status bench_prefill(bench *b, int n, tr_err *err)
     double unused;
     for (int i = -1; i < b->options->steps && st == TR_OK; i++) {
         st = open_slots(b, 1, n, err);
+        if (i == 0) tr_regions_reset(&b->opened.regions);
         if (st == TR_OK) st = prefill(b, 0, n, i < 0 ? &unused : &b->seconds[i], err);
     }
     if (st == TR_OK) report(b, "prefill", 1, n, n);
@@ -401,7 +404,6 @@ static tr_status bench_step(const bench_options *o, tr_err *err)
             st = bench_decode(&b, o->sequences[j], o->context[i], err);
     for (int i = 0; i < o->n_prefill && st == TR_OK; i++)
         if (o->prefill[i] > 0) st = bench_prefill(&b, o->prefill[i], err);
-    if (st == TR_OK && o->regions) tr_regions_print(&b.opened.regions, stdout);
 
     tr_plan_builder_free(b.builder);
     if (b.opened.model) tr_step_free(&b.step, b.opened.model);

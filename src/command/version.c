@@ -1,5 +1,5 @@
 /* trireme --version: everything a ticket asks for first. */
-#include "config.h"
+#include <config.h>
 
 #include <errno.h>
 #include <stdio.h>

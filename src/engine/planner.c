@@ -1,6 +1,6 @@
 /* The next step's plan: who gets rows (deciding), who is let in (admission), and the block that says so. What this file and
  * the order of scheduler.h decide is when something is computed; never what. */
-#include "config.h"
+#include <config.h>
 
 #include <assert.h>
 #include <string.h>

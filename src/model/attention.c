@@ -8,7 +8,7 @@
  *
  * Rows whose context fits index_topk select everything, so a prompt's first index_topk rows may take the cheaper multi-head
  * form ("dense"); the scheduler says which (kernels/plan_block.h). */
-#include "config.h"
+#include <config.h>
 
 #include "model/model_priv.h"
 

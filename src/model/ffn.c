@@ -1,5 +1,5 @@
 /* Feed-forward blocks (model.md 3.5, 6): the dense MLP of the first layers, and experts plus shared expert of the others. */
-#include "config.h"
+#include <config.h>
 
 #include "model/model_priv.h"
 

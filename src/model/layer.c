@@ -7,7 +7,7 @@
  *     logits = RMSNorm(h) lm_head^T                                 model.c
  *
  * The residual sums are made by the norm that follows them, from the unrounded sum. */
-#include "config.h"
+#include <config.h>
 
 #include "model/model_priv.h"
 

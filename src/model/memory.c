@@ -1,5 +1,5 @@
 /* Everything a model and its steps allocate, once, before the first step. */
-#include "config.h"
+#include <config.h>
 
 #include <stdlib.h>
 #include <string.h>

@@ -1,5 +1,5 @@
 /* The model of one rank, and the forward pass of a step around its layers (layer.c). */
-#include "config.h"
+#include <config.h>
 
 #include "model/model.h"
 

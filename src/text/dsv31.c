@@ -1,5 +1,5 @@
 /* Format dsv31: V3.2-Exp, the template of V3.1 (chat.md 2.5). */
-#include "config.h"
+#include <config.h>
 
 #include "text/chat_priv.h"
 

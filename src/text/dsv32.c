@@ -1,5 +1,5 @@
 /* Format dsv32: V3.2 and V3.2-Speciale (chat.md 2.4). */
-#include "config.h"
+#include <config.h>
 
 #include "text/chat_priv.h"
 

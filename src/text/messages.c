@@ -1,6 +1,6 @@
 /* A chat request read, checked and normalised for both prompt formats (chat.md 2.2). Everything here came from a client:
  * all work is linear in the request, or n log n where ids and names are compared. */
-#include "config.h"
+#include <config.h>
 
 #include "text/chat_priv.h"
 

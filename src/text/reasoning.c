@@ -1,5 +1,5 @@
 /* Generated text into reasoning and content (chat.md 3.2), tools off. */
-#include "config.h"
+#include <config.h>
 
 #include "text/chat.h"
 

@@ -1,5 +1,5 @@
 /* JSON text as Python's json.dumps(value, ensure_ascii=False) writes it (chat.md 2.3): the form the model was trained on. */
-#include "config.h"
+#include <config.h>
 
 #include "text/jtext.h"
 
