@@ -26,7 +26,8 @@ enum { TR_PAGE_TOKENS = 64, TR_MAX_PEERS = 8, TR_MAX_LOGPROBS = 20 };
 
 /* ---- data that several operations share ------------------------------------------------------------------------- */
 
-typedef struct tr_acts { /* activations [n_max, d], row stride ld elements: x f32 (CPU) or bf16 (CUDA) */
+typedef struct
+    tr_acts { /* activations [n_max, d], row stride ld elements: x f32 (CPU) or bf16 (CUDA) */
     void *x;
     size_t ld;
     uint8_t *q;     /* [n_max, d] e4m3 for W8A8, NULL where unused */
@@ -59,11 +60,13 @@ typedef struct tr_linear_src {
     int i_mat, o_begin, n_out;
 } tr_linear_src;
 
-typedef struct tr_push { /* stores go to self and to every peer at the same offset; n_peers 0: self only */
+typedef struct
+    tr_push { /* stores go to self and to every peer at the same offset; n_peers 0: self only */
     int n_peers;
     ptrdiff_t peer_offset[TR_MAX_PEERS]; /* peer address - own address, symmetric memory */
-    uint32_t *peer_flag[TR_MAX_PEERS];   /* raised to *epoch, release.sys, when this launch's rows are out */
-    const uint32_t *epoch;               /* device word, advanced once per replay: never an immediate */
+    uint32_t *peer_flag
+        [TR_MAX_PEERS];    /* raised to *epoch, release.sys, when this launch's rows are out */
+    const uint32_t *epoch; /* device word, advanced once per replay: never an immediate */
 } tr_push;
 typedef struct tr_await { /* n 0: data is here already (MPI, NCCL, one rank) */
     int n;
@@ -73,22 +76,22 @@ typedef struct tr_await { /* n 0: data is here already (MPI, NCCL, one rank) */
 
 typedef struct tr_slots { /* what the device keeps per slot (a slot is one running sequence) */
     int n_slots, max_pages;
-    int32_t *length;         /* [n_slots] tokens whose cache rows are written */
-    int32_t *last_token;     /* [n_slots] newest sampled token, not yet run through the model */
-    int32_t *page_table;     /* [n_slots, max_pages] */
-    tr_slot_open *sampling;  /* [n_slots] parameters of the open request */
+    int32_t *length;        /* [n_slots] tokens whose cache rows are written */
+    int32_t *last_token;    /* [n_slots] newest sampled token, not yet run through the model */
+    int32_t *page_table;    /* [n_slots, max_pages] */
+    tr_slot_open *sampling; /* [n_slots] parameters of the open request */
 } tr_slots;
 
-typedef struct tr_rows { /* this rank's rows of a step, made on the device by plan_apply */
-    int n_max, n_head_max;   /* capacity */
-    int max_context;         /* host bound for launch sizes: the plan's */
-    int32_t *n, *n_head;     /* live counts */
-    int32_t *token, *slot;   /* [n] */
-    int32_t *position;       /* [n]: row i sees keys [0, position[i]] */
-    int64_t *write;          /* [n] cache row page*64+offset, -1: pad row */
-    uint8_t *dense;          /* [n] 1: multi-head form, 0: absorbed form with selection */
-    int32_t *head_row;       /* [n_head] row index that reaches the head */
-    int32_t *target;         /* [n_head] token to score there, -1: sample */
+typedef struct tr_rows {       /* this rank's rows of a step, made on the device by plan_apply */
+    int n_max, n_head_max;     /* capacity */
+    int max_context;           /* host bound for launch sizes: the plan's */
+    int32_t *n, *n_head;       /* live counts */
+    int32_t *token, *slot;     /* [n] */
+    int32_t *position;         /* [n]: row i sees keys [0, position[i]] */
+    int64_t *write;            /* [n] cache row page*64+offset, -1: pad row */
+    uint8_t *dense;            /* [n] 1: multi-head form, 0: absorbed form with selection */
+    int32_t *head_row;         /* [n_head] row index that reaches the head */
+    int32_t *target;           /* [n_head] token to score there, -1: sample */
     const int32_t *page_table; /* [n_slots, max_pages], the slots' */
     int max_pages;
 } tr_rows;
@@ -180,9 +183,9 @@ struct tr_mla_query_args {
     const tr_rows *rows;
     float *q;
     int n_heads, d_nope, d_rope, d_latent;
-    const float *rope;        /* [max_position, d_rope/2, 2]: cos, sin */
-    const tr_linear *w_uk_t;  /* n_heads matrices [d_latent, d_nope] */
-    float *q_absorbed;        /* [n, n_heads, d_latent + d_rope] */
+    const float *rope;       /* [max_position, d_rope/2, 2]: cos, sin */
+    const tr_linear *w_uk_t; /* n_heads matrices [d_latent, d_nope] */
+    float *q_absorbed;       /* [n, n_heads, d_latent + d_rope] */
 };
 /* Into the cache at rows->write. Latent: RMSNorm of kv_a[:, :d_latent], rope (interleaved) of the rest, stored as the
  * cache's dtype. Index key: LayerNorm (eps 1e-6) with weight and bias, rope (half-split) on the first d_rope, Hadamard,
@@ -232,7 +235,8 @@ struct tr_index_logits_args {
  * ascending, -1 padded; cache_row = page*64+offset of each. position < k: identity 0..position. Dense rows: none. */
 struct tr_topk_args {
     const tr_rows *rows;
-    const float *score; /* [n_row, ld], as index_logits left it; may be NULL when no row needs selection */
+    const float
+        *score; /* [n_row, ld], as index_logits left it; may be NULL when no row needs selection */
     size_t ld;
     int k, i_row, n_row;
     int32_t *position;   /* [n, k]; rows i_row.. are written */
@@ -303,7 +307,7 @@ struct tr_moe_args {
     const int32_t *n;
     int n_max, k, n_local;
     const tr_linear *gate_up, *down;
-    tr_acts in;           /* [n, d] */
+    tr_acts in; /* [n, d] */
     const int32_t *start, *pair;
     float *out; /* [n * k, d] */
     void *workspace;
@@ -358,10 +362,11 @@ struct tr_logprobs_args {
 
 /* The list, once: struct names, table, region names, `bench kernels`, and "every operation has a test" come from it.
  * To come with their features: reduce_norm, await, rows_scatter, pages_pack, sample_merge, verify. */
-#define TR_OPS(X) \
-    X(plan_apply) X(pages_copy) X(embed) X(norm) X(rows_gather) X(linear) X(swiglu) X(mla_query) X(kv_write) \
-    X(index_query) X(index_logits) X(topk) X(sparse_mla) X(dense_mha) X(mla_value) X(router) X(moe_pack) X(moe) \
-    X(moe_combine) X(sample) X(logprobs)
+#define TR_OPS(X)                                                                                  \
+    X(plan_apply)                                                                                  \
+    X(pages_copy) X(embed) X(norm) X(rows_gather) X(linear) X(swiglu) X(mla_query) X(kv_write)     \
+        X(index_query) X(index_logits) X(topk) X(sparse_mla) X(dense_mha) X(mla_value) X(router)   \
+            X(moe_pack) X(moe) X(moe_combine) X(sample) X(logprobs)
 #define TR_OP(name) tr_status (*name)(tr_device *, tr_lane, const struct tr_##name##_args *);
 
 enum { TR_CAP_GRAPH = 1, TR_CAP_PEERS = 2, TR_CAP_W8A8 = 4 }; /* tr_ops.caps */
@@ -398,7 +403,8 @@ typedef struct tr_device_options {
     int n_threads;
     const char *isa;
 } tr_device_options;
-tr_status tr_device_open(tr_device **out, const tr_ops **ops, const tr_device_options *options, tr_err *err);
+tr_status tr_device_open(tr_device **out, const tr_ops **ops, const tr_device_options *options,
+                         tr_err *err);
 
 /* What the device is, for the start table: "cpu, 2 threads, avx512". */
 const char *tr_device_describe(const tr_device *device);

@@ -9,19 +9,25 @@
 
 enum { TR_PLAN_VERSION = 1, TR_PLAN_MAGIC = 0x4e4c5054 }; /* "TPLN" */
 
-typedef enum tr_span_kind { TR_SPAN_PREFILL, TR_SPAN_DECODE, TR_SPAN_VERIFY, TR_SPAN_DRAFT } tr_span_kind;
+typedef enum tr_span_kind {
+    TR_SPAN_PREFILL,
+    TR_SPAN_DECODE,
+    TR_SPAN_VERIFY,
+    TR_SPAN_DRAFT
+} tr_span_kind;
 
 enum { /* tr_span.flags */
-    /* Multi-head form of MLA over all keys up to each row's own position, no selection (model.md 3.4, 4.6). Allowed
+       /* Multi-head form of MLA over all keys up to each row's own position, no selection (model.md 3.4, 4.6). Allowed
      * only where every row's position < index_topk. A row keeps its form when it is computed again after a
      * preemption: the two forms agree in exact arithmetic, not in bits. */
-    TR_SPAN_DENSE = 1,
+       TR_SPAN_DENSE = 1,
 };
 
-typedef struct tr_span { /* consecutive rows of one slot: a prompt chunk, a decode row, a verify run */
+typedef struct
+    tr_span { /* consecutive rows of one slot: a prompt chunk, a decode row, a verify run */
     int32_t slot, n_rows;
-    int32_t position; /* first row; -1: the slot's length on the device */
-    int32_t i_token;  /* in tokens[]; -1: the slot's last token on the device (n_rows is 1) */
+    int32_t position;    /* first row; -1: the slot's length on the device */
+    int32_t i_token;     /* in tokens[]; -1: the slot's last token on the device (n_rows is 1) */
     int16_t kind, owner; /* owner: CP rank that decodes it, -1 all */
     int32_t n_logits;    /* trailing rows that reach the head: 0, 1, or all when scoring */
     uint32_t flags, pad;
@@ -31,15 +37,18 @@ typedef struct tr_page_set { /* page_table[slot][i_page] = page */
     int32_t slot, i_page, page;
 } tr_page_set;
 
-typedef struct tr_page_copy { /* rows [0, n_rows) of one page into another, every layer: fork of a half-filled page (n > 1) */
+typedef struct
+    tr_page_copy { /* rows [0, n_rows) of one page into another, every layer: fork of a half-filled page (n > 1) */
     int32_t from, to, n_rows;
 } tr_page_copy;
 
-typedef struct tr_slot_open { /* sampling parameters travel once, at admission; the slot's length becomes 0 */
-    uint64_t key; /* Philox key of this choice (architecture.md 4) */
-    int32_t slot, top_k;               /* top_k <= 0: off */
-    int32_t n_logprobs, n_prompt_logprobs; /* -1: none wanted; 0: of the token alone; else that many best too (<= 20) */
-    float temperature, top_p, min_p;   /* temperature < 1e-5: greedy */
+typedef struct
+    tr_slot_open { /* sampling parameters travel once, at admission; the slot's length becomes 0 */
+    uint64_t key;  /* Philox key of this choice (architecture.md 4) */
+    int32_t slot, top_k; /* top_k <= 0: off */
+    int32_t n_logprobs,
+        n_prompt_logprobs; /* -1: none wanted; 0: of the token alone; else that many best too (<= 20) */
+    float temperature, top_p, min_p; /* temperature < 1e-5: greedy */
     uint32_t flags;
 } tr_slot_open;
 
@@ -51,22 +60,24 @@ typedef struct tr_logit_change {
     uint32_t pad;
 } tr_logit_change;
 
-enum { /* tr_plan.flags */
-    TR_PLAN_STOP = 1,          /* last plan: nothing is computed, everybody leaves */
-    TR_PLAN_IDLE = 2,          /* no rows: collectives only */
-    TR_PLAN_HAS_DENSE = 4,     /* some span is TR_SPAN_DENSE */
-    TR_PLAN_HAS_ABSORBED = 8,  /* some span is not */
-    TR_PLAN_HAS_SELECTION = 16, /* some absorbed row's position >= index_topk: the indexer must score */
-    TR_PLAN_PROFILE = 32,
-    TR_PLAN_AFTER_TOKENS = 64, /* was planned with the previous step's tokens known on the host */
+enum {                           /* tr_plan.flags */
+       TR_PLAN_STOP = 1,         /* last plan: nothing is computed, everybody leaves */
+       TR_PLAN_IDLE = 2,         /* no rows: collectives only */
+       TR_PLAN_HAS_DENSE = 4,    /* some span is TR_SPAN_DENSE */
+       TR_PLAN_HAS_ABSORBED = 8, /* some span is not */
+       TR_PLAN_HAS_SELECTION =
+           16, /* some absorbed row's position >= index_topk: the indexer must score */
+       TR_PLAN_PROFILE = 32,
+       TR_PLAN_AFTER_TOKENS =
+           64, /* was planned with the previous step's tokens known on the host */
 };
 
 typedef struct tr_plan { /* header; sections follow */
     uint32_t magic, version, bytes, flags;
     uint64_t step;
     uint32_t ring, pad;
-    int32_t n_rows, n_head_rows; /* sums over the spans of n_rows and n_logits */
-    int32_t max_context;         /* largest number of keys any row sees (position + 1) */
+    int32_t n_rows, n_head_rows;  /* sums over the spans of n_rows and n_logits */
+    int32_t max_context;          /* largest number of keys any row sees (position + 1) */
     int32_t layout, bucket, tier; /* CUDA graphs and CP layouts: 0 so far */
     int32_t n_spans, n_tokens, n_page_sets, n_copies, n_opens, n_targets, n_changes, pad2;
     uint32_t at_spans, at_tokens, at_page_sets, at_copies, at_opens, at_targets, at_changes, pad3;

@@ -15,14 +15,21 @@
 #include "kernels/kernels.h"
 
 typedef struct tr_comm tr_comm;
-typedef struct tr_share tr_share; /* rows every member writes a part of and every member reads whole: keys and latents */
+typedef struct tr_share
+    tr_share; /* rows every member writes a part of and every member reads whole: keys and latents */
 typedef struct tr_ticket {
     uint64_t n;
 } tr_ticket;
 
 typedef enum tr_comm_op {
-    TR_COMM_ALL_REDUCE, TR_COMM_ALL_GATHER, TR_COMM_REDUCE_SCATTER, TR_COMM_ALL_TO_ALL, TR_COMM_SEND, TR_COMM_RECV,
-    TR_COMM_BROADCAST, TR_COMM_N_OPS
+    TR_COMM_ALL_REDUCE,
+    TR_COMM_ALL_GATHER,
+    TR_COMM_REDUCE_SCATTER,
+    TR_COMM_ALL_TO_ALL,
+    TR_COMM_SEND,
+    TR_COMM_RECV,
+    TR_COMM_BROADCAST,
+    TR_COMM_N_OPS
 } tr_comm_op;
 
 /* The group of one: every collective is a copy or nothing; send and recv are TR_E_COMM. NULL: out of memory. */
@@ -33,12 +40,14 @@ int tr_comm_rank(const tr_comm *), tr_comm_size(const tr_comm *);
 /* In place. dtype TR_F32 so far; the sum runs over members in rank order. */
 tr_status tr_comm_all_reduce(tr_comm *, void *buf, size_t n, tr_dtype, tr_ticket *, tr_err *);
 /* bytes[size]: what each member gives; recv holds them in rank order. */
-tr_status tr_comm_all_gather(tr_comm *, const void *send, void *recv, const size_t *bytes, tr_ticket *, tr_err *);
-/* send holds size * n elements, recv gets this member's n of the sum. */
-tr_status tr_comm_reduce_scatter(tr_comm *, const void *send, void *recv, size_t n, tr_dtype, tr_ticket *, tr_err *);
-/* n_send[size], n_recv[size] in bytes; both buffers in rank order, without gaps. */
-tr_status tr_comm_all_to_all(tr_comm *, const void *send, const size_t *n_send, void *recv, const size_t *n_recv,
+tr_status tr_comm_all_gather(tr_comm *, const void *send, void *recv, const size_t *bytes,
                              tr_ticket *, tr_err *);
+/* send holds size * n elements, recv gets this member's n of the sum. */
+tr_status tr_comm_reduce_scatter(tr_comm *, const void *send, void *recv, size_t n, tr_dtype,
+                                 tr_ticket *, tr_err *);
+/* n_send[size], n_recv[size] in bytes; both buffers in rank order, without gaps. */
+tr_status tr_comm_all_to_all(tr_comm *, const void *send, const size_t *n_send, void *recv,
+                             const size_t *n_recv, tr_ticket *, tr_err *);
 tr_status tr_comm_send(tr_comm *, int to, const void *, size_t bytes, tr_ticket *, tr_err *);
 tr_status tr_comm_recv(tr_comm *, int from, void *, size_t bytes, tr_ticket *, tr_err *);
 tr_status tr_comm_broadcast(tr_comm *, int root, void *, size_t bytes, tr_ticket *, tr_err *);

@@ -15,8 +15,10 @@ struct tr_comm {
 typedef struct tr_comm_impl {
     tr_status (*all_reduce)(tr_comm *, void *, size_t, tr_dtype, tr_ticket *, tr_err *);
     tr_status (*all_gather)(tr_comm *, const void *, void *, const size_t *, tr_ticket *, tr_err *);
-    tr_status (*reduce_scatter)(tr_comm *, const void *, void *, size_t, tr_dtype, tr_ticket *, tr_err *);
-    tr_status (*all_to_all)(tr_comm *, const void *, const size_t *, void *, const size_t *, tr_ticket *, tr_err *);
+    tr_status (*reduce_scatter)(tr_comm *, const void *, void *, size_t, tr_dtype, tr_ticket *,
+                                tr_err *);
+    tr_status (*all_to_all)(tr_comm *, const void *, const size_t *, void *, const size_t *,
+                            tr_ticket *, tr_err *);
     tr_status (*send)(tr_comm *, int, const void *, size_t, tr_ticket *, tr_err *);
     tr_status (*recv)(tr_comm *, int, void *, size_t, tr_ticket *, tr_err *);
     tr_status (*broadcast)(tr_comm *, int, void *, size_t, tr_ticket *, tr_err *);

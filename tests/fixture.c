@@ -111,8 +111,8 @@ int tr_fixture_run(tr_fixture *f, int slot, const int32_t *tokens, int position,
         const int n_dense = k - position, n_late = n - n_dense;
         const int late_logits = n_logits < n_late ? n_logits : n_late,
                   early_logits = n_logits - late_logits;
-        if (tr_fixture_run(f, slot, tokens, position, n_dense, early_logits, form, targets, token_out,
-                           logprob_out))
+        if (tr_fixture_run(f, slot, tokens, position, n_dense, early_logits, form, targets,
+                           token_out, logprob_out))
             return -1;
         return tr_fixture_run(f, slot, tokens + n_dense, k, n_late, late_logits, form,
                               targets ? targets + early_logits : NULL,

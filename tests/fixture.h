@@ -50,8 +50,9 @@ enum {
 
 /* Rows [position, position + n) of a slot as one step (two when the forms differ); the last n_logits rows reach the head,
  * where targets [n_logits] are scored (NULL: sampled). token_out and logprob_out [n_logits] may be NULL. */
-int tr_fixture_run(tr_fixture *f, int slot, const int32_t *tokens, int position, int n, int n_logits, int form,
-                   const int32_t *targets, int32_t *token_out, float *logprob_out);
+int tr_fixture_run(tr_fixture *f, int slot, const int32_t *tokens, int position, int n,
+                   int n_logits, int form, const int32_t *targets, int32_t *token_out,
+                   float *logprob_out);
 
 /* An array of a safetensors file (read with jansson alone, not with the code under test): F32 or I32, shape into
  * rows x columns (a vector has one row). NULL when it is not there. Caller frees. */

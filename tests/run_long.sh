@@ -64,6 +64,13 @@ sub_make()
     return "$made"
 }
 
+# whole_job NAME: the quickstart's requests with the program of long/NAME.
+whole_job()
+{
+    rm -f "$long/$1"/job.jsonl*
+    "$long/$1/trireme" batch -m "$model" -i "$TR_SRCDIR/jobs/quickstart.jsonl" -o "$long/$1/job.jsonl"
+}
+
 need()
 {
     command -v "$1" >/dev/null && return 0
@@ -83,7 +90,9 @@ style_step()
     need shellcheck || return 77
     shellcheck bootstrap jobs/install-deps jobs/quickstart tests/run tests/*.sh || return 1
     need clang-format-14 || return 77
-    find src kernels mpi tests -name '*.[ch]' -exec clang-format-14 --dry-run -Werror {} +
+    complaints=$(find src kernels mpi tests -name '*.[ch]' -exec clang-format-14 --dry-run {} + 2>&1 |
+        sed -n 's/:.* code should be clang-formatted .*/: not as clang-format-14 writes it/p' | sort -u)
+    [ -z "$complaints" ] || { echo "$complaints" && return 1; }
 }
 
 clang_step()
@@ -94,13 +103,17 @@ clang_step()
 
 address_step()
 {
-    sub_make address check -- --enable-sanitize=address,undefined CFLAGS='-O1 -g'
+    sub_make address check -- --enable-sanitize=address,undefined CFLAGS='-O2 -g' && whole_job address
 }
 
 # The team's threads are not the ones under test, and the thread sanitizer does not see libgomp's locks.
 thread_step()
 {
-    OMP_NUM_THREADS=1 sub_make thread check-threads -- --enable-sanitize=thread CFLAGS='-O1 -g'
+    export OMP_NUM_THREADS=1
+    sub_make thread check-threads -- --enable-sanitize=thread CFLAGS='-O2 -g' && whole_job thread
+    status=$?
+    unset OMP_NUM_THREADS
+    return "$status"
 }
 
 plain_step()
@@ -118,6 +131,12 @@ faults_step()
     "$TR_SRCDIR/tests/run_faults.sh" "$TRIREME" "$model"
 }
 
+# The n-th allocation, read, write, ... fails; "--quick": in strides.
+nth_step()
+{
+    "$TR_SRCDIR/tests/run_nth.sh" "$TRIREME" "$model" "$@"
+}
+
 distcheck_step()
 {
     # shellcheck disable=SC2086
@@ -126,10 +145,12 @@ distcheck_step()
 
 if [ "${1-}" = --campaign ]; then
     step kill-200 kill_step 200
+    step nth nth_step
 else
     step style style_step
     step kill-20 kill_step 20
     step faults faults_step
+    step nth nth_step --quick
     step clang clang_step
     step address address_step
     step thread thread_step

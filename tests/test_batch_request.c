@@ -139,8 +139,14 @@ static const row rows[] = {
     {"l", "{'custom_id':'a\\u0000b','method':'POST','url':'/v1/completions','body':{'prompt':'a\\u0000b'}}", NULL, NULL, 0},
     /* the body as JSON */
     {"t", ",'temperature':1,'temperature':0.5", "invalid_json", NULL, 0},
-    {"t", ",'seed':9223372036854775808", "invalid_json", NULL, 0},
-    {"t", ",'top_p':1e999", "invalid_json", NULL, 0},
+    /* numbers beyond what jansson holds are named like any other that is out of range */
+    {"t", ",'seed':9223372036854775808", "out_of_range", "seed", 0},
+    {"t", ",'max_tokens':100000000000000000000000", "out_of_range", "max_tokens", 0},
+    {"c", ",'seed':-9223372036854775809", "out_of_range", "seed", 0},
+    {"t", ",'top_p':1e999", "out_of_range", "top_p", 0},
+    {"b", "'prompt':[1,100000000000000000000]", "invalid_json", "prompt", 0},
+    {"t", ",'logit_bias':{'5':1e999}", "invalid_json", "logit_bias", 0},
+    {"t", ",'user':'a','user':1e999", "out_of_range", "user", 0},
     {"t", ",'metadata':{'x':123456789012345678901234567890,'x':1}", NULL, NULL, 0},
     {"t", ",'unknown':{'x':123456789012345678901234567890,'x':1}", NULL, NULL, 0},
     /* prompts */
@@ -284,7 +290,7 @@ static const row rows[] = {
     {"t", ",'logit_bias':{'2048':1}", "unknown_token", "logit_bias.2048", 0},
     {"t", ",'logit_bias':{'-1':1}", "unknown_token", "logit_bias.-1", 0},
     {"t", ",'logit_bias':{'99999999999999':1}", "unknown_token", "logit_bias.99999999999999", 0},
-    {"t", ",'logit_bias':{'5':1,'5':2}", "invalid_json", NULL, 0},
+    {"t", ",'logit_bias':{'5':1,'5':2}", "invalid_json", "logit_bias", 0},
     {"t", ",'logit_bias':[1]", "invalid_type", "logit_bias", 0},
     {"t", ",'presence_penalty':2,'frequency_penalty':-2", NULL, NULL, 0},
     {"t", ",'presence_penalty':2.1", "out_of_range", "presence_penalty", 0},
@@ -545,8 +551,8 @@ static void test_strict(void **state)
     const char *const lines[] = {
         "{'custom_id':'a','method':'POST','url':'/v1/completions','body':{'prompt':[1],'foo':1}}",
         "{'custom_id':'a','method':'POST','foo':1,'url':'/v1/completions','body':{'prompt':[1]}}",
-        "{'custom_id':'a','method':'POST','url':'/v1/"
-        "completions','body':{'prompt':[1],'foo\\u0000':1}}",
+        ("{'custom_id':'a','method':'POST','url':'/v1/"
+         "completions','body':{'prompt':[1],'foo\\u0000':1}}"),
     };
     (void)state;
     o.strict_params = true;

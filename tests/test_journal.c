@@ -262,6 +262,50 @@ static void test_holes(void **state)
     free(all);
 }
 
+/* OUT is a symbolic link: the file behind it is cut or replaced, the link stays. */
+static void test_link(void **state)
+{
+    tr_journal_options o = options();
+    char link_path[300];
+    struct stat sb;
+    size_t n, got;
+    (void)state;
+    char *all = whole(&n), *data = malloc(n + 8);
+    assert_non_null(data);
+    snprintf(link_path, sizeof link_path, "%s/link", folder);
+    assert_int_equal(symlink("out", link_path), 0);
+    o.run.out_path = link_path;
+    closed(opened(&o));
+    memcpy(data, "broken\n", 7);
+    memcpy(data + 7, all, n);
+    put_out(data, n + 7);
+    tr_journal *j = opened(&o);
+    assert_int_equal(tr_journal_found(j), N_RECORDS);
+    closed(j);
+    assert_int_equal(lstat(link_path, &sb), 0);
+    assert_true(S_ISLNK(sb.st_mode));
+    char *text = read_out(&got);
+    assert_int_equal(got, n);
+    assert_memory_equal(text, all, n);
+    free(text);
+    free(data);
+    free(all);
+}
+
+/* OUT.run is a link to nowhere: refused, where it was once tried for ever. */
+static void test_run_to_nowhere(void **state)
+{
+    const tr_journal_options o = options();
+    tr_journal *j = NULL;
+    tr_err err;
+    (void)state;
+    assert_int_equal(symlink("none/there", run_path), 0);
+    alarm(10);
+    assert_int_equal(tr_journal_open(&j, &o, &err), TR_E_USAGE);
+    alarm(0);
+    assert_null(j);
+}
+
 /* Records of another input do not count. */
 static void test_foreign(void **state)
 {
@@ -526,6 +570,8 @@ int main(void)
         cmocka_unit_test_setup(test_append, fresh),
         cmocka_unit_test_setup(test_every_prefix, fresh),
         cmocka_unit_test_setup(test_holes, fresh),
+        cmocka_unit_test_setup(test_link, fresh),
+        cmocka_unit_test_setup(test_run_to_nowhere, fresh),
         cmocka_unit_test_setup(test_foreign, fresh),
         cmocka_unit_test_setup(test_identity, fresh),
         cmocka_unit_test_setup(test_torn_run, fresh),

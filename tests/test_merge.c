@@ -174,6 +174,9 @@ static void test_files(void **state)
     assert_int_equal(tr_merge(all_path, part_path[1], none, 1, NULL, &err),
                      TR_E_INPUT); /* nor does the input */
     assert_int_equal(tr_merge("-", part_path[1], none, 1, NULL, &err), TR_E_USAGE);
+    none[0] = folder; /* what the system said is passed on */
+    assert_int_equal(tr_merge(in_path, part_path[1], none, 1, NULL, &err), TR_E_IO);
+    assert_non_null(strstr(err.text, "Is a directory"));
     if (merge(1, &err) != TR_OK) fail_msg("%s", err.text);
     assert_int_equal(merge(1, &err), TR_E_USAGE); /* never overwritten */
     expect_merged();

@@ -97,6 +97,10 @@ static void test_bad(void **state)
         {"batch -m M -i in", "-o OUT"},
         {"batch -m M -o out", "-i IN"},
         {"batch -i in -o out", "-m MODEL"},
+        {"batch -m M -i in --output=", "-o OUT"}, /* empty: as if it were not given */
+        {"batch -m M --input= -o out", "-i IN"},
+        {"batch --model= -i in -o out", "-m MODEL"},
+        {"batch --merge -i in --output= p", "--merge"},
         {"batch -m M -i in -o out more", "more"},
         {"batch -m M --prompt x -i in", "--prompt"},
         {"batch -m M --prompt x -o out", "--prompt"},

@@ -385,6 +385,28 @@ static void test_skip_special(void **state)
     json_t *j = record_of(&o, e, 1, NULL);
     assert_string_equal(text_at(j, "response.body.choices.0.text"), "abstop");
     json_decref(j);
+    /* What is left out of the text moves no offset, in an echoed prompt of ids either. */
+    tr_asked *scored = e->request->user;
+    scored->n_logprobs = 0;
+    scored->echo = true;
+    free(e->request->prompt);
+    e->request->prompt = copy(ids, n * sizeof *ids);
+    e->request->n_prompt = n;
+    e->prompt_scores = scores((int)n - 1, 0);
+    e->choice[0].scores = scores((int)n, 0);
+    j = record_of(&o, e, 1, NULL);
+    assert_string_equal(text_at(j, "response.body.choices.0.text"), "abstopabstop");
+    const json_t *offset = at(j, "response.body.choices.0.logprobs.text_offset");
+    size_t i_special = 0;
+    while (ids[i_special] != special)
+        i_special++;
+    for (size_t i = i_special; i < i_special + 2; i++) {
+        assert_int_equal(json_integer_value(json_array_get(offset, i)), 2);
+        assert_int_equal(json_integer_value(json_array_get(offset, n + i)), 8);
+    }
+    json_decref(j);
+    scored->n_logprobs = -1;
+    scored->echo = false;
     e->request->params.stop = calloc(1, sizeof(tr_string));
     assert_non_null(e->request->params.stop);
     e->request->params.stop[0] = (tr_string){copy("st", 3), 2};

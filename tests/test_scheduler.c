@@ -181,6 +181,8 @@ static void test_one_prompt_pass(void **state)
                 assert_int_equal(w->n_done, 1);
                 assert_int_equal(tr_scheduler_stats_get(w->scheduler).prefill_tokens,
                                  n_prompt - 1 + 4);
+                /* first tokens count, though no decode row gave them */
+                assert_int_equal(tr_scheduler_stats_get(w->scheduler).generated_tokens, 4 * 20);
                 world_free(w);
             }
 }
@@ -217,6 +219,8 @@ static void test_first_come(void **state)
         assert_int_equal(w->n_done, 2);
         assert_true(first <= 205); /* without a pause */
         assert_true(tr_scheduler_stats_get(w->scheduler).preemptions >= 1);
+        /* computed twice, generated once */
+        assert_int_equal(tr_scheduler_stats_get(w->scheduler).generated_tokens, 2 * 200);
         world_free(w);
     }
 }

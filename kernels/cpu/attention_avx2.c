@@ -88,9 +88,10 @@ static void dots(float *out, tr_tile q, tr_tile k, int d)
         dots_block(out + last * TR_KEY_BLOCK + s, q.x + (size_t)last * q.ld, q.ld, 1, key + s, d);
 }
 
-/* Up to 4 rows by up to 16 columns. */
+/* Up to 4 rows by up to 16 columns; full: by 16. */
 INLINE void accumulate_block(float *y, size_t ld_y, const float *p, const float *keep,
-                             const int *n_keys, int n_rows, const float *v, size_t ld_v, int width)
+                             const int *n_keys, int n_rows, const float *v, size_t ld_v, int width,
+                             int full)
 {
     __m256 acc[4][2], x[2];
     __m256i m[2] = {lanes(width), lanes(width - 8)};
@@ -110,7 +111,7 @@ INLINE void accumulate_block(float *y, size_t ld_y, const float *p, const float 
     for (int s = 0; s < common; s++) {
         UNROLL for (int j = 0; j < 2; j++)
         {
-            x[j] = _mm256_maskload_ps(v + (size_t)s * ld_v + 8 * j, m[j]);
+            x[j] = load(v + (size_t)s * ld_v + 8 * j, full, m[j]);
         }
         UNROLL for (int r = 0; r < n_rows; r++)
         {
@@ -124,7 +125,7 @@ INLINE void accumulate_block(float *y, size_t ld_y, const float *p, const float 
             __m256 w = _mm256_set1_ps(p[r * TR_KEY_BLOCK + s]);
             UNROLL for (int j = 0; j < 2; j++)
             {
-                x[j] = _mm256_maskload_ps(v + (size_t)s * ld_v + 8 * j, m[j]);
+                x[j] = load(v + (size_t)s * ld_v + 8 * j, full, m[j]);
                 acc[r][j] = _mm256_fmadd_ps(w, x[j], acc[r][j]);
             }
         }
@@ -143,14 +144,16 @@ static void accumulate(float *y, size_t ld_y, const float *p, const float *keep,
             float *to = y + (size_t)r * ld_y + i;
             const float *pr = p + r * TR_KEY_BLOCK;
             int n = n_rows - r;
-            if (n >= 4)
-                accumulate_block(to, ld_y, pr, keep + r, n_keys + r, 4, v + i, ld_v, d - i);
+            if (n >= 4 && d - i >= 16)
+                accumulate_block(to, ld_y, pr, keep + r, n_keys + r, 4, v + i, ld_v, 16, 1);
+            else if (n >= 4)
+                accumulate_block(to, ld_y, pr, keep + r, n_keys + r, 4, v + i, ld_v, d - i, 0);
             else if (n == 3)
-                accumulate_block(to, ld_y, pr, keep + r, n_keys + r, 3, v + i, ld_v, d - i);
+                accumulate_block(to, ld_y, pr, keep + r, n_keys + r, 3, v + i, ld_v, d - i, 0);
             else if (n == 2)
-                accumulate_block(to, ld_y, pr, keep + r, n_keys + r, 2, v + i, ld_v, d - i);
+                accumulate_block(to, ld_y, pr, keep + r, n_keys + r, 2, v + i, ld_v, d - i, 0);
             else
-                accumulate_block(to, ld_y, pr, keep + r, n_keys + r, 1, v + i, ld_v, d - i);
+                accumulate_block(to, ld_y, pr, keep + r, n_keys + r, 1, v + i, ld_v, d - i, 0);
         }
 }
 
@@ -186,21 +189,118 @@ static float sum(const float *x, int n)
     return _mm_cvtss_f32(_mm_add_ss(t, _mm_shuffle_ps(t, t, 1)));
 }
 
-static void relu_add(float *acc, const float *products, const float *w, int n_heads)
-{
-    __m256 sums[8];
+/* ---- the indexer ---- */
 
-    UNROLL for (int j = 0; j < 8; j++) sums[j] = _mm256_loadu_ps(acc + 8 * j);
-    for (int h = 0; h < n_heads; h++) {
-        UNROLL for (int j = 0; j < 8; j++)
+enum { LANES = 2, GROUP = 4 * LANES };
+
+/* Codes to 2^-8 of their value in fp16, subnormals too (which the conversion to fp32 takes in its stride). */
+INLINE __m256i halves_of(__m128i code)
+{
+    return _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(code), 7),
+                            _mm256_set1_epi16((short)0xbf80));
+}
+
+/* The low and the high 8 of 16 halves as fp32. */
+INLINE __m256 from_half(__m256i half, int high)
+{
+    return _mm256_cvtph_ps(high ? _mm256_extracti128_si256(half, 1) : _mm256_castsi256_si128(half));
+}
+
+/* 8 numbers of the keys s and s + 4 of a group: 2 dwords of each, transposed to 2 dwords of both. */
+INLINE __m128i two_keys(const uint8_t *code, size_t ld)
+{
+    __m128i a = _mm_loadl_epi64((const __m128i *)(const void *)code);
+    return _mm_unpacklo_epi32(a, _mm_loadl_epi64((const __m128i *)(const void *)(code + 4 * ld)));
+}
+
+/* One group; returns whether there are NaN among the codes, which come out as numbers. */
+static int group_tile(float *tile, const uint8_t *code, int d)
+{
+    const __m128i quiet = _mm_set1_epi8(0x7f);
+    __m128i largest = _mm_setzero_si128();
+
+    for (int i = 0; i < d; i += 8) {
+        UNROLL for (int s = 0; s < 4; s++)
         {
-            /* max gives its second operand when one is NaN: NaN stays */
-            __m256 x = _mm256_max_ps(_mm256_setzero_ps(),
-                                     _mm256_loadu_ps(products + h * TR_KEY_BLOCK + 8 * j));
-            sums[j] = _mm256_fmadd_ps(_mm256_set1_ps(w[h]), x, sums[j]);
+            float *to = tile + i * GROUP + s * GROUP;
+            __m128i x = two_keys(code + s * d + i, (size_t)d);
+            __m256i half = halves_of(x);
+            largest = _mm_max_epu8(largest, _mm_and_si128(x, quiet));
+            /* four numbers of the keys make a vector; the next four follow after all four s */
+            _mm256_storeu_ps(to, from_half(half, 0));
+            _mm256_storeu_ps(to + 4 * GROUP, from_half(half, 1));
         }
     }
-    UNROLL for (int j = 0; j < 8; j++) _mm256_storeu_ps(acc + 8 * j, sums[j]);
+    return _mm_movemask_epi8(_mm_cmpeq_epi8(largest, quiet)) != 0;
+}
+
+static void index_tile(float *tile, const uint8_t *code, int d, int n)
+{
+    int d_tile = (d + 3) / 4 * 4;
+
+    for (int g = 0; g < n; g += GROUP) {
+        const uint8_t *from = code + g * d;
+        float *to = tile + g * d_tile;
+        int one_by_one = d % 8 || group_tile(to, from, d);
+        for (int s = 0; s < GROUP && one_by_one; s++)
+            for (int i = 0; i < d_tile; i++)
+                to[tr_index_tile_at(LANES, d_tile, s, i)] =
+                    i < d ? tr_e4m3_to_f32(from[s * d + i]) * tr_tile_unit : 0.0f;
+    }
+}
+
+/* Four keys' sums, each spread over 4 numbers, in every 128 bits. */
+INLINE __m256 sum_fours(const __m256 acc[4])
+{
+    __m256 lo =
+        _mm256_add_ps(_mm256_unpacklo_ps(acc[0], acc[1]), _mm256_unpackhi_ps(acc[0], acc[1]));
+    __m256 hi =
+        _mm256_add_ps(_mm256_unpacklo_ps(acc[2], acc[3]), _mm256_unpackhi_ps(acc[2], acc[3]));
+    __m256d a = _mm256_castps_pd(lo), b = _mm256_castps_pd(hi);
+
+    return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)),
+                         _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+}
+
+/* One or two heads and the 8 keys of a group. */
+INLINE __m256 index_heads(__m256 score, const float *q, const float *w, int n_heads,
+                          const float *group, int d)
+{
+    __m256 acc[2][4], key[4];
+
+    UNROLL for (int h = 0; h < n_heads; h++)
+    {
+        UNROLL for (int s = 0; s < 4; s++) acc[h][s] = _mm256_setzero_ps();
+    }
+    for (int i = 0; i < d; i += 4) {
+        UNROLL for (int s = 0; s < 4; s++) key[s] = _mm256_loadu_ps(group + i * GROUP + s * GROUP);
+        UNROLL for (int h = 0; h < n_heads; h++)
+        {
+            __m256 x = _mm256_broadcast_ps((const __m128 *)(const void *)(q + h * d + i));
+            UNROLL for (int s = 0; s < 4; s++) acc[h][s] = _mm256_fmadd_ps(x, key[s], acc[h][s]);
+        }
+    }
+    UNROLL for (int h = 0; h < n_heads; h++)
+    {
+        /* max gives its second operand when one is NaN: NaN stays */
+        __m256 x = _mm256_max_ps(_mm256_setzero_ps(), sum_fours(acc[h]));
+        score = _mm256_fmadd_ps(_mm256_set1_ps(w[h]), x, score);
+    }
+    return score;
+}
+
+static void index_add(float *acc, const float *q, const float *w, int n_heads, const float *tile,
+                      int d, int begin, int end)
+{
+    for (int g = begin / GROUP * GROUP; g < end; g += GROUP) {
+        const float *group = tile + g * d;
+        __m256 score = _mm256_loadu_ps(acc + g);
+        int h = 0;
+        for (; h + 2 <= n_heads; h += 2)
+            score = index_heads(score, q + h * d, w + h, 2, group, d);
+        if (h < n_heads) score = index_heads(score, q + h * d, w + h, 1, group, d);
+        _mm256_storeu_ps(acc + g, score);
+    }
 }
 
 static void index_score(float *score, const float *acc, const float *key_scale, int n)
@@ -214,6 +314,54 @@ static void index_score(float *score, const float *acc, const float *key_scale, 
         _mm256_maskstore_ps(score + i, m, x);
     }
 }
+
+static int count_from(const float *score, int n, float bound)
+{
+    __m256i count[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    const __m256 least = _mm256_set1_ps(bound);
+    int32_t each[8];
+    int s = 0, sum_of = 0;
+
+    if (bound == -INFINITY) return n; /* NaN among them */
+    for (; s + 16 <= n; s += 16) {
+        UNROLL for (int j = 0; j < 2; j++)
+        {
+            __m256 m = _mm256_cmp_ps(_mm256_loadu_ps(score + s + 8 * j), least, _CMP_GE_OQ);
+            count[j] = _mm256_sub_epi32(count[j], _mm256_castps_si256(m));
+        }
+    }
+    for (; s < n; s++)
+        sum_of += score[s] >= bound;
+    _mm256_storeu_si256((__m256i *)(void *)each, _mm256_add_epi32(count[0], count[1]));
+    for (int j = 0; j < 8; j++)
+        sum_of += each[j];
+    return sum_of;
+}
+
+static int take(int32_t *position, int k, const float *score, int n, float bound, int n_ties)
+{
+    const __m256 edge = _mm256_set1_ps(bound);
+    int m = 0;
+
+    for (int s = 0; s < n && m < k; s += 8) {
+        __m256i live = lanes(n - s);
+        __m256 x = _mm256_maskload_ps(score + s, live);
+        __m256 tie = _mm256_cmp_ps(x, edge, _CMP_EQ_OQ);
+        if (bound == -INFINITY) tie = _mm256_or_ps(tie, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+        int ties = n_ties > 0 ? _mm256_movemask_ps(tie) : 0;
+        int some = (_mm256_movemask_ps(_mm256_cmp_ps(x, edge, _CMP_GT_OQ)) | ties) &
+                   _mm256_movemask_ps(_mm256_castsi256_ps(live));
+        for (; some && m < k; some &= some - 1) {
+            int is_tie = (ties & some & -some) != 0;
+            position[m] = s + __builtin_ctz((unsigned)some);
+            m += !is_tie || n_ties > 0;
+            n_ties -= is_tie;
+        }
+    }
+    return m;
+}
+
+/* ---- number formats ---- */
 
 INLINE __m256 absolute(__m256 x)
 {
@@ -261,30 +409,110 @@ static void to_e4m3(uint8_t *out, const float *x, float factor, int n)
     }
 }
 
-/* Codes shifted into fp16 are 2^-8 of their value, subnormals too, and the conversion to fp32 is exact; the factor
- * repairs the exponent together with the scale. */
-static void expand_e4m3(float *out, const uint8_t *in, float scale, int n)
+/* 64 codes. The factor repairs the exponent together with the scale. Returns whether there are NaN among the codes, which
+ * come out as numbers. */
+INLINE int expand_64(float *out, const uint8_t *in, __m256 factor)
 {
     const __m128i quiet = _mm_set1_epi8(0x7f);
-    const __m256i keep = _mm256_set1_epi16((short)0xbf80);
-    const __m256 factor = _mm256_set1_ps(scale * 256.0f);
+    __m128i largest = _mm_setzero_si128();
+
+    UNROLL for (int i = 0; i < 64; i += 16)
+    {
+        __m128i code = _mm_loadu_si128((const __m128i *)(const void *)(in + i));
+        __m256i half = halves_of(code);
+        largest = _mm_max_epu8(largest, _mm_and_si128(code, quiet));
+        _mm256_storeu_ps(out + i, _mm256_mul_ps(from_half(half, 0), factor));
+        _mm256_storeu_ps(out + i + 8, _mm256_mul_ps(from_half(half, 1), factor));
+    }
+    return _mm_movemask_epi8(_mm_cmpeq_epi8(largest, quiet)) != 0;
+}
+
+static void expand_e4m3(float *out, const uint8_t *in, float scale, int n)
+{
+    const __m256 factor = _mm256_set1_ps(scale / tr_tile_unit);
     int i = 0;
 
-    for (; i + 16 <= n; i += 16) {
-        __m128i code = _mm_loadu_si128((const __m128i *)(const void *)(in + i));
-        if (_mm_movemask_epi8(_mm_cmpeq_epi8(_mm_and_si128(code, quiet), quiet))) {
-            for (int j = i; j < i + 16; j++)
+    for (; i + 64 <= n; i += 64)
+        if (__builtin_expect(expand_64(out + i, in + i, factor), 0))
+            for (int j = i; j < i + 64; j++)
                 out[j] = tr_e4m3_to_f32(in[j]) * scale;
-            continue;
-        }
-        __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(code), 7), keep);
-        _mm256_storeu_ps(out + i,
-                         _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), factor));
-        _mm256_storeu_ps(out + i + 8,
-                         _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), factor));
-    }
     for (; i < n; i++) /* exact too, up to the one product with the scale */
         out[i] = tr_e4m3_to_f32(in[i]) * scale;
+}
+
+static void expand_latent(float *out, const uint8_t *record, int d_latent, int d_rope)
+{
+    const float *scale = (const float *)(const void *)(record + d_latent);
+    const uint16_t *rope = (const uint16_t *)(const void *)(scale + tr_n_scales(d_latent));
+    int i = 0;
+
+    for (; i + TR_SCALE_BLOCK <= d_latent; i += TR_SCALE_BLOCK, scale++) {
+        const __m256 factor = _mm256_set1_ps(*scale / tr_tile_unit);
+        if (__builtin_expect(expand_64(out + i, record + i, factor) |
+                                 expand_64(out + i + 64, record + i + 64, factor),
+                             0))
+            expand_e4m3(out + i, record + i, *scale, TR_SCALE_BLOCK);
+    }
+    if (i < d_latent) expand_e4m3(out + i, record + i, *scale, d_latent - i);
+    out += d_latent;
+    for (i = 0; i + 8 <= d_rope; i += 8) {
+        __m256i x =
+            _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(rope + i)));
+        _mm256_storeu_ps(out + i, _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)));
+    }
+    for (; i < d_rope; i++)
+        out[i] = tr_bf16_to_f32(rope[i]);
+}
+
+static void round_bf16(float *x, int n)
+{
+    const __m256i one = _mm256_set1_epi32(1), half = _mm256_set1_epi32(0x7fff);
+
+    for (int i = 0; i < n; i += 8) {
+        __m256i m = lanes(n - i);
+        __m256 t = _mm256_maskload_ps(x + i, m);
+        __m256i u = _mm256_castps_si256(t);
+        __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), one);
+        __m256i even = _mm256_add_epi32(_mm256_add_epi32(u, odd), half);
+        even = choose(even, _mm256_or_si256(u, _mm256_set1_epi32(0x400000)),
+                      _mm256_cmp_ps(t, t, _CMP_UNORD_Q));
+        even = _mm256_and_si256(even, _mm256_set1_epi32((int)0xffff0000u));
+        _mm256_maskstore_ps(x + i, m, _mm256_castsi256_ps(even));
+    }
+}
+
+/* The three stages inside a vector: a + b in the lane of a, a - b in that of b (as -1 b + a: one rounding too). */
+INLINE __m256 hadamard_8(__m256 x)
+{
+    const __m256 sign_1 = _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1);
+    const __m256 sign_2 = _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1);
+    const __m256 sign_4 = _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1);
+
+    x = _mm256_fmadd_ps(x, sign_1, _mm256_permute_ps(x, 0xb1));
+    x = _mm256_fmadd_ps(x, sign_2, _mm256_permute_ps(x, 0x4e));
+    return _mm256_fmadd_ps(x, sign_4, _mm256_permute2f128_ps(x, x, 0x01));
+}
+
+static void hadamard(float *x, int d)
+{
+    __m256 v[TR_D_INDEX_MAX / 8], factor = _mm256_set1_ps(1.0f / sqrtf((float)d));
+    int n = d / 8;
+
+    if (d < 8 || d > TR_D_INDEX_MAX) {
+        tr_hadamard(x, d);
+        return;
+    }
+    for (int i = 0; i < n; i++)
+        v[i] = hadamard_8(_mm256_loadu_ps(x + 8 * i));
+    for (int half = 1; half < n; half *= 2)
+        for (int i = 0; i < n; i++) {
+            __m256 a = v[i], b = v[i ^ half];
+            if (i & half) continue;
+            v[i] = _mm256_add_ps(a, b);
+            v[i + half] = _mm256_sub_ps(a, b);
+        }
+    for (int i = 0; i < n; i++)
+        _mm256_storeu_ps(x + 8 * i, _mm256_mul_ps(v[i], factor));
 }
 
 const struct tr_attention_kernels tr_attention_avx2 = {
@@ -292,11 +520,18 @@ const struct tr_attention_kernels tr_attention_avx2 = {
     .accumulate = accumulate,
     .scale_max = scale_max,
     .sum = sum,
-    .relu_add = relu_add,
+    .tile_lanes = LANES,
+    .index_tile = index_tile,
+    .index_add = index_add,
     .index_score = index_score,
+    .count_from = count_from,
+    .select = take,
     .max_abs = max_abs,
     .to_e4m3 = to_e4m3,
     .expand_e4m3 = expand_e4m3,
+    .expand_latent = expand_latent,
+    .round_bf16 = round_bf16,
+    .hadamard = hadamard,
 };
 
 #endif

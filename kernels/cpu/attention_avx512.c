@@ -8,6 +8,7 @@
 #include <math.h>
 
 #include "kernels/cpu/attention_priv.h"
+#include "kernels/number.h"
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -108,9 +109,16 @@ static void dots(float *out, tr_tile q, tr_tile k, int d)
         dots_block(out + s, rest, q.ld, 1, 1, key + s, d);
 }
 
-/* Up to 4 rows by up to 64 columns. */
+/* Masked loads cost a vector operation each: not where all 16 are there. */
+INLINE __m512 load(const float *x, int full, __mmask16 m)
+{
+    return full ? _mm512_loadu_ps(x) : _mm512_maskz_loadu_ps(m, x);
+}
+
+/* Up to 4 rows by up to 64 columns; full: by 64. */
 INLINE void accumulate_block(float *y, size_t ld_y, const float *p, const float *keep,
-                             const int *n_keys, int n_rows, const float *v, size_t ld_v, int width)
+                             const int *n_keys, int n_rows, const float *v, size_t ld_v, int width,
+                             int full)
 {
     __m512 acc[4][4], x[4];
     __mmask16 m[4];
@@ -132,7 +140,7 @@ INLINE void accumulate_block(float *y, size_t ld_y, const float *p, const float 
     for (; s < common; s++) {
         UNROLL for (int j = 0; j < 4; j++)
         {
-            x[j] = _mm512_maskz_loadu_ps(m[j], v + (size_t)s * ld_v + 16 * j);
+            x[j] = load(v + (size_t)s * ld_v + 16 * j, full, m[j]);
         }
         UNROLL for (int r = 0; r < n_rows; r++)
         {
@@ -165,14 +173,16 @@ static void accumulate(float *y, size_t ld_y, const float *p, const float *keep,
             float *to = y + (size_t)r * ld_y + i;
             const float *pr = p + r * TR_KEY_BLOCK;
             int n = n_rows - r;
-            if (n >= 4)
-                accumulate_block(to, ld_y, pr, keep + r, n_keys + r, 4, v + i, ld_v, d - i);
+            if (n >= 4 && d - i >= 64)
+                accumulate_block(to, ld_y, pr, keep + r, n_keys + r, 4, v + i, ld_v, 64, 1);
+            else if (n >= 4)
+                accumulate_block(to, ld_y, pr, keep + r, n_keys + r, 4, v + i, ld_v, d - i, 0);
             else if (n == 3)
-                accumulate_block(to, ld_y, pr, keep + r, n_keys + r, 3, v + i, ld_v, d - i);
+                accumulate_block(to, ld_y, pr, keep + r, n_keys + r, 3, v + i, ld_v, d - i, 0);
             else if (n == 2)
-                accumulate_block(to, ld_y, pr, keep + r, n_keys + r, 2, v + i, ld_v, d - i);
+                accumulate_block(to, ld_y, pr, keep + r, n_keys + r, 2, v + i, ld_v, d - i, 0);
             else
-                accumulate_block(to, ld_y, pr, keep + r, n_keys + r, 1, v + i, ld_v, d - i);
+                accumulate_block(to, ld_y, pr, keep + r, n_keys + r, 1, v + i, ld_v, d - i, 0);
         }
 }
 
@@ -198,21 +208,131 @@ static float sum(const float *x, int n)
     return _mm512_reduce_add_ps(acc);
 }
 
-static void relu_add(float *acc, const float *products, const float *w, int n_heads)
-{
-    __m512 sums[4];
+/* ---- the indexer ---- */
 
-    UNROLL for (int j = 0; j < 4; j++) sums[j] = _mm512_loadu_ps(acc + 16 * j);
-    for (int h = 0; h < n_heads; h++) {
-        UNROLL for (int j = 0; j < 4; j++)
+enum { LANES = 4, GROUP = 4 * LANES };
+
+/* Codes to 2^-8 of their value in fp16, subnormals too (which the conversion to fp32 takes in its stride). */
+INLINE __m512i halves_of(__m256i code)
+{
+    return _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(code), 7),
+                            _mm512_set1_epi16((short)0xbf80));
+}
+
+/* 16 numbers of the keys s, s + 4, s + 8, s + 12 of a group: 4 dwords of each, transposed to 4 dwords of all. */
+INLINE __m512i four_keys(const uint8_t *code, size_t ld)
+{
+    const __m512i transpose =
+        _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m512i x = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(const void *)code));
+
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(const void *)(code + 4 * ld)), 1);
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(const void *)(code + 8 * ld)), 2);
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(const void *)(code + 12 * ld)), 3);
+    return _mm512_permutexvar_epi32(transpose, x);
+}
+
+/* The low and the high 16 of 32 halves as fp32. */
+INLINE __m512 from_half(__m512i half, int high)
+{
+    return _mm512_cvtph_ps(high ? _mm512_extracti64x4_epi64(half, 1)
+                                : _mm512_castsi512_si256(half));
+}
+
+/* One group; returns whether there are NaN among the codes, which come out as numbers. */
+static int group_tile(float *tile, const uint8_t *code, int d)
+{
+    const __m512i quiet = _mm512_set1_epi8(0x7f);
+    __m512i largest = _mm512_setzero_si512();
+
+    for (int i = 0; i < d; i += 16) {
+        UNROLL for (int s = 0; s < 4; s++)
         {
-            /* max gives its second operand when one is NaN: NaN stays */
-            __m512 x = _mm512_max_ps(_mm512_setzero_ps(),
-                                     _mm512_loadu_ps(products + h * TR_KEY_BLOCK + 16 * j));
-            sums[j] = _mm512_fmadd_ps(_mm512_set1_ps(w[h]), x, sums[j]);
+            float *to = tile + i * GROUP + s * GROUP;
+            __m512i x = four_keys(code + s * d + i, (size_t)d);
+            __m512i lo = halves_of(_mm512_castsi512_si256(x));
+            __m512i hi = halves_of(_mm512_extracti64x4_epi64(x, 1));
+            largest = _mm512_max_epu8(largest, _mm512_and_si512(x, quiet));
+            /* four numbers of the keys make a vector; the next four follow after all four s */
+            _mm512_storeu_ps(to, from_half(lo, 0));
+            _mm512_storeu_ps(to + 4 * GROUP, from_half(lo, 1));
+            _mm512_storeu_ps(to + 8 * GROUP, from_half(hi, 0));
+            _mm512_storeu_ps(to + 12 * GROUP, from_half(hi, 1));
         }
     }
-    UNROLL for (int j = 0; j < 4; j++) _mm512_storeu_ps(acc + 16 * j, sums[j]);
+    return _mm512_cmpeq_epi8_mask(largest, quiet) != 0;
+}
+
+static void index_tile(float *tile, const uint8_t *code, int d, int n)
+{
+    int d_tile = (d + 3) / 4 * 4;
+
+    for (int g = 0; g < n; g += GROUP) {
+        const uint8_t *from = code + g * d;
+        float *to = tile + g * d_tile;
+        int one_by_one = d % 16 || group_tile(to, from, d);
+        for (int s = 0; s < GROUP && one_by_one; s++)
+            for (int i = 0; i < d_tile; i++)
+                to[tr_index_tile_at(LANES, d_tile, s, i)] =
+                    i < d ? tr_e4m3_to_f32(from[s * d + i]) * tr_tile_unit : 0.0f;
+    }
+}
+
+/* Four keys' sums, each spread over 4 numbers, in every 128 bits. */
+INLINE __m512 sum_fours(const __m512 acc[4])
+{
+    __m512 lo =
+        _mm512_add_ps(_mm512_unpacklo_ps(acc[0], acc[1]), _mm512_unpackhi_ps(acc[0], acc[1]));
+    __m512 hi =
+        _mm512_add_ps(_mm512_unpacklo_ps(acc[2], acc[3]), _mm512_unpackhi_ps(acc[2], acc[3]));
+    __m512d a = _mm512_castps_pd(lo), b = _mm512_castps_pd(hi);
+
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+}
+
+/* Up to four heads and the 16 keys of a group. */
+INLINE __m512 index_heads(__m512 score, const float *q, const float *w, int n_heads,
+                          const float *group, int d)
+{
+    __m512 acc[4][4], key[4];
+
+    UNROLL for (int h = 0; h < n_heads; h++)
+    {
+        UNROLL for (int s = 0; s < 4; s++) acc[h][s] = _mm512_setzero_ps();
+    }
+    for (int i = 0; i < d; i += 4) {
+        UNROLL for (int s = 0; s < 4; s++) key[s] = _mm512_loadu_ps(group + i * GROUP + s * GROUP);
+        UNROLL for (int h = 0; h < n_heads; h++)
+        {
+            __m512 x = _mm512_broadcast_f32x4(_mm_loadu_ps(q + h * d + i));
+            UNROLL for (int s = 0; s < 4; s++) acc[h][s] = _mm512_fmadd_ps(x, key[s], acc[h][s]);
+        }
+    }
+    UNROLL for (int h = 0; h < n_heads; h++)
+    {
+        /* max gives its second operand when one is NaN: NaN stays */
+        __m512 x = _mm512_max_ps(_mm512_setzero_ps(), sum_fours(acc[h]));
+        score = _mm512_fmadd_ps(_mm512_set1_ps(w[h]), x, score);
+    }
+    return score;
+}
+
+static void index_add(float *acc, const float *q, const float *w, int n_heads, const float *tile,
+                      int d, int begin, int end)
+{
+    int last = n_heads / 4 * 4;
+
+    for (int g = begin / GROUP * GROUP; g < end; g += GROUP) {
+        const float *group = tile + g * d, *rest = q + last * d;
+        __m512 score = _mm512_loadu_ps(acc + g);
+        for (int h = 0; h < last; h += 4)
+            score = index_heads(score, q + h * d, w + h, 4, group, d);
+        if (n_heads - last == 3) score = index_heads(score, rest, w + last, 3, group, d);
+        if (n_heads - last == 2) score = index_heads(score, rest, w + last, 2, group, d);
+        if (n_heads - last == 1) score = index_heads(score, rest, w + last, 1, group, d);
+        _mm512_storeu_ps(acc + g, score);
+    }
 }
 
 static void index_score(float *score, const float *acc, const float *key_scale, int n)
@@ -226,6 +346,69 @@ static void index_score(float *score, const float *acc, const float *key_scale, 
         _mm512_mask_storeu_ps(score + i, m, _mm512_mask_mov_ps(x, nan, _mm512_set1_ps(-INFINITY)));
     }
 }
+
+static int count_from(const float *score, int n, float bound)
+{
+    __m512i count[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    const __m512i one = _mm512_set1_epi32(1);
+    const __m512 least = _mm512_set1_ps(bound);
+    int s = 0;
+
+    if (bound == -INFINITY) return n; /* NaN among them */
+    for (; s + 32 <= n; s += 32) {
+        UNROLL for (int j = 0; j < 2; j++)
+        {
+            __mmask16 m =
+                _mm512_cmp_ps_mask(_mm512_loadu_ps(score + s + 16 * j), least, _CMP_GE_OQ);
+            count[j] = _mm512_mask_add_epi32(count[j], m, count[j], one);
+        }
+    }
+    for (; s < n; s += 16) {
+        __mmask16 m = lanes(n - s);
+        m = _mm512_mask_cmp_ps_mask(m, _mm512_maskz_loadu_ps(m, score + s), least, _CMP_GE_OQ);
+        count[0] = _mm512_mask_add_epi32(count[0], m, count[0], one);
+    }
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(count[0], count[1]));
+}
+
+/* The lowest n bits that are set. */
+INLINE uint32_t lowest_bits(uint32_t x, int n)
+{
+    uint32_t rest = x;
+
+    if (__builtin_popcount(x) <= n) return x;
+    for (; n > 0; n--)
+        rest &= rest - 1;
+    return x & ~rest;
+}
+
+static int take(int32_t *position, int k, const float *score, int n, float bound, int n_ties)
+{
+    const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512 edge = _mm512_set1_ps(bound);
+    int m = 0;
+
+    for (int s = 0; s < n && m < k; s += 16) {
+        __mmask16 live = lanes(n - s);
+        __m512 x = _mm512_maskz_loadu_ps(live, score + s);
+        uint32_t more = _mm512_mask_cmp_ps_mask(live, x, edge, _CMP_GT_OQ), ties = 0;
+        if (n_ties > 0) {
+            ties = _mm512_mask_cmp_ps_mask(live, x, edge, _CMP_EQ_OQ);
+            if (bound == -INFINITY) ties |= _mm512_mask_cmp_ps_mask(live, x, x, _CMP_UNORD_Q);
+            ties = lowest_bits(ties, n_ties);
+            n_ties -= __builtin_popcount(ties);
+        }
+        int n_found = __builtin_popcount(more | ties);
+        __m512i at = _mm512_maskz_compress_epi32((__mmask16)(more | ties),
+                                                 _mm512_add_epi32(count, _mm512_set1_epi32(s)));
+        n_found = n_found < k - m ? n_found : k - m;
+        _mm512_mask_storeu_epi32(position + m, lanes(n_found), at);
+        m += n_found;
+    }
+    return m;
+}
+
+/* ---- number formats ---- */
 
 static float max_abs(const float *x, int n)
 {
@@ -264,30 +447,113 @@ static void to_e4m3(uint8_t *out, const float *x, float factor, int n)
     }
 }
 
-/* 32 codes at a time: shifted into fp16 they are 2^-8 of their value, subnormals too, and the conversion to fp32 is
- * exact; the factor repairs the exponent together with the scale. */
+/* 128 codes, a scale block of the latents. The factor repairs the exponent together with the scale. Returns whether there
+ * are NaN among the codes, which come out as numbers. */
+INLINE int expand_128(float *out, const uint8_t *in, __m512 factor)
+{
+    const __m512i quiet = _mm512_set1_epi8(0x7f);
+
+    UNROLL for (int i = 0; i < 128; i += 32)
+    {
+        __m512i half = halves_of(_mm256_loadu_si256((const __m256i *)(const void *)(in + i)));
+        _mm512_storeu_ps(out + i, _mm512_mul_ps(from_half(half, 0), factor));
+        _mm512_storeu_ps(out + i + 16, _mm512_mul_ps(from_half(half, 1), factor));
+    }
+    __m512i largest = _mm512_max_epu8(_mm512_and_si512(_mm512_loadu_si512(in), quiet),
+                                      _mm512_and_si512(_mm512_loadu_si512(in + 64), quiet));
+    return _mm512_cmpeq_epi8_mask(largest, quiet) != 0;
+}
+
 static void expand_e4m3(float *out, const uint8_t *in, float scale, int n)
 {
-    const __m256i quiet = _mm256_set1_epi8(0x7f);
-    const __m512i keep = _mm512_set1_epi16((short)0xbf80);
-    const __m512 factor = _mm512_set1_ps(scale * 256.0f), not_a_number = _mm512_set1_ps(NAN);
+    const __m512 factor = _mm512_set1_ps(scale / tr_tile_unit);
+    int i = 0;
 
-    for (int i = 0; i < n; i += 32) {
-        __mmask16 m[2] = {lanes(n - i), lanes(n - i - 16)};
-        __m256i code = _mm256_maskz_loadu_epi8(_mm512_kunpackw(m[1], m[0]), in + i);
-        __m512i half = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(code), 7), keep);
-        __m512 x[2] = {_mm512_cvtph_ps(_mm512_castsi512_si256(half)),
-                       _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1))};
-        __mmask32 nan = _mm256_cmpeq_epi8_mask(_mm256_and_si256(code, quiet), quiet);
-        x[0] = _mm512_mul_ps(x[0], factor);
-        x[1] = _mm512_mul_ps(x[1], factor);
-        if (__builtin_expect(nan != 0, 0)) {
-            x[0] = _mm512_mask_mov_ps(x[0], (__mmask16)nan, not_a_number);
-            x[1] = _mm512_mask_mov_ps(x[1], (__mmask16)(nan >> 16), not_a_number);
-        }
-        _mm512_mask_storeu_ps(out + i, m[0], x[0]);
-        _mm512_mask_storeu_ps(out + i + 16, m[1], x[1]);
+    for (; i + 128 <= n; i += 128)
+        if (__builtin_expect(expand_128(out + i, in + i, factor), 0))
+            for (int j = i; j < i + 128; j++)
+                out[j] = tr_e4m3_to_f32(in[j]) * scale;
+    for (; i < n; i += 16) {
+        __mmask16 m = lanes(n - i);
+        __m128i code = _mm_maskz_loadu_epi8(m, in + i), quiet = _mm_set1_epi8(0x7f);
+        __m512i half = halves_of(_mm256_castsi128_si256(code));
+        __m512 x = _mm512_mul_ps(from_half(half, 0), factor);
+        __mmask16 nan = _mm_cmpeq_epi8_mask(_mm_and_si128(code, quiet), quiet);
+        _mm512_mask_storeu_ps(out + i, m, _mm512_mask_mov_ps(x, nan, _mm512_set1_ps(NAN)));
     }
+}
+
+static void expand_latent(float *out, const uint8_t *record, int d_latent, int d_rope)
+{
+    const float *scale = (const float *)(const void *)(record + d_latent);
+    const uint16_t *rope = (const uint16_t *)(const void *)(scale + tr_n_scales(d_latent));
+
+    for (int i = 0; i < d_latent; i += TR_SCALE_BLOCK, scale++) {
+        const __m512 factor = _mm512_set1_ps(*scale / tr_tile_unit);
+        if (i + TR_SCALE_BLOCK > d_latent)
+            expand_e4m3(out + i, record + i, *scale, d_latent - i);
+        else if (__builtin_expect(expand_128(out + i, record + i, factor), 0))
+            expand_e4m3(out + i, record + i, *scale, TR_SCALE_BLOCK);
+    }
+    for (int i = 0; i < d_rope; i += 16) {
+        __mmask16 m = lanes(d_rope - i);
+        __m512i x = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, rope + i));
+        _mm512_mask_storeu_ps(out + d_latent + i, m, _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)));
+    }
+}
+
+INLINE __m512 to_bf16_and_back(__m512 x)
+{
+    __m512i u = _mm512_castps_si512(x), top = _mm512_set1_epi32((int)0xffff0000u);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i even = _mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff));
+    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+
+    even = _mm512_mask_or_epi32(even, nan, u, _mm512_set1_epi32(0x400000));
+    return _mm512_castsi512_ps(_mm512_and_si512(even, top));
+}
+
+static void round_bf16(float *x, int n)
+{
+    for (int i = 0; i < n; i += 16) {
+        __mmask16 m = lanes(n - i);
+        _mm512_mask_storeu_ps(x + i, m, to_bf16_and_back(_mm512_maskz_loadu_ps(m, x + i)));
+    }
+}
+
+/* The four stages inside a vector: a + b in the lane of a, a - b in that of b (as -1 b + a: one rounding too). */
+INLINE __m512 hadamard_16(__m512 x)
+{
+    const __m512 one = _mm512_set1_ps(1.0f), minus = _mm512_set1_ps(-1.0f);
+
+    x = _mm512_fmadd_ps(x, _mm512_mask_mov_ps(one, 0xaaaa, minus), _mm512_permute_ps(x, 0xb1));
+    x = _mm512_fmadd_ps(x, _mm512_mask_mov_ps(one, 0xcccc, minus), _mm512_permute_ps(x, 0x4e));
+    x = _mm512_fmadd_ps(x, _mm512_mask_mov_ps(one, 0xf0f0, minus),
+                        _mm512_shuffle_f32x4(x, x, 0xb1));
+    return _mm512_fmadd_ps(x, _mm512_mask_mov_ps(one, 0xff00, minus),
+                           _mm512_shuffle_f32x4(x, x, 0x4e));
+}
+
+static void hadamard(float *x, int d)
+{
+    __m512 v[TR_D_INDEX_MAX / 16], factor = _mm512_set1_ps(1.0f / sqrtf((float)d));
+    int n = d / 16;
+
+    if (d < 16 || d > TR_D_INDEX_MAX) {
+        tr_hadamard(x, d);
+        return;
+    }
+    for (int i = 0; i < n; i++)
+        v[i] = hadamard_16(_mm512_loadu_ps(x + 16 * i));
+    for (int half = 1; half < n; half *= 2)
+        for (int i = 0; i < n; i++) {
+            __m512 a = v[i], b = v[i ^ half];
+            if (i & half) continue;
+            v[i] = _mm512_add_ps(a, b);
+            v[i + half] = _mm512_sub_ps(a, b);
+        }
+    for (int i = 0; i < n; i++)
+        _mm512_storeu_ps(x + 16 * i, _mm512_mul_ps(v[i], factor));
 }
 
 const struct tr_attention_kernels tr_attention_avx512 = {
@@ -295,11 +561,18 @@ const struct tr_attention_kernels tr_attention_avx512 = {
     .accumulate = accumulate,
     .scale_max = scale_max,
     .sum = sum,
-    .relu_add = relu_add,
+    .tile_lanes = LANES,
+    .index_tile = index_tile,
+    .index_add = index_add,
     .index_score = index_score,
+    .count_from = count_from,
+    .select = take,
     .max_abs = max_abs,
     .to_e4m3 = to_e4m3,
     .expand_e4m3 = expand_e4m3,
+    .expand_latent = expand_latent,
+    .round_bf16 = round_bf16,
+    .hadamard = hadamard,
 };
 
 #endif

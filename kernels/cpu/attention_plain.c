@@ -74,11 +74,30 @@ static float sum(const float *x, int n)
     return join(part);
 }
 
-static void relu_add(float *acc, const float *products, const float *w, int n_heads)
+enum { LANES = 1 };
+
+static void index_tile(float *tile, const uint8_t *code, int d, int n)
 {
-    for (int h = 0; h < n_heads; h++)
-        for (int s = 0; s < TR_KEY_BLOCK; s++) {
-            float x = products[h * TR_KEY_BLOCK + s];
+    int d_tile = (d + 3) / 4 * 4;
+
+    for (int s = 0; s < (n + 4 * LANES - 1) / (4 * LANES) * (4 * LANES); s++)
+        for (int i = 0; i < d_tile; i++)
+            tile[tr_index_tile_at(LANES, d_tile, s, i)] =
+                i < d ? tr_e4m3_to_f32(code[s * d + i]) * tr_tile_unit : 0.0f;
+}
+
+static void index_add(float *acc, const float *q, const float *w, int n_heads, const float *tile,
+                      int d, int begin, int end)
+{
+    for (int s = begin; s < end; s++)
+        for (int h = 0; h < n_heads; h++) {
+            float part[4] = {0};
+            for (int i = 0; i < d; i += 4) {
+                const float *key = tile + tr_index_tile_at(LANES, d, s, i);
+                for (int j = 0; j < 4; j++)
+                    part[j] += q[h * d + i + j] * key[j];
+            }
+            float x = (part[0] + part[2]) + (part[1] + part[3]);
             acc[s] += w[h] * (x < 0.0f ? 0.0f : x);
         }
 }
@@ -89,6 +108,30 @@ static void index_score(float *score, const float *acc, const float *key_scale, 
         float x = (key_scale ? acc[s] * key_scale[s] : acc[s]) + 0.0f; /* -0 + +0 is +0 */
         score[s] = isnan(x) ? -INFINITY : x;
     }
+}
+
+static int count_from(const float *score, int n, float bound)
+{
+    int count = 0;
+
+    if (bound == -INFINITY) return n;
+#pragma omp simd reduction(+ : count)
+    for (int s = 0; s < n; s++)
+        count += score[s] >= bound;
+    return count;
+}
+
+static int take(int32_t *position, int k, const float *score, int n, float bound, int n_ties)
+{
+    int m = 0;
+
+    for (int s = 0; s < n && m < k; s++) {
+        int tie = (score[s] == bound || (bound == -INFINITY && isnan(score[s]))) && n_ties > 0;
+        position[m] = s; /* overwritten by the next unless it is taken: no branch to mispredict */
+        n_ties -= tie;
+        m += (score[s] > bound) | tie;
+    }
+    return m;
 }
 
 static float max_abs(const float *x, int n)
@@ -112,14 +155,39 @@ static void expand_e4m3(float *out, const uint8_t *in, float scale, int n)
         out[i] = tr_e4m3_to_f32(in[i]) * scale;
 }
 
+static void expand_latent(float *out, const uint8_t *record, int d_latent, int d_rope)
+{
+    const float *scale = (const float *)(const void *)(record + d_latent);
+    const uint16_t *rope;
+
+    for (int i = 0; i < d_latent; i++)
+        out[i] = tr_e4m3_to_f32(record[i]) * scale[i / TR_SCALE_BLOCK];
+    rope = (const uint16_t *)(const void *)(scale + tr_n_scales(d_latent));
+    for (int i = 0; i < d_rope; i++)
+        out[d_latent + i] = tr_bf16_to_f32(rope[i]);
+}
+
+static void round_bf16(float *x, int n)
+{
+    for (int i = 0; i < n; i++)
+        x[i] = tr_round_bf16(x[i]);
+}
+
 const struct tr_attention_kernels tr_attention_plain = {
     .dots = dots,
     .accumulate = accumulate,
     .scale_max = scale_max,
     .sum = sum,
-    .relu_add = relu_add,
+    .tile_lanes = LANES,
+    .index_tile = index_tile,
+    .index_add = index_add,
     .index_score = index_score,
+    .count_from = count_from,
+    .select = take,
     .max_abs = max_abs,
     .to_e4m3 = to_e4m3,
     .expand_e4m3 = expand_e4m3,
+    .expand_latent = expand_latent,
+    .round_bf16 = round_bf16,
+    .hadamard = tr_hadamard,
 };

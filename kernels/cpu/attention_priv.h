@@ -29,6 +29,21 @@ typedef struct tr_tile { /* n rows of numbers, ld apart */
     int n;
 } tr_tile;
 
+/* A page of index keys, TR_KEY_BLOCK of them, as index_add wants them. With group = 4 lanes: number i of key s is at
+ *     s / group * group * d + i / 4 * 4 * group + s % 4 * group + s % group / 4 * 4 + i % 4
+ * d being d_index rounded up to a multiple of 4. So a vector holds 4 numbers of `lanes` keys, a query's 4 numbers
+ * meet all of it, and the sums end with 4 additions side by side in a vector, whole lanes of keys at once. */
+enum { TR_INDEX_TILE = TR_KEY_BLOCK * TR_D_INDEX_MAX };
+/* e4m3 tiles hold 2^-8 of the keys, what the shift to fp16 leaves of them; the queries make up for it. Exact. */
+static const float tr_tile_unit = 0x1p-8f;
+
+static inline size_t tr_index_tile_at(int lanes, int d, int s, int i)
+{
+    int group = 4 * lanes;
+    return (size_t)(s / group * group * d + i / 4 * 4 * group + s % 4 * group + s % group / 4 * 4 +
+                    i % 4);
+}
+
 /* One thread. Arrays of a key block have room for TR_KEY_BLOCK numbers per row. Any d, n >= 1. */
 struct tr_attention_kernels {
     /* out[r, s] = q[r] . k[s], rows of out TR_KEY_BLOCK apart. Past k.n, up to a multiple of 16, out is undefined. */
@@ -40,15 +55,30 @@ struct tr_attention_kernels {
     /* x *= scale; returns the maximum. */
     float (*scale_max)(float *x, float scale, int n);
     float (*sum)(const float *x, int n);
-    /* acc[s] += sum over h of w[h] relu(dots[h, s]), h ascending, for all TR_KEY_BLOCK keys; relu(NaN) is NaN. */
-    void (*relu_add)(float *acc, const float *dots, const float *w, int n_heads);
+    /* Tiles: how many keys a vector holds, at most 4; and the first n keys (and as many more as fill a group) of a page
+     * of e4m3 keys [TR_KEY_BLOCK, d], d a power of two. Codes past n may be anything. */
+    int tile_lanes;
+    void (*index_tile)(float *tile, const uint8_t *code, int d, int n);
+    /* acc[s] += sum over h of w[h] relu(q[h] . k[s]), h ascending, for the keys s in [begin, end) of a tile, and for
+     * those that share a group with them. q [n_heads, d], d a multiple of 4; relu(NaN) is NaN. */
+    void (*index_add)(float *acc, const float *q, const float *w, int n_heads, const float *tile,
+                      int d, int begin, int end);
     /* score[s] = acc[s] * key_scale[s] (NULL: 1), -0.0 made +0.0 and NaN made -inf. n <= TR_KEY_BLOCK */
     void (*index_score)(float *score, const float *acc, const float *key_scale, int n);
+    /* How many of n scores are >= bound; and the first k positions of n, ascending, that are > bound or among the first
+     * n_ties that are == bound. NaN counts as -inf. Returns how many it found. */
+    int (*count_from)(const float *score, int n, float bound);
+    int (*select)(int32_t *position, int k, const float *score, int n, float bound, int n_ties);
     float (*max_abs)(const float *x, int n);
     /* e4m3 of x * factor, factor a power of two; the codes are tr_f32_to_e4m3's. */
     void (*to_e4m3)(uint8_t *out, const float *x, float factor, int n);
     /* And back, times scale: one rounding. NaN codes give NaN. */
     void (*expand_e4m3)(float *out, const uint8_t *in, float scale, int n);
+    /* A latent record of an e4m3 cache (model.md 5.3) to [d_latent + d_rope], as expand_e4m3 and bf16 give it. */
+    void (*expand_latent)(float *out, const uint8_t *record, int d_latent, int d_rope);
+    /* To bf16 and back; the Hadamard transform (indexer.c), d a power of two. The same bits everywhere. */
+    void (*round_bf16)(float *x, int n);
+    void (*hadamard)(float *x, int d);
 };
 
 static inline const struct tr_attention_kernels *tr_attention_of(const tr_device *d)
@@ -59,6 +89,13 @@ static inline const struct tr_attention_kernels *tr_attention_of(const tr_device
 /* Dimensions the scratch and the record formats can hold; flags that the CPU has no use for. TR_E_USAGE if not. */
 tr_status tr_attention_check_kv(tr_device *d, const char *name, const tr_kv_layer *kv);
 tr_status tr_attention_check_wait(tr_device *d, const char *name, const tr_await *await);
+
+enum { TR_SCALE_BLOCK = 128 }; /* latents that share a scale */
+
+static inline int tr_n_scales(int d_latent)
+{
+    return (d_latent + TR_SCALE_BLOCK - 1) / TR_SCALE_BLOCK;
+}
 
 /* A pad row sees no keys and writes none. */
 static inline int tr_row_is_pad(const tr_rows *rows, int i)
@@ -75,12 +112,13 @@ static inline int tr_row_end(const tr_rows *rows, int i_row, int n_row)
 
 /* kv_write.c: cache records read back, one thread. Latent row i_row (page * 64 + offset): [c | k_pe] as fp32. */
 void tr_latent_read(const tr_device *d, const tr_kv_layer *kv, int64_t i_row, float *out);
-/* The first n index keys of a page, [n, d_index]: in place where they are fp32 (scale NULL), else expanded to scratch. */
-typedef struct tr_index_keys {
-    const float *key, *scale;
-} tr_index_keys;
-tr_index_keys tr_index_page_read(const tr_device *d, const tr_kv_layer *kv, int page, int n,
-                                 float *scratch);
+/* Those of a page's index keys that are among its first n, as a tile [TR_INDEX_TILE]. Returns the keys' scales, NULL if
+ * they have none (TR_F32). */
+const float *tr_index_page_read(const tr_device *d, const tr_kv_layer *kv, int page, int n,
+                                float *tile);
+/* Asks for the memory of either ahead of time. */
+void tr_latent_prefetch(const tr_kv_layer *kv, int64_t i_row);
+void tr_index_page_prefetch(const tr_kv_layer *kv, int page);
 
 /* e4m3 codes of x (n at most 128: one scale), returns the scale. */
 float tr_quantise(const struct tr_attention_kernels *k, uint8_t *out, const float *x, int n);
@@ -92,7 +130,8 @@ typedef struct tr_index_slot {
 tr_index_slot tr_index_at(const tr_kv_layer *kv, int64_t i_row);
 
 /* indexer.c: steps 3 and 4 of model.md 4. */
-void tr_hadamard(float *x, int d); /* d a power of two */
+/* Sylvester order, over the whole vector, times d^-0.5; d a power of two. Plain C. */
+void tr_hadamard(float *x, int d);
 /* bf16 rounding, Hadamard, bf16 rounding, e4m3; returns the scale. x is overwritten. One thread. */
 float tr_index_quantise(const tr_device *d, uint8_t *out, float *x, int d_index);
 

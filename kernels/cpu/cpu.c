@@ -8,6 +8,9 @@
 #include <string.h>
 
 #include <omp.h>
+#ifdef TR_HAVE_X86_SIMD
+#include <cpuid.h>
+#endif
 
 #include "base/size.h"
 #include "kernels/cpu/cpu_priv.h"
@@ -152,12 +155,19 @@ static const tr_ops cpu_ops = {
 static const char *const isa_name[TR_N_ISAS] = {"plain", "avx2", "avx512"};
 
 #ifdef TR_HAVE_X86_SIMD
+/* Not among the names that clang 14's __builtin_cpu_supports knows: CPUID leaf 1, ECX bit 29. The
+ * operating system saves the registers it uses where it does for AVX2. */
+static int cpu_has_f16c(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
 static int cpu_has(tr_isa isa)
 {
     switch (isa) {
     case TR_ISA_AVX2:
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-               __builtin_cpu_supports("f16c");
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpu_has_f16c();
     case TR_ISA_AVX512:
         return cpu_has(TR_ISA_AVX2) && __builtin_cpu_supports("avx512f") &&
                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&

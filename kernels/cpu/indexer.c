@@ -8,7 +8,6 @@
 #include "kernels/cpu/rope_priv.h"
 #include "kernels/number.h"
 
-/* Sylvester order, over the whole vector, times d^-0.5. */
 void tr_hadamard(float *x, int d)
 {
     float factor = 1.0f / sqrtf((float)d);
@@ -24,18 +23,14 @@ void tr_hadamard(float *x, int d)
         x[i] *= factor;
 }
 
-static void round_bf16(float *x, int n)
-{
-    for (int i = 0; i < n; i++)
-        x[i] = tr_round_bf16(x[i]);
-}
-
 float tr_index_quantise(const tr_device *d, uint8_t *out, float *x, int d_index)
 {
-    round_bf16(x, d_index);
-    tr_hadamard(x, d_index);
-    round_bf16(x, d_index);
-    return tr_quantise(tr_attention_of(d), out, x, d_index);
+    const struct tr_attention_kernels *k = tr_attention_of(d);
+
+    k->round_bf16(x, d_index);
+    k->hadamard(x, d_index);
+    k->round_bf16(x, d_index);
+    return tr_quantise(k, out, x, d_index);
 }
 
 tr_status tr_cpu_index_query(tr_device *d, tr_lane lane, const struct tr_index_query_args *a)
@@ -72,52 +67,72 @@ static int needs_scores(const struct tr_index_logits_args *a, int i)
     return !a->rows->dense[i] && !tr_row_is_pad(a->rows, i) && a->rows->position[i] >= a->k;
 }
 
-/* The part of row i's scores that lies in keys [s, s + TR_KEY_BLOCK). */
+/* n queries of row i from head h on, as index_add wants them: fp32, d_tile apart. */
+static const float *queries(const tr_device *d, const struct tr_index_logits_args *a, size_t at,
+                            int n, int d_tile, float *scratch)
+{
+    int d_index = a->kv.d_index;
+
+    if (a->kv.dtype == TR_F32 && d_tile == d_index) return (const float *)a->q + at * d_index;
+    for (int h = 0; h < n && d_tile != d_index; h++)
+        for (int i = 0; i < d_tile; i++)
+            scratch[h * d_tile + i] = 0.0f;
+    if (a->kv.dtype == TR_F32)
+        for (int h = 0; h < n; h++)
+            memcpy(scratch + h * d_tile, (const float *)a->q + (at + h) * d_index,
+                   (size_t)d_index * sizeof *scratch);
+    else if (d_tile == d_index)
+        tr_attention_of(d)->expand_e4m3(scratch, (const uint8_t *)a->q + at * d_index,
+                                        1.0f / tr_tile_unit, n * d_index);
+    else
+        for (int h = 0; h < n; h++)
+            tr_attention_of(d)->expand_e4m3(scratch + h * d_tile,
+                                            (const uint8_t *)a->q + (at + h) * d_index,
+                                            1.0f / tr_tile_unit, d_index);
+    return scratch;
+}
+
+/* The part of row i's scores that lies in keys [s, s + TR_KEY_BLOCK), a page's. */
 static void row_scores(const tr_device *d, const struct tr_index_logits_args *a, int i, int s,
-                       tr_index_keys keys)
+                       const float *tile, const float *key_scale)
 {
     const struct tr_attention_kernels *k = tr_attention_of(d);
-    int begin = a->first ? a->first[i] : 0;
-    int end = a->rows->position[i] + 1, d_index = a->kv.d_index;
-    float query[TR_ROW_BLOCK * TR_D_INDEX_MAX] __attribute__((aligned(64)));
-    float dots[TR_ROW_BLOCK * TR_KEY_BLOCK] __attribute__((aligned(64))) = {0};
+    int begin = a->first ? a->first[i] : 0, end = a->rows->position[i] + 1;
+    int d_tile = (a->kv.d_index + 3) / 4 * 4;
+    float scratch[TR_ROW_BLOCK * TR_D_INDEX_MAX] __attribute__((aligned(64)));
     float acc[TR_KEY_BLOCK] __attribute__((aligned(64))) = {0};
 
     if (a->last && a->last[i] < end) end = a->last[i];
     begin = begin > s ? begin - s : 0;
     end = end - s < TR_KEY_BLOCK ? end - s : TR_KEY_BLOCK;
     if (begin >= end) return;
-    tr_tile key = {keys.key + (size_t)begin * d_index, (size_t)d_index, end - begin};
     for (int h = 0; h < a->n_heads; h += TR_ROW_BLOCK) {
         int n = a->n_heads - h < TR_ROW_BLOCK ? a->n_heads - h : TR_ROW_BLOCK;
         size_t at = (size_t)i * a->n_heads + h;
-        tr_tile q = {query, (size_t)d_index, n};
-        if (a->kv.dtype == TR_F32)
-            q.x = (const float *)a->q + at * d_index;
-        else
-            k->expand_e4m3(query, (const uint8_t *)a->q + at * d_index, 1.0f, n * d_index);
-        k->dots(dots, q, key, d_index);
-        k->relu_add(acc, dots, a->w + at, n);
+        k->index_add(acc, queries(d, a, at, n, d_tile, scratch), a->w + at, n, tile, d_tile, begin,
+                     end);
     }
-    k->index_score(a->score + (size_t)(i - a->i_row) * a->ld + s + begin, acc,
-                   keys.scale ? keys.scale + begin : NULL, end - begin);
+    k->index_score(a->score + (size_t)(i - a->i_row) * a->ld + s + begin, acc + begin,
+                   key_scale ? key_scale + begin : NULL, end - begin);
 }
 
-/* Rows [i, i_end) of one slot against one page. The keys are expanded once, for all of them. */
+/* Rows [i, i_end) of one slot against one page. The keys are expanded once, for all of them; meanwhile the next page is
+ * on its way. */
 static void page_scores(const tr_device *d, const struct tr_index_logits_args *a, int i, int i_end,
-                        int i_page, float *scratch)
+                        int i_page, int n_pages, float *tile)
 {
     const tr_rows *rows = a->rows;
+    const int32_t *pages = rows->page_table + (size_t)rows->slot[i] * rows->max_pages;
     int s = i_page * TR_PAGE_TOKENS, n = 0;
 
     for (int r = i; r < i_end; r++)
         if (needs_scores(a, r) && rows->position[r] - s + 1 > n) n = rows->position[r] - s + 1;
     if (n <= 0) return;
     n = n < TR_PAGE_TOKENS ? n : TR_PAGE_TOKENS;
-    int page = rows->page_table[(size_t)rows->slot[i] * rows->max_pages + i_page];
-    tr_index_keys keys = tr_index_page_read(d, &a->kv, page, n, scratch);
+    if (i_page + 1 < n_pages) tr_index_page_prefetch(&a->kv, pages[i_page + 1]);
+    const float *key_scale = tr_index_page_read(d, &a->kv, pages[i_page], n, tile);
     for (int r = i; r < i_end; r++)
-        if (needs_scores(a, r)) row_scores(d, a, r, s, keys);
+        if (needs_scores(a, r)) row_scores(d, a, r, s, tile, key_scale);
 }
 
 tr_status tr_cpu_index_logits(tr_device *d, tr_lane lane, const struct tr_index_logits_args *a)
@@ -137,7 +152,7 @@ tr_status tr_cpu_index_logits(tr_device *d, tr_lane lane, const struct tr_index_
         /* Every thread walks the runs of rows that share a slot, and shares out each run's pages. */
 #pragma omp parallel num_threads(tr_threads_for(d, work))
     {
-        float scratch[TR_PAGE_TOKENS * TR_D_INDEX_MAX] __attribute__((aligned(64)));
+        float tile[TR_INDEX_TILE] __attribute__((aligned(64)));
         for (int i = a->i_row, i_end; i < end; i = i_end) {
             int n_pages = 0;
             for (i_end = i; i_end < end && rows->slot[i_end] == rows->slot[i]; i_end++)
@@ -145,7 +160,7 @@ tr_status tr_cpu_index_logits(tr_device *d, tr_lane lane, const struct tr_index_
                     n_pages = rows->position[i_end] / TR_PAGE_TOKENS + 1;
 #pragma omp for schedule(static) nowait
             for (int p = 0; p < n_pages; p++)
-                page_scores(d, a, i, i_end, p, scratch);
+                page_scores(d, a, i, i_end, p, n_pages, tile);
         }
     }
     return TR_OK;

@@ -9,8 +9,6 @@
 #include "kernels/cpu/rope_priv.h"
 #include "kernels/number.h"
 
-enum { SCALE_BLOCK = 128 }; /* latents that share a scale */
-
 static const float layer_norm_eps = 1e-6f;
 
 static int at_most(int a, int b)
@@ -58,6 +56,7 @@ static void latent_prepare(const tr_device *d, const struct tr_kv_write_args *a,
     int n = a->kv.d_latent, d_rope = a->kv.d_rope;
     float r = 1.0f / sqrtf(d->k.dot(in, in, n) / (float)n + a->eps);
 
+#pragma omp simd
     for (int j = 0; j < n; j++)
         x[j] = in[j] * r * a->norm[j];
     memcpy(x + n, in + n, (size_t)d_rope * sizeof *x);
@@ -81,9 +80,9 @@ static void latent_write(const tr_device *d, const struct tr_kv_write_args *a, i
     int first_half = 0; /* where the bf16 part of x begins */
     if (kv->dtype == TR_E4M3) {
         float *scale = (float *)(void *)(to + n);
-        for (int j = 0; j < n; j += SCALE_BLOCK)
+        for (int j = 0; j < n; j += TR_SCALE_BLOCK)
             *scale++ = tr_quantise(tr_attention_of(d), (uint8_t *)to + j, x + j,
-                                   at_most(SCALE_BLOCK, n - j));
+                                   at_most(TR_SCALE_BLOCK, n - j));
         half = (uint16_t *)(void *)scale;
         first_half = n;
     }
@@ -103,11 +102,7 @@ void tr_latent_read(const tr_device *d, const tr_kv_layer *kv, int64_t i_row, fl
     } else if (kv->dtype == TR_BF16) {
         d->k.expand_bf16(out, (const uint16_t *)(const void *)from, n + kv->d_rope);
     } else {
-        const float *scale = (const float *)(const void *)(from + n);
-        for (int j = 0; j < n; j += SCALE_BLOCK)
-            tr_attention_of(d)->expand_e4m3(out + j, (const uint8_t *)from + j, *scale++,
-                                            at_most(SCALE_BLOCK, n - j));
-        d->k.expand_bf16(out + n, (const uint16_t *)(const void *)scale, kv->d_rope);
+        tr_attention_of(d)->expand_latent(out, (const uint8_t *)from, n, kv->d_rope);
     }
 }
 
@@ -131,13 +126,14 @@ static void index_write(const tr_device *d, const struct tr_kv_write_args *a, in
     float x[TR_D_INDEX_MAX];
 
     float mean = k->sum(in, n) / (float)n;
+#pragma omp simd
     for (int j = 0; j < n; j++)
         x[j] = in[j] - mean;
     float r = 1.0f / sqrtf(d->k.dot(x, x, n) / (float)n + layer_norm_eps);
-    for (int j = 0; j < n; j++) {
+#pragma omp simd
+    for (int j = 0; j < n; j++)
         x[j] = x[j] * r * a->k_norm[j] + a->k_bias[j];
-        if (!exact) x[j] = tr_round_bf16(x[j]);
-    }
+    if (!exact) k->round_bf16(x, n);
     tr_rope_half_split(x, a->rope + (size_t)a->rows->position[i] * kv->d_rope, kv->d_rope);
     if (exact) { /* rows of a TR_F32 page have no scales between them: they simply go on */
         memcpy((float *)kv->index + a->rows->write[i] * n, x, (size_t)n * sizeof *x);
@@ -147,17 +143,47 @@ static void index_write(const tr_device *d, const struct tr_kv_write_args *a, in
     *to.scale = tr_index_quantise(d, to.code, x, n);
 }
 
-tr_index_keys tr_index_page_read(const tr_device *d, const tr_kv_layer *kv, int page, int n,
-                                 float *scratch)
+static const char *index_page_at(const tr_kv_layer *kv, int page)
 {
-    const char *from =
-        (const char *)kv->index + (size_t)page * tr_index_page_bytes(kv->dtype, kv->d_index);
-
     assert(page >= 0 && page < kv->n_pages);
-    if (kv->dtype == TR_F32) return (tr_index_keys){(const float *)(const void *)from, NULL};
-    tr_attention_of(d)->expand_e4m3(scratch, (const uint8_t *)from, 1.0f, n * kv->d_index);
-    return (tr_index_keys){
-        scratch, (const float *)(const void *)(from + (size_t)TR_PAGE_TOKENS * kv->d_index)};
+    return (const char *)kv->index + (size_t)page * tr_index_page_bytes(kv->dtype, kv->d_index);
+}
+
+const float *tr_index_page_read(const tr_device *d, const tr_kv_layer *kv, int page, int n,
+                                float *tile)
+{
+    const struct tr_attention_kernels *k = tr_attention_of(d);
+    const char *from = index_page_at(kv, page);
+    int d_index = kv->d_index, d_tile = (d_index + 3) / 4 * 4;
+
+    if (kv->dtype != TR_F32) {
+        k->index_tile(tile, (const uint8_t *)from, d_index, n);
+        return (const float *)(const void *)(from + (size_t)TR_PAGE_TOKENS * kv->d_index);
+    }
+    const float *key = (const float *)(const void *)from;
+    for (int s = 0; s < TR_PAGE_TOKENS; s++)
+        for (int i = 0; i < d_tile; i++)
+            tile[tr_index_tile_at(k->tile_lanes, d_tile, s, i)] =
+                s < n && i < d_index ? key[s * d_index + i] : 0.0f;
+    return NULL;
+}
+
+static void prefetch(const char *at, size_t bytes)
+{
+    for (size_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch(at + i, 0, 2);
+    __builtin_prefetch(at + bytes - 1, 0, 2);
+}
+
+void tr_index_page_prefetch(const tr_kv_layer *kv, int page)
+{
+    prefetch(index_page_at(kv, page), tr_index_page_bytes(kv->dtype, kv->d_index));
+}
+
+void tr_latent_prefetch(const tr_kv_layer *kv, int64_t i_row)
+{
+    size_t bytes = tr_kv_row_bytes(kv->dtype, kv->d_latent, kv->d_rope);
+    prefetch((const char *)kv->latent + (size_t)i_row * bytes, bytes);
 }
 
 tr_status tr_cpu_kv_write(tr_device *d, tr_lane lane, const struct tr_kv_write_args *a)

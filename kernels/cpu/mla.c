@@ -8,7 +8,11 @@
 #include "kernels/cpu/attention_priv.h"
 #include "kernels/cpu/rope_priv.h"
 
-enum { HEADS_MAX = 128 }; /* heads of one task: bounds its state on the stack */
+enum {
+    KEYS_STEP = 16,     /* keys that stay in L1 expanded; a multiple of 16 */
+    HEADS_MAX = 128,    /* heads of one task: bounds its state on the stack */
+    PREFETCH_KEYS = 16, /* rows lie anywhere: those so far ahead in the list are asked for */
+};
 
 void tr_gemm_heads(const tr_device *d, const tr_gemm *g, int n_heads, size_t x_step, size_t y_step)
 {
@@ -112,63 +116,95 @@ float tr_softmax_step(const tr_device *d, float *p, int n, float scale, float *m
     return keep;
 }
 
-/* Up to TR_ROW_BLOCK heads of one row against one block of keys, [n, d_latent + d_rope]. */
-static void heads_step(const tr_device *d, const struct tr_sparse_mla_args *a, size_t head,
-                       int n_heads, const float *keys, int n, float *max, float *sum)
-{
-    const struct tr_attention_kernels *k = tr_attention_of(d);
-    size_t d_latent = (size_t)a->kv.d_latent, d_key = d_latent + (size_t)a->kv.d_rope;
-    float p[TR_ROW_BLOCK * TR_KEY_BLOCK] __attribute__((aligned(64))), keep[TR_ROW_BLOCK];
-    int n_keys[TR_ROW_BLOCK];
-    tr_tile q = {a->q + head * d_key, d_key, n_heads}, key = {keys, d_key, n};
+/* A task: heads [h_begin, h_end) of a row, and what they have seen so far. `out` is the accumulator. */
+typedef struct task {
+    const tr_device *d;
+    const struct tr_sparse_mla_args *a;
+    size_t head; /* the first head, counted over all rows */
+    int n_heads, n_keys;
+    float max[HEADS_MAX], sum[HEADS_MAX];
+    float p[HEADS_MAX * TR_KEY_BLOCK] __attribute__((aligned(64)));
+    float keys[TR_KEY_BLOCK * TR_D_KEY_MAX] __attribute__((aligned(64)));
+} task;
 
-    k->dots(p, q, key, (int)d_key);
-    for (int h = 0; h < n_heads; h++) {
-        keep[h] = tr_softmax_step(d, p + h * TR_KEY_BLOCK, n, a->scale, max + h, sum + h);
-        n_keys[h] = n;
-    }
-    k->accumulate(a->out + head * d_latent, d_latent, p, keep, n_keys, n_heads, keys, d_key,
-                  (int)d_latent);
-}
-
-/* Cache rows of the list from *at on, until a block is full or the list ends; entries that name no row are passed over. */
-static int gather_keys(const tr_device *d, const struct tr_sparse_mla_args *a, const int32_t *list,
-                       int *at, float *keys)
+/* Cache rows of the list from *at on, until there are n_max keys or the list ends; entries that name no row are passed
+ * over. */
+static void gather_keys(task *t, const int32_t *list, int *at, int n_max)
 {
-    int n = 0, d_key = a->kv.d_latent + a->kv.d_rope;
+    const struct tr_sparse_mla_args *a = t->a;
+    size_t d_key = (size_t)a->kv.d_latent + (size_t)a->kv.d_rope;
     int64_t n_rows = (int64_t)a->kv.n_pages * TR_PAGE_TOKENS;
 
-    for (; *at < a->k && n < TR_KEY_BLOCK; ++*at)
+    for (; *at < a->k && t->n_keys < n_max; ++*at) {
+        int ahead = *at + PREFETCH_KEYS;
+        if (ahead < a->k && list[ahead] >= 0 && list[ahead] < n_rows)
+            tr_latent_prefetch(&a->kv, list[ahead]);
         if (list[*at] >= 0 && list[*at] < n_rows)
-            tr_latent_read(d, &a->kv, list[*at], keys + (size_t)n++ * (size_t)d_key);
-    return n;
+            tr_latent_read(t->d, &a->kv, list[*at], t->keys + (size_t)t->n_keys++ * d_key);
+    }
 }
 
-/* Heads [h_begin, h_end) of row i; `out` is the accumulator. */
+/* The next block of keys, expanded a few at a time: those meet the queries before they leave L1. */
+static int next_block(task *t, const int32_t *list, int *at)
+{
+    size_t d_key = (size_t)t->a->kv.d_latent + (size_t)t->a->kv.d_rope;
+
+    t->n_keys = 0;
+    for (int n = 0; n < TR_KEY_BLOCK; n += KEYS_STEP) {
+        gather_keys(t, list, at, n + KEYS_STEP);
+        if (t->n_keys <= n) break;
+        tr_tile q = {t->a->q + t->head * d_key, d_key, t->n_heads};
+        tr_tile key = {t->keys + (size_t)n * d_key, d_key, t->n_keys - n};
+        tr_attention_of(t->d)->dots(t->p + n, q, key, (int)d_key);
+    }
+    return t->n_keys > 0;
+}
+
+/* Up to TR_ROW_BLOCK heads from h on take in the values of the block. */
+static void heads_step(task *t, int h, int n_heads)
+{
+    size_t d_latent = (size_t)t->a->kv.d_latent, d_key = d_latent + (size_t)t->a->kv.d_rope;
+    float *p = t->p + h * TR_KEY_BLOCK, keep[TR_ROW_BLOCK];
+    int n_keys[TR_ROW_BLOCK];
+
+    for (int i = 0; i < n_heads; i++) {
+        keep[i] = tr_softmax_step(t->d, p + i * TR_KEY_BLOCK, t->n_keys, t->a->scale,
+                                  t->max + h + i, t->sum + h + i);
+        n_keys[i] = t->n_keys;
+    }
+    tr_attention_of(t->d)->accumulate(t->a->out + (t->head + h) * d_latent, d_latent, p, keep,
+                                      n_keys, n_heads, t->keys, d_key, (int)d_latent);
+}
+
+/* Heads [h_begin, h_end) of row i. */
 static void row_attention(const tr_device *d, const struct tr_sparse_mla_args *a, int i,
                           int h_begin, int h_end)
 {
-    float keys[TR_KEY_BLOCK * TR_D_KEY_MAX] __attribute__((aligned(64)));
-    float max[HEADS_MAX], sum[HEADS_MAX];
+    const int32_t *list = a->cache_row + (size_t)i * a->k;
     int at = 0, d_latent = a->kv.d_latent;
-    size_t row = (size_t)i * a->n_heads;
+    task t;
 
-    for (int h = h_begin; h < h_end; h++) {
-        max[h - h_begin] = -INFINITY;
-        sum[h - h_begin] = 0.0f;
+    t.d = d;
+    t.a = a;
+    t.head = (size_t)i * a->n_heads + h_begin;
+    t.n_heads = h_end - h_begin;
+    for (int h = 0; h < t.n_heads; h++) {
+        t.max[h] = -INFINITY;
+        t.sum[h] = 0.0f;
     }
-    for (int n; (n = gather_keys(d, a, a->cache_row + (size_t)i * a->k, &at, keys)) > 0;)
-        for (int h = h_begin; h < h_end; h += TR_ROW_BLOCK)
-            heads_step(d, a, row + h, h_end - h < TR_ROW_BLOCK ? h_end - h : TR_ROW_BLOCK, keys, n,
-                       max + (h - h_begin), sum + (h - h_begin));
-    for (int h = h_begin; h < h_end; h++) {
-        float total = sum[h - h_begin], *out = a->out + (row + h) * d_latent;
-        if (total == 0.0f) /* nothing selected */
+    while (next_block(&t, list, &at))
+        for (int h = 0; h < t.n_heads; h += TR_ROW_BLOCK)
+            heads_step(&t, h, t.n_heads - h < TR_ROW_BLOCK ? t.n_heads - h : TR_ROW_BLOCK);
+    for (int h = 0; h < t.n_heads; h++) {
+        float factor = 1.0f / t.sum[h], *out = a->out + (t.head + h) * d_latent;
+        if (t.sum[h] == 0.0f) /* nothing selected: out was never written */
             memset(out, 0, (size_t)d_latent * sizeof *out);
-        else
+        else {
+#pragma omp simd
             for (int j = 0; j < d_latent; j++)
-                out[j] *= 1.0f / total;
-        if (a->lse) a->lse[row + h] = max[h - h_begin] + logf(total);
+                out[j] *= factor;
+        }
+        if (a->lse) a->lse[t.head + h] = t.max[h] + logf(t.sum[h]);
     }
 }
 

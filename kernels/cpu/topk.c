@@ -1,113 +1,52 @@
 /* Selection of the k best keys of a row (model.md 4.3): exact, larger score first, equal scores smaller position first.
- * A radix search over the bits of sortable keys finds the smallest score that is selected, four passes at most; one more
- * pass writes the positions in ascending order. One row, one thread: the row itself is not changed. */
+ * Bisection over the floats finds the smallest score that is selected: every step counts the scores that are not below
+ * a bound. One more pass writes the positions in ascending order. One row, one thread. */
 #include <config.h>
 
 #include <assert.h>
+#include <math.h>
 
 #include "kernels/cpu/attention_priv.h"
 #include "kernels/number.h"
 
-enum {
-    N_BINS = 256,
-    /* Neighbours count in different copies: a row of equal scores would wait for one counter. */
-    N_COPIES = 4,
-    N_FEW = 2048, /* so many candidates are copied out of the row, and the later passes are short */
-};
-
-/* Ascending like the scores: -0.0 as +0.0, NaN as -inf. */
-static uint32_t sort_key(float score)
+/* Floats in ascending order as integers in ascending order, and back. */
+static uint32_t to_key(float x)
 {
-    const uint32_t lowest = 0x007fffffu;  /* of -inf ... */
-    const uint32_t highest = 0xff800000u; /* ... and +inf: NaN lie outside */
-    uint32_t u = tr_f32_bits(score + 0.0f);
-    u ^= u >> 31 ? UINT32_MAX : 0x80000000u;
-    return u - lowest > highest - lowest ? lowest : u;
+    uint32_t u = tr_f32_bits(x);
+    return u >> 31 ? ~u : u | 0x80000000u;
 }
 
-/* Candidates for the smallest selected key: those of the row that begin with `prefix` in their `known` bits, or, where
- * few are left, a list of them. */
-typedef struct candidates {
-    const float *score;
-    uint32_t known, prefix;
-    int n_few, n; /* n_few < 0: not listed; n: of the row */
-    uint32_t few[N_FEW];
-} candidates;
-
-/* How many candidates have which 8 bits at `shift`. */
-static void count_digits(const candidates *c, int shift, int count[N_BINS])
+static float from_key(uint32_t key)
 {
-    int copies[N_COPIES][N_BINS] = {{0}};
-
-    for (int i = 0; i < c->n_few; i++)
-        copies[i % N_COPIES][(c->few[i] >> shift) % N_BINS]++;
-    for (int s = 0; s < c->n && c->n_few < 0; s++) {
-        uint32_t key = sort_key(c->score[s]);
-        if ((key & c->known) == c->prefix) copies[s % N_COPIES][(key >> shift) % N_BINS]++;
-    }
-    for (int bin = 0; bin < N_BINS; bin++)
-        count[bin] = copies[0][bin] + copies[1][bin] + copies[2][bin] + copies[3][bin];
+    return tr_bits_f32(key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
-/* Only those with this digit remain, n of them. */
-static void narrow(candidates *c, int shift, uint32_t digit, int n)
+/* k < n of the scores. At least k are >= the float of `bound`, fewer than k >= that of `above`. -0.0 and +0.0 are equal
+ * to every comparison, so the search cannot end between them. */
+static void select_best(const struct tr_attention_kernels *kernels, const float *score, int n,
+                        int k, int32_t *position)
 {
-    int m = 0;
+    uint32_t bound = to_key(-INFINITY), above = to_key(INFINITY) + 1;
+    int n_above = 0, n_ties = -1;
 
-    c->prefix |= digit << shift;
-    c->known |= (N_BINS - 1u) << shift;
-    if (c->n_few < 0 && n >= N_FEW) return;
-    for (int i = 0; i < c->n_few; i++) {
-        c->few[m] = c->few[i];
-        m += (c->few[i] & c->known) == c->prefix;
+    while (above - bound > 1 && n_ties < 0) {
+        uint32_t middle = bound + (above - bound) / 2;
+        int count = kernels->count_from(score, n, from_key(middle));
+        if (count >= k) {
+            bound = middle;
+            if (count == k) n_ties = k; /* whatever is not below the bound */
+        } else {
+            above = middle;
+            n_above = count;
+        }
     }
-    for (int s = 0; s < c->n && c->n_few < 0; s++) {
-        uint32_t key = sort_key(c->score[s]);
-        c->few[m] = key; /* n < N_FEW: there is room for the one that is not taken */
-        m += (key & c->known) == c->prefix;
-    }
-    c->n_few = m;
+    if (n_ties < 0) n_ties = k - n_above;
+    n = kernels->select(position, k, score, n, from_key(bound), n_ties);
+    assert(n == k);
+    (void)n;
 }
 
-/* The k largest keys are those > bound and the first n_ties of those == bound. */
-typedef struct tr_topk_bound {
-    uint32_t bound;
-    int n_ties;
-} tr_topk_bound;
-
-static tr_topk_bound find_bound(const float *score, int n, int k)
-{
-    candidates c;
-    int count[N_BINS];
-
-    c.score = score;
-    c.n = n;
-    c.n_few = -1;
-    c.known = c.prefix = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        uint32_t bin = N_BINS - 1;
-        count_digits(&c, shift, count);
-        for (; count[bin] < k; bin--)
-            k -= count[bin];
-        narrow(&c, shift, bin, count[bin]);
-    }
-    return (tr_topk_bound){c.prefix, k};
-}
-
-static void select_best(const float *score, int n, int k, int32_t *position)
-{
-    tr_topk_bound b = find_bound(score, n, k);
-
-    for (int s = 0, m = 0; m < k; s++) {
-        uint32_t key = sort_key(score[s]);
-        int tie = (key == b.bound) & (b.n_ties > 0);
-        position[m] = s; /* overwritten by the next unless it is taken: no branch to mispredict */
-        b.n_ties -= tie;
-        m += (key > b.bound) | tie;
-    }
-}
-
-static void row_topk(const struct tr_topk_args *a, int i)
+static void row_topk(const tr_device *d, const struct tr_topk_args *a, int i)
 {
     const tr_rows *rows = a->rows;
     int32_t *position = a->position + (size_t)i * a->k,
@@ -118,7 +57,8 @@ static void row_topk(const struct tr_topk_args *a, int i)
         n = rows->position[i] + 1;
         if (n > a->k) {
             assert(a->score);
-            select_best(a->score + (size_t)(i - a->i_row) * a->ld, n, a->k, position);
+            select_best(tr_attention_of(d), a->score + (size_t)(i - a->i_row) * a->ld, n, a->k,
+                        position);
             n = a->k;
         } else {
             for (int s = 0; s < n; s++)
@@ -145,6 +85,6 @@ tr_status tr_cpu_topk(tr_device *d, tr_lane lane, const struct tr_topk_args *a)
         work += a->rows->position[i] < a->k ? a->k : 4.0 * a->rows->position[i];
 #pragma omp parallel for num_threads(tr_threads_for(d, work)) schedule(static)
     for (int i = a->i_row; i < end; i++)
-        row_topk(a, i);
+        row_topk(d, a, i);
     return TR_OK;
 }

@@ -19,7 +19,8 @@ tr_status tr_file_read(const char *path, size_t max_bytes, char **text, size_t *
 
     *text = NULL;
     *n = 0;
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    /* O_NONBLOCK: a FIFO under this name must be refused, not waited for. */
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0 || fstat(fd, &sb) != 0) {
         bool absent = errno == ENOENT || errno == ENOTDIR;
         st = tr_fail(err, absent ? TR_E_INPUT : TR_E_IO, "%s: %s", path, strerror(errno));
@@ -61,15 +62,36 @@ done:
     return st;
 }
 
+/* A raw NUL is never JSON, but jansson 2.14 does not see one behind a number. */
+static tr_status refuse_nul(const char *text, size_t at, int *line, int *column, tr_err *err)
+{
+    int l = 1, c = 1;
+
+    for (size_t i = 0; i < at; i++) {
+        c = text[i] == '\n' ? 1 : c + 1;
+        l += text[i] == '\n';
+    }
+    if (line) *line = l;
+    if (column) *column = c;
+    return tr_fail(err, TR_E_INPUT, "line %d, column %d: a NUL byte", l, c);
+}
+
 tr_status tr_json_parse(json_t **out, const char *text, size_t n, size_t flags, int *line,
                         int *column, tr_err *err)
 {
     json_error_t e;
+    const char *nul = n ? memchr(text, 0, n) : NULL;
+
+    *out = NULL;
+    if (nul) return refuse_nul(text, (size_t)(nul - text), line, column, err);
+    errno = 0;
     *out = json_loadb(text, n, flags | JSON_REJECT_DUPLICATES, &e);
+    int why = errno;
     if (line) *line = *out ? 0 : e.line;
     if (column) *column = *out ? 0 : (e.column > 0 ? e.column : 1);
     if (*out) return TR_OK;
-    if (json_error_code(&e) == json_error_out_of_memory)
+    /* An allocation that failed inside jansson looks like any fault of the text; errno still tells. */
+    if (why == ENOMEM || json_error_code(&e) == json_error_out_of_memory || !e.text[0])
         return tr_fail(err, TR_E_MEMORY, "out of memory");
     return tr_fail(err, TR_E_INPUT, "line %d, column %d: %s", e.line, e.column > 0 ? e.column : 1,
                    e.text);

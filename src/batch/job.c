@@ -221,8 +221,8 @@ static void progress(job *j)
     double seconds = (double)(tr_now_ns() - j->begun_ns) / 1e9;
     char tokens[32], rate[32], left[48] = "";
 
-    short_count((double)s.decode_tokens, tokens, sizeof tokens);
-    short_count((double)s.decode_tokens / (seconds + 1e-9), rate, sizeof rate);
+    short_count((double)s.generated_tokens, tokens, sizeof tokens);
+    short_count((double)s.generated_tokens / (seconds + 1e-9), rate, sizeof rate);
     if (mine && done < total) {
         uint64_t t = (uint64_t)(seconds / (double)mine * (double)(total - done));
         snprintf(left, sizeof left, ", %02ju:%02ju:%02ju left", (uintmax_t)(t / 3600),
@@ -302,7 +302,7 @@ static void summary(const job *j)
                 "preemptions, %.1f s, peak memory "
                 "%.2f GB",
                 (uintmax_t)s.prefill_tokens, per_second(s.prefill_tokens, s.prefill_ns),
-                (uintmax_t)s.decode_tokens,
+                (uintmax_t)s.generated_tokens,
                 per_second(s.decode_tokens - s.mixed_decode_tokens, s.decode_ns),
                 (uintmax_t)s.steps, (uintmax_t)s.preemptions,
                 (double)(tr_now_ns() - j->begun_ns) / 1e9, (double)usage.ru_maxrss * 1024 / 1e9);

@@ -25,7 +25,8 @@ enum { RECORD_MAX = 1 << 30, GROUP_BYTES_MAX = 64 << 20, MS = 1000000 };
 struct tr_journal {
     tr_journal_options o;
     tr_runfile *run;
-    char *path, *tmp_path;
+    char *path;
+    char *real_path, *tmp_path; /* the file itself where OUT is a symbolic link; what replaces it */
     int fd;
     bool stream;
     tr_idset *done;
@@ -95,14 +96,15 @@ static tr_status scan_lines(tr_journal *j, int keep, scan *found, tr_err *err)
             done += (size_t)put;
         }
     }
-    if (got < 0) st = tr_fail(err, TR_E_IO, "%s: cannot be read", j->path);
+    if (got < 0) st = err ? err->status : TR_E_IO;
 done:
     tr_lines_close(lines);
     free(id.s);
     return st;
 }
 
-/* Something bad stands in the middle: the good lines move to a new file, which takes the name. */
+/* Something bad stands in the middle: the good lines move to a new file, which takes the name (of
+ * the file itself: a symbolic link stays one). */
 static tr_status rewrite(tr_journal *j, scan *found, tr_err *err)
 {
     tr_status st;
@@ -111,9 +113,9 @@ static tr_status rewrite(tr_journal *j, scan *found, tr_err *err)
     if (fd < 0) return tr_fail(err, TR_E_IO, "%s: %s", j->tmp_path, strerror(errno));
     size_t n_bad = found->n_bad;
     st = scan_lines(j, fd, found, err);
-    if (st == TR_OK && (fsync(fd) != 0 || rename(j->tmp_path, j->path) != 0))
+    if (st == TR_OK && (fsync(fd) != 0 || rename(j->tmp_path, j->real_path) != 0))
         st = tr_fail(err, TR_E_IO, "%s: %s", j->tmp_path, strerror(errno));
-    if (st == TR_OK) st = tr_sync_folder(j->path, err);
+    if (st == TR_OK) st = tr_sync_folder(j->real_path, err);
     if (st != TR_OK) {
         close(fd);
         unlink(j->tmp_path);
@@ -150,6 +152,17 @@ static tr_status resume(tr_journal *j, tr_err *err)
     return TR_OK;
 }
 
+static tr_status find_file(tr_journal *j, tr_err *err)
+{
+    j->real_path = realpath(j->path, NULL);
+    if (!j->real_path)
+        return tr_fail(err, errno == ENOMEM ? TR_E_MEMORY : TR_E_IO, "%s: %s", j->path,
+                       strerror(errno));
+    if (asprintf(&j->tmp_path, "%s.tmp", j->real_path) >= 0) return TR_OK;
+    j->tmp_path = NULL;
+    return tr_fail(err, TR_E_MEMORY, "%s: out of memory", j->path);
+}
+
 tr_status tr_journal_open(tr_journal **out, const tr_journal_options *options, tr_err *err)
 {
     tr_status st = TR_OK;
@@ -164,8 +177,7 @@ tr_status tr_journal_open(tr_journal **out, const tr_journal_options *options, t
     if (!j->o.check_ms) j->o.check_ms = 10000;
     j->fd = -1;
     j->path = strdup(options->run.out_path);
-    if (asprintf(&j->tmp_path, "%s.tmp", options->run.out_path) < 0) j->tmp_path = NULL;
-    if (!j->path || !j->tmp_path) {
+    if (!j->path) {
         st = tr_fail(err, TR_E_MEMORY, "%s: out of memory", options->run.out_path);
         goto done;
     }
@@ -176,7 +188,8 @@ tr_status tr_journal_open(tr_journal **out, const tr_journal_options *options, t
         st = tr_fail(err, TR_E_IO, "%s: %s", j->path, strerror(errno));
         goto done;
     }
-    st = tr_sync_folder(j->path, err);
+    st = find_file(j, err);
+    if (st == TR_OK) st = tr_sync_folder(j->real_path, err);
     if (st == TR_OK) st = resume(j, err);
     if (st != TR_OK) goto done;
     j->checked_ns = tr_now_ns();
@@ -392,6 +405,7 @@ tr_status tr_journal_close(tr_journal *j, tr_err *err)
     tr_idset_free(j->done);
     free(j->group.s);
     free(j->path);
+    free(j->real_path);
     free(j->tmp_path);
     free(j);
     return st;

@@ -183,6 +183,15 @@ static void write_list(tr_buf *out, const tr_record_options *o, const run *runs,
     }
 }
 
+/* Does a token of the prompt (i-th) or of the answer (i < 0) stand in the choice's text? */
+static bool in_text(const tr_record_options *o, const tr_asked *asked, int32_t t, long i)
+{
+    if (!o->tokenizer || (i == 0 && asked->bos_added)) return false;
+    if (i < 0 && (t == o->eos || t == o->bos || t == o->pad)) return false;
+    bool as_sent = i >= 0 && asked->prompt_text;
+    return as_sent || !asked->skip_special || !tr_tokenizer_special(o->tokenizer, t);
+}
+
 void tr_write_completion_logprobs(tr_buf *out, const tr_record_options *o, const tr_asked *asked,
                                   const tr_event *event, const tr_choice *choice)
 {
@@ -213,11 +222,9 @@ void tr_write_completion_logprobs(tr_buf *out, const tr_record_options *o, const
     for (int k = 0; k < 2; k++) {
         for (size_t i = 0; i < runs[k].n; i++) {
             int32_t t = runs[k].token[i];
-            bool silent =
-                k == 0 ? i == 0 && asked->bos_added : t == o->eos || t == o->bos || t == o->pad;
             tr_buf_printf(out, first ? "%zu" : ",%zu", offset);
             first = false;
-            if (silent || !o->tokenizer) continue;
+            if (!in_text(o, asked, t, k ? -1 : (long)i)) continue;
             size_t n;
             const char *text = tr_meter_token(&meter, o, t, &n);
             offset += characters(text, n);

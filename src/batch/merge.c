@@ -91,7 +91,7 @@ static tr_status index_part(merger *m, int part, tr_err *err)
             goto done;
         }
     }
-    if (got < 0) st = tr_fail(err, TR_E_IO, "%s: cannot be read", path);
+    if (got < 0) st = err->status;
     if (n_bad)
         tr_log_warn(m->log, "%s: %zu lines are no whole records of this input and are left out",
                     path, n_bad);

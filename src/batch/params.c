@@ -428,6 +428,29 @@ static bool take_suffix(tr_parsing *p, const json_t *v, const tr_jnode *node)
 
 /* ---- the body -------------------------------------------------------------------------------- */
 
+/* jansson refused the body at `column` of it. A member that it refuses also by itself is named;
+ * a number beyond int64 or double is good JSON, and out of every range here. */
+static bool refuse_body(tr_parsing *p, int column, const char *why)
+{
+    const tr_jtext *t = p->e->json;
+    for (const tr_jnode *m = tr_jtext_child(t, p->body); m; m = tr_jtext_next(t, m)) {
+        const param *d = find_param(p, m);
+        json_t *v = NULL;
+        if (!d || d->text) continue;
+        tr_status st = tr_json_parse(&v, tr_jtext_raw(t) + m->begin, m->end - m->begin,
+                                     JSON_DECODE_ANY | JSON_ALLOW_NUL, NULL, NULL, NULL);
+        json_decref(v);
+        if (st == TR_E_MEMORY) return out_of_memory(p);
+        if (st != TR_OK && m->type == TR_J_NUMBER)
+            return tr_refuse(p, 400, "out_of_range", d->name, "%s is far out of range", d->name);
+        if (st != TR_OK)
+            return tr_refuse(p, 400, "invalid_json", d->name, "column %zu: %s",
+                             p->body->begin + (size_t)column, why);
+    }
+    return tr_refuse(p, 400, "invalid_json", NULL, "column %zu: %s",
+                     p->body->begin + (size_t)column, why);
+}
+
 /* The body as jansson shall see it: what stays text, and what is unknown, is a 0 there. */
 static bool parse_body(tr_parsing *p)
 {
@@ -449,9 +472,8 @@ static bool parse_body(tr_parsing *p)
     free(copy);
     if (st == TR_E_MEMORY) return out_of_memory(p);
     if (st != TR_OK)
-        return tr_refuse(p, 400, "invalid_json", NULL, "column %zu: %s",
-                         p->body->begin + (size_t)column,
-                         strstr(why.text, ": ") ? strstr(why.text, ": ") + 2 : why.text);
+        return refuse_body(p, column,
+                           strstr(why.text, ": ") ? strstr(why.text, ": ") + 2 : why.text);
     return true;
 }
 

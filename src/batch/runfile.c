@@ -204,29 +204,26 @@ static tr_status out_size(const char *path, int64_t *size, tr_err *err)
     return TR_OK;
 }
 
+/* Of two jobs that make it at the same time, both have it: the lock decides. */
 static tr_status open_file(tr_runfile *run, const tr_runfile_options *o, tr_err *err)
 {
     int64_t size;
-    for (;;) {
-        run->fd = open(run->path, O_RDWR | O_CLOEXEC);
-        if (run->fd >= 0) return TR_OK;
-        if (errno != ENOENT) return tr_fail(err, TR_E_IO, "%s: %s", run->path, strerror(errno));
-        tr_status st = out_size(o->out_path, &size, err);
-        if (st != TR_OK) return st;
-        if (o->must_exist)
-            return tr_fail(err, TR_E_USAGE, "--resume: there is no %s: no run has begun",
-                           run->path);
-        if (size >= 0)
-            return tr_fail(
-                err, TR_E_USAGE,
-                "%s exists but %s does not: not an output to be resumed; give another -o",
-                o->out_path, run->path);
-        run->fd = open(run->path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-        if (run->fd >= 0) return TR_OK;
-        if (errno != EEXIST) /* EEXIST: another job was faster; its lock decides */
-            return tr_fail(err, errno == ENOENT || errno == ENOTDIR ? TR_E_USAGE : TR_E_IO,
-                           "%s: %s", run->path, strerror(errno));
-    }
+
+    run->fd = open(run->path, O_RDWR | O_CLOEXEC);
+    if (run->fd >= 0) return TR_OK;
+    if (errno != ENOENT) return tr_fail(err, TR_E_IO, "%s: %s", run->path, strerror(errno));
+    tr_status st = out_size(o->out_path, &size, err);
+    if (st != TR_OK) return st;
+    if (o->must_exist)
+        return tr_fail(err, TR_E_USAGE, "--resume: there is no %s: no run has begun", run->path);
+    if (size >= 0)
+        return tr_fail(err, TR_E_USAGE,
+                       "%s exists but %s does not: not an output to be resumed; give another -o",
+                       o->out_path, run->path);
+    run->fd = open(run->path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    if (run->fd >= 0) return TR_OK;
+    return tr_fail(err, errno == ENOENT || errno == ENOTDIR ? TR_E_USAGE : TR_E_IO, "%s: %s",
+                   run->path, strerror(errno));
 }
 
 /* The file that was locked must still be the one under the name. */

@@ -269,21 +269,27 @@ static const tr_option batch_table[] = {
 
 enum { N_BATCH = sizeof batch_table / sizeof *batch_table };
 
+/* Not given, or empty: -o "$OUT" where OUT is not set. */
+static bool absent(const char *path)
+{
+    return !path || !*path;
+}
+
 static tr_status batch_together(const tr_batch_options *o, tr_err *err)
 {
     if (o->merge) {
-        if (!o->input || !o->output || !o->n_parts)
+        if (absent(o->input) || absent(o->output) || !o->n_parts)
             return tr_fail(err, TR_E_USAGE, "--merge needs -i IN, -o OUT and the parts to join");
         return TR_OK;
     }
     if (o->n_parts)
         return tr_fail(err, TR_E_USAGE, "%s: an argument that belongs to no option", o->part[0]);
-    if (!o->model) return tr_fail(err, TR_E_USAGE, "-m MODEL is missing");
+    if (absent(o->model)) return tr_fail(err, TR_E_USAGE, "-m MODEL is missing");
     if (o->prompt && (o->input || o->output || o->resume))
         return tr_fail(err, TR_E_USAGE, "--prompt and -i, -o or --resume exclude each other");
-    if (!o->prompt && !o->input)
+    if (!o->prompt && absent(o->input))
         return tr_fail(err, TR_E_USAGE, "-i IN or --prompt TEXT is missing");
-    if (!o->prompt && !o->output) return tr_fail(err, TR_E_USAGE, "-o OUT is missing");
+    if (!o->prompt && absent(o->output)) return tr_fail(err, TR_E_USAGE, "-o OUT is missing");
     if (o->resume && !strcmp(o->output, "-"))
         return tr_fail(err, TR_E_USAGE, "--resume: -o - cannot be resumed");
     if (o->allow_tools && !o->thinking_only)

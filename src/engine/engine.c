@@ -320,6 +320,7 @@ static void publish_stats(tr_engine *e)
         .prefill_tokens = s.prefill_tokens,
         .decode_tokens = s.decode_tokens,
         .mixed_decode_tokens = s.mixed_decode_tokens,
+        .generated_tokens = s.generated_tokens,
         .preemptions = s.preemptions,
         .finished = s.finished,
         .failed = s.failed,

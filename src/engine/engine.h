@@ -13,26 +13,30 @@
 typedef struct tr_engine tr_engine;
 
 typedef struct tr_engine_options {
-    int max_batch_tokens;  /* prompt tokens of one step, at most */
-    int max_sequences;     /* running choices, at most */
-    int max_model_len;     /* prompt + generated tokens of one choice */
-    int ring;              /* steps in flight: 1, or 2 (a step is planned before the previous one is read back) */
-    int queue_max;         /* requests waiting in submit's queue before submit blocks; 0: 4 * max_sequences */
+    int max_batch_tokens; /* prompt tokens of one step, at most */
+    int max_sequences;    /* running choices, at most */
+    int max_model_len;    /* prompt + generated tokens of one choice */
+    int ring; /* steps in flight: 1, or 2 (a step is planned before the previous one is read back) */
+    int queue_max; /* requests waiting in submit's queue before submit blocks; 0: 4 * max_sequences */
     int32_t eos, bos, pad; /* token ids, -1: none */
-    bool is_leader;        /* rank 0 of its replica: schedules; followers only run the plans they get */
+    bool is_leader; /* rank 0 of its replica: schedules; followers only run the plans they get */
 } tr_engine_options;
 
 typedef struct tr_engine_stats {
-    uint64_t steps, prefill_tokens, decode_tokens; /* computed: recomputation after preemption counts as prefill */
+    uint64_t steps, prefill_tokens,
+        decode_tokens; /* computed: recomputation after preemption counts as prefill */
     uint64_t preemptions, finished, failed;
-    uint64_t prefill_ns, decode_ns;  /* time of steps with, and without, prompt rows */
-    uint64_t mixed_decode_tokens;    /* generated in steps that also had prompt rows */
+    uint64_t prefill_ns, decode_ns; /* time of steps with, and without, prompt rows */
+    uint64_t mixed_decode_tokens;   /* generated in steps that also had prompt rows */
+    uint64_t
+        generated_tokens; /* of answers; decode_tokens lack each answer's first, which a prompt's row gives */
     int running, waiting, pages_held, pages_total;
 } tr_engine_stats;
 
 /* Keeps model, tokenizer (may be NULL), control (the communicator plans travel on, size 1: self), log, regions. */
-tr_status tr_engine_create(tr_engine **out, tr_model *model, const tr_tokenizer *tokenizer, tr_comm *control,
-                           const tr_engine_options *options, tr_log *log, tr_regions *regions, tr_err *err);
+tr_status tr_engine_create(tr_engine **out, tr_model *model, const tr_tokenizer *tokenizer,
+                           tr_comm *control, const tr_engine_options *options, tr_log *log,
+                           tr_regions *regions, tr_err *err);
 void tr_engine_free(tr_engine *e);
 
 /* Any thread. Takes the request (on failure too: it is freed). Blocks while the queue is full. TR_E_STOP: the engine is

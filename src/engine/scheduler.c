@@ -395,6 +395,7 @@ static void commit_row(tr_scheduler *s, tr_head_row *row, const tr_step_output *
     if (token >= 0 && token < s->options.limits.n_vocab) {
         ended = tr_sequence_take(q, out, h, &s->options);
         if (ended < 0) tr_event_fail(g->event, "out_of_memory", "no memory for another token");
+        if (ended >= 0) s->stats.generated_tokens++;
     } else {
         tr_event_fail(g->event, "internal_error", "token %d was sampled, of %d", (int)token,
                       s->options.limits.n_vocab);

@@ -35,6 +35,8 @@ typedef struct tr_scheduler_options {
 
 typedef struct tr_scheduler_stats {
     uint64_t steps, prefill_tokens, decode_tokens, mixed_decode_tokens; /* of committed steps */
+    uint64_t
+        generated_tokens; /* sampled and kept: a first token comes from a prompt's row, not from a decode row */
     uint64_t preemptions, finished, failed;
     int running, waiting; /* choices */
     int pages_held, pages_total;

@@ -9,8 +9,9 @@
 typedef struct tr_cache tr_cache;
 
 /* Device memory for n_layers x n_pages. TR_E_MEMORY when it cannot be had. */
-tr_status tr_cache_create(tr_cache **out, const tr_ops *ops, tr_device *device, const tr_config *config, int n_layers,
-                          tr_dtype dtype, int n_pages, tr_err *err);
+tr_status tr_cache_create(tr_cache **out, const tr_ops *ops, tr_device *device,
+                          const tr_config *config, int n_layers, tr_dtype dtype, int n_pages,
+                          tr_err *err);
 void tr_cache_free(tr_cache *cache);
 tr_kv_layer tr_cache_layer(const tr_cache *cache, int layer);
 int tr_cache_pages(const tr_cache *cache);

@@ -8,7 +8,12 @@
 
 #include "base/err.h"
 
-typedef enum tr_stored { TR_STORED_F8_E4M3, TR_STORED_BF16, TR_STORED_F32, TR_STORED_OTHER } tr_stored;
+typedef enum tr_stored {
+    TR_STORED_F8_E4M3,
+    TR_STORED_BF16,
+    TR_STORED_F32,
+    TR_STORED_OTHER
+} tr_stored;
 
 typedef struct tr_tensor { /* one stored tensor; borrowed from the checkpoint */
     const char *name;
@@ -37,11 +42,13 @@ const char *tr_checkpoint_path(const tr_checkpoint *c, const tr_tensor *t);
 
 /* Bytes [begin, begin + n) of a tensor into dst. The file's size is checked again: a shard that shrank is TR_E_INPUT
  * naming file and tensor, a failing read TR_E_IO. */
-tr_status tr_checkpoint_read(const tr_checkpoint *c, const tr_tensor *t, uint64_t begin, size_t n, void *dst, tr_err *err);
+tr_status tr_checkpoint_read(const tr_checkpoint *c, const tr_tensor *t, uint64_t begin, size_t n,
+                             void *dst, tr_err *err);
 
 /* Rows [row0, row0 + n_rows) x columns [col0, col0 + n_cols) of a rank-2 tensor, packed without gaps into dst. */
-tr_status tr_checkpoint_read_block(const tr_checkpoint *c, const tr_tensor *t, int64_t row0, int64_t n_rows, int64_t col0,
-                                   int64_t n_cols, void *dst, tr_err *err);
+tr_status tr_checkpoint_read_block(const tr_checkpoint *c, const tr_tensor *t, int64_t row0,
+                                   int64_t n_rows, int64_t col0, int64_t n_cols, void *dst,
+                                   tr_err *err);
 
 /* Identity for OUT.run: hash of the shard names, sizes and headers, 32 hex digits. */
 void tr_checkpoint_identity(const tr_checkpoint *c, char hex[33]);

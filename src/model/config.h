@@ -16,7 +16,8 @@ typedef struct tr_config {
     int n_routed_experts, n_shared_experts, num_experts_per_tok, n_group, topk_group;
     double routed_scaling_factor;
     bool norm_topk_prob;
-    int num_attention_heads, q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim;
+    int num_attention_heads, q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim,
+        v_head_dim;
     int index_n_heads, index_head_dim, index_topk;
     double rms_norm_eps, rope_theta;
     struct { /* rope_scaling; present false: no YaRN, no mscale */
@@ -26,13 +27,14 @@ typedef struct tr_config {
     } yarn;
     int max_position_embeddings;
     int bos_token_id, eos_token_id;
-    bool fp8;          /* quantization_config is there: class Q tensors are F8_E4M3 + weight_scale_inv */
-    bool scale_ue8m0;  /* scale_fmt "ue8m0": concerns W8A8 activations only */
+    bool fp8; /* quantization_config is there: class Q tensors are F8_E4M3 + weight_scale_inv */
+    bool scale_ue8m0; /* scale_fmt "ue8m0": concerns W8A8 activations only */
 } tr_config;
 
 /* overrides: n strings "key=value" put into the JSON object before it is checked (--override; nested keys by dots).
  * TR_E_INPUT: missing, not JSON, or refused, with every reason; TR_E_USAGE: a bad override. */
-tr_status tr_config_load(tr_config *out, const char *model_dir, const char *const *overrides, int n, tr_err *err);
+tr_status tr_config_load(tr_config *out, const char *model_dir, const char *const *overrides, int n,
+                         tr_err *err);
 
 static inline bool tr_config_is_moe(const tr_config *c, int layer)
 {

@@ -15,11 +15,11 @@ void tr_dummy_free(tr_dummy *d);
 tr_stored tr_dummy_stored(const tr_config *config, const tr_wanted *w);
 
 /* As tr_checkpoint_read_block; a rank 1 tensor is one row. */
-void tr_dummy_block(const tr_dummy *d, const tr_wanted *w, tr_stored stored, int64_t row0, int64_t n_rows, int64_t col0,
-                    int64_t n_cols, void *dst);
+void tr_dummy_block(const tr_dummy *d, const tr_wanted *w, tr_stored stored, int64_t row0,
+                    int64_t n_rows, int64_t col0, int64_t n_cols, void *dst);
 
 /* The same of its scales; rows and columns are blocks. */
-void tr_dummy_scale(const tr_dummy *d, const tr_wanted *w, int64_t row0, int64_t n_rows, int64_t col0, int64_t n_cols,
-                    float *dst);
+void tr_dummy_scale(const tr_dummy *d, const tr_wanted *w, int64_t row0, int64_t n_rows,
+                    int64_t col0, int64_t n_cols, float *dst);
 
 #endif

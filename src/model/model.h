@@ -12,18 +12,18 @@
 #include "mpi/comm.h"
 
 typedef struct tr_groups { /* communicators of this rank, borrowed; size 1: tr_comm_self() */
-    tr_comm *stage;   /* MoE and dense MLP sums */
-    tr_comm *attn_tp; /* o_proj sums */
-    tr_comm *attn_cp; /* keys and latents */
+    tr_comm *stage;        /* MoE and dense MLP sums */
+    tr_comm *attn_tp;      /* o_proj sums */
+    tr_comm *attn_cp;      /* keys and latents */
 } tr_groups;
 
 /* What a step leaves for the host; valid when ops->done(ticket). Arrays over head rows, in the order of the spans. */
 typedef struct tr_step_output {
     int n_head;
-    int32_t *token;       /* as sample's token_out: id, -1 scored, -2 not finite */
+    int32_t *token; /* as sample's token_out: id, -1 scored, -2 not finite */
     float *logprob;
     int32_t *rank;
-    int32_t *top_token;   /* [n_head, TR_MAX_LOGPROBS] */
+    int32_t *top_token; /* [n_head, TR_MAX_LOGPROBS] */
     float *top_logprob;
 } tr_step_output;
 
@@ -35,12 +35,12 @@ typedef struct tr_step { /* one step in flight; the engine owns a ring of them *
 } tr_step;
 
 typedef struct tr_model_options {
-    tr_dtype kv_dtype;        /* TR_E4M3, TR_BF16, TR_F32 */
-    int max_rows;             /* rows of one step: --max-batch-tokens + --max-sequences */
-    int n_slots;              /* --max-sequences, plus what a fork needs */
-    int max_model_len;        /* tokens of one sequence */
-    int n_pages;              /* 0: from memory_bytes */
-    size_t cache_bytes;       /* budget for the cache when n_pages is 0 */
+    tr_dtype kv_dtype;  /* TR_E4M3, TR_BF16, TR_F32 */
+    int max_rows;       /* rows of one step: --max-batch-tokens + --max-sequences */
+    int n_slots;        /* --max-sequences, plus what a fork needs */
+    int max_model_len;  /* tokens of one sequence */
+    int n_pages;        /* 0: from memory_bytes */
+    size_t cache_bytes; /* budget for the cache when n_pages is 0 */
 } tr_model_options;
 
 /* For tests and --sync-check: called after every named intermediate with its rows; may change them. index scores come
@@ -48,16 +48,18 @@ typedef struct tr_model_options {
  * "router_weights", "final", "logits". layer: -1 where there is none. data: f32, or int32 for topk and experts. */
 typedef struct tr_probe {
     void *ctx;
-    void (*see)(void *ctx, const char *name, int layer, int i_row, int n_rows, int n_cols, size_t ld, void *data);
+    void (*see)(void *ctx, const char *name, int layer, int i_row, int n_rows, int n_cols,
+                size_t ld, void *data);
 } tr_probe;
 
 typedef struct tr_model tr_model;
 
 /* Keeps config, weights, device, ops, groups, regions (all must outlive the model). Allocates cache, slots and
  * workspace, once; TR_E_MEMORY with the budget when they do not fit. */
-tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weights *weights, tr_device *device,
-                          const tr_ops *ops, const tr_groups *groups, const tr_model_options *options,
-                          const uint32_t *has_token, tr_regions *regions, tr_err *err);
+tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weights *weights,
+                          tr_device *device, const tr_ops *ops, const tr_groups *groups,
+                          const tr_model_options *options, const uint32_t *has_token,
+                          tr_regions *regions, tr_err *err);
 void tr_model_free(tr_model *model);
 void tr_model_set_probe(tr_model *model, const tr_probe *probe); /* kept; NULL: none */
 

@@ -33,7 +33,7 @@ const char *tr_shard_header_hash(const tr_shard *s);
 /* n_rows pieces of n bytes, `stride` bytes apart in the tensor from byte `begin` on, without gaps into dst. What lies
  * outside the tensor is refused. The file's size is looked at again: TR_E_INPUT when it changed or the data ends early,
  * TR_E_IO when the system fails to read. */
-tr_status tr_shard_read(const tr_shard *s, const tr_tensor *t, uint64_t begin, size_t n, uint64_t stride,
-                        int64_t n_rows, void *dst, tr_err *err);
+tr_status tr_shard_read(const tr_shard *s, const tr_tensor *t, uint64_t begin, size_t n,
+                        uint64_t stride, int64_t n_rows, void *dst, tr_err *err);
 
 #endif

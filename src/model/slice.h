@@ -10,19 +10,20 @@ typedef struct tr_range {
     int begin, n;
 } tr_range;
 
-typedef struct tr_slice { /* what this rank holds */
-    tr_range layers;      /* main layers of this stage */
-    tr_range heads;       /* attention heads: q_b, kv_b rows, o_proj columns */
-    tr_range experts;     /* routed experts */
+typedef struct tr_slice {  /* what this rank holds */
+    tr_range layers;       /* main layers of this stage */
+    tr_range heads;        /* attention heads: q_b, kv_b rows, o_proj columns */
+    tr_range experts;      /* routed experts */
     tr_range expert_inner; /* columns of each expert's width (moe-tp) */
-    tr_range dense_inner;  /* of intermediate_size, cut over the stage; whole (and then not reduced) where it does not divide */
+    tr_range
+        dense_inner; /* of intermediate_size, cut over the stage; whole (and then not reduced) where it does not divide */
     tr_range shared_inner; /* of the shared expert's width, likewise */
-    tr_range vocab;       /* lm_head rows; whole so far */
-    int embed, head;      /* this stage embeds; this stage has norm and lm_head */
+    tr_range vocab;        /* lm_head rows; whole so far */
+    int embed, head;       /* this stage embeds; this stage has norm and lm_head */
     int attention_partial; /* o_proj's output is a partial sum over ATTN_TP */
     int dense_partial;     /* dense MLP's output is a partial sum over the stage */
     int moe_partial;       /* routed experts' output is a partial sum over the stage */
-    int shared_partial;    /* shared expert's output is one too; else only member 0 of the group may add it */
+    int shared_partial; /* shared expert's output is one too; else only member 0 of the group may add it */
 } tr_slice;
 
 /* TR_E_USAGE: heads or experts do not divide. */

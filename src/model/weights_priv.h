@@ -23,7 +23,7 @@ typedef struct tr_loader {
     tr_regions *regions;
     int read_region, pack_region;
     tr_weights *weights; /* counts and memory go here */
-    size_t chunk_bytes; /* of a tensor in host memory at a time, at most (but always 128 rows) */
+    size_t chunk_bytes;  /* of a tensor in host memory at a time, at most (but always 128 rows) */
     int i_layer, n_layers;
     uint64_t begun_ns, bytes_made; /* made: by dummy */
 
@@ -45,26 +45,29 @@ static inline tr_range tr_whole(int64_t n)
 tr_status tr_loader_alloc(tr_loader *l, const char *name, size_t bytes, void **out, tr_err *err);
 
 /* Stored rows and columns into l->raw and l->scale. Rank 1: one row. */
-tr_status tr_loader_fetch(tr_loader *l, const tr_wanted *w, tr_range rows, tr_range columns, tr_err *err);
+tr_status tr_loader_fetch(tr_loader *l, const tr_wanted *w, tr_range rows, tr_range columns,
+                          tr_err *err);
 
 /* Device memory for n_mats matrices [n_out, n_in] in the format in which w is stored. */
-tr_status tr_loader_linear(tr_loader *l, tr_linear *dst, const tr_wanted *w, int n_mats, int n_out, int n_in,
-                           tr_err *err);
+tr_status tr_loader_linear(tr_loader *l, tr_linear *dst, const tr_wanted *w, int n_mats, int n_out,
+                           int n_in, tr_err *err);
 
 /* Rows and columns of a stored tensor become rows [o_begin, o_begin + rows.n) of matrix i_mat. Reads in chunks. */
-tr_status tr_loader_pack(tr_loader *l, tr_linear *dst, const tr_wanted *w, tr_range rows, tr_range columns, int i_mat,
-                         int o_begin, tr_err *err);
+tr_status tr_loader_pack(tr_loader *l, tr_linear *dst, const tr_wanted *w, tr_range rows,
+                         tr_range columns, int i_mat, int o_begin, tr_err *err);
 
 /* Part of what was fetched last: its rows [first, first + n) of the fetch, which began at stored row `row0`, as a matrix
  * of dst, or transposed as one. */
-tr_status tr_loader_pack_fetched(tr_loader *l, tr_linear *dst, const tr_wanted *w, tr_range rows, tr_range columns,
-                                 tr_range part, int transposed, int i_mat, int o_begin, tr_err *err);
+tr_status tr_loader_pack_fetched(tr_loader *l, tr_linear *dst, const tr_wanted *w, tr_range rows,
+                                 tr_range columns, tr_range part, int transposed, int i_mat,
+                                 int o_begin, tr_err *err);
 
 /* A vector, as fp32. */
 tr_status tr_loader_vector(tr_loader *l, float **out, tr_role role, int layer, tr_err *err);
 
 /* A table of rows as it is stored (BF16 or F32), row-major: the embedding. */
-tr_status tr_loader_table(tr_loader *l, void **out, tr_dtype *dtype, const tr_wanted *w, tr_err *err);
+tr_status tr_loader_table(tr_loader *l, void **out, tr_dtype *dtype, const tr_wanted *w,
+                          tr_err *err);
 
 void tr_loader_done(tr_loader *l);
 

@@ -9,14 +9,22 @@
 
 #include "base/err.h"
 
-typedef enum tr_jtype { TR_J_NULL, TR_J_FALSE, TR_J_TRUE, TR_J_NUMBER, TR_J_STRING, TR_J_ARRAY, TR_J_OBJECT } tr_jtype;
+typedef enum tr_jtype {
+    TR_J_NULL,
+    TR_J_FALSE,
+    TR_J_TRUE,
+    TR_J_NUMBER,
+    TR_J_STRING,
+    TR_J_ARRAY,
+    TR_J_OBJECT
+} tr_jtype;
 
 /* A node; children are linked in order. Borrowed from its tree. */
 typedef struct tr_jnode {
     tr_jtype type;
-    size_t begin, end;             /* span of the value in the text */
-    size_t key_begin, key_end;     /* in an object: the key's string with its quotes */
-    int child, next;               /* indices of nodes, -1: none */
+    size_t begin, end;         /* span of the value in the text */
+    size_t key_begin, key_end; /* in an object: the key's string with its quotes */
+    int child, next;           /* indices of nodes, -1: none */
     int n_children;
 } tr_jnode;
 
@@ -55,7 +63,8 @@ void tr_jtext_key(const tr_jtext *t, const tr_jnode *n, tr_buf *out);
 
 /* The members of an object with repeated keys resolved (chat.md 2.3): the last value at the place of the first.
  * *out (the caller's: free) has *n_out nodes, each with a key span of its own. TR_E_MEMORY. */
-tr_status tr_jtext_members(const tr_jtext *t, const tr_jnode *n, const tr_jnode ***out, size_t *n_out, tr_err *err);
+tr_status tr_jtext_members(const tr_jtext *t, const tr_jnode *n, const tr_jnode ***out,
+                           size_t *n_out, tr_err *err);
 
 /* Re-spell a value as Python's json.dumps(value, ensure_ascii=False) does (chat.md 2.3). TR_E_INPUT: a number beyond the
  * double range, named in the text. TR_E_MEMORY: out has failed. */

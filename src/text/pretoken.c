@@ -14,8 +14,8 @@
 const char *const tr_split_patterns[TR_N_SPLITS] = {
     "\\p{N}{1,3}",
     "[\xe4\xb8\x80-\xe9\xbe\xa5\xe3\x81\x80-\xe3\x82\x9f\xe3\x82\xa0-\xe3\x83\xbf]+",
-    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
-    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+    ("[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"),
 };
 
 /* White_Space, without and with CR and LF; PCRE2's own \s also takes U+180E. */
@@ -34,10 +34,10 @@ const char *const tr_split_patterns[TR_N_SPLITS] = {
 static const char *const own_spelling[TR_N_SPLITS] = {
     "\\p{N}{1,3}+",
     "[\\x{4e00}-\\x{9fa5}\\x{3040}-\\x{309f}\\x{30a0}-\\x{30ff}]++",
-    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]++|[^\\r\\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]++"
+    ("[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]++|[^\\r\\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]++"
     "|\\x20?[\\p{P}\\p{S}]++[\\r\\n]*+"
     "|(?:[" SPACE_NO_BREAK "]*+[\\r\\n]++)++"
-    "|[" SPACE "]++(?![^" SPACE "])|(?:[" SPACE "](?=[" SPACE "]))++|[" SPACE "]",
+    "|[" SPACE "]++(?![^" SPACE "])|(?:[" SPACE "](?=[" SPACE "]))++|[" SPACE "]"),
 };
 
 /* \w of chat.md 1.5. Alphabetic is L, Nl and Other_Alphabetic, which besides marks holds the
