@@ -358,6 +358,16 @@ static void e4m3_codes(void **state)
                     fail_msg("%s: e4m3 of %a (%08x): %02x, expected %02x", isa_names[isa],
                              (double)x[j], tr_f32_bits(x[j]), got[j], tr_f32_to_e4m3(x[j]));
             assert_int_equal(got[45], 0x5a);
+            float half[46];
+            memcpy(half, x, sizeof x);
+            half[45] = 1.0f / 3.0f;
+            k->round_bf16(half, 45);
+            for (int j = 0; j < 45; j++)
+                if (tr_f32_bits(half[j]) != tr_f32_bits(tr_round_bf16(x[j])))
+                    fail_msg("%s: bf16 of %08x: %08x, expected %08x", isa_names[isa],
+                             tr_f32_bits(x[j]), tr_f32_bits(half[j]),
+                             tr_f32_bits(tr_round_bf16(x[j])));
+            assert_true(half[45] == 1.0f / 3.0f);
         }
     }
 }
@@ -494,33 +504,137 @@ static void key_loops(void **state)
     }
 }
 
-static void relu(void **state)
+/* All lengths of a Hadamard transform have the bits of the plain one. */
+static void hadamards(void **state)
 {
     fixture *f = *state;
-    enum { HEADS = 5 };
-    float dots[HEADS * TR_KEY_BLOCK], w[HEADS], acc[TR_KEY_BLOCK];
 
-    for (int isa = 0; isa < N_ISAS; isa++) {
-        if (!f->device[isa]) continue;
-        for (int i = 0; i < HEADS * TR_KEY_BLOCK; i++)
-            dots[i] = uniform();
-        for (int h = 0; h < HEADS; h++) {
-            w[h] = uniform();
-            dots[h * TR_KEY_BLOCK] = -1.0f;
+    for (int isa = 0; isa < N_ISAS; isa++)
+        for (int d = 1; d <= TR_D_INDEX_MAX && f->device[isa]; d *= 2) {
+            float x[TR_D_INDEX_MAX + 1], want[TR_D_INDEX_MAX + 1];
+            for (int i = 0; i <= TR_D_INDEX_MAX; i++)
+                x[i] = want[i] = uniform();
+            tr_hadamard(want, d);
+            tr_attention_of(f->device[isa])->hadamard(x, d);
+            assert_memory_equal(x, want, sizeof x);
         }
-        dots[3] = NAN;
-        for (int s = 0; s < TR_KEY_BLOCK; s++)
-            acc[s] = (float)s;
-        tr_attention_of(f->device[isa])->relu_add(acc, dots, w, HEADS);
-        assert_true(acc[0] == 0.0f); /* all closed */
-        assert_true(isnan(acc[3]));
-        for (int s = 1; s < TR_KEY_BLOCK; s++) {
-            double want = s;
-            for (int h = 0; h < HEADS; h++)
-                want += (double)w[h] * fmax(0.0, (double)dots[h * TR_KEY_BLOCK + s]);
-            assert_true(s == 3 || fabs((double)acc[s] - want) <= 1e-5 * s);
+}
+
+/* Latent records of every width, with and without NaN among their codes. */
+static void latents(void **state)
+{
+    static const int widths[] = {4, 64, 128, 132, 256, 260, 512, 640};
+    fixture *f = *state;
+    _Alignas(64) uint8_t record[2048];
+    float got[TR_D_KEY_MAX];
+
+    for (size_t iw = 0; iw < 2 * sizeof widths / sizeof *widths; iw++) {
+        int n = widths[iw / 2], n_rope = (int)iw % 2 ? 64 : 6 * ((int)iw % 5);
+        float *scale = (float *)(void *)(record + n);
+        uint16_t *rope = (uint16_t *)(void *)(scale + (n + 127) / 128);
+        for (int i = 0; i < n; i++)
+            record[i] = (uint8_t)(i % 127 + (i % 3 ? 128 : 0)); /* the largest is 0x7e */
+        if (iw % 4 == 3) record[n > 0 ? n - 1 : 0] = 0xff;
+        for (int i = 0; i < (n + 127) / 128; i++)
+            scale[i] = ldexpf(1.0f, i - 20);
+        for (int i = 0; i < n_rope; i++)
+            rope[i] = tr_f32_to_bf16(uniform());
+        for (int isa = 0; isa < N_ISAS; isa++) {
+            if (!f->device[isa]) continue;
+            got[n + n_rope] = 7.0f;
+            tr_attention_of(f->device[isa])->expand_latent(got, record, n, n_rope);
+            for (int i = 0; i < n + n_rope; i++) {
+                float want = i < n ? tr_e4m3_to_f32(record[i]) * scale[i / 128]
+                                   : tr_bf16_to_f32(rope[i - n]);
+                if (isnan(want) ? !isnan(got[i]) : tr_f32_bits(got[i]) != tr_f32_bits(want))
+                    fail_msg("%s: number %d of %d + %d: %a, expected %a", isa_names[isa], i, n,
+                             n_rope, (double)got[i], (double)want);
+            }
+            assert_true(got[n + n_rope] == 7.0f);
         }
     }
+}
+
+enum { TILE_HEADS = 7 };
+
+typedef struct tile_case { /* a page of keys, and queries with their weights */
+    uint8_t code[TR_KEY_BLOCK * TR_D_INDEX_MAX];
+    float tile[TR_INDEX_TILE], q[TILE_HEADS * TR_D_INDEX_MAX], w[TILE_HEADS];
+    int d, d_tile, n;
+} tile_case;
+
+static void check_tile(const struct tr_attention_kernels *k, const tile_case *c, const char *isa)
+{
+    for (int s = 0; s < c->n; s++)
+        for (int i = 0; i < c->d_tile; i++) {
+            float got = c->tile[tr_index_tile_at(k->tile_lanes, c->d_tile, s, i)];
+            float want = i < c->d ? tr_e4m3_to_f32(c->code[s * c->d + i]) * tr_tile_unit : 0.0f;
+            if (isnan(want) ? !isnan(got) : tr_f32_bits(got) != tr_f32_bits(want))
+                fail_msg("%s: tile of %d x %d: number %d of key %d: %a, expected %a", isa, c->n,
+                         c->d, i, s, (double)got, (double)want);
+        }
+}
+
+/* Right, and the same bits for fewer keys and head by head. */
+static void check_index_add(const struct tr_attention_kernels *k, const tile_case *c,
+                            const char *isa)
+{
+    float all[TR_KEY_BLOCK], few[TR_KEY_BLOCK];
+
+    for (int s = 0; s < TR_KEY_BLOCK; s++)
+        all[s] = few[s] = 0.25f;
+    k->index_add(all, c->q, c->w, TILE_HEADS, c->tile, c->d_tile, 0, c->n);
+    for (int s = 0; s < c->n; s++) {
+        double want = 0.25, size = 0.25;
+        for (int h = 0; h < TILE_HEADS; h++) {
+            double dot = 0;
+            for (int i = 0; i < c->d; i++) {
+                double x = (double)c->q[h * c->d_tile + i] *
+                           (double)(tr_e4m3_to_f32(c->code[s * c->d + i]) * tr_tile_unit);
+                dot += x;
+                size += fabs(x * (double)c->w[h]);
+            }
+            want += (double)c->w[h] * (isnan(dot) ? dot : fmax(0.0, dot));
+        }
+        if (isnan(want) ? !isnan(all[s]) : !(fabs((double)all[s] - want) <= 1e-6 * size))
+            fail_msg("%s: key %d of %d x %d: %g, expected %g", isa, s, c->n, c->d, (double)all[s],
+                     want);
+    }
+    for (int h = 0; h < TILE_HEADS; h++)
+        k->index_add(few, c->q + h * c->d_tile, c->w + h, 1, c->tile, c->d_tile, c->n / 2, c->n);
+    assert_memory_equal(few + c->n / 2, all + c->n / 2, (size_t)(c->n - c->n / 2) * sizeof *few);
+}
+
+static void index_tiles(void **state)
+{
+    static const int key_counts[] = {1, 5, 16, 17, 63, 64};
+    fixture *f = *state;
+    tile_case *c = malloc(sizeof *c);
+
+    assert_non_null(c);
+    for (int d = 1; d <= TR_D_INDEX_MAX; d *= 2)
+        for (size_t in = 0; in < sizeof key_counts / sizeof *key_counts; in++) {
+            c->d = d;
+            c->d_tile = (d + 3) / 4 * 4;
+            c->n = key_counts[in];
+            for (int i = 0; i < TR_KEY_BLOCK * d; i++) /* NaN in what is not asked for */
+                c->code[i] = i < c->n * d ? tr_f32_to_e4m3(8.0f * uniform()) : 0xff;
+            if (in % 2) c->code[0] = 0x7f; /* and in the first key */
+            for (int h = 0; h < TILE_HEADS; h++) {
+                c->w[h] = uniform();
+                for (int i = 0; i < c->d_tile; i++)
+                    c->q[h * c->d_tile + i] = i < d ? 256.0f * uniform() : 0.0f;
+            }
+            for (int isa = 0; isa < N_ISAS; isa++) {
+                if (!f->device[isa]) continue;
+                const struct tr_attention_kernels *k = tr_attention_of(f->device[isa]);
+                memset(c->tile, 0xff, sizeof c->tile);
+                k->index_tile(c->tile, c->code, d, c->n);
+                check_tile(k, c, isa_names[isa]);
+                check_index_add(k, c, isa_names[isa]);
+            }
+        }
+    free(c);
 }
 
 enum { LONG = 20000, N_KINDS = 8 };
@@ -578,28 +692,30 @@ static void topk_hostile(void **state)
             for (int i = 0; i < N; i++)
                 for (int s = 0; s < lengths[i]; s++)
                     score[i * LONG + s] = hostile_score(kind, s);
-            /* two windows of rows, each with its own score rows */
-            for (int i_row = 0; i_row < N; i_row += 3) {
-                struct tr_topk_args a = {.rows = &rows,
-                                         .score = score + i_row * LONG,
-                                         .ld = LONG,
-                                         .k = k,
-                                         .i_row = i_row,
-                                         .n_row = 3,
-                                         .position = got,
-                                         .cache_row = cache_row,
-                                         .n_selected = n_selected};
-                assert_int_equal(f->ops->topk(f->device[0], TR_LANE_MAIN, &a), TR_OK);
-            }
-            for (int i = 0; i < N; i++) {
-                int n_want = topk_ref(score + i * LONG, lengths[i], k, want);
-                assert_int_equal(n_selected[i], n_want);
-                assert_memory_equal(got + i * k, want, (size_t)n_want * 4);
-                for (int j = 0; j < k; j++) {
-                    int32_t p = got[i * k + j];
-                    assert_int_equal(cache_row[i * k + j],
-                                     j < n_want ? pages[p / 64] * 64 + p % 64 : -1);
-                    assert_true(j < n_want || p == -1);
+            for (int isa = 0; isa < N_ISAS && f->device[isa]; isa++) {
+                /* two windows of rows, each with its own score rows */
+                for (int i_row = 0; i_row < N; i_row += 3) {
+                    struct tr_topk_args a = {.rows = &rows,
+                                             .score = score + i_row * LONG,
+                                             .ld = LONG,
+                                             .k = k,
+                                             .i_row = i_row,
+                                             .n_row = 3,
+                                             .position = got,
+                                             .cache_row = cache_row,
+                                             .n_selected = n_selected};
+                    assert_int_equal(f->ops->topk(f->device[isa], TR_LANE_MAIN, &a), TR_OK);
+                }
+                for (int i = 0; i < N; i++) {
+                    int n_want = topk_ref(score + i * LONG, lengths[i], k, want);
+                    assert_int_equal(n_selected[i], n_want);
+                    assert_memory_equal(got + i * k, want, (size_t)n_want * 4);
+                    for (int j = 0; j < k; j++) {
+                        int32_t p = got[i * k + j];
+                        assert_int_equal(cache_row[i * k + j],
+                                         j < n_want ? pages[p / 64] * 64 + p % 64 : -1);
+                        assert_true(j < n_want || p == -1);
+                    }
                 }
             }
             free(got);
@@ -663,7 +779,8 @@ int main(void)
         cmocka_unit_test(index_key_path), cmocka_unit_test(quant_rows),
         cmocka_unit_test(topk_vectors),   cmocka_unit_test(e4m3_codes),
         cmocka_unit_test(e4m3_values),    cmocka_unit_test(loops),
-        cmocka_unit_test(key_loops),      cmocka_unit_test(relu),
+        cmocka_unit_test(key_loops),      cmocka_unit_test(hadamards),
+        cmocka_unit_test(latents),        cmocka_unit_test(index_tiles),
         cmocka_unit_test(topk_hostile),   cmocka_unit_test(refusals),
     };
     return cmocka_run_group_tests(tests, setup, teardown);

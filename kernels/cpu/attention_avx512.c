@@ -270,11 +270,7 @@ static void index_tile(float *tile, const uint8_t *code, int d, int n)
     for (int g = 0; g < n; g += GROUP) {
         const uint8_t *from = code + g * d;
         float *to = tile + g * d_tile;
-        int one_by_one = d % 16 || group_tile(to, from, d);
-        for (int s = 0; s < GROUP && one_by_one; s++)
-            for (int i = 0; i < d_tile; i++)
-                to[tr_index_tile_at(LANES, d_tile, s, i)] =
-                    i < d ? tr_e4m3_to_f32(from[s * d + i]) * tr_tile_unit : 0.0f;
+        if (d % 16 || group_tile(to, from, d)) tr_index_tile_codes(to, LANES, d, GROUP, from);
     }
 }
 

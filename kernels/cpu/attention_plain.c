@@ -78,12 +78,7 @@ enum { LANES = 1 };
 
 static void index_tile(float *tile, const uint8_t *code, int d, int n)
 {
-    int d_tile = (d + 3) / 4 * 4;
-
-    for (int s = 0; s < (n + 4 * LANES - 1) / (4 * LANES) * (4 * LANES); s++)
-        for (int i = 0; i < d_tile; i++)
-            tile[tr_index_tile_at(LANES, d_tile, s, i)] =
-                i < d ? tr_e4m3_to_f32(code[s * d + i]) * tr_tile_unit : 0.0f;
+    tr_index_tile_codes(tile, LANES, d, (n + 4 * LANES - 1) / (4 * LANES) * (4 * LANES), code);
 }
 
 static void index_add(float *acc, const float *q, const float *w, int n_heads, const float *tile,

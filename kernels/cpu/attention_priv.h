@@ -44,6 +44,10 @@ static inline size_t tr_index_tile_at(int lanes, int d, int s, int i)
                     i % 4);
 }
 
+/* indexer.c, plain C: puts key s of d_index numbers in its place in a tile; and n e4m3 keys [n, d_index]. */
+void tr_index_tile_key(float *tile, int lanes, int d_index, int s, const float *key);
+void tr_index_tile_codes(float *tile, int lanes, int d_index, int n, const uint8_t *code);
+
 /* One thread. Arrays of a key block have room for TR_KEY_BLOCK numbers per row. Any d, n >= 1. */
 struct tr_attention_kernels {
     /* out[r, s] = q[r] . k[s], rows of out TR_KEY_BLOCK apart. Past k.n, up to a multiple of 16, out is undefined. */
@@ -112,13 +116,27 @@ static inline int tr_row_end(const tr_rows *rows, int i_row, int n_row)
 
 /* kv_write.c: cache records read back, one thread. Latent row i_row (page * 64 + offset): [c | k_pe] as fp32. */
 void tr_latent_read(const tr_device *d, const tr_kv_layer *kv, int64_t i_row, float *out);
+/* Memory that is wanted next, asked for a few lines at a time between other work: a core has some 16 requests under way
+ * and stands still to make more. */
+typedef struct tr_ahead {
+    const char *at, *end;
+} tr_ahead;
+
+enum { TR_AHEAD_LINES = 17, TR_AHEAD_KEYS = 16 }; /* so many lines for every so many index keys */
+
+static inline void tr_ask_ahead(tr_ahead *a, int n_lines)
+{
+    for (; n_lines > 0 && a->at < a->end; n_lines--, a->at += 64)
+        __builtin_prefetch(a->at, 0, 2);
+}
+
 /* Those of a page's index keys that are among its first n, as a tile [TR_INDEX_TILE]. Returns the keys' scales, NULL if
  * they have none (TR_F32). */
 const float *tr_index_page_read(const tr_device *d, const tr_kv_layer *kv, int page, int n,
-                                float *tile);
-/* Asks for the memory of either ahead of time. */
+                                float *tile, tr_ahead *ahead);
+tr_ahead tr_index_page_ahead(const tr_kv_layer *kv, int page);
+/* Asks for a latent row, all of it. */
 void tr_latent_prefetch(const tr_kv_layer *kv, int64_t i_row);
-void tr_index_page_prefetch(const tr_kv_layer *kv, int page);
 
 /* e4m3 codes of x (n at most 128: one scale), returns the scale. */
 float tr_quantise(const struct tr_attention_kernels *k, uint8_t *out, const float *x, int n);

@@ -23,6 +23,28 @@ void tr_hadamard(float *x, int d)
         x[i] *= factor;
 }
 
+void tr_index_tile_key(float *tile, int lanes, int d_index, int s, const float *key)
+{
+    int d_tile = (d_index + 3) / 4 * 4;
+
+    for (int i = 0; i < d_tile; i += 4) {
+        float *to = tile + tr_index_tile_at(lanes, d_tile, s, i);
+        for (int j = 0; j < 4; j++)
+            to[j] = i + j < d_index ? key[i + j] : 0.0f;
+    }
+}
+
+void tr_index_tile_codes(float *tile, int lanes, int d_index, int n, const uint8_t *code)
+{
+    float key[TR_D_INDEX_MAX];
+
+    for (int s = 0; s < n; s++, code += d_index) {
+        for (int i = 0; i < d_index; i++)
+            key[i] = tr_e4m3_to_f32(code[i]) * tr_tile_unit;
+        tr_index_tile_key(tile, lanes, d_index, s, key);
+    }
+}
+
 float tr_index_quantise(const tr_device *d, uint8_t *out, float *x, int d_index)
 {
     const struct tr_attention_kernels *k = tr_attention_of(d);
@@ -94,7 +116,7 @@ static const float *queries(const tr_device *d, const struct tr_index_logits_arg
 
 /* The part of row i's scores that lies in keys [s, s + TR_KEY_BLOCK), a page's. */
 static void row_scores(const tr_device *d, const struct tr_index_logits_args *a, int i, int s,
-                       const float *tile, const float *key_scale)
+                       const float *tile, const float *key_scale, tr_ahead *ahead)
 {
     const struct tr_attention_kernels *k = tr_attention_of(d);
     int begin = a->first ? a->first[i] : 0, end = a->rows->position[i] + 1;
@@ -109,8 +131,12 @@ static void row_scores(const tr_device *d, const struct tr_index_logits_args *a,
     for (int h = 0; h < a->n_heads; h += TR_ROW_BLOCK) {
         int n = a->n_heads - h < TR_ROW_BLOCK ? a->n_heads - h : TR_ROW_BLOCK;
         size_t at = (size_t)i * a->n_heads + h;
-        k->index_add(acc, queries(d, a, at, n, d_tile, scratch), a->w + at, n, tile, d_tile, begin,
-                     end);
+        const float *q = queries(d, a, at, n, d_tile, scratch);
+        for (int g = begin / TR_AHEAD_KEYS * TR_AHEAD_KEYS; g < end; g += TR_AHEAD_KEYS) {
+            tr_ask_ahead(ahead, TR_AHEAD_LINES);
+            k->index_add(acc, q, a->w + at, n, tile, d_tile, g,
+                         end - g < TR_AHEAD_KEYS ? end : g + TR_AHEAD_KEYS);
+        }
     }
     k->index_score(a->score + (size_t)(i - a->i_row) * a->ld + s + begin, acc + begin,
                    key_scale ? key_scale + begin : NULL, end - begin);
@@ -124,15 +150,16 @@ static void page_scores(const tr_device *d, const struct tr_index_logits_args *a
     const tr_rows *rows = a->rows;
     const int32_t *pages = rows->page_table + (size_t)rows->slot[i] * rows->max_pages;
     int s = i_page * TR_PAGE_TOKENS, n = 0;
+    tr_ahead ahead = {NULL, NULL};
 
     for (int r = i; r < i_end; r++)
         if (needs_scores(a, r) && rows->position[r] - s + 1 > n) n = rows->position[r] - s + 1;
     if (n <= 0) return;
     n = n < TR_PAGE_TOKENS ? n : TR_PAGE_TOKENS;
-    if (i_page + 1 < n_pages) tr_index_page_prefetch(&a->kv, pages[i_page + 1]);
-    const float *key_scale = tr_index_page_read(d, &a->kv, pages[i_page], n, tile);
+    if (i_page + 1 < n_pages) ahead = tr_index_page_ahead(&a->kv, pages[i_page + 1]);
+    const float *key_scale = tr_index_page_read(d, &a->kv, pages[i_page], n, tile, &ahead);
     for (int r = i; r < i_end; r++)
-        if (needs_scores(a, r)) row_scores(d, a, r, s, tile, key_scale);
+        if (needs_scores(a, r)) row_scores(d, a, r, s, tile, key_scale, &ahead);
 }
 
 tr_status tr_cpu_index_logits(tr_device *d, tr_lane lane, const struct tr_index_logits_args *a)

@@ -150,40 +150,39 @@ static const char *index_page_at(const tr_kv_layer *kv, int page)
 }
 
 const float *tr_index_page_read(const tr_device *d, const tr_kv_layer *kv, int page, int n,
-                                float *tile)
+                                float *tile, tr_ahead *ahead)
 {
     const struct tr_attention_kernels *k = tr_attention_of(d);
     const char *from = index_page_at(kv, page);
     int d_index = kv->d_index, d_tile = (d_index + 3) / 4 * 4;
 
-    if (kv->dtype != TR_F32) {
-        k->index_tile(tile, (const uint8_t *)from, d_index, n);
-        return (const float *)(const void *)(from + (size_t)TR_PAGE_TOKENS * kv->d_index);
+    for (int s = 0; s < n && kv->dtype != TR_F32; s += TR_AHEAD_KEYS) {
+        tr_ask_ahead(ahead, TR_AHEAD_LINES);
+        k->index_tile(tile + s * d_tile, (const uint8_t *)from + s * d_index, d_index,
+                      at_most(n - s, TR_AHEAD_KEYS));
     }
+    if (kv->dtype != TR_F32)
+        return (const float *)(const void *)(from + (size_t)TR_PAGE_TOKENS * d_index);
     const float *key = (const float *)(const void *)from;
-    for (int s = 0; s < TR_PAGE_TOKENS; s++)
-        for (int i = 0; i < d_tile; i++)
-            tile[tr_index_tile_at(k->tile_lanes, d_tile, s, i)] =
-                s < n && i < d_index ? key[s * d_index + i] : 0.0f;
+    for (int s = 0; s < (n + 15) / 16 * 16; s++) /* past n: the last one again, to fill its group */
+        tr_index_tile_key(tile, k->tile_lanes, d_index, s, key + (s < n ? s : n - 1) * d_index);
     return NULL;
 }
 
-static void prefetch(const char *at, size_t bytes)
+tr_ahead tr_index_page_ahead(const tr_kv_layer *kv, int page)
 {
-    for (size_t i = 0; i < bytes; i += 64)
-        __builtin_prefetch(at + i, 0, 2);
-    __builtin_prefetch(at + bytes - 1, 0, 2);
-}
-
-void tr_index_page_prefetch(const tr_kv_layer *kv, int page)
-{
-    prefetch(index_page_at(kv, page), tr_index_page_bytes(kv->dtype, kv->d_index));
+    const char *at = index_page_at(kv, page);
+    return (tr_ahead){at, at + tr_index_page_bytes(kv->dtype, kv->d_index)};
 }
 
 void tr_latent_prefetch(const tr_kv_layer *kv, int64_t i_row)
 {
     size_t bytes = tr_kv_row_bytes(kv->dtype, kv->d_latent, kv->d_rope);
-    prefetch((const char *)kv->latent + (size_t)i_row * bytes, bytes);
+    const char *at = (const char *)kv->latent + (size_t)i_row * bytes;
+
+    for (size_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch(at + i, 0, 2);
+    __builtin_prefetch(at + bytes - 1, 0, 2);
 }
 
 tr_status tr_cpu_kv_write(tr_device *d, tr_lane lane, const struct tr_kv_write_args *a)
