@@ -364,12 +364,19 @@ struct tr_logprobs_args {
  * To come with their features: reduce_norm, await, rows_scatter, pages_pack, sample_merge, verify. */
 #define TR_OPS(X)                                                                                  \
     X(plan_apply)                                                                                  \
-    X(pages_copy) X(embed) X(norm) X(rows_gather) X(linear) X(swiglu) X(mla_query) X(kv_write)     \
-        X(index_query) X(index_logits) X(topk) X(sparse_mla) X(dense_mha) X(mla_value) X(router)   \
-            X(moe_pack) X(moe) X(moe_combine) X(sample) X(logprobs)
+    X(pages_copy)                                                                                  \
+    X(embed) X(norm) X(rows_gather) X(linear) X(swiglu) X(mla_query) X(kv_write) X(index_query)    \
+        X(index_logits) X(topk) X(sparse_mla) X(dense_mha) X(mla_value) X(router) X(moe_pack)      \
+            X(moe) X(moe_combine) X(sample) X(logprobs)
 #define TR_OP(name) tr_status (*name)(tr_device *, tr_lane, const struct tr_##name##_args *);
 
 enum { TR_CAP_GRAPH = 1, TR_CAP_PEERS = 2, TR_CAP_W8A8 = 4 }; /* tr_ops.caps */
+
+/* Measured ceilings of a device, for bench: what the time of a kernel is compared with. */
+typedef struct tr_ceilings {
+    double read_bytes_per_s; /* all threads reading memory that no cache holds */
+    double fma_flops_per_s;  /* fp32 multiply-adds on registers, two operations each */
+} tr_ceilings;
 
 typedef struct tr_ops {
     const char *name;
@@ -392,6 +399,8 @@ typedef struct tr_ops {
     size_t (*moe_workspace)(int n_max, int k, int d, int d_inner);
     size_t (*sparse_mla_workspace)(int n_max, int n_heads, int d_latent);
     size_t (*sample_workspace)(int n_rows, int n_vocab);
+    /* Measure: a second or two; synchronises. */
+    tr_status (*ceilings)(tr_device *, tr_ceilings *);
     TR_OPS(TR_OP) /* the network */
 } tr_ops;
 

@@ -145,6 +145,7 @@ static const tr_ops cpu_ops = {
     .moe_workspace = tr_cpu_moe_workspace,
     .sparse_mla_workspace = tr_cpu_sparse_mla_workspace,
     .sample_workspace = tr_cpu_sample_workspace,
+    .ceilings = tr_cpu_ceilings,
     /* clang-format off */
     TR_OPS(OPERATION)
     /* clang-format on */
@@ -221,6 +222,8 @@ static tr_cpu_kernels merge(tr_isa isa)
         if (!k.expand_e4m3) k.expand_e4m3 = low->expand_e4m3;
         if (!k.expand_bf16) k.expand_bf16 = low->expand_bf16;
         if (!k.exp_sub) k.exp_sub = low->exp_sub;
+        if (!k.read_sum) k.read_sum = low->read_sum;
+        if (!k.fma_loop) k.fma_loop = low->fma_loop, k.fma_width = low->fma_width;
         if (!k.attention) k.attention = low->attention;
     }
     return k;
@@ -237,7 +240,7 @@ static tr_status check_ops(const tr_ops *ops, tr_err *err)
     /* clang-format off */
     HAVE(alloc) HAVE(release) HAVE(upload) HAVE(download) HAVE(order) HAVE(ticket) HAVE(done)
     HAVE(error) HAVE(close) HAVE(linear_bytes) HAVE(linear_pack) HAVE(moe_workspace)
-    HAVE(sparse_mla_workspace) HAVE(sample_workspace) TR_OPS(HAVE)
+    HAVE(sparse_mla_workspace) HAVE(sample_workspace) HAVE(ceilings) TR_OPS(HAVE)
 #undef HAVE
     if (!missing) return TR_OK;
     /* clang-format on */

@@ -42,6 +42,11 @@ typedef struct tr_cpu_kernels {
     void (*expand_bf16)(float *out, const uint16_t *in, int n);
     /* x[i] = exp(x[i] - max), returns nothing; elementwise the same for every position and n. */
     void (*exp_sub)(float *x, float max, int n);
+    /* Ceilings, for bench. read_sum: the bits of n bytes (a multiple of 512) folded together; fma_loop: n rounds of
+     * fma_width multiply-adds on registers. Both return something the compiler cannot foresee. */
+    uint64_t (*read_sum)(const void *p, size_t n);
+    float (*fma_loop)(long n);
+    int fma_width;
     /* Attention and indexer inner loops: see kernels/cpu/attention_priv.h (owned by the attention files). */
     const struct tr_attention_kernels *attention;
 } tr_cpu_kernels;
@@ -97,6 +102,7 @@ TR_OPS(TR_CPU_OP)
 
 size_t tr_cpu_linear_bytes(tr_format format, int n_mats, int n_out, int n_in);
 tr_status tr_cpu_linear_pack(tr_device *d, tr_linear *dst, const tr_linear_src *src);
+tr_status tr_cpu_ceilings(tr_device *d, tr_ceilings *out);
 size_t tr_cpu_moe_workspace(int n_max, int k, int d, int d_inner);
 size_t tr_cpu_sparse_mla_workspace(int n_max, int n_heads, int d_latent);
 size_t tr_cpu_sample_workspace(int n_rows, int n_vocab);

@@ -169,6 +169,43 @@ static void exp_sub(float *x, float max, int n)
         store_first(x + i, v_exp(_mm256_sub_ps(load_first(x + i, n - i), vmax)), n - i);
 }
 
+/* Four streams at once: one stream alone is held back by the prefetcher at page borders. */
+static uint64_t read_sum(const void *p, size_t n)
+{
+    const char *at = p;
+    size_t part = n / 4 / 64 * 64;
+    __m256i s[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(),
+                    _mm256_setzero_si256()};
+    uint64_t out[4];
+    for (size_t i = 0; i < part; i += 32)
+        for (int k = 0; k < 4; k++)
+            s[k] = _mm256_xor_si256(
+                s[k], _mm256_loadu_si256((const __m256i *)(at + (size_t)k * part + i)));
+    s[0] = _mm256_xor_si256(_mm256_xor_si256(s[0], s[1]), _mm256_xor_si256(s[2], s[3]));
+    _mm256_storeu_si256((__m256i *)out, s[0]);
+    return out[0] | out[1] | out[2] | out[3];
+}
+
+static float fma_loop(long n)
+{
+    __m256 acc[12], x = _mm256_set1_ps(0.999f), y = _mm256_set1_ps((float)n);
+    float out[8], sum = 0;
+#pragma GCC unroll 12
+    for (int k = 0; k < 12; k++)
+        acc[k] = _mm256_set1_ps((float)k);
+    for (long i = 0; i < n; i++)
+#pragma GCC unroll 12
+        for (int k = 0; k < 12; k++)
+            acc[k] = _mm256_fmadd_ps(acc[k], x, y);
+#pragma GCC unroll 12
+    for (int k = 1; k < 12; k++)
+        acc[0] = _mm256_add_ps(acc[0], acc[k]);
+    _mm256_storeu_ps(out, acc[0]);
+    for (int k = 0; k < 8; k++)
+        sum += out[k];
+    return sum;
+}
+
 const tr_cpu_kernels tr_cpu_avx2 = {
     .gemm = gemm,
     .e4m3_order = order,
@@ -177,5 +214,8 @@ const tr_cpu_kernels tr_cpu_avx2 = {
     .expand_e4m3 = expand_e4m3,
     .expand_bf16 = expand_bf16,
     .exp_sub = exp_sub,
+    .read_sum = read_sum,
+    .fma_loop = fma_loop,
+    .fma_width = 12 * 8,
     .attention = &tr_attention_avx2,
 };

@@ -167,6 +167,36 @@ static void exp_sub(float *x, float max, int n)
     }
 }
 
+/* Four streams at once: one stream alone is held back by the prefetcher at page borders. */
+static uint64_t read_sum(const void *p, size_t n)
+{
+    const char *at = p;
+    size_t part = n / 4 / 64 * 64;
+    __m512i s[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
+                    _mm512_setzero_si512()};
+    for (size_t i = 0; i < part; i += 64)
+        for (int k = 0; k < 4; k++)
+            s[k] = _mm512_xor_si512(s[k], _mm512_loadu_si512(at + (size_t)k * part + i));
+    s[0] = _mm512_xor_si512(_mm512_xor_si512(s[0], s[1]), _mm512_xor_si512(s[2], s[3]));
+    return (uint64_t)_mm512_reduce_or_epi64(s[0]);
+}
+
+static float fma_loop(long n)
+{
+    __m512 acc[12], x = _mm512_set1_ps(0.999f), y = _mm512_set1_ps((float)n);
+#pragma GCC unroll 12
+    for (int k = 0; k < 12; k++)
+        acc[k] = _mm512_set1_ps((float)k);
+    for (long i = 0; i < n; i++)
+#pragma GCC unroll 12
+        for (int k = 0; k < 12; k++)
+            acc[k] = _mm512_fmadd_ps(acc[k], x, y);
+#pragma GCC unroll 12
+    for (int k = 1; k < 12; k++)
+        acc[0] = _mm512_add_ps(acc[0], acc[k]);
+    return _mm512_reduce_add_ps(acc[0]);
+}
+
 const tr_cpu_kernels tr_cpu_avx512 = {
     .gemm = gemm,
     .e4m3_order = order,
@@ -175,5 +205,8 @@ const tr_cpu_kernels tr_cpu_avx512 = {
     .expand_e4m3 = expand_e4m3,
     .expand_bf16 = expand_bf16,
     .exp_sub = exp_sub,
+    .read_sum = read_sum,
+    .fma_loop = fma_loop,
+    .fma_width = 12 * 16,
     .attention = &tr_attention_avx512,
 };

@@ -128,6 +128,29 @@ static void exp_sub(float *x, float max, int n)
         x[i] = expf(x[i] - max);
 }
 
+static uint64_t read_sum(const void *p, size_t n)
+{
+    const uint64_t *at = p;
+    uint64_t s[4] = {0};
+    for (size_t i = 0; i + 4 <= n / sizeof *at; i += 4)
+        for (int k = 0; k < 4; k++)
+            s[k] ^= at[i + (size_t)k];
+    return s[0] ^ s[1] ^ s[2] ^ s[3];
+}
+
+static float fma_loop(long n)
+{
+    float acc[16], sum = 0;
+    for (int k = 0; k < 16; k++)
+        acc[k] = (float)k;
+    for (long i = 0; i < n; i++)
+        for (int k = 0; k < 16; k++)
+            acc[k] = acc[k] * 0.999f + (float)n;
+    for (int k = 0; k < 16; k++)
+        sum += acc[k];
+    return sum;
+}
+
 const tr_cpu_kernels tr_cpu_plain = {
     .gemm = gemm,
     .e4m3_order = order,
@@ -136,5 +159,8 @@ const tr_cpu_kernels tr_cpu_plain = {
     .expand_e4m3 = expand_e4m3,
     .expand_bf16 = expand_bf16,
     .exp_sub = exp_sub,
+    .read_sum = read_sum,
+    .fma_loop = fma_loop,
+    .fma_width = 16,
     .attention = &tr_attention_plain,
 };

@@ -1,35 +1,23 @@
-/* trireme bench step: whole steps of a model, decode and prefill, as a table and JSON lines on stdout. Times are of
- * tr_model_forward alone (plan to tokens on the host), by the monotonic clock; medians over the steps. Never a verdict. */
+/* trireme bench: options and dispatch. Every bench prints a table and JSON lines on stdout, never a verdict. */
 #include <config.h>
+
+#include "command/bench.h"
 
 #include <getopt.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "base/clock.h"
-#include "base/region.h"
 #include "base/size.h"
 #include "command/command.h"
-#include "command/open.h"
-
-enum { BENCH_LIST = 16 };
-
-typedef struct bench_options {
-    tr_open_options open;
-    int context[BENCH_LIST], n_contexts;
-    int sequences[BENCH_LIST], n_sequences;
-    int prefill[BENCH_LIST], n_prefill;
-    int steps;
-    tr_dtype kv_dtype;
-    bool regions;
-} bench_options;
 
 static const char help_text[] =
     "Usage: trireme bench step -m MODEL [options]\n"
+    "       trireme bench load -m MODEL [options]\n"
     "\n"
-    "Time whole steps: decode of some sequences at a context, prefill of a prompt.\n"
-    "Prints a table and one JSON object per line of it.\n"
+    "step: whole steps, decode of some sequences at a context and prefill of a prompt,\n"
+    "after the ceilings of this machine. load: a checkpoint into packed weights, after\n"
+    "a plain parallel read of the same bytes. Each prints a table and JSON lines.\n"
     "\n"
     "  -m, --model DIR           folder with config.json and safetensors\n"
     "      --context N[,N...]    tokens before the decoded ones (default 1000)\n"
@@ -67,8 +55,8 @@ static tr_status int_list(const char *option, const char *text, int min, int *ou
     strcpy(copy, text); /* fits: checked above */
     *n = 0;
     for (char *item = strtok_r(copy, ",", &save); item; item = strtok_r(NULL, ",", &save)) {
-        if (*n == BENCH_LIST)
-            return tr_fail(err, TR_E_USAGE, "--%s: at most %d numbers", option, BENCH_LIST);
+        if (*n == TR_BENCH_LIST)
+            return tr_fail(err, TR_E_USAGE, "--%s: at most %d numbers", option, TR_BENCH_LIST);
         tr_status st = one_int(option, item, min, 1 << 20, &out[*n], err);
         if (st != TR_OK) return st;
         (*n)++;
@@ -90,7 +78,7 @@ enum {
     O_REGIONS
 };
 
-static tr_status one_option(int c, const char *arg, bench_options *o, const char **overrides,
+static tr_status one_option(int c, const char *arg, tr_bench_options *o, const char **overrides,
                             tr_err *err)
 {
     int seed;
@@ -131,13 +119,13 @@ static tr_status one_option(int c, const char *arg, bench_options *o, const char
         o->regions = true;
         return TR_OK;
     default:
-        return tr_fail(err, TR_E_USAGE, "bench step: unknown option; see trireme bench --help");
+        return tr_fail(err, TR_E_USAGE, "bench: unknown option; see trireme bench --help");
     }
 }
 
 /* overrides: room for argc strings. *help: --help was given. */
-static tr_status parse(int argc, char **argv, bench_options *o, const char **overrides, bool *help,
-                       tr_err *err)
+static tr_status parse(int argc, char **argv, tr_bench_options *o, const char **overrides,
+                       bool *help, tr_err *err)
 {
     static const struct option table[] = {
         {"model", required_argument, NULL, 'm'},
@@ -156,15 +144,15 @@ static tr_status parse(int argc, char **argv, bench_options *o, const char **ove
         {NULL, 0, NULL, 0},
     };
     int c;
-    *o = (bench_options){.context = {1000},
-                         .n_contexts = 1,
-                         .sequences = {1, 16},
-                         .n_sequences = 2,
-                         .prefill = {512},
-                         .n_prefill = 1,
-                         .steps = 64,
-                         .kv_dtype = TR_E4M3,
-                         .open = {.overrides = overrides}};
+    *o = (tr_bench_options){.context = {1000},
+                            .n_contexts = 1,
+                            .sequences = {1, 16},
+                            .n_sequences = 2,
+                            .prefill = {512},
+                            .n_prefill = 1,
+                            .steps = 64,
+                            .kv_dtype = TR_E4M3,
+                            .open = {.overrides = overrides}};
     *help = false;
     opterr = 0;
     optind = 1;
@@ -176,246 +164,19 @@ static tr_status parse(int argc, char **argv, bench_options *o, const char **ove
         tr_status st = one_option(c, optarg, o, overrides, err);
         if (st != TR_OK) return st;
     }
-    if (optind >= argc || strcmp(argv[optind], "step") != 0 || optind + 1 < argc)
-        return tr_fail(err, TR_E_USAGE,
-                       "bench: say what: trireme bench step -m MODEL; see trireme bench --help");
-    return o->open.model_dir ? TR_OK : tr_fail(err, TR_E_USAGE, "bench step: -m MODEL is missing");
+    const char *what = optind + 1 == argc ? argv[optind] : "";
+    o->load = strcmp(what, "load") == 0;
+    if (!o->load && strcmp(what, "step") != 0)
+        return tr_fail(err, TR_E_USAGE, "bench: say what: step or load; see trireme bench --help");
+    return o->open.model_dir ? TR_OK
+                             : tr_fail(err, TR_E_USAGE, "bench %s: -m MODEL is missing", what);
 }
 
-/* ---- steps ------------------------------------------------------------------------------------------------------------ */
-
-typedef struct bench {
-    const bench_options *options;
-    tr_opened opened;
-    tr_step step;
-    tr_plan_builder *builder;
-    uint64_t n_steps;
-    double *seconds; /* [options->steps] */
-    int32_t *tokens; /* [longest prompt] */
-} bench;
-
-/* Token ids that exercise the whole vocabulary and repeat from run to run. */
-static void make_tokens(int32_t *tokens, int n, int vocab, uint64_t seed)
-{
-    uint64_t x = seed * 0x9e3779b97f4a7c15u + 1;
-    for (int i = 0; i < n; i++) {
-        x = x * 6364136223846793005u + 1442695040888963407u;
-        tokens[i] = (int32_t)((x >> 33) % (uint64_t)vocab);
-    }
-}
-
-static tr_status run(bench *b, int max_context, double *seconds, tr_err *err)
-{
-    const tr_plan_limits limits = tr_model_limits(b->opened.model);
-    const tr_plan *plan = tr_plan_seal(b->builder, max_context);
-    if (!plan) return tr_fail(err, TR_E_USAGE, "bench: a plan does not fit");
-    tr_status st = tr_plan_check(plan, plan->bytes, &limits, err);
-    if (st != TR_OK) return st;
-    b->step.plan = plan;
-    uint64_t begun = tr_now_ns();
-    st = tr_model_forward(b->opened.model, &b->step, err);
-    while (st == TR_OK && !tr_step_done(b->opened.model, &b->step))
-        continue;
-    *seconds = (double)(tr_now_ns() - begun) * 1e-9;
-    return st;
-}
-
-/* Greedy slots 0..n-1 with pages of their own for `tokens` tokens each. */
-static tr_status open_slots(bench *b, int n, int tokens, tr_err *err)
-{
-    const int pages = (int)tr_ceil_div((size_t)tokens, TR_PAGE_TOKENS);
-    double unused;
-    tr_plan_begin(b->builder, b->n_steps++, TR_PLAN_IDLE);
-    for (int slot = 0; slot < n; slot++) {
-        const tr_slot_open open = {.key = (uint64_t)slot,
-                                   .slot = slot,
-                                   .n_logprobs = -1,
-                                   .n_prompt_logprobs = -1,
-                                   .top_p = 1};
-        if (tr_plan_add_open(b->builder, open) < 0)
-            return tr_fail(err, TR_E_USAGE, "bench: too many slots");
-        for (int i = 0; i < pages; i++)
-            if (tr_plan_add_page(
-                    b->builder,
-                    (tr_page_set){.slot = slot, .i_page = i, .page = slot * pages + i}) < 0)
-                return tr_fail(err, TR_E_USAGE, "bench: too many pages");
-    }
-    return run(b, 0, &unused, err);
-}
-
-/* A prompt of n tokens into a slot, in chunks that fit a step; the time of all chunks. The last row is sampled. */
-static tr_status prefill(bench *b, int slot, int n, double *seconds, tr_err *err)
-{
-    const int k = b->opened.config.index_topk, chunk = tr_model_limits(b->opened.model).n_rows_max;
-    tr_status st = TR_OK;
-    *seconds = 0;
-    for (int at = 0; at < n && st == TR_OK;) {
-        int rows = n - at < chunk ? n - at : chunk;
-        if (at < k && at + rows > k) rows = k - at; /* one form of attention in a span */
-        const int32_t sample = -1;
-        const int last = at + rows == n;
-        double one = 0;
-        tr_plan_begin(b->builder, b->n_steps++, 0);
-        const tr_span span = {.slot = slot,
-                              .n_rows = rows,
-                              .position = at,
-                              .i_token = tr_plan_add_tokens(b->builder, b->tokens + at, rows),
-                              .kind = TR_SPAN_PREFILL,
-                              .owner = -1,
-                              .n_logits = last,
-                              .flags = at < k ? TR_SPAN_DENSE : 0};
-        if (span.i_token < 0 || tr_plan_add_span(b->builder, span) < 0 ||
-            (last && tr_plan_add_targets(b->builder, &sample, 1) < 0))
-            return tr_fail(err, TR_E_USAGE, "bench: a chunk of %d rows does not fit", rows);
-        st = run(b, at + rows, &one, err);
-        *seconds += one;
-        at += rows;
-    }
-    return st;
-}
-
-/* One row of every slot, from the device's own length and last token. */
-static tr_status decode(bench *b, int n, int context, double *seconds, tr_err *err)
-{
-    const int32_t sample = -1;
-    tr_plan_begin(b->builder, b->n_steps++, 0);
-    for (int slot = 0; slot < n; slot++) {
-        const tr_span span = {.slot = slot,
-                              .n_rows = 1,
-                              .position = -1,
-                              .i_token = -1,
-                              .kind = TR_SPAN_DECODE,
-                              .owner = -1,
-                              .n_logits = 1};
-        if (tr_plan_add_span(b->builder, span) < 0 ||
-            tr_plan_add_targets(b->builder, &sample, 1) < 0)
-            return tr_fail(err, TR_E_USAGE, "bench: too many sequences");
-    }
-    return run(b, context + 1, seconds, err);
-}
-
-static int ascending(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static void report(bench *b, const char *what, int sequences, int context, double tokens)
-{
-    const bench_options *o = b->options;
-    qsort(b->seconds, (size_t)o->steps, sizeof *b->seconds, ascending);
-    const double median = b->seconds[o->steps / 2], low = b->seconds[0],
-                 high = b->seconds[o->steps - 1];
-    printf("  %-8s %9d %9d %12.3f %12.3f %12.3f %12.1f\n", what, sequences, context, median * 1e3,
-           low * 1e3, high * 1e3, tokens / median);
-    printf("{\"bench\": \"step\", \"kind\": \"%s\", \"sequences\": %d, \"context\": %d, \"steps\": "
-           "%d, "
-           "\"median_s\": %.9f, \"min_s\": %.9f, \"max_s\": %.9f, \"tokens_per_s\": %.3f}\n",
-           what, sequences, context, o->steps, median, low, high, tokens / median);
-    if (o->regions) tr_regions_print(&b->opened.regions, stdout);
-    fflush(stdout);
-}
-
-static tr_status bench_decode(bench *b, int sequences, int context, tr_err *err)
-{
-    double unused;
-    tr_status st = open_slots(b, sequences, context + b->options->steps + 4, err);
-    for (int slot = 0; slot < sequences && st == TR_OK; slot++)
-        st = prefill(b, slot, context, &unused, err);
-    for (int i = 0; i < 3 && st == TR_OK; i++)
-        st = decode(b, sequences, context + i, &unused, err); /* warm */
-    tr_regions_reset(&b->opened.regions);
-    for (int i = 0; i < b->options->steps && st == TR_OK; i++)
-        st = decode(b, sequences, context + 3 + i, &b->seconds[i], err);
-    if (st == TR_OK) report(b, "decode", sequences, context, sequences);
-    return st;
-}
-
-static tr_status bench_prefill(bench *b, int n, tr_err *err)
-{
-    tr_status st = TR_OK;
-    double unused;
-    for (int i = -1; i < b->options->steps && st == TR_OK; i++) {
-        st = open_slots(b, 1, n, err);
-        if (i == 0) tr_regions_reset(&b->opened.regions);
-        if (st == TR_OK) st = prefill(b, 0, n, i < 0 ? &unused : &b->seconds[i], err);
-    }
-    if (st == TR_OK) report(b, "prefill", 1, n, n);
-    return st;
-}
-
-static int largest(const int *values, int n)
-{
-    int best = 0;
-    for (int i = 0; i < n; i++)
-        if (values[i] > best) best = values[i];
-    return best;
-}
-
-static tr_status prepare(bench *b, tr_err *err)
-{
-    const bench_options *o = b->options;
-    const int sequences = largest(o->sequences, o->n_sequences),
-              prompt = largest(o->prefill, o->n_prefill);
-    int length = largest(o->context, o->n_contexts) + o->steps + 4;
-    if (length < prompt) length = prompt;
-
-    tr_status st = tr_open_checkpoint(&b->opened, &o->open, err);
-    if (st != TR_OK) return st;
-    if (length > b->opened.config.max_position_embeddings)
-        return tr_fail(err, TR_E_USAGE,
-                       "bench: %d tokens of one sequence, the model has %d positions", length,
-                       b->opened.config.max_position_embeddings);
-    st = tr_open_weights(&b->opened, &o->open, NULL, err);
-    if (st != TR_OK) return st;
-    const int rows = sequences > 512 ? sequences : 512;
-    const tr_model_options model = {.kv_dtype = o->kv_dtype,
-                                    .max_rows = rows,
-                                    .n_slots = sequences,
-                                    .max_model_len = length,
-                                    .n_pages = sequences *
-                                               (int)tr_ceil_div((size_t)length, TR_PAGE_TOKENS)};
-    st = tr_open_model(&b->opened, &model, NULL, err);
-    if (st == TR_OK) st = tr_step_create(&b->step, b->opened.model, err);
-    if (st != TR_OK) return st;
-    const tr_plan_limits limits = tr_model_limits(b->opened.model);
-    b->builder = tr_plan_builder_create(&limits);
-    b->seconds = tr_calloc((size_t)o->steps, sizeof *b->seconds);
-    b->tokens = tr_calloc((size_t)length, sizeof *b->tokens);
-    if (!b->builder || !b->seconds || !b->tokens) return tr_fail(err, TR_E_MEMORY, "out of memory");
-    make_tokens(b->tokens, length, b->opened.config.vocab_size, o->open.seed);
-    return TR_OK;
-}
-
-static tr_status bench_step(const bench_options *o, tr_err *err)
-{
-    bench b = {.options = o};
-    tr_status st = prepare(&b, err);
-    if (st == TR_OK) {
-        printf("# trireme %s, %s, %s, weights %.1f MB, cache %.1f MB\n", PACKAGE_VERSION,
-               o->open.model_dir, tr_device_describe(b.opened.device),
-               (double)b.opened.weights->bytes * 1e-6,
-               (double)tr_model_cache_bytes(b.opened.model) * 1e-6);
-        printf("# %-8s %9s %9s %12s %12s %12s %12s\n", "step", "sequences", "context", "median ms",
-               "min ms", "max ms", "tokens/s");
-    }
-    for (int i = 0; i < o->n_contexts && st == TR_OK; i++)
-        for (int j = 0; j < o->n_sequences && st == TR_OK; j++)
-            st = bench_decode(&b, o->sequences[j], o->context[i], err);
-    for (int i = 0; i < o->n_prefill && st == TR_OK; i++)
-        if (o->prefill[i] > 0) st = bench_prefill(&b, o->prefill[i], err);
-
-    tr_plan_builder_free(b.builder);
-    if (b.opened.model) tr_step_free(&b.step, b.opened.model);
-    tr_opened_close(&b.opened);
-    free(b.seconds);
-    free(b.tokens);
-    return st;
-}
+/* ---- the command ------------------------------------------------------------------------------------------------------- */
 
 tr_status tr_command_bench(int argc, char **argv, tr_err *err)
 {
-    bench_options options;
+    tr_bench_options options;
     bool help;
     const char **overrides = tr_calloc((size_t)argc, sizeof *overrides);
     if (!overrides) return tr_fail(err, TR_E_MEMORY, "out of memory");
@@ -423,7 +184,7 @@ tr_status tr_command_bench(int argc, char **argv, tr_err *err)
     if (st == TR_OK && help)
         fputs(help_text, stdout);
     else if (st == TR_OK)
-        st = bench_step(&options, err);
+        st = options.load ? tr_bench_load(&options, err) : tr_bench_step(&options, err);
     free(overrides);
     return st;
 }

@@ -1,0 +1,257 @@
+/* trireme bench step: whole steps of a model, decode and prefill. Times are of tr_model_forward alone (plan to tokens on the
+ * host), by the monotonic clock; medians over the steps. */
+#include <config.h>
+
+#include "command/bench.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/clock.h"
+#include "base/region.h"
+#include "base/size.h"
+
+typedef struct bench {
+    const tr_bench_options *options;
+    tr_opened opened;
+    tr_step step;
+    tr_plan_builder *builder;
+    uint64_t n_steps;
+    double *seconds; /* [options->steps] */
+    int32_t *tokens; /* [longest prompt] */
+} bench;
+
+/* Token ids that exercise the whole vocabulary and repeat from run to run. */
+static void make_tokens(int32_t *tokens, int n, int vocab, uint64_t seed)
+{
+    uint64_t x = seed * 0x9e3779b97f4a7c15u + 1;
+    for (int i = 0; i < n; i++) {
+        x = x * 6364136223846793005u + 1442695040888963407u;
+        tokens[i] = (int32_t)((x >> 33) % (uint64_t)vocab);
+    }
+}
+
+static tr_status run(bench *b, int max_context, double *seconds, tr_err *err)
+{
+    const tr_plan_limits limits = tr_model_limits(b->opened.model);
+    const tr_plan *plan = tr_plan_seal(b->builder, max_context);
+    if (!plan) return tr_fail(err, TR_E_USAGE, "bench: a plan does not fit");
+    tr_status st = tr_plan_check(plan, plan->bytes, &limits, err);
+    if (st != TR_OK) return st;
+    b->step.plan = plan;
+    uint64_t begun = tr_now_ns();
+    st = tr_model_forward(b->opened.model, &b->step, err);
+    while (st == TR_OK && !tr_step_done(b->opened.model, &b->step))
+        continue;
+    *seconds = (double)(tr_now_ns() - begun) * 1e-9;
+    return st;
+}
+
+/* Greedy slots 0..n-1 with pages of their own for `tokens` tokens each. */
+static tr_status open_slots(bench *b, int n, int tokens, tr_err *err)
+{
+    const int pages = (int)tr_ceil_div((size_t)tokens, TR_PAGE_TOKENS);
+    double unused;
+    tr_plan_begin(b->builder, b->n_steps++, TR_PLAN_IDLE);
+    for (int slot = 0; slot < n; slot++) {
+        const tr_slot_open open = {.key = (uint64_t)slot,
+                                   .slot = slot,
+                                   .n_logprobs = -1,
+                                   .n_prompt_logprobs = -1,
+                                   .top_p = 1};
+        if (tr_plan_add_open(b->builder, open) < 0)
+            return tr_fail(err, TR_E_USAGE, "bench: too many slots");
+        for (int i = 0; i < pages; i++)
+            if (tr_plan_add_page(
+                    b->builder,
+                    (tr_page_set){.slot = slot, .i_page = i, .page = slot * pages + i}) < 0)
+                return tr_fail(err, TR_E_USAGE, "bench: too many pages");
+    }
+    return run(b, 0, &unused, err);
+}
+
+/* A prompt of n tokens into a slot, in chunks that fit a step; the time of all chunks. The last row is sampled. */
+static tr_status prefill(bench *b, int slot, int n, double *seconds, tr_err *err)
+{
+    const int k = b->opened.config.index_topk, chunk = tr_model_limits(b->opened.model).n_rows_max;
+    tr_status st = TR_OK;
+    *seconds = 0;
+    for (int at = 0; at < n && st == TR_OK;) {
+        int rows = n - at < chunk ? n - at : chunk;
+        if (at < k && at + rows > k) rows = k - at; /* one form of attention in a span */
+        const int32_t sample = -1;
+        const int last = at + rows == n;
+        double one = 0;
+        tr_plan_begin(b->builder, b->n_steps++, 0);
+        const tr_span span = {.slot = slot,
+                              .n_rows = rows,
+                              .position = at,
+                              .i_token = tr_plan_add_tokens(b->builder, b->tokens + at, rows),
+                              .kind = TR_SPAN_PREFILL,
+                              .owner = -1,
+                              .n_logits = last,
+                              .flags = at < k ? TR_SPAN_DENSE : 0};
+        if (span.i_token < 0 || tr_plan_add_span(b->builder, span) < 0 ||
+            (last && tr_plan_add_targets(b->builder, &sample, 1) < 0))
+            return tr_fail(err, TR_E_USAGE, "bench: a chunk of %d rows does not fit", rows);
+        st = run(b, at + rows, &one, err);
+        *seconds += one;
+        at += rows;
+    }
+    return st;
+}
+
+/* One row of every slot, from the device's own length and last token. */
+static tr_status decode(bench *b, int n, int context, double *seconds, tr_err *err)
+{
+    const int32_t sample = -1;
+    tr_plan_begin(b->builder, b->n_steps++, 0);
+    for (int slot = 0; slot < n; slot++) {
+        const tr_span span = {.slot = slot,
+                              .n_rows = 1,
+                              .position = -1,
+                              .i_token = -1,
+                              .kind = TR_SPAN_DECODE,
+                              .owner = -1,
+                              .n_logits = 1};
+        if (tr_plan_add_span(b->builder, span) < 0 ||
+            tr_plan_add_targets(b->builder, &sample, 1) < 0)
+            return tr_fail(err, TR_E_USAGE, "bench: too many sequences");
+    }
+    return run(b, context + 1, seconds, err);
+}
+
+static int ascending(const void *a, const void *b)
+{
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static void report(bench *b, const char *what, int sequences, int context, double tokens)
+{
+    const tr_bench_options *o = b->options;
+    qsort(b->seconds, (size_t)o->steps, sizeof *b->seconds, ascending);
+    const double median = b->seconds[o->steps / 2], low = b->seconds[0],
+                 high = b->seconds[o->steps - 1];
+    printf("  %-8s %9d %9d %12.3f %12.3f %12.3f %12.1f\n", what, sequences, context, median * 1e3,
+           low * 1e3, high * 1e3, tokens / median);
+    printf("{\"bench\": \"step\", \"kind\": \"%s\", \"sequences\": %d, \"context\": %d, \"steps\": "
+           "%d, "
+           "\"median_s\": %.9f, \"min_s\": %.9f, \"max_s\": %.9f, \"tokens_per_s\": %.3f}\n",
+           what, sequences, context, o->steps, median, low, high, tokens / median);
+    if (o->regions) tr_regions_print(&b->opened.regions, stdout);
+    fflush(stdout);
+}
+
+static tr_status bench_decode(bench *b, int sequences, int context, tr_err *err)
+{
+    double unused;
+    tr_status st = open_slots(b, sequences, context + b->options->steps + 4, err);
+    for (int slot = 0; slot < sequences && st == TR_OK; slot++)
+        st = prefill(b, slot, context, &unused, err);
+    for (int i = 0; i < 3 && st == TR_OK; i++)
+        st = decode(b, sequences, context + i, &unused, err); /* warm */
+    tr_regions_reset(&b->opened.regions);
+    for (int i = 0; i < b->options->steps && st == TR_OK; i++)
+        st = decode(b, sequences, context + 3 + i, &b->seconds[i], err);
+    if (st == TR_OK) report(b, "decode", sequences, context, sequences);
+    return st;
+}
+
+static tr_status bench_prefill(bench *b, int n, tr_err *err)
+{
+    tr_status st = TR_OK;
+    double unused;
+    for (int i = -1; i < b->options->steps && st == TR_OK; i++) {
+        st = open_slots(b, 1, n, err);
+        if (i == 0) tr_regions_reset(&b->opened.regions);
+        if (st == TR_OK) st = prefill(b, 0, n, i < 0 ? &unused : &b->seconds[i], err);
+    }
+    if (st == TR_OK) report(b, "prefill", 1, n, n);
+    return st;
+}
+
+static int largest(const int *values, int n)
+{
+    int best = 0;
+    for (int i = 0; i < n; i++)
+        if (values[i] > best) best = values[i];
+    return best;
+}
+
+static tr_status prepare(bench *b, tr_err *err)
+{
+    const tr_bench_options *o = b->options;
+    const int sequences = largest(o->sequences, o->n_sequences),
+              prompt = largest(o->prefill, o->n_prefill);
+    int length = largest(o->context, o->n_contexts) + o->steps + 4;
+    if (length < prompt) length = prompt;
+
+    tr_status st = tr_open_checkpoint(&b->opened, &o->open, err);
+    if (st != TR_OK) return st;
+    if (length > b->opened.config.max_position_embeddings)
+        return tr_fail(err, TR_E_USAGE,
+                       "bench: %d tokens of one sequence, the model has %d positions", length,
+                       b->opened.config.max_position_embeddings);
+    st = tr_open_weights(&b->opened, &o->open, NULL, err);
+    if (st != TR_OK) return st;
+    const int rows = sequences > 512 ? sequences : 512;
+    const tr_model_options model = {.kv_dtype = o->kv_dtype,
+                                    .max_rows = rows,
+                                    .n_slots = sequences,
+                                    .max_model_len = length,
+                                    .n_pages = sequences *
+                                               (int)tr_ceil_div((size_t)length, TR_PAGE_TOKENS)};
+    st = tr_open_model(&b->opened, &model, NULL, err);
+    if (st == TR_OK) st = tr_step_create(&b->step, b->opened.model, err);
+    if (st != TR_OK) return st;
+    const tr_plan_limits limits = tr_model_limits(b->opened.model);
+    b->builder = tr_plan_builder_create(&limits);
+    b->seconds = tr_calloc((size_t)o->steps, sizeof *b->seconds);
+    b->tokens = tr_calloc((size_t)length, sizeof *b->tokens);
+    if (!b->builder || !b->seconds || !b->tokens) return tr_fail(err, TR_E_MEMORY, "out of memory");
+    make_tokens(b->tokens, length, b->opened.config.vocab_size, o->open.seed);
+    return TR_OK;
+}
+
+/* The ceilings of the device, measured in the same run as what is compared with them. */
+static tr_status print_ceilings(bench *b, tr_err *err)
+{
+    tr_ceilings c;
+    tr_status st = b->opened.ops->ceilings(b->opened.device, &c);
+    if (st != TR_OK)
+        return tr_fail(err, st, "ceilings: %s", b->opened.ops->error(b->opened.device));
+    printf("# ceilings: reading %.1f GB/s, fp32 multiply-adds %.1f Gflop/s\n",
+           c.read_bytes_per_s * 1e-9, c.fma_flops_per_s * 1e-9);
+    printf("{\"bench\": \"ceilings\", \"read_bytes_per_s\": %.0f, \"fma_flops_per_s\": %.0f}\n",
+           c.read_bytes_per_s, c.fma_flops_per_s);
+    return TR_OK;
+}
+
+tr_status tr_bench_step(const tr_bench_options *o, tr_err *err)
+{
+    bench b = {.options = o};
+    tr_status st = prepare(&b, err);
+    if (st == TR_OK) st = print_ceilings(&b, err);
+    if (st == TR_OK) {
+        printf("# trireme %s, %s, %s, weights %.1f MB, cache %.1f MB\n", PACKAGE_VERSION,
+               o->open.model_dir, tr_device_describe(b.opened.device),
+               (double)b.opened.weights->bytes * 1e-6,
+               (double)tr_model_cache_bytes(b.opened.model) * 1e-6);
+        printf("# %-8s %9s %9s %12s %12s %12s %12s\n", "step", "sequences", "context", "median ms",
+               "min ms", "max ms", "tokens/s");
+    }
+    for (int i = 0; i < o->n_contexts && st == TR_OK; i++)
+        for (int j = 0; j < o->n_sequences && st == TR_OK; j++)
+            st = bench_decode(&b, o->sequences[j], o->context[i], err);
+    for (int i = 0; i < o->n_prefill && st == TR_OK; i++)
+        if (o->prefill[i] > 0) st = bench_prefill(&b, o->prefill[i], err);
+
+    tr_plan_builder_free(b.builder);
+    if (b.opened.model) tr_step_free(&b.step, b.opened.model);
+    tr_opened_close(&b.opened);
+    free(b.seconds);
+    free(b.tokens);
+    return st;
+}

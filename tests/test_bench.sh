@@ -1,0 +1,39 @@
+#!/bin/sh
+# trireme bench prints a table and JSON lines that add up: every line parses, ceilings and rates are positive, one line per
+# configuration, and loading reads no more than the checkpoint holds. No speed is demanded here.
+set -u
+: "${TRIREME:?}" "${TR_SRCDIR:?}"
+python=${PYTHON:-python3}
+command -v "$python" >/dev/null || { echo "skipped: no $python to read JSON with"; exit 77; }
+dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-bench.XXXXXX") || exit 1
+trap 'rm -rf "$dir"' EXIT
+model=$TR_SRCDIR/models/tiny
+
+"$TRIREME" bench step -m "$model" --context 70,140 --sequences 1,3 --prefill 130 --steps 3 --regions >"$dir/step" || exit 1
+"$TRIREME" bench load -m "$model" >"$dir/load" || exit 1
+"$TRIREME" bench step >/dev/null 2>&1 && { echo "bench without a model was accepted"; exit 1; }
+"$TRIREME" bench nothing -m "$model" >/dev/null 2>&1 && { echo "an unknown bench was accepted"; exit 1; }
+
+"$python" - "$dir/step" "$dir/load" <<'PY'
+import json, sys
+
+def lines(path):
+    return [json.loads(l) for l in open(path) if l.startswith("{")]
+
+step, load = lines(sys.argv[1]), lines(sys.argv[2])
+ceilings = [l for l in step if l["bench"] == "ceilings"]
+assert len(ceilings) == 1 and ceilings[0]["read_bytes_per_s"] > 0 and ceilings[0]["fma_flops_per_s"] > 0, ceilings
+timed = [l for l in step if l["bench"] == "step"]
+want = {("decode", 1, 70), ("decode", 3, 70), ("decode", 1, 140), ("decode", 3, 140), ("prefill", 1, 130)}
+assert {(l["kind"], l["sequences"], l["context"]) for l in timed} == want, timed
+for l in timed:
+    assert 0 < l["min_s"] <= l["median_s"] <= l["max_s"], l
+    tokens = l["context"] if l["kind"] == "prefill" else l["sequences"]
+    assert abs(l["tokens_per_s"] * l["median_s"] / tokens - 1) < 1e-3, l
+plain, loaded = load
+assert (plain["kind"], loaded["kind"]) == ("plain read", "load"), load
+assert 0 < loaded["bytes"] <= plain["bytes"] and plain["bytes_per_s"] > 0 and loaded["bytes_per_s"] > 0, load
+text = open(sys.argv[1]).read()
+for op in "linear norm kv_write mla_query topk sparse_mla dense_mha router moe sample".split():
+    assert "  %s " % op in text, op
+PY
