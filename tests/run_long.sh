@@ -88,7 +88,7 @@ style_step()
         }' {} +)
     [ -z "$complaints" ] || { echo "$complaints" && return 1; }
     need shellcheck || return 77
-    shellcheck bootstrap jobs/install-deps jobs/quickstart tests/run tests/*.sh || return 1
+    shellcheck bootstrap jobs/install-deps jobs/quickstart tests/run tests/*.sh tests/fuzz/run.sh || return 1
     need clang-format-14 || return 77
     complaints=$(find src kernels mpi tests -name '*.[ch]' -exec clang-format-14 --dry-run {} + 2>&1 |
         sed -n 's/:.* code should be clang-formatted .*/: not as clang-format-14 writes it/p' | sort -u)
@@ -137,6 +137,11 @@ nth_step()
     "$TR_SRCDIR/tests/run_nth.sh" "$TRIREME" "$model" "$@"
 }
 
+fuzz_step()
+{
+    "$TR_SRCDIR/tests/fuzz/run.sh" -n 20000 -t 8 -w "$long/fuzz"
+}
+
 distcheck_step()
 {
     # shellcheck disable=SC2086
@@ -151,6 +156,7 @@ else
     step kill-20 kill_step 20
     step faults faults_step
     step nth nth_step --quick
+    step fuzz fuzz_step
     step clang clang_step
     step address address_step
     step thread thread_step

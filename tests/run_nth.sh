@@ -12,6 +12,10 @@ fi
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || { echo "skipped: no $python"; exit 77; }
+if grep -q '__[a-z]*san_init' "$1"; then
+    echo "skipped: a sanitizer's program cannot be preloaded"
+    exit 77
+fi
 dir=$(mktemp -d /dev/shm/trireme-nth.XXXXXX 2>/dev/null || mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT
 : >"$dir/config.h"

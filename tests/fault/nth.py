@@ -84,12 +84,22 @@ def damaged():
         f.write(identity)
 
 
-n_cases = n_failed = 0
+def key(record):
+    r = json.loads(record)
+    return r["custom_id"] or r["error"]["line"]
+
+
+def out_of_memory(record):
+    r = json.loads(record)
+    return r["response"] and r["response"]["body"].get("error", {}).get("code") == "out_of_memory"
+
+
+n_cases = n_failed = n_without_memory = 0
 seen = {}
 
 
 def case(prepare, label, fault, allowed):
-    global n_cases, n_failed
+    global n_cases, n_failed, n_without_memory
     prepare()
     status, text = run(fault)
     n_cases += 1
@@ -102,9 +112,16 @@ def case(prepare, label, fault, allowed):
     if prepare is fresh and records() is None:
         faults.append("a torn record")
     again, more = run()
-    if again != 0 or records() != whole:
-        faults.append("run again: exit status %s, %s" % (again, "damaged" if records() is None else "%d records%s" % (
-            len(records()), "" if records() == whole else ", others than an undisturbed run's")))
+    now, wanted = records(), whole
+    if now is not None and label == "malloc":
+        # One request that got no memory while it ran has a 500 as its record (chat.md 4.1), and keeps it.
+        failed = {key(r) for r in now if out_of_memory(r)}
+        n_without_memory += len(failed)
+        now = [r for r in now if key(r) not in failed]
+        wanted = [r for r in whole if key(r) not in failed]
+    if again != 0 or now != wanted:
+        faults.append("run again: exit status %s, %s" % (again, "damaged" if now is None else "%d records%s" % (
+            len(now), "" if now == wanted else ", others than an undisturbed run's")))
         text += more
     row = seen.setdefault(label, {})
     row[status] = row.get(status, 0) + 1
@@ -139,7 +156,9 @@ print("a job reaches " + ", ".join("%d %s" % (reached[k], k) for k in kinds))
 if len(whole) != 4 or not reached["malloc"] or not reached["write"]:
     sys.exit("the undisturbed run made %d records" % len(whole))
 
-for n in every(reached["malloc"], 60):
+# Almost all allocations are the model's names and the vocabulary; the last ones are the requests.
+job = max(1, reached["malloc"] - 150)
+for n in sorted(set(every(job, 40)) | {job + i for i in every(reached["malloc"] - job, 40)}):
     case(fresh, "malloc", "malloc:%d" % n, {0, 71})
 for n in every(reached["open"], 100):
     case(fresh, "open", "open:%d" % n, {0, 74})
@@ -167,5 +186,6 @@ if not again["rename"]:
 
 for label, row in seen.items():
     print("%-24s %s" % (label, ", ".join("%d x exit %s" % (row[s], s) for s in sorted(row, key=str))))
+print("%d requests had no memory and say so in their record" % n_without_memory)
 print("%d faults, %d failed, %.0f s" % (n_cases, n_failed, time.time() - begun))
 sys.exit(1 if n_failed else 0)

@@ -1,6 +1,7 @@
 """Crash states of the journal. A run is logged (shim.c): every write, truncation, rename, creation and sync of OUT and what
 lies beside it. From the log every state is built that a crash may leave: for each moment of the run, and for what was not
-synced by then, each write whole, absent, cut at every 512-byte boundary, or zeros; truncations and names done or not.
+synced by then, each write whole, absent, cut at every 512-byte boundary and in front of its last byte, or zeros; truncations and names done
+or not.
 The journal must accept each, count every record that was synced, and none that is not whole.
 
 usage: replay.py RESUME_STATE SHIM.so FOLDER     FOLDER is scratch; in memory, or it takes minutes
@@ -98,8 +99,8 @@ def ways(op):
     """How an operation that was not synced may have come out, but whole."""
     if op.what != "write":
         return ["absent"]
-    cuts = [c - op.at for c in range((op.at // BLOCK + 1) * BLOCK, op.at + len(op.data), BLOCK)]
-    return ["absent", "zeros"] + cuts
+    cuts = {c - op.at for c in range((op.at // BLOCK + 1) * BLOCK, op.at + len(op.data), BLOCK)}
+    return ["absent", "zeros"] + sorted(cuts | {len(op.data) - 1})
 
 
 def states(ops):
@@ -113,7 +114,7 @@ def states(ops):
             plans += [{id(op): how} for how in ways(op)]
             plans.append({id(o): "absent" for o in left[i:]})
             plans += [dict([(id(o), "absent") for o in left[i + 1:]] + [(id(op), how)]) for how in ways(op)]
-        if k == len(ops) or ops[k].what == "sync": # the most is open just before a sync
+        if k == len(ops) or ops[k].what == "sync":  # the most is open just before a sync
             for a, b in itertools.combinations(left, 2):
                 plans += [{id(a): x, id(b): y} for x in ways(a) for y in ways(b)]
         for plan in plans:
@@ -196,12 +197,9 @@ def scenario(name, before, sync_lines):
         if said != " ".join(map(str, wanted)) or not must[k] <= set(wanted):
             n_bad += 1
             if n_bad <= 5:
-                print("FAILED  %s, moment %d of %d (%s): found [%s], whole are %s, synced were %s; kept in %s" % (
-                    name, k, len(ops), ops[k].what if k < len(ops) else "end", said, wanted, sorted(must[k]), place + str(n_bad)))
-                os.mkdir(place + str(n_bad))
-                for path, f in disk.names.items():
-                    with open(os.path.join(place + str(n_bad), os.path.basename(path)), "wb") as g:
-                        g.write(disk.files[f])
+                print("FAILED  %s, moment %d of %d (%s): found [%s], whole are %s, synced were %s; %s" % (
+                    name, k, len(ops), ops[k].what if k < len(ops) else "end", said, wanted, sorted(must[k]),
+                    ", ".join("%s %d bytes" % (os.path.basename(p), len(disk.files[f])) for p, f in disk.names.items())))
         for n in os.listdir(place):
             os.unlink(os.path.join(place, n))
         os.rmdir(place)

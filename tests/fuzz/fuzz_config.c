@@ -16,8 +16,8 @@
 
 enum { WANTED_SEEN = 3000, POSITIONS = 3 };
 
-static char folder[256],
-    model[300]; /* made once: folder/x.safetensors is the bait, model lies inside */
+/* Made once: model lies in folder; folder/x.safetensors and model/s/x.safetensors are the baits. */
+static char folder[256], model[300], inner[320];
 
 /* One F32 tensor x. */
 static void put_shard(const char *dir, const char *name)
@@ -32,6 +32,7 @@ static void put_shard(const char *dir, const char *name)
 
 static void clean(void)
 {
+    tr_scratch_clear(inner, 1);
     tr_scratch_clear(model, 1);
     tr_scratch_clear(folder, 1);
 }
@@ -41,8 +42,10 @@ static void make_folders(void)
     if (access("/dev/shm", W_OK) == 0) setenv("TMPDIR", "/dev/shm", 0);
     if (!tr_scratch_make(folder, sizeof folder)) abort();
     snprintf(model, sizeof model, "%s/m", folder);
-    if (mkdir(model, 0700) != 0) abort();
+    snprintf(inner, sizeof inner, "%s/s", model);
+    if (mkdir(model, 0700) != 0 || mkdir(inner, 0700) != 0) abort();
     put_shard(folder, "x.safetensors");
+    put_shard(inner, "x.safetensors");
     put_shard(model, "a.safetensors");
     put_shard(model, "b..safetensors"); /* two dots: refused, whatever lies there */
     atexit(clean);

@@ -4,6 +4,7 @@
 #include <config.h>
 
 #include <math.h>
+#include <stdbool.h>
 
 #include "model/plan.h"
 #include "tests/fuzz/fuzz.h"
@@ -138,6 +139,8 @@ static void build(const uint8_t *data, size_t n, const tr_plan_limits *l)
 {
     tr_plan_builder *b = tr_plan_builder_create(l);
     if (!b) abort();
+    int64_t context = 0;
+    bool unknown = false;
     tr_plan_begin(b, 3, (uint32_t)F);
     while (n > 1) {
         int32_t v[8];
@@ -151,8 +154,17 @@ static void build(const uint8_t *data, size_t n, const tr_plan_limits *l)
             tr_plan_add_tokens(b, v, (int)(what / 7u % 8));
             break;
         case 1:
-            tr_plan_add_span(b, (tr_span){v[0], v[1], v[2], v[3], (int16_t)v[4],
-                                          (int16_t)(v[5] % 3), v[6], (uint32_t)v[7] & 1, 0});
+            if (tr_plan_add_span(b, (tr_span){.slot = v[0],
+                                              .n_rows = v[1],
+                                              .position = v[2],
+                                              .i_token = v[3],
+                                              .kind = (int16_t)v[4],
+                                              .owner = (int16_t)(v[5] % 3),
+                                              .n_logits = v[6],
+                                              .flags = (uint32_t)v[7] & 1}) < 0)
+                break;
+            unknown = unknown || v[2] < 0;
+            if (v[2] >= 0 && (int64_t)v[2] + v[1] > context) context = (int64_t)v[2] + v[1];
             break;
         case 2:
             tr_plan_add_page(b, (tr_page_set){v[0], v[1], v[2]});
@@ -171,7 +183,9 @@ static void build(const uint8_t *data, size_t n, const tr_plan_limits *l)
             break;
         }
     }
-    const tr_plan *p = tr_plan_seal(b, (int)F + (int)l->index_topk);
+    /* What the scheduler knows: the largest context; where a length is the device's, anything above. */
+    if (unknown) context += 1 + fuzz_take_byte(&data, &n);
+    const tr_plan *p = tr_plan_seal(b, (int)(context < INT32_MAX ? context : INT32_MAX));
     FUZZ_CHECK(p->bytes <= tr_plan_bytes_max(l), "%u bytes", (unsigned)p->bytes);
     check(p, p->bytes, l);
     tr_plan_builder_free(b);

@@ -2,25 +2,23 @@
 # Build every fuzz target with libFuzzer and the address and undefined-behaviour sanitizers, straight from the sources, and
 # run each for a number of executions. Prints a table; a finding is kept in the work folder, and the exit status is 1.
 #
-# usage: tests/fuzz/run.sh [-n EXECUTIONS] [-t SECONDS] [-w FOLDER] [-k] [TARGET...]
+# usage: tests/fuzz/run.sh [-n EXECUTIONS] [-t SECONDS] [-w FOLDER] [TARGET...]
 #   -n   executions of each target (default 100000)       -t   at most so many seconds each (default: no limit)
 #   -w   objects, grown corpora and findings (default ./fuzz-work; kept, so that a second run is short and goes on)
-#   -k   copy what the run found worth keeping back into tests/fuzz/corpus (minimised, at most 4 kB a file)
 # Environment: FUZZ_CC (default: clang-14 or clang), FUZZ_CFLAGS, FUZZ_LIBS (default: by pkg-config).
 # shellcheck disable=SC2086 # lists of flags and of files are split
 set -eu
-executions=100000 seconds=0 work=fuzz-work keep=
+executions=100000 seconds=0 work=fuzz-work
 usage()
 {
     sed -n 's/^# usage: /usage: /p' "$0" >&2
     exit 2
 }
-while getopts n:t:w:k option; do
+while getopts n:t:w: option; do
     case $option in
     n) executions=$OPTARG ;;
     t) seconds=$OPTARG ;;
     w) work=$OPTARG ;;
-    k) keep=yes ;;
     *) usage ;;
     esac
 done
@@ -96,15 +94,10 @@ for name in "$@"; do
     "$work/fuzz_$name" -runs="$executions" -max_total_time="$seconds" -timeout=20 -rss_limit_mb=3000 -print_final_stats=1 \
         -artifact_prefix="$work/findings/$name-" ${dict:+"$dict"} "$work/corpus/$name" "tests/fuzz/corpus/$name" \
         >"$work/$name.log" 2>&1 || status=1
-    done_=$(sed -n 's/^stat::number_of_executed_units: *//p' "$work/$name.log")
+    runs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$work/$name.log")
     found=$(find "$work/findings" -name "$name-*" | wc -l)
-    printf '%-16s %12s %8s %14s %9s\n' "$name" "${done_:-?}" $(($(date +%s) - begun)) \
+    printf '%-16s %12s %8s %14s %9s\n' "$name" "${runs:-?}" $(($(date +%s) - begun)) \
         "$(cat tests/fuzz/corpus/"$name"/* | wc -c)" "$found"
     [ "$found" -eq 0 ] || status=1
-    if [ -n "$keep" ]; then
-        rm -rf "$work/merged" && mkdir "$work/merged"
-        "$work/fuzz_$name" -merge=1 -max_len=4096 "$work/merged" "tests/fuzz/corpus/$name" "$work/corpus/$name" >/dev/null 2>&1
-        cp -n "$work"/merged/* "tests/fuzz/corpus/$name/"
-    fi
 done
 exit "$status"
