@@ -365,7 +365,8 @@ struct tr_logprobs_args {
 #define TR_OPS(X)                                                                                  \
     X(plan_apply)                                                                                  \
     X(pages_copy)                                                                                  \
-    X(embed) X(norm) X(rows_gather) X(linear) X(swiglu) X(mla_query) X(kv_write) X(index_query)    \
+    X(embed)                                                                                       \
+    X(norm) X(rows_gather) X(linear) X(swiglu) X(mla_query) X(kv_write) X(index_query)             \
         X(index_logits) X(topk) X(sparse_mla) X(dense_mha) X(mla_value) X(router) X(moe_pack)      \
             X(moe) X(moe_combine) X(sample) X(logprobs)
 #define TR_OP(name) tr_status (*name)(tr_device *, tr_lane, const struct tr_##name##_args *);

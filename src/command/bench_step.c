@@ -12,6 +12,8 @@
 #include "base/region.h"
 #include "base/size.h"
 
+enum { SLOT_SHIFT = 61 }; /* sequences differ, as in any real batch: they use different experts */
+
 typedef struct bench {
     const tr_bench_options *options;
     tr_opened opened;
@@ -19,8 +21,58 @@ typedef struct bench {
     tr_plan_builder *builder;
     uint64_t n_steps;
     double *seconds; /* [options->steps] */
-    int32_t *tokens; /* [longest prompt] */
+    int32_t *tokens; /* [longest prompt + slots * SLOT_SHIFT]: slot s begins at s * SLOT_SHIFT */
+    int *load;       /* [layers, experts] rows sent to each expert in the steps of one line */
 } bench;
+
+/* ---- how evenly experts are used ---------------------------------------------------------------------- */
+
+static void see_routes(void *ctx, const char *name, int layer, int i_row, int n_rows, int n_cols,
+                       size_t ld, void *data)
+{
+    bench *b = ctx;
+    const int experts = b->opened.config.n_routed_experts;
+    (void)i_row;
+    if (strcmp(name, "router_experts") != 0) return;
+    for (int i = 0; i < n_rows; i++)
+        for (int j = 0; j < n_cols; j++)
+            b->load[layer * experts + ((const int32_t *)data)[(size_t)i * ld + (size_t)j]]++;
+}
+
+/* Experts that got a row, of all of all layers, and the largest load of a layer over its mean; the mean of the layers. */
+static void balance(const bench *b, double *hit, double *worst_over_mean)
+{
+    const tr_config *c = &b->opened.config;
+    int n_hit = 0, n_layers = 0;
+    *hit = *worst_over_mean = 0;
+    for (int layer = 0; layer < c->num_hidden_layers; layer++) {
+        int most = 0, sum = 0;
+        for (int e = 0; e < c->n_routed_experts; e++) {
+            const int n = b->load[layer * c->n_routed_experts + e];
+            n_hit += n > 0;
+            sum += n;
+            if (n > most) most = n;
+        }
+        if (sum == 0) continue;
+        *worst_over_mean += (double)most * c->n_routed_experts / sum;
+        n_layers++;
+    }
+    if (n_layers == 0) return;
+    *hit = (double)n_hit / ((double)n_layers * c->n_routed_experts);
+    *worst_over_mean /= n_layers;
+}
+
+/* Looking costs time, so it is done in a step of the warm-up. */
+static void watch(bench *b, const tr_probe *probe)
+{
+    const tr_config *c = &b->opened.config;
+    if (probe)
+        memset(b->load, 0,
+               (size_t)c->num_hidden_layers * (size_t)c->n_routed_experts * sizeof *b->load);
+    tr_model_set_probe(b->opened.model, probe);
+}
+
+/* ---- steps -------------------------------------------------------------------------------------------- */
 
 /* Token ids that exercise the whole vocabulary and repeat from run to run. */
 static void make_tokens(int32_t *tokens, int n, int vocab, uint64_t seed)
@@ -74,6 +126,7 @@ static tr_status open_slots(bench *b, int n, int tokens, tr_err *err)
 /* A prompt of n tokens into a slot, in chunks that fit a step; the time of all chunks. The last row is sampled. */
 static tr_status prefill(bench *b, int slot, int n, double *seconds, tr_err *err)
 {
+    const int32_t *tokens = b->tokens + (size_t)slot * SLOT_SHIFT;
     const int k = b->opened.config.index_topk, chunk = tr_model_limits(b->opened.model).n_rows_max;
     tr_status st = TR_OK;
     *seconds = 0;
@@ -87,7 +140,7 @@ static tr_status prefill(bench *b, int slot, int n, double *seconds, tr_err *err
         const tr_span span = {.slot = slot,
                               .n_rows = rows,
                               .position = at,
-                              .i_token = tr_plan_add_tokens(b->builder, b->tokens + at, rows),
+                              .i_token = tr_plan_add_tokens(b->builder, tokens + at, rows),
                               .kind = TR_SPAN_PREFILL,
                               .owner = -1,
                               .n_logits = last,
@@ -134,12 +187,15 @@ static void report(bench *b, const char *what, int sequences, int context, doubl
     qsort(b->seconds, (size_t)o->steps, sizeof *b->seconds, ascending);
     const double median = b->seconds[o->steps / 2], low = b->seconds[0],
                  high = b->seconds[o->steps - 1];
-    printf("  %-8s %9d %9d %12.3f %12.3f %12.3f %12.1f\n", what, sequences, context, median * 1e3,
-           low * 1e3, high * 1e3, tokens / median);
+    double hit, uneven;
+    balance(b, &hit, &uneven);
+    printf("  %-8s %9d %9d %12.3f %12.3f %12.3f %12.1f %7.0f%% %8.2f\n", what, sequences, context,
+           median * 1e3, low * 1e3, high * 1e3, tokens / median, 100 * hit, uneven);
     printf("{\"bench\": \"step\", \"kind\": \"%s\", \"sequences\": %d, \"context\": %d, \"steps\": "
            "%d, "
-           "\"median_s\": %.9f, \"min_s\": %.9f, \"max_s\": %.9f, \"tokens_per_s\": %.3f}\n",
-           what, sequences, context, o->steps, median, low, high, tokens / median);
+           "\"median_s\": %.9f, \"min_s\": %.9f, \"max_s\": %.9f, \"tokens_per_s\": %.3f, "
+           "\"experts_hit\": %.4f, \"max_over_mean_load\": %.3f}\n",
+           what, sequences, context, o->steps, median, low, high, tokens / median, hit, uneven);
     if (o->regions) tr_regions_print(&b->opened.regions, stdout);
     fflush(stdout);
 }
@@ -150,8 +206,11 @@ static tr_status bench_decode(bench *b, int sequences, int context, tr_err *err)
     tr_status st = open_slots(b, sequences, context + b->options->steps + 4, err);
     for (int slot = 0; slot < sequences && st == TR_OK; slot++)
         st = prefill(b, slot, context, &unused, err);
-    for (int i = 0; i < 3 && st == TR_OK; i++)
-        st = decode(b, sequences, context + i, &unused, err); /* warm */
+    for (int i = 0; i < 3 && st == TR_OK; i++) { /* warm */
+        if (i == 2) watch(b, &(tr_probe){.ctx = b, .see = see_routes});
+        st = decode(b, sequences, context + i, &unused, err);
+    }
+    watch(b, NULL);
     tr_regions_reset(&b->opened.regions);
     for (int i = 0; i < b->options->steps && st == TR_OK; i++)
         st = decode(b, sequences, context + 3 + i, &b->seconds[i], err);
@@ -165,6 +224,7 @@ static tr_status bench_prefill(bench *b, int n, tr_err *err)
     double unused;
     for (int i = -1; i < b->options->steps && st == TR_OK; i++) {
         st = open_slots(b, 1, n, err);
+        watch(b, i < 0 ? &(tr_probe){.ctx = b, .see = see_routes} : NULL);
         if (i == 0) tr_regions_reset(&b->opened.regions);
         if (st == TR_OK) st = prefill(b, 0, n, i < 0 ? &unused : &b->seconds[i], err);
     }
@@ -209,9 +269,14 @@ static tr_status prepare(bench *b, tr_err *err)
     const tr_plan_limits limits = tr_model_limits(b->opened.model);
     b->builder = tr_plan_builder_create(&limits);
     b->seconds = tr_calloc((size_t)o->steps, sizeof *b->seconds);
-    b->tokens = tr_calloc((size_t)length, sizeof *b->tokens);
-    if (!b->builder || !b->seconds || !b->tokens) return tr_fail(err, TR_E_MEMORY, "out of memory");
-    make_tokens(b->tokens, length, b->opened.config.vocab_size, o->open.seed);
+    const int n_tokens = length + sequences * SLOT_SHIFT;
+    b->tokens = tr_calloc((size_t)n_tokens, sizeof *b->tokens);
+    b->load = tr_calloc((size_t)b->opened.config.num_hidden_layers *
+                            (size_t)b->opened.config.n_routed_experts,
+                        sizeof *b->load);
+    if (!b->builder || !b->seconds || !b->tokens || !b->load)
+        return tr_fail(err, TR_E_MEMORY, "out of memory");
+    make_tokens(b->tokens, n_tokens, b->opened.config.vocab_size, o->open.seed);
     return TR_OK;
 }
 
@@ -239,8 +304,8 @@ tr_status tr_bench_step(const tr_bench_options *o, tr_err *err)
                o->open.model_dir, tr_device_describe(b.opened.device),
                (double)b.opened.weights->bytes * 1e-6,
                (double)tr_model_cache_bytes(b.opened.model) * 1e-6);
-        printf("# %-8s %9s %9s %12s %12s %12s %12s\n", "step", "sequences", "context", "median ms",
-               "min ms", "max ms", "tokens/s");
+        printf("# %-8s %9s %9s %12s %12s %12s %12s %8s %8s\n", "step", "sequences", "context",
+               "median ms", "min ms", "max ms", "tokens/s", "experts", "max/mean");
     }
     for (int i = 0; i < o->n_contexts && st == TR_OK; i++)
         for (int j = 0; j < o->n_sequences && st == TR_OK; j++)
@@ -253,5 +318,6 @@ tr_status tr_bench_step(const tr_bench_options *o, tr_err *err)
     tr_opened_close(&b.opened);
     free(b.seconds);
     free(b.tokens);
+    free(b.load);
     return st;
 }
