@@ -342,10 +342,35 @@ typedef struct world {
     tr_plan *flight[4]; /* copies of plans in flight, oldest first */
     int n_flight;
     uint64_t random, n_steps, n_requests, n_done, n_failed, n_refused, n_forks;
+    int shared_percent;             /* requests that begin like others */
     int long_percent, largest;      /* requests: how many are long; the longest, in tokens */
     uint64_t submitted_at[1 << 16]; /* [id % size] step */
     uint64_t longest_wait;
 } world;
+
+/* Documents: token i of number d. A few share their first page and a half. */
+static int32_t document_token(int d, int i)
+{
+    int32_t token = (int32_t)(3 + mix((uint64_t)(i < 96 ? d / 2 : 100 + d), (uint64_t)i) % (VOCAB - 5));
+    return d == 5 && i == 70 ? NAN_TOKEN : token; /* poison in the middle */
+}
+
+/* Of `length` tokens at most: the beginning of a document, often around a page boundary, and often a tail of its own. */
+static void share_prompt(world *w, tr_request *r, int length)
+{
+    static const int edges[] = {63, 64, 65, 127, 128, 129, 192, 193};
+    uint64_t *s = &w->random;
+    const int d = pick(s, 0, 5);
+    int n = chance(s, 50) ? edges[pick(s, 0, 7)] : pick(s, 1, length);
+
+    if (!chance(s, w->shared_percent)) return;
+    if (n > length) n = length;
+    int n_tail = chance(s, 60) ? pick(s, 0, length - n) % 20 : 0;
+    r->n_prompt = (size_t)(n + n_tail);
+    r->prompt = realloc(r->prompt, r->n_prompt * sizeof *r->prompt);
+    for (int i = 0; i < n + n_tail; i++)
+        r->prompt[i] = i < n ? document_token(d, i) : pick(s, 3, VOCAB - 2);
+}
 
 static tr_request *make_request(world *w)
 {
@@ -364,6 +389,7 @@ static tr_request *make_request(world *w)
     r->prompt = malloc(r->n_prompt * sizeof *r->prompt);
     for (size_t i = 0; i < r->n_prompt; i++)
         r->prompt[i] = pick(s, 3, chance(s, 1) && chance(s, 30) ? VOCAB - 1 : VOCAB - 2);
+    share_prompt(w, r, length);
     *p = (tr_params){.n = chance(s, 25) ? pick(s, 2, 4) : 1,
                      .key = mix(*s, 9),
                      .temperature = 1,
@@ -444,6 +470,10 @@ static void check_event(world *w, const tr_event *e)
     }
     if (e->kind == TR_EVENT_DONE) {
         if (r->params.n_prompt_logprobs >= 0) check_scores(r, &e->prompt_scores, topk);
+        assert_in_range(e->cached_tokens, 0, r->n_prompt - 1);
+        assert_int_equal(e->cached_tokens % PAGE, 0);
+        if (!w->options.prefix_cache || r->params.n_prompt_logprobs >= 0)
+            assert_true(!e->cached_tokens || r->n_prompt == 1);
         return;
     }
     assert_true(failed);
@@ -565,6 +595,7 @@ static world *world_create(uint64_t seed, int n_pages, int ring, int max_sequenc
         .max_batch_tokens = max_batch,
         .max_sequences = max_sequences,
         .ring = ring,
+        .prefix_cache = chance(&w->random, 85),
         .eos = EOS,
         .bos = BOS,
         .pad = PAD,
@@ -572,6 +603,7 @@ static world *world_create(uint64_t seed, int n_pages, int ring, int max_sequenc
     };
     w->options.max_model_len = w->options.limits.max_pages * PAGE;
     w->long_percent = chance(&w->random, 30) ? 15 : 80;
+    w->shared_percent = chance(&w->random, 30) ? 20 : 80;
     w->largest = w->options.max_model_len;
     if (tr_scheduler_create(&w->scheduler, &w->options, &err)) fail_msg("%s", err.text);
     device_create(&w->device, &w->options.limits);

@@ -63,12 +63,12 @@ static void test_good(void **state)
                            "--literal-content "
                            "--response-format-in-prompt --dsv31-assistant-after-tool "
                            "--strict-params --resume --verbose "
-                           "--no-bind --no-overlap --shard 0/1 --speculate 0 --chat-format dsv31",
+                           "--no-bind --no-overlap --no-prefix-cache --shard 0/1 --speculate 0 --chat-format dsv31",
                            &o, &err, &copy),
                      TR_OK);
     assert_true(o.default_thinking && o.thinking_only && o.allow_tools && o.literal_content &&
                 o.response_format_in_prompt && o.dsv31_assistant_after_tool && o.strict_params &&
-                o.resume && o.verbose && o.no_bind && o.no_overlap);
+                o.resume && o.verbose && o.no_bind && o.no_overlap && o.no_prefix_cache);
     free(copy);
     assert_int_equal(parse("batch --merge -i in -o all p1 p2 p3", &o, &err, &copy), TR_OK);
     assert_int_equal(o.n_parts, 3);

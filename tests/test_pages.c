@@ -16,7 +16,7 @@ enum { N = 150 };
 static void test_order_and_all_or_none(void **state)
 {
     int32_t page[N + 1];
-    tr_pages *p = tr_pages_create(N, 1);
+    tr_pages *p = tr_pages_create(N, 1, false);
     (void)state;
 
     assert_int_equal(tr_pages_take(p, N + 1, page), 0);
@@ -36,8 +36,8 @@ static void test_order_and_all_or_none(void **state)
     assert_int_equal(tr_pages_available(p), 1);
     tr_pages_free(p);
     tr_pages_free(NULL);
-    assert_null(tr_pages_create(0, 1));
-    assert_null(tr_pages_create(1, 0));
+    assert_null(tr_pages_create(0, 1, false));
+    assert_null(tr_pages_create(1, 0, false));
 }
 
 static void test_delay(void **state)
@@ -45,7 +45,7 @@ static void test_delay(void **state)
     (void)state;
     for (int ring = 1; ring <= 3; ring++) {
         int32_t page;
-        tr_pages *p = tr_pages_create(1, ring);
+        tr_pages *p = tr_pages_create(1, ring, false);
         assert_int_equal(tr_pages_take(p, 1, &page), 1);
         tr_pages_drop(p, &page, 1, 10);
         for (uint64_t step = 10; step < 10 + (uint64_t)ring; step++) {
@@ -64,7 +64,7 @@ static void test_delay(void **state)
 static void test_sharing(void **state)
 {
     int32_t page[4];
-    tr_pages *p = tr_pages_create(4, 1);
+    tr_pages *p = tr_pages_create(4, 1, false);
     (void)state;
 
     tr_pages_take(p, 3, page);
@@ -95,7 +95,7 @@ static void test_against_model(void **state)
     (void)state;
 
     for (int ring = 1; ring <= 2; ring++) {
-        tr_pages *p = tr_pages_create(N, ring);
+        tr_pages *p = tr_pages_create(N, ring, false);
         memset(count, 0, sizeof count);
         memset(free_from, 0, sizeof free_from);
         for (uint64_t step = 1; step < 20000; step++) {

@@ -159,6 +159,7 @@ static void test_chat(void **state)
     int32_t *ids = encode("The answer.", &n);
     tr_event *e = answer(&asked, "Hello there", ids, n, "The \"answer\".\n\x01", 2);
     e->choice[1].finish = TR_FINISH_LENGTH;
+    e->cached_tokens = 128;
     json_t *j = record_of(&o, e, 1700000000, &raw);
     assert_string_equal(text_at(j, "custom_id"), "r-1");
     assert_int_equal(strlen(text_at(j, "id")), 34);
@@ -181,7 +182,7 @@ static void test_chat(void **state)
     assert_int_equal(int_at(j, "response.body.usage.completion_tokens"), 2 * (int64_t)n);
     assert_int_equal(int_at(j, "response.body.usage.total_tokens"),
                      (int64_t)e->request->n_prompt + 2 * (int64_t)n);
-    assert_int_equal(int_at(j, "response.body.usage.prompt_tokens_details.cached_tokens"), 0);
+    assert_int_equal(int_at(j, "response.body.usage.prompt_tokens_details.cached_tokens"), 128);
     assert_int_equal(int_at(j, "response.body.usage.completion_tokens_details.reasoning_tokens"),
                      0);
     /* A rerun: the same bytes but for created. */

@@ -26,6 +26,10 @@ static void run_world(uint64_t seed, uint64_t n_steps, tr_scheduler_stats *sum)
     assert_true(tr_scheduler_consistent(w->scheduler));
     tr_scheduler_stats stats = tr_scheduler_stats_get(w->scheduler);
     assert_int_equal(stats.pages_held, 0);
+    assert_true(stats.cached_tokens <= stats.prompt_tokens);
+    tr_scheduler_clear_cache(w->scheduler);
+    assert_true(tr_scheduler_consistent(w->scheduler));
+    assert_int_equal(tr_scheduler_stats_get(w->scheduler).pages_cached, 0);
     assert_int_equal(stats.running + stats.waiting, 0);
     assert_int_equal(w->n_done, w->n_requests);
     assert_int_equal(stats.finished + stats.failed, w->n_requests);
@@ -38,6 +42,9 @@ static void run_world(uint64_t seed, uint64_t n_steps, tr_scheduler_stats *sum)
     sum->failed += stats.failed;
     sum->mixed_decode_tokens += stats.mixed_decode_tokens;
     sum->prefill_tokens += w->n_forks;
+    sum->cached_tokens += stats.cached_tokens;
+    sum->prompt_tokens += stats.prompt_tokens;
+    sum->pages_evicted += stats.pages_evicted;
     world_free(w);
 }
 
@@ -53,6 +60,8 @@ static void test_random_worlds(void **state)
     assert_true(sum.failed > 5);
     assert_true(sum.prefill_tokens > 100); /* forks */
     assert_true(sum.mixed_decode_tokens > 100);
+    assert_true(sum.cached_tokens * 20 > sum.prompt_tokens);
+    assert_true(sum.pages_evicted > 100);
 }
 
 /* ---- one thing at a time -------------------------------------------------------------------------------- */
@@ -205,6 +214,163 @@ static void test_forks_share_pages(void **state)
     world_free(w);
 }
 
+/* ---- prompts that begin alike ---------------------------------------------------------------------------- */
+
+/* A plain request whose prompt ends in a token of its own. */
+static tr_request *tailed_request(int n_prompt, int max_tokens, int tail)
+{
+    tr_request *r = plain_request(n_prompt, max_tokens, 1);
+    r->prompt[n_prompt - 1] = 3 + tail;
+    r->params.key = (uint64_t)tail;
+    return r;
+}
+
+static world *cached_world(int n_pages, int ring, int max_sequences, int max_batch)
+{
+    world *w = world_create(1, n_pages, ring, max_sequences, max_batch, 100);
+    tr_scheduler_free(w->scheduler);
+    w->options.prefix_cache = true;
+    assert_int_equal(tr_scheduler_create(&w->scheduler, &w->options, NULL), TR_OK);
+    return w;
+}
+
+/* Admitted at once, the pages they share are computed once, whatever the ring and the size of a step. */
+static void test_shared_once(void **state)
+{
+    (void)state;
+    for (int ring = 1; ring <= 3; ring++)
+        for (int max_batch = 30; max_batch <= 300; max_batch += 135)
+            for (int n_prompt = 127; n_prompt <= 194; n_prompt++) {
+                world *w = cached_world(60, ring, 6, max_batch);
+                const int n_shared = (n_prompt - 1) / PAGE * PAGE;
+                for (int i = 0; i < 10; i++)
+                    assert_null(add(w, tailed_request(n_prompt, 5, i)));
+                finish(w);
+                tr_scheduler_stats stats = tr_scheduler_stats_get(w->scheduler);
+                assert_int_equal(w->n_done, 10);
+                assert_int_equal(stats.prefill_tokens, n_prompt + 9 * (n_prompt - n_shared));
+                assert_int_equal(stats.prompt_tokens, 10 * n_prompt);
+                assert_int_equal(stats.cached_tokens, 9 * n_shared);
+                world_free(w);
+            }
+}
+
+static void test_cache_off(void **state)
+{
+    world *w = cached_world(60, 2, 6, 300);
+    (void)state;
+    tr_scheduler_free(w->scheduler);
+    w->options.prefix_cache = false;
+    assert_int_equal(tr_scheduler_create(&w->scheduler, &w->options, NULL), TR_OK);
+    for (int i = 0; i < 10; i++)
+        assert_null(add(w, tailed_request(130, 5, i)));
+    finish(w);
+    tr_scheduler_stats stats = tr_scheduler_stats_get(w->scheduler);
+    assert_int_equal(stats.prefill_tokens, 10 * 130);
+    assert_int_equal(stats.cached_tokens + (uint64_t)stats.pages_cached, 0);
+    world_free(w);
+}
+
+/* What was generated was computed in another form: a prompt that contains it must not find it. */
+static void test_generated_not_shared(void **state)
+{
+    world *w = cached_world(60, 1, 2, 300);
+    int32_t said[201];
+    const tr_plan *plan;
+    tr_event *e = NULL;
+    (void)state;
+
+    assert_null(add(w, plain_request(70, 131, 1)));
+    while (!e) {
+        assert_int_equal(tr_scheduler_plan(w->scheduler, &plan, NULL), TR_OK);
+        device_run(&w->device, plan);
+        tr_scheduler_commit(w->scheduler, &w->device.out);
+        e = tr_scheduler_event(w->scheduler);
+    }
+    memcpy(said, e->request->prompt, 70 * sizeof *said);
+    memcpy(said + 70, e->choice[0].token, 131 * sizeof *said);
+    tr_event_free(e);
+    assert_int_equal(tr_scheduler_stats_get(w->scheduler).pages_cached, 1);
+    tr_request *r = plain_request(201, 10, 1);
+    memcpy(r->prompt, said, sizeof said);
+    assert_null(add(w, r));
+    finish(w);
+    assert_int_equal(w->n_done, 1);
+    assert_int_equal(tr_scheduler_stats_get(w->scheduler).cached_tokens, 64);
+    assert_int_equal(tr_scheduler_stats_get(w->scheduler).pages_cached, 3);
+    world_free(w);
+}
+
+/* Who scores runs every row; its pages serve others. Unrelated requests pass those who wait. */
+static void test_scores_and_passing(void **state)
+{
+    (void)state;
+    for (int ring = 1; ring <= 2; ring++) {
+        world *w = cached_world(60, ring, 4, 20);
+        for (int i = 0; i < 2; i++) {
+            tr_request *r = tailed_request(200, 5, i);
+            r->params.n_prompt_logprobs = 1;
+            assert_null(add(w, r));
+        }
+        assert_null(add(w, tailed_request(200, 5, 2)));
+        tr_request *other = plain_request(10, 2, 1);
+        other->prompt[0] = 90;
+        assert_null(add(w, other));
+        uint64_t passed = 0;
+        while (turn(w))
+            if (w->n_done == 1 && !passed) passed = w->n_steps;
+        assert_int_equal(w->n_done, 4);
+        assert_true(passed < 25 + (uint64_t)ring); /* before the 400 rows that score had been run */
+        tr_scheduler_stats stats = tr_scheduler_stats_get(w->scheduler);
+        assert_int_equal(stats.cached_tokens, 192);
+        assert_int_equal(stats.prefill_tokens, 200 + 200 + 8 + 10);
+        world_free(w);
+    }
+}
+
+/* Kept pages never stand in the way: they are evicted before anybody is preempted. */
+static void test_eviction(void **state)
+{
+    (void)state;
+    for (int ring = 1; ring <= 3; ring++) {
+        world *w = cached_world(8, ring, 2, 100);
+        for (int i = 0; i < 12; i++) {
+            tr_request *r = plain_request(150, 100, 1);
+            r->prompt[0] = 3 + i;
+            assert_null(add(w, r));
+        }
+        finish(w);
+        tr_scheduler_stats stats = tr_scheduler_stats_get(w->scheduler);
+        assert_int_equal(w->n_done, 12);
+        assert_int_equal(stats.preemptions, 0);
+        assert_int_equal(stats.cached_tokens, 0);
+        assert_int_equal(stats.pages_cached + (int)stats.pages_evicted, 24);
+        assert_true(stats.pages_cached > 0);
+        tr_scheduler_clear_cache(w->scheduler);
+        assert_int_equal(tr_scheduler_stats_get(w->scheduler).pages_cached, 0);
+        assert_true(tr_scheduler_consistent(w->scheduler));
+        world_free(w);
+    }
+}
+
+/* Pages of a request that failed on its numbers are found by nobody. */
+static void test_distrust(void **state)
+{
+    world *w = cached_world(60, 2, 2, 300);
+    (void)state;
+    assert_null(add(w, tailed_request(150, 5, NAN_TOKEN - 3)));
+    finish(w);
+    assert_int_equal(w->n_failed, 1);
+    assert_null(add(w, tailed_request(150, 5, 1)));
+    finish(w);
+    assert_int_equal(tr_scheduler_stats_get(w->scheduler).cached_tokens, 0);
+    assert_null(add(w, tailed_request(150, 5, 2)));
+    finish(w);
+    assert_int_equal(tr_scheduler_stats_get(w->scheduler).cached_tokens, 128);
+    assert_int_equal(w->n_done, 3);
+    world_free(w);
+}
+
 /* The older of two that do not fit together is never the one preempted. */
 static void test_first_come(void **state)
 {
@@ -322,6 +488,12 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_nothing_to_compute),
         cmocka_unit_test(test_one_prompt_pass),
         cmocka_unit_test(test_forks_share_pages),
+        cmocka_unit_test(test_shared_once),
+        cmocka_unit_test(test_cache_off),
+        cmocka_unit_test(test_generated_not_shared),
+        cmocka_unit_test(test_scores_and_passing),
+        cmocka_unit_test(test_eviction),
+        cmocka_unit_test(test_distrust),
         cmocka_unit_test(test_first_come),
         cmocka_unit_test(test_full_change_rows),
         cmocka_unit_test(test_bad_output),

@@ -298,10 +298,10 @@ static void summary(const job *j)
     memset(&usage, 0, sizeof usage);
     getrusage(RUSAGE_SELF, &usage);
     tr_log_info(j->o->log,
-                "%ju prompt tokens at %.1f tok/s, %ju generated at %.1f tok/s, %ju steps, %ju "
-                "preemptions, %.1f s, peak memory "
-                "%.2f GB",
+                "%ju prompt tokens at %.1f tok/s, %.1f %% of the prompts cached, %ju generated at "
+                "%.1f tok/s, %ju steps, %ju preemptions, %.1f s, peak memory %.2f GB",
                 (uintmax_t)s.prefill_tokens, per_second(s.prefill_tokens, s.prefill_ns),
+                s.prompt_tokens ? 100 * (double)s.cached_tokens / (double)s.prompt_tokens : 0,
                 (uintmax_t)s.generated_tokens,
                 per_second(s.decode_tokens - s.mixed_decode_tokens, s.decode_ns),
                 (uintmax_t)s.steps, (uintmax_t)s.preemptions,

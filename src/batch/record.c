@@ -298,10 +298,10 @@ static void write_body(tr_buf *out, const tr_record_options *o, const tr_event *
     tr_buf_printf(
         out,
         "],\"usage\":{\"prompt_tokens\":%zu,\"completion_tokens\":%ju,\"total_tokens\":%ju,"
-        "\"prompt_tokens_details\":{\"cached_tokens\":0},\"completion_tokens_details\":{"
+        "\"prompt_tokens_details\":{\"cached_tokens\":%d},\"completion_tokens_details\":{"
         "\"reasoning_tokens\":%ju}}",
         e->request->n_prompt, (uintmax_t)generated, (uintmax_t)(e->request->n_prompt + generated),
-        (uintmax_t)reasoning);
+        e->cached_tokens, (uintmax_t)reasoning);
     if (asked->chat && asked->return_token_ids) {
         tr_buf_puts(out, ",\"prompt_token_ids\":");
         tr_write_ids(out, e->request->prompt, e->request->n_prompt);

@@ -1,6 +1,6 @@
 /* The lines of OUT: an answer, a refusal, or a line that was no request, as one line of JSON
  * (chat.md 4.1, 4.4). Every id is a hash of the input's hash and the request, so that a rerun
- * writes the same record but for `created`. Used by the writer thread; holds nothing between
+ * writes the same record but for `created` and `cached_tokens`. Used by the writer thread; holds nothing between
  * calls. */
 #ifndef TR_BATCH_RECORD_H
 #define TR_BATCH_RECORD_H

@@ -377,6 +377,7 @@ tr_status tr_run_engine(tr_run *run, tr_err *err)
         .max_sequences = (int)run->o->max_sequences,
         .max_model_len = run->max_model_len,
         .ring = run->o->no_overlap ? 1 : 2,
+        .no_prefix_cache = run->o->no_prefix_cache,
         .eos = run->eos,
         .bos = run->bos,
         .pad = run->pad,

@@ -218,6 +218,8 @@ static const tr_option batch_table[] = {
      "prompt tokens of one step, at most (default 1024)"},
     {"max-sequences", 0, TR_OPTION_INT, AT(max_sequences), 1, 4096, "N", NULL,
      "answers generated at the same time, at most (default 32)"},
+    {"no-prefix-cache", 0, TR_OPTION_FLAG, AT(no_prefix_cache), 0, 0, NULL, NULL,
+     "compute every prompt in full, also what it shares with others"},
     {"seed", 0, TR_OPTION_INT, AT(seed), 0, INT64_MAX, "N", NULL,
      "of requests without a seed of their own, with their custom_id (default 0)"},
     {"speculate", 0, TR_OPTION_ABSENT, 0, 0, 0, "N", "0", NULL},

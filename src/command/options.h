@@ -56,7 +56,7 @@ typedef struct tr_batch_options {
     int64_t max_batch_tokens, max_sequences, seed;
     bool default_thinking, thinking_only, allow_tools, literal_content, response_format_in_prompt;
     bool dsv31_assistant_after_tool, strict_params;
-    bool resume, verbose, no_bind, no_overlap;
+    bool resume, verbose, no_bind, no_overlap, no_prefix_cache;
     char *const *part; /* --merge: the arguments behind the options */
     int n_parts;
 } tr_batch_options;

@@ -107,6 +107,7 @@ static tr_status make_scheduler(tr_engine *e, const tr_tokenizer *tokenizer, tr_
         .max_sequences = o->max_sequences,
         .max_model_len = o->max_model_len,
         .ring = o->ring,
+        .prefix_cache = !o->no_prefix_cache,
         .eos = o->eos,
         .bos = o->bos,
         .pad = o->pad,
@@ -328,7 +329,10 @@ static void publish_stats(tr_engine *e)
         .decode_ns = e->decode_ns,
         .running = s.running,
         .waiting = s.waiting,
+        .prompt_tokens = s.prompt_tokens,
+        .cached_tokens = s.cached_tokens,
         .pages_held = s.pages_held,
+        .pages_cached = s.pages_cached,
         .pages_total = s.pages_total,
     };
     pthread_mutex_unlock(&e->lock);

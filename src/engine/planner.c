@@ -62,11 +62,6 @@ static int budget_end(const tr_scheduler *s, const tr_sequence *q)
     return q->length + n;
 }
 
-static int n_aging(const tr_scheduler *s)
-{
-    return tr_pages_total(s->pages) - tr_pages_held(s->pages) - tr_pages_available(s->pages);
-}
-
 /* Pages for q's rows up to `end`: as many as there are; for the first row others are preempted. Returns how far it can
  * go. q itself may be preempted, when it is the youngest. */
 static int take_pages(tr_scheduler *s, tr_sequence *q, int end)
@@ -74,15 +69,14 @@ static int take_pages(tr_scheduler *s, tr_sequence *q, int end)
     for (;;) {
         int n = tr_pages_for(end) - q->n_pages;
         if (n > 0 && !s->waits_for_pages) {
-            int available = tr_pages_available(s->pages);
-            if (n > available) n = available;
+            n = tr_scheduler_reclaim(s, n);
             tr_pages_take(s->pages, n, q->page + q->n_pages);
             q->n_pages += n;
         }
         int reach = q->n_pages * TR_PAGE_TOKENS;
         if (reach > q->length) return reach < end ? reach : end;
         if (s->waits_for_pages) return q->length;
-        if (n_aging(s)) {
+        if (tr_pages_aging(s->pages)) {
             /* Pages come free when steps in flight have ended: its turn is before younger ones'. */
             s->waits_for_pages = true;
             return q->length;
@@ -137,24 +131,70 @@ static bool sibling_runs(const tr_sequence *q)
     return false;
 }
 
+/* Pages of the index that q could begin with; at least one row is left to run, the last prompt token's before the first
+ * token. None where rows must run because they score. */
+static int most_cached(const tr_scheduler *s, const tr_sequence *q)
+{
+    const tr_group *g = q->group;
+    int n_rows = tr_sequence_end(q) - 1;
+
+    if (!s->options.prefix_cache || (q->i_choice == 0 && g->n_scores_planned < g->n_scores))
+        return 0;
+    return (n_rows < g->n_prompt ? n_rows : g->n_prompt) / TR_PAGE_TOKENS;
+}
+
+/* Somebody running is about to fill the index's next page of q's prompt, behind the n_cached in q->page: it pays to wait. Who
+ * has another page than the index for the rows before will not enter it. */
+static bool is_being_computed(const tr_scheduler *s, const tr_sequence *q, int n_cached)
+{
+    const int begin = n_cached * TR_PAGE_TOKENS, end = begin + TR_PAGE_TOKENS;
+    const int32_t *token = q->group->prompt + begin;
+
+    if (n_cached >= most_cached(s, q)) return false;
+    for (int i = 0; i < s->n_running; i++) {
+        const tr_sequence *r = s->running[i];
+        if (r->n_entered > n_cached || end > r->group->n_prompt || end > tr_sequence_end(r))
+            continue;
+        if (n_cached && (r->n_pages < n_cached || r->page[n_cached - 1] != q->page[n_cached - 1]))
+            continue;
+        if (!memcmp(r->group->prompt + begin, token, TR_PAGE_TOKENS * sizeof *token)) return true;
+    }
+    return false;
+}
+
 /* Pages for all its tokens so far, beside what running ones still need for theirs. Each of these grows: a page in reserve for
- * each, but not more than a sixteenth of all, so that a small pool is not left idle. */
-static bool has_room(const tr_scheduler *s, const tr_sequence *q, const int32_t *lender)
+ * each, but not more than a sixteenth of all, so that a small pool is not left idle. Idle pages can be evicted, but for those
+ * q begins with. */
+static bool has_room(const tr_scheduler *s, const tr_sequence *q, const int32_t *lender,
+                     int n_cached)
 {
     int reserve = tr_pages_total(s->pages) / 16;
     if (reserve > s->n_running) reserve = s->n_running;
     int64_t need = tr_pages_for(tr_sequence_end(q)) + reserve;
 
     if (lender) need -= (q->group->n_prompt - 1) / TR_PAGE_TOKENS;
+    for (int i = 0; i < n_cached; i++)
+        need -= tr_pages_references(s->pages, q->page[i]) > 0;
     for (int i = 0; i < s->n_running; i++) {
         int owed = tr_pages_for(tr_sequence_end(s->running[i])) - s->running[i]->n_pages;
         if (owed > 0) need += owed;
     }
-    return need <= tr_pages_available(s->pages);
+    return need <= tr_pages_available(s->pages) + tr_pages_idle(s->pages);
 }
 
-/* Into a slot. With a lender its full pages are shared and the half-filled one is copied before the step's rows. */
-static void begin(tr_scheduler *s, tr_sequence *q, const int32_t *lender)
+/* At a request's first admission: what a preemption makes it find or compute again does not count. */
+static void count_cached(tr_scheduler *s, tr_group *g, int n_tokens)
+{
+    if (g->counted) return;
+    g->counted = true;
+    g->event->cached_tokens = n_tokens;
+    s->stats.cached_tokens += (uint64_t)n_tokens;
+    s->stats.prompt_tokens += (uint64_t)g->n_prompt;
+}
+
+/* Into a slot, with the n_cached pages in q->page. With a lender instead its full pages are shared and the half-filled one is
+ * copied before the step's rows. */
+static void begin(tr_scheduler *s, tr_sequence *q, const int32_t *lender, int n_cached)
 {
     const int n_rows = q->group->n_prompt - 1, n_full = n_rows / TR_PAGE_TOKENS;
     int slot = 0;
@@ -166,9 +206,15 @@ static void begin(tr_scheduler *s, tr_sequence *q, const int32_t *lender)
     tr_waiting_remove(s, q);
     tr_running_insert(s, q);
     q->fresh = true;
+    count_cached(s, q->group, n_cached * TR_PAGE_TOKENS);
     if (!q->born) q->group->n_unborn--;
     q->born = true;
-    if (!lender) return;
+    if (!lender) {
+        tr_pages_share(s->pages, q->page, n_cached);
+        q->n_pages = q->n_entered = n_cached;
+        q->length = n_cached * TR_PAGE_TOKENS;
+        return;
+    }
     memcpy(q->page, lender, (size_t)n_full * sizeof *q->page);
     tr_pages_share(s->pages, lender, n_full);
     q->n_pages = n_full;
@@ -192,13 +238,20 @@ static void admit(tr_scheduler *s)
             q = next;
             continue;
         }
-        if (!has_room(s, q, lender)) {
+        int n_cached =
+            lender ? 0 : tr_pages_match(s->pages, q->group->prompt, most_cached(s, q), q->page);
+        if (!lender && is_being_computed(s, q, n_cached)) {
+            q = next;
+            continue;
+        }
+        if (!has_room(s, q, lender, n_cached)) {
             /* Only prefixes can be in the way of somebody who is alone; the own one at last. */
             if (s->n_running || s->n_flight || !tr_scheduler_drop_some_prefix(s, q->group)) return;
             tr_scheduler_mature(s);
             continue;
         }
-        begin(s, q, lender);
+        if (lender && !tr_scheduler_reclaim(s, 1)) return; /* for its half-filled page */
+        begin(s, q, lender, n_cached);
         decide(s, q);
         q = next;
     }
@@ -281,6 +334,8 @@ static int write_span(tr_scheduler *s, tr_flight *f, tr_sequence *q)
     }
     if (tr_plan_add_span(s->builder, span) < 0 || write_head(s, f, q, span.n_logits) < 0) return -1;
     *(is_decode(q) ? &f->n_decode : &f->n_prefill) += n;
+    if (is_prompt && s->options.prefix_cache)
+        f->written[f->n_written++] = (tr_written){.sequence = q, .end = end};
     if (scores) g->n_scores_planned = end < g->n_scores ? end : g->n_scores;
     q->length = end;
     q->n_flight += samples;
@@ -329,7 +384,7 @@ tr_status tr_scheduler_plan(tr_scheduler *s, const tr_plan **plan, tr_err *err)
     if (!n_rows) return TR_OK;
 
     tr_plan_begin(s->builder, s->step, s->n_flight ? 0 : TR_PLAN_AFTER_TOKENS);
-    f->n_head = f->n_prefill = f->n_decode = 0;
+    f->n_head = f->n_written = f->n_prefill = f->n_decode = 0;
     for (int i = 0; i < s->n_running; i++) {
         tr_sequence *q = s->running[i];
         if (write_sequence(s, f, q) < 0)

@@ -31,7 +31,7 @@ tr_status tr_scheduler_create(tr_scheduler **out, const tr_scheduler_options *op
     if (s) {
         s->options = *options;
         s->step = 1;
-        s->pages = tr_pages_create(l->n_pages, options->ring);
+        s->pages = tr_pages_create(l->n_pages, options->ring, options->prefix_cache);
         s->builder = tr_plan_builder_create(l);
         s->running = tr_calloc((size_t)options->max_sequences, sizeof(tr_sequence *));
         s->slot_used = tr_calloc((size_t)options->max_sequences, sizeof *s->slot_used);
@@ -39,8 +39,10 @@ tr_status tr_scheduler_create(tr_scheduler **out, const tr_scheduler_options *op
     }
     bool ok = s && s->pages && s->builder && s->running && s->slot_used && s->flight;
     for (int i = 0; ok && i < options->ring; i++) {
-        s->flight[i].head = tr_calloc((size_t)l->n_head_max, sizeof *s->flight[i].head);
-        ok = s->flight[i].head != NULL;
+        tr_flight *f = &s->flight[i];
+        f->head = tr_calloc((size_t)l->n_head_max, sizeof *f->head);
+        f->written = tr_calloc((size_t)options->max_sequences, sizeof *f->written);
+        ok = f->head && f->written;
     }
     if (!ok) {
         st = tr_fail(err, TR_E_MEMORY, "out of memory for the scheduler");
@@ -68,8 +70,10 @@ void tr_scheduler_free(tr_scheduler *s)
     if (!s) return;
     groups_free(s->groups.first);
     groups_free(s->done.first);
-    for (int i = 0; s->flight && i < s->options.ring; i++)
+    for (int i = 0; s->flight && i < s->options.ring; i++) {
         free(s->flight[i].head);
+        free(s->flight[i].written);
+    }
     free(s->flight);
     free(s->slot_used);
     free(s->running);
@@ -155,6 +159,25 @@ void tr_scheduler_mature(tr_scheduler *s)
     tr_pages_step(s->pages, s->n_flight ? s->step : s->step + (uint64_t)s->options.ring);
 }
 
+int tr_scheduler_reclaim(tr_scheduler *s, int n)
+{
+    int available = tr_pages_available(s->pages);
+
+    if (available < n) {
+        const int n_idle = tr_pages_idle(s->pages);
+        tr_pages_evict(s->pages, n - available);
+        s->stats.pages_evicted += (uint64_t)(n_idle - tr_pages_idle(s->pages));
+        available = tr_pages_available(s->pages);
+    }
+    return n < available ? n : available;
+}
+
+void tr_scheduler_clear_cache(tr_scheduler *s)
+{
+    tr_pages_evict(s->pages, tr_pages_idle(s->pages));
+    tr_scheduler_mature(s);
+}
+
 void tr_scheduler_drop_prefix(tr_scheduler *s, tr_group *g, uint64_t step)
 {
     if (!g->n_prefix) return;
@@ -181,10 +204,15 @@ bool tr_sequence_can_lend(const tr_sequence *q)
 /* q leaves its slot and pages; steps up to the last planned one may still touch them. */
 static void leave(tr_scheduler *s, tr_sequence *q)
 {
+    for (int i = 0; i < s->n_flight; i++) {
+        tr_flight *f = &s->flight[(s->i_flight + i) % s->options.ring];
+        for (int j = 0; j < f->n_written; j++)
+            if (f->written[j].sequence == q) f->written[j].sequence = NULL;
+    }
     tr_pages_drop(s->pages, q->page, q->n_pages, s->step - 1);
     s->slot_used[q->slot] = false;
     q->slot = -1;
-    q->n_pages = q->n_pages_sent = q->length = q->n_rows = 0;
+    q->n_pages = q->n_pages_sent = q->n_entered = q->length = q->n_rows = 0;
     q->fresh = false;
     q->copy_from = -1;
     running_remove(s, q);
@@ -380,6 +408,7 @@ static void commit_row(tr_scheduler *s, tr_head_row *row, const tr_step_output *
     if (token == -2) {
         tr_event_fail(g->event, "numerical_error", "logits at position %d are not finite",
                       row->i_score >= 0 ? row->i_score : g->n_prompt + q->n_token - 1);
+        tr_pages_distrust(s->pages, q->page, q->n_pages);
         fail_group(s, g);
         return;
     }
@@ -408,11 +437,27 @@ static void commit_row(tr_scheduler *s, tr_head_row *row, const tr_step_output *
     }
 }
 
+/* Full pages of prompt rows go into the index; those of generated tokens, which are computed in another form, do not. */
+static void enter_pages(tr_scheduler *s, tr_sequence *q, int end)
+{
+    const tr_group *g = q->group;
+    const int n = (end < g->n_prompt ? end : g->n_prompt) / TR_PAGE_TOKENS;
+
+    for (; q->n_entered < n; q->n_entered++)
+        if (!tr_pages_enter(s->pages, q->page, q->n_entered,
+                            g->prompt + q->n_entered * TR_PAGE_TOKENS)) {
+            q->n_entered = g->n_prompt; /* nobody need wait for the rest */
+            return;
+        }
+}
+
 void tr_scheduler_commit(tr_scheduler *s, const tr_step_output *out)
 {
     tr_flight *f = &s->flight[s->i_flight];
 
     assert(s->n_flight > 0);
+    for (int i = 0; i < f->n_written; i++)
+        if (f->written[i].sequence) enter_pages(s, f->written[i].sequence, f->written[i].end);
     for (int h = 0; h < f->n_head; h++)
         if (f->head[h].sequence) commit_row(s, &f->head[h], out, h);
     s->stats.steps++;
@@ -442,6 +487,7 @@ tr_scheduler_stats tr_scheduler_stats_get(const tr_scheduler *s)
     stats.running = s->n_running;
     stats.waiting = s->n_waiting;
     stats.pages_held = tr_pages_held(s->pages);
+    stats.pages_cached = tr_pages_idle(s->pages);
     stats.pages_total = tr_pages_total(s->pages);
     return stats;
 }
@@ -451,6 +497,7 @@ bool tr_scheduler_consistent(const tr_scheduler *s)
     const int n_pages = tr_pages_total(s->pages);
     int *held = tr_calloc((size_t)n_pages, sizeof *held);
     bool ok = held != NULL;
+    int n_idle = 0;
 
     if (!ok) return false;
     for (int i = 0; i < s->n_running; i++) {
@@ -459,12 +506,18 @@ bool tr_scheduler_consistent(const tr_scheduler *s)
              q->n_pages * TR_PAGE_TOKENS >= q->length && (!i || older(s->running[i - 1], q));
         for (int j = 0; j < q->n_pages; j++)
             held[q->page[j]]++;
+        for (int j = q->length / TR_PAGE_TOKENS; j < q->n_pages; j++)
+            ok = ok && tr_pages_references(s->pages, q->page[j]) == 1 &&
+                 !tr_pages_indexed(s->pages, q->page[j]);
     }
     for (const tr_group *g = s->groups.first; g; g = g->next)
         for (int j = 0; j < g->n_prefix; j++)
             held[g->prefix[j]]++;
     for (int i = 0; i < n_pages; i++)
         ok = ok && held[i] == tr_pages_references(s->pages, i);
+    for (int i = 0; i < n_pages; i++)
+        n_idle += !held[i] && tr_pages_indexed(s->pages, i);
+    ok = ok && n_idle == tr_pages_idle(s->pages);
     for (const tr_sequence *q = s->first_waiting; q && q->next; q = q->next)
         ok = ok && older(q, q->next);
     free(held);

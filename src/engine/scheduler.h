@@ -3,7 +3,8 @@
  *
  * First come, first served: the order of arrival (then of choices) decides who is planned first, who is admitted first, and,
  * when pages run out, who is preempted: always the youngest running. The oldest unfinished sequence therefore always
- * gets on, and everybody finishes. What a row computes never depends on this: a prompt row below index_topk is dense,
+ * gets on, and everybody finishes. Whoever begins with the tokens of somebody running that are not in the cache yet waits until
+ * they are; others pass. That one runs, so it gets on, or is preempted, which ends the waiting too. What a row computes never depends on this: a prompt row below index_topk is dense,
  * every other row is absorbed, also when it is computed again (architecture.md 4). */
 #ifndef TR_ENGINE_SCHEDULER_H
 #define TR_ENGINE_SCHEDULER_H
@@ -28,7 +29,8 @@ typedef struct tr_scheduler_options {
     int max_batch_tokens; /* prompt rows (and rows computed again) of one step */
     int max_sequences; /* running choices; slots, head rows and rows of the limits must do for one row each */
     int max_model_len;
-    int ring; /* steps in flight at most */
+    int ring;          /* steps in flight at most */
+    bool prefix_cache; /* prompts that begin alike share pages */
     int32_t eos, bos, pad;
     tr_vocabulary vocabulary;
 } tr_scheduler_options;
@@ -38,8 +40,10 @@ typedef struct tr_scheduler_stats {
     uint64_t
         generated_tokens; /* sampled and kept: a first token comes from a prompt's row, not from a decode row */
     uint64_t preemptions, finished, failed;
-    int running, waiting; /* choices */
-    int pages_held, pages_total;
+    uint64_t prompt_tokens, cached_tokens; /* of requests admitted; of these, not computed for them */
+    uint64_t pages_evicted;
+    int running, waiting;                      /* choices */
+    int pages_held, pages_cached, pages_total; /* cached: kept for the next with these tokens, held by nobody */
 } tr_scheduler_stats;
 
 typedef struct tr_scheduler tr_scheduler;
@@ -69,7 +73,9 @@ void tr_scheduler_commit(tr_scheduler *s, const tr_step_output *out);
 tr_event *tr_scheduler_event(tr_scheduler *s); /* a finished request, or NULL */
 
 tr_scheduler_stats tr_scheduler_stats_get(const tr_scheduler *s);
-/* For tests: every page's references equal the holders there are. */
+/* Every page that nobody holds leaves the prefix index. */
+void tr_scheduler_clear_cache(tr_scheduler *s);
+/* For tests: every page's references equal the holders there are, and what is still to be written has one holder. */
 bool tr_scheduler_consistent(const tr_scheduler *s);
 
 #endif

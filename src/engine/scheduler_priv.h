@@ -12,9 +12,15 @@ typedef struct tr_head_row { /* who waits for one head row of a step in flight *
     int32_t i_score;         /* prompt score of token i_score + 1; -1: its next token */
 } tr_head_row;
 
+typedef struct tr_written { /* prompt rows [.., end) of a step in flight */
+    tr_sequence *sequence;  /* NULL: it has left its pages */
+    int end;
+} tr_written;
+
 typedef struct tr_flight { /* a step that was planned and not yet committed */
     tr_head_row *head;     /* [n_head_max] */
-    int n_head, n_prefill, n_decode;
+    tr_written *written;   /* [max_sequences] */
+    int n_head, n_written, n_prefill, n_decode;
 } tr_flight;
 
 typedef struct tr_group_list {
@@ -52,6 +58,9 @@ static inline int tr_pages_for(int n_rows)
 
 /* Pages dropped before become free: those no step in flight can read. Nothing in flight: all of them. */
 void tr_scheduler_mature(tr_scheduler *s);
+
+/* Makes pages available, up to n, by evicting idle ones from the prefix index. Returns how many of the n there are. */
+int tr_scheduler_reclaim(tr_scheduler *s, int n);
 
 void tr_scheduler_drop_prefix(tr_scheduler *s, tr_group *g, uint64_t step);
 /* Of the youngest group that holds one, rather not `spare`'s. Its choices to come compute the prompt again. */

@@ -32,6 +32,7 @@ typedef struct tr_sequence {
         page; /* [page_cap] page[i] holds positions [64 i, 64 i + 64); allocated for the longest it can get */
     int n_pages, n_pages_sent; /* sent: of these the device's page table knows */
     int page_cap;
+    int n_entered; /* full pages of the prompt that went into the index, or that it did not want */
     int length;
     int n_flight;
     int n_rows;        /* of the plan being made */
@@ -56,6 +57,7 @@ struct tr_group {
     const int32_t *prompt;
     int n_prompt;
     int n_choices, n_live, n_unborn;
+    bool counted; /* its prompt in the statistics of the cache: at the first admission */
     tr_sequence *sequence; /* [n_choices] */
     tr_stops *stops;
 

@@ -66,6 +66,7 @@ def records():
             return None
         if isinstance(r, dict) and r.get("response"):
             r["response"]["body"].pop("created", None)
+            r["response"]["body"].get("usage", {}).pop("prompt_tokens_details", None)
         found.append(json.dumps(r, sort_keys=True))
     return sorted(found)
 
