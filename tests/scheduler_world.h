@@ -351,7 +351,8 @@ typedef struct world {
 /* Documents: token i of number d. A few share their first page and a half. */
 static int32_t document_token(int d, int i)
 {
-    int32_t token = (int32_t)(3 + mix((uint64_t)(i < 96 ? d / 2 : 100 + d), (uint64_t)i) % (VOCAB - 5));
+    int32_t token =
+        (int32_t)(3 + mix((uint64_t)(i < 96 ? d / 2 : 100 + d), (uint64_t)i) % (VOCAB - 5));
     return d == 5 && i == 70 ? NAN_TOKEN : token; /* poison in the middle */
 }
 

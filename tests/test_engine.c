@@ -1,5 +1,6 @@
 /* The engine with the trained checkpoint: what a request gets does not depend on its neighbours, on how its prompt is cut, on
- * preemption, on how many steps are in flight or on the number of threads, to the last bit. */
+ * preemption, on how many steps are in flight, on the number of threads or on what others left in the prefix cache, to the last
+ * bit. */
 #include <config.h>
 
 #include <setjmp.h>
@@ -23,6 +24,8 @@ typedef struct setting { /* of one run; 0: the default */
     tr_dtype dtype;
     int max_batch_tokens, ring, n_threads, n_pages;
     uint64_t only; /* this request alone; 0: all (ids count from 1) */
+    bool shared;   /* the requests that begin alike */
+    bool no_cache;
 } setting;
 
 typedef struct result {
@@ -88,6 +91,32 @@ static tr_request *make_request(uint64_t id)
     return r;
 }
 
+/* Beginnings of one text, around page boundaries and on both sides of index_topk (128), half of them with an end of their own. */
+static tr_request *make_shared_request(uint64_t id)
+{
+    static const size_t length[] = {300, 63, 64, 65, 127, 128, 129, 257};
+    const json_t *ids = json_object_get(json_array_get(cases, 3), "prompt_ids");
+    tr_request *r = calloc(1, sizeof *r);
+    assert_non_null(r);
+    r->id = id;
+    r->n_prompt = length[id % 8];
+    r->prompt = malloc(r->n_prompt * sizeof *r->prompt);
+    assert_non_null(r->prompt);
+    for (size_t i = 0; i < r->n_prompt; i++)
+        r->prompt[i] = (int32_t)json_integer_value(json_array_get(ids, i));
+    if (id > 8) r->prompt[r->n_prompt - 1 - id % 3] = 300 + (int32_t)id;
+    r->params = (tr_params){.n = id % 5 == 0 ? 3 : 1,
+                            .key = id * 77,
+                            .temperature = id % 2 ? 0 : 1,
+                            .top_p = 0.95f,
+                            .max_tokens = 70, /* pages of generated tokens too */
+                            .repetition = 1,
+                            .ignore_eos = true,
+                            .n_logprobs = 3,
+                            .n_prompt_logprobs = id == 7 || id == 12 ? 1 : -1};
+    return r;
+}
+
 static void run(const setting *s, result *results)
 {
     char dir[512];
@@ -126,12 +155,16 @@ static void run(const setting *s, result *results)
                                   .eos = EOS,
                                   .bos = -1,
                                   .pad = -1,
+                                  .no_prefix_cache = s->no_cache,
                                   .is_leader = true};
     if (tr_engine_create(&engine, f.model, NULL, f.self, &eo, NULL, &f.regions, &err) != TR_OK)
         fail_msg("%s", err.text);
     for (uint64_t id = 1; id <= N_REQUESTS; id++)
         if (s->only == 0 || s->only == id)
-            assert_int_equal(tr_engine_submit(engine, make_request(id), &err), TR_OK);
+            assert_int_equal(
+                tr_engine_submit(engine, s->shared ? make_shared_request(id) : make_request(id),
+                                 &err),
+                TR_OK);
     tr_engine_close(engine);
     if (tr_engine_run(engine, &err) != TR_OK) fail_msg("%s", err.text);
     while (tr_engine_take(engine, &event, 0) == 1) {
@@ -143,6 +176,8 @@ static void run(const setting *s, result *results)
     const tr_engine_stats stats = tr_engine_stats_get(engine);
     assert_int_equal(stats.pages_held, 0);
     if (s->n_pages > 0) assert_true(stats.preemptions > 0);
+    if (s->no_cache) assert_int_equal(stats.cached_tokens, 0);
+    if (s->shared && !s->no_cache) assert_true(stats.cached_tokens > 10 * TR_PAGE_TOKENS);
     tr_engine_free(engine);
     tr_fixture_close(&f);
 }
@@ -226,6 +261,25 @@ static void test_fp8(void **state)
     independent(TR_E4M3);
 }
 
+static void test_shared_prefixes(void **state)
+{
+    static const setting ways[] = {
+        {.dtype = TR_E4M3, .shared = true},
+        {.dtype = TR_E4M3, .shared = true, .ring = 2, .max_batch_tokens = 50, .n_threads = 1},
+        {.dtype = TR_E4M3, .shared = true, .ring = 2, .n_pages = 20},
+    };
+    result alone[N_REQUESTS + 1] = {0}, other[N_REQUESTS + 1] = {0};
+    (void)state;
+    run(&(setting){.dtype = TR_E4M3, .shared = true, .no_cache = true}, alone);
+    for (size_t i = 0; i < sizeof ways / sizeof *ways; i++) {
+        run(&ways[i], other);
+        for (int id = 1; id <= N_REQUESTS; id++)
+            same(&alone[id], &other[id], id);
+        forget(other);
+    }
+    forget(alone);
+}
+
 /* The choices of one request differ from each other, and equal choices would show a key that is not mixed in. */
 static void test_choices(void **state)
 {
@@ -261,6 +315,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_f32),
         cmocka_unit_test(test_fp8),
+        cmocka_unit_test(test_shared_prefixes),
         cmocka_unit_test(test_choices),
     };
     return cmocka_run_group_tests(tests, read_cases, drop_cases);

@@ -63,7 +63,8 @@ static void test_good(void **state)
                            "--literal-content "
                            "--response-format-in-prompt --dsv31-assistant-after-tool "
                            "--strict-params --resume --verbose "
-                           "--no-bind --no-overlap --no-prefix-cache --shard 0/1 --speculate 0 --chat-format dsv31",
+                           "--no-bind --no-overlap --no-prefix-cache --shard 0/1 --speculate 0 "
+                           "--chat-format dsv31",
                            &o, &err, &copy),
                      TR_OK);
     assert_true(o.default_thinking && o.thinking_only && o.allow_tools && o.literal_content &&

@@ -10,6 +10,7 @@
 #include <cmocka.h>
 
 #include "engine/pages.h"
+#include "kernels/kernels.h"
 
 enum { N = 150 };
 
@@ -138,6 +139,63 @@ static void test_against_model(void **state)
     }
 }
 
+/* ---- with the prefix index ------------------------------------------------------------------------------ */
+
+static void test_index(void **state)
+{
+    int32_t token[3 * TR_PAGE_TOKENS], page[3], found[3], more[4];
+    tr_pages *p = tr_pages_create(4, 2, true);
+    (void)state;
+
+    for (int i = 0; i < 3 * TR_PAGE_TOKENS; i++)
+        token[i] = i;
+    tr_pages_step(p, 1);
+    assert_int_equal(tr_pages_match(p, token, 3, found), 0);
+    assert_int_equal(tr_pages_take(p, 3, page), 1);
+    assert_false(tr_pages_enter(p, page, 1, token + TR_PAGE_TOKENS)); /* not behind nothing */
+    for (int i = 0; i < 2; i++)
+        assert_true(tr_pages_enter(p, page, i, token + i * TR_PAGE_TOKENS));
+    assert_true(tr_pages_enter(p, page, 1, token + TR_PAGE_TOKENS)); /* is in it already */
+    tr_pages_drop(p, page, 3, 1);
+    assert_int_equal(tr_pages_held(p), 0);
+    assert_int_equal(tr_pages_idle(p), 2);
+    assert_int_equal(tr_pages_aging(p), 1);
+    assert_int_equal(tr_pages_match(p, token, 3, found), 2);
+    assert_memory_equal(found, page, 2 * sizeof *page);
+    assert_int_equal(tr_pages_match(p, token, 1, found), 1);
+
+    /* Evicted while a step in flight may read it: as late as any other page. */
+    tr_pages_step(p, 2);
+    tr_pages_evict(p, 1);
+    assert_int_equal(tr_pages_match(p, token, 3, found), 1); /* the leaf has left */
+    assert_int_equal(tr_pages_aging(p), 2);
+    assert_int_equal(tr_pages_available(p), 1);
+    tr_pages_share(p, found, 1);
+    assert_int_equal(tr_pages_references(p, found[0]), 1);
+    tr_pages_evict(p, 9); /* nothing is idle */
+    assert_int_equal(tr_pages_held(p), 1);
+    tr_pages_step(p, 3);
+    assert_int_equal(tr_pages_available(p), 3);
+    tr_pages_drop(p, found, 1, 3);
+    tr_pages_step(p, 5);
+    tr_pages_evict(p, 1); /* long enough ago */
+    assert_int_equal(tr_pages_take(p, 4, more), 1);
+
+    /* Others came first with these tokens: nothing of the later run goes in, and nothing is lost. */
+    for (int i = 0; i < 2; i++)
+        assert_true(tr_pages_enter(p, more, i, token + i * TR_PAGE_TOKENS));
+    assert_false(tr_pages_enter(p, more + 2, 0, token));
+    assert_false(tr_pages_enter(p, more + 2, 1, token + TR_PAGE_TOKENS));
+    tr_pages_distrust(p, more, 4);
+    assert_int_equal(tr_pages_match(p, token, 2, found), 0);
+    tr_pages_drop(p, more, 4, 6);
+    assert_int_equal(tr_pages_idle(p), 2);
+    tr_pages_evict(p, 2);
+    tr_pages_step(p, 8);
+    assert_int_equal(tr_pages_available(p), 4);
+    tr_pages_free(p);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -145,6 +203,7 @@ int main(void)
         cmocka_unit_test(test_delay),
         cmocka_unit_test(test_sharing),
         cmocka_unit_test(test_against_model),
+        cmocka_unit_test(test_index),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

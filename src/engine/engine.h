@@ -19,7 +19,7 @@ typedef struct tr_engine_options {
     int ring; /* steps in flight: 1, or 2 (a step is planned before the previous one is read back) */
     int queue_max; /* requests waiting in submit's queue before submit blocks; 0: 4 * max_sequences */
     int32_t eos, bos, pad; /* token ids, -1: none */
-    bool no_prefix_cache; /* every prompt is computed in full */
+    bool no_prefix_cache;  /* every prompt is computed in full */
     bool is_leader; /* rank 0 of its replica: schedules; followers only run the plans they get */
 } tr_engine_options;
 
@@ -31,7 +31,8 @@ typedef struct tr_engine_stats {
     uint64_t mixed_decode_tokens;   /* generated in steps that also had prompt rows */
     uint64_t
         generated_tokens; /* of answers; decode_tokens lack each answer's first, which a prompt's row gives */
-    uint64_t prompt_tokens, cached_tokens; /* of requests begun; of these, found in the prefix cache */
+    uint64_t prompt_tokens,
+        cached_tokens; /* of requests begun; of these, found in the prefix cache */
     int running, waiting, pages_held, pages_cached, pages_total; /* cached: held by nobody now */
 } tr_engine_stats;
 

@@ -29,7 +29,7 @@ struct tr_prefix {
     node *node;     /* [n_pages] by page */
     int32_t *token; /* [n_pages, TR_PAGE_TOKENS] */
     int32_t *bucket;
-    uint64_t mask;           /* of buckets */
+    uint64_t mask;          /* of buckets */
     int32_t oldest, newest; /* idle nodes, -1: none */
 };
 

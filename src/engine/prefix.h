@@ -22,7 +22,8 @@ bool tr_prefix_has(const tr_prefix *x, int32_t page); /* has a node, found or no
 /* The page, and with it those behind it, is never found again; it stays a node until it is evicted. */
 void tr_prefix_distrust(tr_prefix *x, int32_t page);
 void tr_prefix_idle(tr_prefix *x, int32_t page); /* of a busy node; its children are idle */
-void tr_prefix_busy(tr_prefix *x, int32_t page); /* of an idle node; its parent is or becomes busy */
+void tr_prefix_busy(tr_prefix *x,
+                    int32_t page); /* of an idle node; its parent is or becomes busy */
 /* Takes out the page that has been idle for longest, a leaf; -1: none is idle. */
 int32_t tr_prefix_evict(tr_prefix *x);
 int tr_prefix_n_idle(const tr_prefix *x);

@@ -80,7 +80,7 @@ typedef struct tr_event { /* owned by whoever took it; tr_event_free frees the r
     tr_scores
         prompt_scores; /* DONE, n_prompt_logprobs >= 0: n = n_prompt - 1, entry i is of prompt[i + 1] */
     int cached_tokens; /* of the prompt, found in the cache: depends on what ran before */
-    const char *code; /* FAILED: "numerical_error", "context_length_exceeded", ... (static) */
+    const char *code;  /* FAILED: "numerical_error", "context_length_exceeded", ... (static) */
     char message[256];
     uint64_t submitted_ns, first_token_ns, done_ns;
 } tr_event;

@@ -40,10 +40,12 @@ typedef struct tr_scheduler_stats {
     uint64_t
         generated_tokens; /* sampled and kept: a first token comes from a prompt's row, not from a decode row */
     uint64_t preemptions, finished, failed;
-    uint64_t prompt_tokens, cached_tokens; /* of requests admitted; of these, not computed for them */
+    uint64_t prompt_tokens,
+        cached_tokens; /* of requests admitted; of these, not computed for them */
     uint64_t pages_evicted;
-    int running, waiting;                      /* choices */
-    int pages_held, pages_cached, pages_total; /* cached: kept for the next with these tokens, held by nobody */
+    int running, waiting; /* choices */
+    int pages_held, pages_cached,
+        pages_total; /* cached: kept for the next with these tokens, held by nobody */
 } tr_scheduler_stats;
 
 typedef struct tr_scheduler tr_scheduler;

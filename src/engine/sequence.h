@@ -57,7 +57,7 @@ struct tr_group {
     const int32_t *prompt;
     int n_prompt;
     int n_choices, n_live, n_unborn;
-    bool counted; /* its prompt in the statistics of the cache: at the first admission */
+    bool counted;          /* its prompt in the statistics of the cache: at the first admission */
     tr_sequence *sequence; /* [n_choices] */
     tr_stops *stops;
 
