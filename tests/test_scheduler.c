@@ -353,6 +353,25 @@ static void test_eviction(void **state)
     }
 }
 
+/* Kept pages that a request begins with cannot be evicted for it too: it waits, and nobody is preempted. */
+static void test_room(void **state)
+{
+    world *w = cached_world(5, 1, 2, 100);
+    (void)state;
+    assert_null(add(w, plain_request(200, 5, 1)));
+    finish(w);
+    assert_int_equal(tr_scheduler_stats_get(w->scheduler).pages_cached, 3);
+    tr_request *r = plain_request(100, 20, 1); /* the other two pages */
+    r->prompt[0] = 90;
+    assert_null(add(w, r));
+    assert_null(add(w, plain_request(300, 5, 1))); /* the three, and two more */
+    finish(w);
+    assert_int_equal(w->n_done, 3);
+    assert_int_equal(tr_scheduler_stats_get(w->scheduler).preemptions, 0);
+    assert_int_equal(tr_scheduler_stats_get(w->scheduler).cached_tokens, 192);
+    world_free(w);
+}
+
 /* Pages of a request that failed on its numbers are found by nobody. */
 static void test_distrust(void **state)
 {
@@ -493,6 +512,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_generated_not_shared),
         cmocka_unit_test(test_scores_and_passing),
         cmocka_unit_test(test_eviction),
+        cmocka_unit_test(test_room),
         cmocka_unit_test(test_distrust),
         cmocka_unit_test(test_first_come),
         cmocka_unit_test(test_full_change_rows),
