@@ -362,13 +362,12 @@ struct tr_logprobs_args {
 
 /* The list, once: struct names, table, region names, `bench kernels`, and "every operation has a test" come from it.
  * To come with their features: reduce_norm, await, rows_scatter, pages_pack, sample_merge, verify. */
-#define TR_OPS(X)                                                                                  \
-    X(plan_apply)                                                                                  \
-    X(pages_copy)                                                                                  \
-    X(embed)                                                                                       \
-    X(norm) X(rows_gather) X(linear) X(swiglu) X(mla_query) X(kv_write) X(index_query)             \
-        X(index_logits) X(topk) X(sparse_mla) X(dense_mha) X(mla_value) X(router) X(moe_pack)      \
-            X(moe) X(moe_combine) X(sample) X(logprobs)
+/* clang-format off */
+#define TR_OPS(X) \
+    X(plan_apply) X(pages_copy) X(embed) X(norm) X(rows_gather) X(linear) X(swiglu) X(mla_query) X(kv_write) \
+    X(index_query) X(index_logits) X(topk) X(sparse_mla) X(dense_mha) X(mla_value) X(router) X(moe_pack) X(moe) \
+    X(moe_combine) X(sample) X(logprobs)
+/* clang-format on */
 #define TR_OP(name) tr_status (*name)(tr_device *, tr_lane, const struct tr_##name##_args *);
 
 enum { TR_CAP_GRAPH = 1, TR_CAP_PEERS = 2, TR_CAP_W8A8 = 4 }; /* tr_ops.caps */
