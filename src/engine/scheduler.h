@@ -3,9 +3,10 @@
  *
  * First come, first served: the order of arrival (then of choices) decides who is planned first, who is admitted first, and,
  * when pages run out, who is preempted: always the youngest running. The oldest unfinished sequence therefore always
- * gets on, and everybody finishes. Whoever begins with the tokens of somebody running that are not in the cache yet waits until
- * they are; others pass. That one runs, so it gets on, or is preempted, which ends the waiting too. What a row computes never depends on this: a prompt row below index_topk is dense,
- * every other row is absorbed, also when it is computed again (architecture.md 4). */
+ * gets on, and everybody finishes. Whoever begins with the tokens of somebody running that are not in the cache yet waits
+ * until they are; others pass. That one runs, so it gets on, or is preempted, which ends the waiting too. What a row computes
+ * never depends on this: a prompt row below index_topk is dense, every other row is absorbed, also when it is computed again
+ * (architecture.md 4). */
 #ifndef TR_ENGINE_SCHEDULER_H
 #define TR_ENGINE_SCHEDULER_H
 
