@@ -23,6 +23,7 @@ typedef struct bench {
     double *seconds; /* [options->steps] */
     int32_t *tokens; /* [longest prompt + slots * SLOT_SHIFT]: slot s begins at s * SLOT_SHIFT */
     int *load;       /* [layers, experts] rows sent to each expert in the steps of one line */
+    tr_probe probe;  /* the model keeps its address */
 } bench;
 
 /* ---- how evenly experts are used ---------------------------------------------------------------------- */
@@ -63,13 +64,13 @@ static void balance(const bench *b, double *hit, double *worst_over_mean)
 }
 
 /* Looking costs time, so it is done in a step of the warm-up. */
-static void watch(bench *b, const tr_probe *probe)
+static void watch(bench *b, bool on)
 {
     const tr_config *c = &b->opened.config;
-    if (probe)
-        memset(b->load, 0,
-               (size_t)c->num_hidden_layers * (size_t)c->n_routed_experts * sizeof *b->load);
-    tr_model_set_probe(b->opened.model, probe);
+    const size_t n = (size_t)c->num_hidden_layers * (size_t)c->n_routed_experts;
+    if (on) memset(b->load, 0, n * sizeof *b->load);
+    b->probe = (tr_probe){.ctx = b, .see = see_routes};
+    tr_model_set_probe(b->opened.model, on ? &b->probe : NULL);
 }
 
 /* ---- steps -------------------------------------------------------------------------------------------- */
@@ -207,10 +208,10 @@ static tr_status bench_decode(bench *b, int sequences, int context, tr_err *err)
     for (int slot = 0; slot < sequences && st == TR_OK; slot++)
         st = prefill(b, slot, context, &unused, err);
     for (int i = 0; i < 3 && st == TR_OK; i++) { /* warm */
-        if (i == 2) watch(b, &(tr_probe){.ctx = b, .see = see_routes});
+        watch(b, i == 2);
         st = decode(b, sequences, context + i, &unused, err);
     }
-    watch(b, NULL);
+    watch(b, false);
     tr_regions_reset(&b->opened.regions);
     for (int i = 0; i < b->options->steps && st == TR_OK; i++)
         st = decode(b, sequences, context + 3 + i, &b->seconds[i], err);
@@ -224,7 +225,7 @@ static tr_status bench_prefill(bench *b, int n, tr_err *err)
     double unused;
     for (int i = -1; i < b->options->steps && st == TR_OK; i++) {
         st = open_slots(b, 1, n, err);
-        watch(b, i < 0 ? &(tr_probe){.ctx = b, .see = see_routes} : NULL);
+        watch(b, i < 0);
         if (i == 0) tr_regions_reset(&b->opened.regions);
         if (st == TR_OK) st = prefill(b, 0, n, i < 0 ? &unused : &b->seconds[i], err);
     }
