@@ -77,7 +77,8 @@ static void rows_step(const tr_device *d, const struct tr_dense_mha_args *a, int
 {
     const struct tr_attention_kernels *k = tr_attention_of(d);
     size_t d_q = (size_t)a->d_nope + (size_t)a->d_rope, at = (size_t)i * a->n_heads + h;
-    float p[TR_ROW_BLOCK * TR_KEY_BLOCK] __attribute__((aligned(64))), keep[TR_ROW_BLOCK];
+    TR_SCRATCH float p[TR_ROW_BLOCK * TR_KEY_BLOCK] __attribute__((aligned(64)));
+    float keep[TR_ROW_BLOCK];
     int n_keys[TR_ROW_BLOCK];
     tr_tile q = {a->q + at * d_q, (size_t)a->n_heads * d_q, n};
     tr_tile key = {b->key, d_q, n_first + n - 1 < b->n ? n_first + n - 1 : b->n};
@@ -98,7 +99,8 @@ static void group_attention(const tr_device *d, const struct tr_dense_mha_args *
     const tr_rows *rows = a->rows;
     const int32_t *pages = rows->page_table + (size_t)rows->slot[r.begin] * rows->max_pages;
     int position = rows->position[r.begin], last = position + r.end - r.begin - 1;
-    float max[GROUP_ROWS], sum[GROUP_ROWS];
+    TR_SCRATCH float max[GROUP_ROWS];
+    TR_SCRATCH float sum[GROUP_ROWS];
 
     for (int i = 0; i < r.end - r.begin; i++) {
         max[i] = -INFINITY;
@@ -175,7 +177,7 @@ tr_status tr_cpu_dense_mha(tr_device *d, tr_lane lane, const struct tr_dense_mha
     if (work == 0) return TR_OK;
 #pragma omp parallel num_threads(tr_threads_for(d, work))
     {
-        block b __attribute__((aligned(64)));
+        TR_SCRATCH block b __attribute__((aligned(64)));
         for (run r = {0, 0}; next_run(rows, &r);)
             run_attention(d, a, r, &b);
     }

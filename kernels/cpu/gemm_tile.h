@@ -190,7 +190,7 @@ static void gemm_direct(const tr_gemm *g, const tr_packed *m, int panel_begin, i
 
     row_starts(x, g, 0, R);
     for (int panel = panel_begin, P; panel < panel_end; panel += P) {
-        float total[ROWS_MAX * PANELS_MAX * TR_PANEL] __attribute__((aligned(64)));
+        TR_SCRATCH float total[ROWS_MAX * PANELS_MAX * TR_PANEL] __attribute__((aligned(64)));
         P = tile_panels(direct_panels(R), panel_end - panel);
         memset(total, 0, (size_t)(R * P * TR_PANEL) * sizeof(float));
         const uint8_t *at = m->panels + (size_t)panel * m->panel_bytes;
@@ -234,9 +234,9 @@ static void gemm_buffered(const tr_gemm *g, const tr_packed *m, int i_row, int n
                           int panel_begin, int panel_end)
 {
     const int format = (int)g->w->format;
-    const float *x[CHUNK_ROWS];
-    float total[CHUNK_ROWS * buffered_panels * TR_PANEL] __attribute__((aligned(64)));
-    float buffer[buffered_panels * TR_K_BLOCK * TR_PANEL] __attribute__((aligned(64)));
+    TR_SCRATCH const float *x[CHUNK_ROWS];
+    TR_SCRATCH float total[CHUNK_ROWS * buffered_panels * TR_PANEL] __attribute__((aligned(64)));
+    TR_SCRATCH float buffer[buffered_panels * TR_K_BLOCK * TR_PANEL] __attribute__((aligned(64)));
 
     row_starts(x, g, i_row, n_rows);
     for (int panel = panel_begin, P; panel < panel_end; panel += P) {

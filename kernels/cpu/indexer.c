@@ -121,7 +121,7 @@ static void row_scores(const tr_device *d, const struct tr_index_logits_args *a,
     const struct tr_attention_kernels *k = tr_attention_of(d);
     int begin = a->first ? a->first[i] : 0, end = a->rows->position[i] + 1;
     int d_tile = (a->kv.d_index + 3) / 4 * 4;
-    float scratch[TR_ROW_BLOCK * TR_D_INDEX_MAX] __attribute__((aligned(64)));
+    TR_SCRATCH float scratch[TR_ROW_BLOCK * TR_D_INDEX_MAX] __attribute__((aligned(64)));
     float acc[TR_KEY_BLOCK] __attribute__((aligned(64))) = {0};
 
     if (a->last && a->last[i] < end) end = a->last[i];
@@ -179,7 +179,7 @@ tr_status tr_cpu_index_logits(tr_device *d, tr_lane lane, const struct tr_index_
         /* Every thread walks the runs of rows that share a slot, and shares out each run's pages. */
 #pragma omp parallel num_threads(tr_threads_for(d, work))
     {
-        float tile[TR_INDEX_TILE] __attribute__((aligned(64)));
+        TR_SCRATCH float tile[TR_INDEX_TILE] __attribute__((aligned(64)));
         for (int i = a->i_row, i_end; i < end; i = i_end) {
             int n_pages = 0;
             for (i_end = i; i_end < end && rows->slot[i_end] == rows->slot[i]; i_end++)

@@ -182,7 +182,7 @@ static void row_attention(const tr_device *d, const struct tr_sparse_mla_args *a
 {
     const int32_t *list = a->cache_row + (size_t)i * a->k;
     int at = 0, d_latent = a->kv.d_latent;
-    task t;
+    TR_SCRATCH task t;
 
     t.d = d;
     t.a = a;

@@ -61,7 +61,9 @@ static void route_row(const struct tr_router_args *a, int r)
     const float *logits = a->logits + (size_t)r * (size_t)a->n_experts;
     int32_t *expert = a->expert + (size_t)r * (size_t)a->k;
     float *weight = a->weight + (size_t)r * (size_t)a->k;
-    float s[EXPERTS_MAX], b[EXPERTS_MAX], sum = 0;
+    TR_SCRATCH float s[EXPERTS_MAX];
+    TR_SCRATCH float b[EXPERTS_MAX];
+    float sum = 0;
     uint8_t taken[EXPERTS_MAX] = {0};
 
     for (int e = 0; e < a->n_experts; e++) {
