@@ -88,7 +88,7 @@ typedef struct
     bool
         *clear; /* [n_trace] no selection or routing of this row was closer than the noise so far */
     double worst_hidden, worst_logit, worst_weight, sum_logit;
-    int n_hidden, n_sets, n_routes, n_ties, n_logit;
+    int n_hidden, n_sets, n_routes, n_logit;
 } watch;
 
 static void see_hidden(watch *w, int layer, int n, int d, float *ours)
@@ -169,7 +169,6 @@ static void see_sets(watch *w, int layer, int n, int k, const int32_t *ours)
                 fail_msg("%s layer %d row %d: another selection, margin %g", w->v->dir, layer, t,
                          (double)margin[t]);
             w->n_sets++;
-            w->n_ties += margin[t] == 0;
         }
         if (!same) w->clear[t] = false;
     }
