@@ -124,6 +124,7 @@ static void cpu_close(tr_device *d)
         next = b->next;
         free(b->base);
     }
+    tr_team_free(d->team);
     free(d);
 }
 
@@ -272,6 +273,10 @@ tr_status tr_device_open(tr_device **out, const tr_ops **ops, const tr_device_op
     tr_device *d = calloc(1, sizeof *d);
     if (!d) return tr_fail(err, TR_E_MEMORY, "out of memory");
     d->n_threads = options->n_threads > 0 ? options->n_threads : omp_get_max_threads();
+    if ((st = tr_team_create(&d->team, d->n_threads, NULL, err)) != TR_OK) {
+        free(d);
+        return st;
+    }
     d->isa = isa;
     d->k = merge(isa);
     snprintf(d->describe, sizeof d->describe, "cpu, %d thread%s, %s", d->n_threads,

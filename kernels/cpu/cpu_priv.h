@@ -1,11 +1,12 @@
 /* Inside of the CPU backend: the device, the choice of instruction set, and the one GEMM micro-kernel all linear layers
  * share. Included by kernels/cpu/ only (and its unit tests).
  *
- * Operations open their own OpenMP parallel regions with device->n_threads threads; the functions marked "one thread"
- * are called inside such a region. */
+ * Operations run on the device's team (team.h) through tr_device_run; the functions marked "one thread" are called by
+ * one of its members. */
 #ifndef TR_KERNELS_CPU_PRIV_H
 #define TR_KERNELS_CPU_PRIV_H
 
+#include "kernels/cpu/team.h"
 #include "kernels/kernels.h"
 
 /* A large array on the stack that is written before it is read: the zeroing of automatic variables of a hardened build
@@ -65,7 +66,8 @@ typedef struct tr_cpu_kernels {
 struct tr_cpu_block; /* one allocation, cpu.c */
 
 struct tr_device {
-    int n_threads;
+    int n_threads; /* tr_team_size(team) */
+    tr_team *team;
     tr_isa isa;
     tr_cpu_kernels k;
     uint64_t ticket;
@@ -89,14 +91,23 @@ static inline int tr_live_rows(const int32_t *n, int n_max)
     return *n < 0 ? 0 : *n < n_max ? *n : n_max;
 }
 
-/* Threads for `work` multiply-adds (or the like): opening a parallel region costs some microseconds, so small work
- * stays on the calling thread. */
+/* Threads for `work` multiply-adds (or the like): waking the team costs some microseconds, so small work stays on the
+ * calling thread. */
 static inline int tr_threads_for(const tr_device *d, double work)
 {
     return work < 20000.0 ? 1 : d->n_threads;
 }
 
-/* Whole product over all threads of the device (opens a parallel region), panels spread statically. */
+/* fn(ctx, i, n) on as many members of the team as the work is worth: all, or the caller alone. */
+static inline void tr_device_run(const tr_device *d, double work, tr_team_fn *fn, void *ctx)
+{
+    if (tr_threads_for(d, work) == 1)
+        tr_team_run_alone(d->team, fn, ctx);
+    else
+        tr_team_run(d->team, fn, ctx);
+}
+
+/* Whole product over all threads of the device, panels spread statically. */
 void tr_cpu_gemm_all(tr_device *d, const tr_gemm *g);
 
 /* One thread: out = silu(gate) * up, n numbers; out may be gate. */

@@ -10,6 +10,7 @@
 #include <stdio.h>
 
 #include "base/err.h"
+#include "command/ranks.h"
 
 typedef enum tr_option_kind {
     TR_OPTION_TITLE,       /* a heading in --help; name NULL */
@@ -54,6 +55,8 @@ typedef struct tr_batch_options {
     tr_option_list overrides;
     int64_t max_model_len; /* 0: the default */
     int64_t max_batch_tokens, max_sequences, seed;
+    tr_rank_options ranks;
+    int64_t step_timeout; /* seconds; 0: the default */
     bool default_thinking, thinking_only, allow_tools, literal_content, response_format_in_prompt;
     bool dsv31_assistant_after_tool, strict_params;
     bool resume, verbose, no_bind, no_overlap, no_prefix_cache;

@@ -1,0 +1,309 @@
+/* The other orientation of gemm_fp8_kernel.cuh, for tiles of 64 and more tokens: tokens are the M operand (64 to a math
+ * warpgroup), weights the N operand. Then a thread has two token scales and few weight scales per 128 along k, and a
+ * promotion is one multiply-add per output and nothing else. Same blocks, same order along k, same bits. */
+#ifndef TR_CUDA_GEMM_FP8_WIDE_CUH
+#define TR_CUDA_GEMM_FP8_WIDE_CUH
+
+#include "kernels/cuda/gemm_fp8_kernel.cuh"
+
+namespace tr
+{
+
+template <class S> struct math_group_wide;
+
+/* 64 WGS tokens x W_ROWS weight rows. */
+template <int WGS_, int W_ROWS_, int CW_, int CT_, bool GROUPED_, bool GATE_UP_> struct wide_shape {
+    using math = math_group_wide<wide_shape>;
+    static constexpr int WGS = WGS_, W_ROWS = W_ROWS_, NB = 64 * WGS, CW = CW_, CT = CT_;
+    static constexpr bool GROUPED = GROUPED_, GATE_UP = GATE_UP_, ADAPTIVE = false;
+    static constexpr int CLUSTER = CW * CT, THREADS = 128 * (WGS + 1);
+    static constexpr int X_BOX = NB / CW;
+    static constexpr int W_BYTES = W_ROWS * 128, X_BYTES = NB * 128, S_BYTES = NB * 4, S_PITCH = NB;
+    static constexpr int W_BLOCKS = W_ROWS > 128 ? 2 : 1;
+    static constexpr int STAGE_BYTES = W_BYTES + X_BYTES + S_PITCH * 4 + W_BLOCKS * 16 + 16;
+    static constexpr int STAGING_BYTES = WGS * 16384; /* two of [64][64] bf16 each */
+    static constexpr int FIT = (SMEM_BLOCK_MAX - STAGING_BYTES) / STAGE_BYTES;
+    static constexpr int STAGES = FIT < 24 ? FIT : 24;
+    static constexpr int SMEM_BYTES = STAGES * STAGE_BYTES + STAGING_BYTES;
+    /* One product of the warpgroup: PN weight rows, PARTS of them. BATCH stages in flight where registers allow. */
+    static constexpr int PARTS = W_ROWS == 256 ? 2 : 1, PN = W_ROWS / PARTS;
+    static constexpr int BATCH = PN == 64 ? 4 : PN == 128 && PARTS == 1 ? 2 : 1;
+    static constexpr int MATH_REGISTERS = 232, LOAD_REGISTERS = 40;
+    static_assert(SMEM_BYTES <= SMEM_BLOCK_MAX, "shared memory");
+    static_assert(!GATE_UP || W_ROWS == 256, "a scale block of 128 is 256 rows of gate and up");
+};
+
+template <class S> struct math_group_wide {
+    const gemm_args &a;
+    const gemm_smem<S> &m;
+    ring_position<S::STAGES> at;
+    const int group, warp, lane;
+    bool odd; /* the tile begins in the middle of a 128-row block (192-row tiles) */
+    uint32_t w_desc, x_desc;
+
+    __device__ math_group_wide(const gemm_args &args, const gemm_smem<S> &smem)
+        : a(args), m(smem), group((int)threadIdx.x / 128), warp((int)threadIdx.x / 32 % 4),
+          lane((int)threadIdx.x % 32)
+    {
+        w_desc = descriptor_low(smem_address(m.w));
+        x_desc = descriptor_low(smem_address(m.x) + group * 8192);
+    }
+    __device__ __forceinline__ uint64_t w_at(int stage, int part) const
+    {
+        return descriptor(w_desc + ((stage * S::W_BYTES + part * S::PN * 128) >> 4));
+    }
+    __device__ __forceinline__ uint64_t x_at(int stage) const
+    {
+        return descriptor(x_desc + ((stage * S::X_BYTES) >> 4));
+    }
+    __device__ __forceinline__ void release(int stage)
+    {
+        __syncwarp();
+        if (S::CLUSTER == 1) {
+            if (lane == 0) barrier_arrive(m.empty + stage);
+        } else {
+            if (lane < S::CLUSTER) barrier_arrive_partner(m.empty + stage, (uint32_t)lane);
+        }
+    }
+
+    /* Products of scales: of rows lane/4 and lane/4 + 8 with the weights' blocks 0 and 1 (gate and up). */
+    struct scales {
+        float top[2], bottom[2];
+    };
+    __device__ __forceinline__ scales scales_at(int stage, int k) const
+    {
+        const float *x = m.scale + stage * S::S_PITCH + group * 64 + warp * 16 + lane / 4;
+        const float *w = m.w_scale + stage * S::W_BLOCKS * 4 + k % 4;
+        scales s;
+#pragma unroll
+        for (int i = 0; i < S::W_BLOCKS; i++) {
+            s.top[i] = __fmul_rn(x[0], w[4 * i]);
+            s.bottom[i] = __fmul_rn(x[8], w[4 * i]);
+        }
+        return s;
+    }
+    /* Which block the columns 8j .. 8j+7 of a part belong to. */
+    __device__ __forceinline__ float pick(const float (&s)[2], int part, int j) const
+    {
+        if (S::GATE_UP) return s[j % 2];
+        if (S::W_ROWS == 256) return s[part];
+        if (S::W_ROWS == 192) return j < 8 ? s[0] : j >= 16 ? s[1] : odd ? s[1] : s[0];
+        return s[0];
+    }
+    __device__ __forceinline__ void promote(float (&acc)[S::PN / 2], float (&p)[S::PN / 2],
+                                            const scales &s, int part) const
+    {
+#pragma unroll
+        for (int i = 0; i < S::PN / 2; i++) wgmma_touch(p[i]);
+#pragma unroll
+        for (int j = 0; j < S::PN / 8; j++) {
+            const float top = pick(s.top, part, j), bottom = pick(s.bottom, part, j);
+            acc[4 * j + 0] = __fmaf_rn(p[4 * j + 0], top, acc[4 * j + 0]);
+            acc[4 * j + 1] = __fmaf_rn(p[4 * j + 1], top, acc[4 * j + 1]);
+            acc[4 * j + 2] = __fmaf_rn(p[4 * j + 2], bottom, acc[4 * j + 2]);
+            acc[4 * j + 3] = __fmaf_rn(p[4 * j + 3], bottom, acc[4 * j + 3]);
+        }
+    }
+
+    __device__ __forceinline__ void product_single(float (&acc)[S::PARTS][S::PN / 2], int k)
+    {
+        float p[S::PN / 2] = {};
+#pragma unroll 1
+        for (; k < a.n_k; k++) {
+            barrier_wait(m.full + at.stage, at.parity);
+            const scales s = scales_at(at.stage, k);
+#pragma unroll
+            for (int i = 0; i < S::PARTS; i++) {
+                issue_block<S::PN>(p, x_at(at.stage), w_at(at.stage, i));
+                wgmma_wait<0>();
+                if (i + 1 == S::PARTS) release(at.stage);
+                promote(acc[i], p, s, i);
+            }
+            at.next();
+        }
+    }
+    template <int U>
+    __device__ __forceinline__ void promote_all(float (&acc)[S::PN / 2],
+                                                float (&p)[S::BATCH][S::PN / 2],
+                                                const scales (&s)[S::BATCH])
+    {
+        wgmma_wait<S::BATCH - 1 - U>();
+        promote(acc, p[U], s[U], 0);
+        if constexpr (U + 1 < S::BATCH) promote_all<U + 1>(acc, p, s);
+    }
+    __device__ __forceinline__ void product_batched(float (&acc)[S::PARTS][S::PN / 2])
+    {
+        int k = 0;
+#pragma unroll 1
+        for (; k + S::BATCH <= a.n_k; k += S::BATCH) {
+            float p[S::BATCH][S::PN / 2] = {};
+            scales s[S::BATCH];
+            int stage[S::BATCH];
+#pragma unroll
+            for (int b = 0; b < S::BATCH; b++) {
+                stage[b] = at.stage;
+                barrier_wait(m.full + at.stage, at.parity);
+                s[b] = scales_at(at.stage, k + b);
+                at.next();
+            }
+#pragma unroll
+            for (int b = 0; b < S::BATCH; b++)
+                issue_block<S::PN>(p[b], x_at(stage[b]), w_at(stage[b], 0));
+            promote_all<0>(acc[0], p, s);
+#pragma unroll
+            for (int b = 0; b < S::BATCH; b++) release(stage[b]);
+        }
+        product_single(acc, k);
+    }
+
+    __device__ __forceinline__ size_t out_row(const gemm_tile &t, int token) const
+    {
+        const int row = t.row0 + token;
+        return (size_t)(a.scatter ? __ldg(a.scatter + row) : row);
+    }
+    /* A warp's 16 tokens pass through its own part of shared memory: 64 columns are 128 bytes of a row, in 16-byte
+     * pieces swizzled by the row. */
+    __device__ __forceinline__ uint8_t *staging(int buffer) const
+    {
+        return m.staging + (group * 2 + buffer) * 8192 + warp * 2048;
+    }
+
+    /* 64 columns from `column` on; v: 8 groups of 8 columns. */
+    __device__ __forceinline__ void store_bf16(const float *v, const gemm_tile &t, int column,
+                                               int buffer) const
+    {
+        uint8_t *rows = staging(buffer);
+        const int row = lane % 8 + lane / 8 % 2 * 8;
+#pragma unroll
+        for (int j = 0; j < 8; j += 2)
+            store_matrix_x4(smem_address(rows + row * 128 + (((j + lane / 16) ^ (row & 7)) * 16)),
+                            pack_bf16(v[4 * j], v[4 * j + 1]),
+                            pack_bf16(v[4 * j + 2], v[4 * j + 3]),
+                            pack_bf16(v[4 * j + 4], v[4 * j + 5]),
+                            pack_bf16(v[4 * j + 6], v[4 * j + 7]));
+        __syncwarp();
+        const int o = column + lane % 8 * 8;
+        const bool wide = a.ld_out % 8 == 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int r = i * 4 + lane / 8, token = group * 64 + warp * 16 + r;
+            if (token < t.skip || token >= t.n_rows) continue;
+            const uint4 piece =
+                *reinterpret_cast<const uint4 *>(rows + r * 128 + ((lane % 8 ^ (r & 7)) * 16));
+            __nv_bfloat16 *dst = (__nv_bfloat16 *)a.out + out_row(t, token) * a.ld_out + o;
+            if (wide && o + 8 <= a.n_out) {
+                *reinterpret_cast<uint4 *>(dst) = piece;
+            } else {
+                const __nv_bfloat16 *e = reinterpret_cast<const __nv_bfloat16 *>(&piece);
+#pragma unroll
+                for (int c = 0; c < 8; c++)
+                    if (o + c < a.n_out) dst[c] = e[c];
+            }
+        }
+        __syncwarp();
+    }
+    __device__ __forceinline__ void store_f32(const float *v, const gemm_tile &t, int column) const
+    {
+        float *out = (float *)a.out;
+#pragma unroll
+        for (int e = 0; e < 32; e++) {
+            const int token = group * 64 + warp * 16 + lane / 4 + e % 4 / 2 * 8;
+            const int o = column + e / 4 * 8 + lane % 4 * 2 + e % 2;
+            if (token >= t.skip && token < t.n_rows && o < a.n_out)
+                out[out_row(t, token) * a.ld_out + o] = v[e];
+        }
+    }
+    __device__ __forceinline__ void store_rows(float (&acc)[S::PARTS][S::PN / 2],
+                                               const gemm_tile &t) const
+    {
+#pragma unroll
+        for (int i = 0; i < S::PARTS; i++) {
+#pragma unroll
+            for (int c = 0; c < S::PN; c += 64) {
+                const int column = t.w0 + i * S::PN + c;
+                if (a.out_f32)
+                    store_f32(acc[i] + c / 2, t, column);
+                else
+                    store_bf16(acc[i] + c / 2, t, column, c / 64 % 2);
+            }
+        }
+    }
+
+    /* The 256 rows of gate and up are 128 numbers of each token, all in the four lanes that share the token's row. */
+    __device__ __forceinline__ void store_gate_up(float (&acc)[S::PARTS][S::PN / 2],
+                                                  const gemm_tile &t) const
+    {
+        if (t.w0 >= a.n_out) return; /* a partner past the last rows */
+        float top[2] = {0, 0};
+#pragma unroll
+        for (int i = 0; i < S::PARTS; i++) {
+#pragma unroll
+            for (int e = 0; e < S::PN / 2; e++) {
+                if (e / 4 % 2) continue; /* up */
+                const float h = gate_times_up(acc[i][e], acc[i][e + 4]);
+                acc[i][e] = h;
+                top[e % 4 / 2] = fmaxf(top[e % 4 / 2], fabsf(h));
+            }
+        }
+        const int block = t.w0 / 256, d = a.n_out / 2;
+        const int token = group * 64 + warp * 16 + lane / 4;
+        uint8_t *rows = staging(0);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
+            top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2));
+            const float s = block_scale(top[r], a.ue8m0), inverse = __frcp_rn(s);
+            const int row = lane / 4 + 8 * r;
+            if (lane % 4 == 0 && token + 8 * r >= t.skip && token + 8 * r < t.n_rows)
+                a.q_scale[(size_t)block * a.ld_q_scale + t.row0 + token + 8 * r] = s;
+#pragma unroll
+            for (int i = 0; i < S::PARTS; i++) {
+#pragma unroll
+                for (int j = 0; j < S::PN / 8; j += 2) {
+                    const int o = i * 64 + j / 2 * 8 + lane % 4 * 2;
+                    *reinterpret_cast<uint16_t *>(rows + row * 128 +
+                                                  ((o / 16 ^ (row & 7)) * 16) + o % 16) =
+                        (uint16_t)to_e4m3x2(acc[i][4 * j + 2 * r] * inverse,
+                                            acc[i][4 * j + 2 * r + 1] * inverse);
+                }
+            }
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int r = i * 4 + lane / 8, tk = group * 64 + warp * 16 + r;
+            if (tk < t.skip || tk >= t.n_rows) continue;
+            *reinterpret_cast<uint4 *>(a.q + (size_t)(t.row0 + tk) * d + block * 128 +
+                                       lane % 8 * 16) =
+                *reinterpret_cast<const uint4 *>(rows + r * 128 + ((lane % 8 ^ (r & 7)) * 16));
+        }
+        __syncwarp();
+    }
+
+    __device__ __forceinline__ void all_tiles()
+    {
+        gemm_walk<S> walk(a);
+        gemm_tile t;
+        while (walk.next(t)) {
+            odd = S::W_ROWS == 192 && t.w0 / 64 % 2;
+            float acc[S::PARTS][S::PN / 2];
+#pragma unroll
+            for (int i = 0; i < S::PARTS; i++) {
+#pragma unroll
+                for (int j = 0; j < S::PN / 2; j++) acc[i][j] = 0;
+            }
+            if constexpr (S::BATCH > 1)
+                product_batched(acc);
+            else
+                product_single(acc, 0);
+            if constexpr (S::GATE_UP)
+                store_gate_up(acc, t);
+            else
+                store_rows(acc, t);
+        }
+    }
+};
+
+} // namespace tr
+
+#endif

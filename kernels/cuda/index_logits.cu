@@ -1,0 +1,415 @@
+/* Scores of the lightning indexer. Keys are the 64 rows of a matrix instruction, (query, head) pairs its columns: 2 queries
+ * x 64 heads make 128. One CTA per SM: a warp that copies (queries once per group, keys through a ring of pages) and four
+ * math warpgroups, so that some reduce over heads while another multiplies. A group of 8 rows gives each warpgroup 2
+ * queries and all the same keys; smaller groups (decode: one row) spread the pages over the warpgroups instead. A row's
+ * scores are the same sums in the same order whatever its group. */
+#include "kernels/cuda/index_logits.h"
+
+#include <cuda.h>
+
+#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/index_logits_mma.cuh"
+#include "kernels/cuda/index_logits_rows.cuh"
+
+namespace tr
+{
+namespace
+{
+
+constexpr int D_INDEX = 128, HEADS = 64, STAGES = 11, THREADS = 640, MATH_WARPS = 16;
+constexpr int MATH_GROUPS = 4, MATH_REGISTERS = 112, COPY_REGISTERS = 32;
+constexpr uint32_t KEY_BYTES = TR_PAGE_TOKENS * D_INDEX, SCALE_BYTES = TR_PAGE_TOKENS * 4;
+
+struct index_group { /* what the copying warp tells the math warps; n_rows 0: the end */
+    int row, n_rows, page, n_pages, low;
+    int high[GROUP_ROWS];
+};
+
+struct index_shared { /* at an address that is a multiple of 1024: the tiles are swizzled by 128 bytes */
+    uint8_t q[2][GROUP_ROWS][HEADS * D_INDEX];
+    uint8_t key[STAGES][KEY_BYTES];
+    float w[2][GROUP_ROWS][HEADS];
+    float key_scale[STAGES][TR_PAGE_TOKENS];
+    uint64_t full[STAGES], empty[STAGES], q_full[2], q_empty[2];
+    index_group group[2];
+    index_scan_space<THREADS> scan;
+};
+constexpr int SHARED_BYTES = (int)sizeof(index_shared);
+static_assert(LAUNCH_ROWS * sizeof(index_row) <= sizeof index_shared::q + sizeof index_shared::key,
+              "views of a launch's rows lie where queries and keys come later");
+
+/* n_pages pages of a group, from entry `at` of the page tables on, one after the other into the ring. One warp. */
+__device__ __forceinline__ void load_pages(const index_params &p, const CUtensorMap *keys,
+                                           index_shared *s, int at, int n_pages,
+                                           ring_position<STAGES> &ring)
+{
+    int lane = threadIdx.x & 31;
+    int now = 0, next = lane < n_pages ? p.rows.page_table[at + lane] : 0;
+
+    for (int i = 0; i < n_pages; i++) {
+        if (i % 32 == 0) {
+            now = next;
+            at += 32;
+            next = i + 32 + lane < n_pages ? p.rows.page_table[at + lane] : 0;
+        }
+        int i_page = __shfl_sync(0xffffffffu, now, i % 32);
+        if (lane == 0) {
+            uint64_t *full = &s->full[ring.stage];
+            barrier_wait(&s->empty[ring.stage], ring.parity ^ 1);
+            barrier_expect(full, KEY_BYTES + SCALE_BYTES);
+            tensor_load(s->key[ring.stage], keys, 0, 0, i_page, full);
+            bulk_load(s->key_scale[ring.stage],
+                      p.index + (size_t)i_page * (KEY_BYTES + SCALE_BYTES) + KEY_BYTES, SCALE_BYTES,
+                      full);
+        }
+        __syncwarp();
+        ring.next();
+    }
+}
+
+/* Rows [row, row + count) as group number i: what the math warps need to know, queries and weights. One warp. */
+__device__ __forceinline__ void load_group(const index_params &p, const CUtensorMap *queries,
+                                           index_shared *s, int i, int row, int count,
+                                           const index_row &v, int page, int n_pages)
+{
+    int lane = threadIdx.x & 31, stage = i & 1;
+    index_group *g = &s->group[stage];
+    uint64_t *full = &s->q_full[stage];
+
+    barrier_wait(&s->q_empty[stage], i / 2 % 2 ^ 1);
+    if (lane < GROUP_ROWS) g->high[lane] = lane < count ? v.high : 0;
+    if (lane == 0) {
+        g->row = row;
+        g->n_rows = count;
+        g->page = page;
+        g->n_pages = n_pages;
+        g->low = v.low;
+    }
+    __syncwarp();
+    if (lane == 0) {
+        barrier_expect(full, (uint32_t)(count * p.n_heads * (D_INDEX + 4)));
+        for (int j = 0; j < count; j++) {
+            tensor_load(s->q[stage][j], queries, 0, 0, row + j, full);
+            bulk_load(s->w[stage][j], p.w + (size_t)(row + j) * p.n_heads, (uint32_t)p.n_heads * 4,
+                      full);
+        }
+    }
+    __syncwarp();
+}
+
+__device__ __forceinline__ int ceil_div(int a, int b)
+{
+    return a <= 0 ? 0 : (a + b - 1) / b;
+}
+
+/* Group after group of this CTA's share; one warp. */
+__device__ __forceinline__ void copy_warp(const index_params &p, const CUtensorMap *queries,
+                                          const CUtensorMap *keys, index_shared *s)
+{
+    int lane = threadIdx.x & 31, row = s->scan.share.row, i_group = 0;
+    int begin = s->scan.share.begin - s->scan.share.before; /* work in front of the share, and up */
+    int end = s->scan.share.end - s->scan.share.before;     /* to its end, from `row` on */
+    ring_position<STAGES> ring;
+
+    while (end > 0 && row < p.row_end) {
+        index_row v = index_row_at(p, row + lane, s->scan.n);
+        unsigned asks = __ballot_sync(0xffffffffu, v.slot >= 0);
+        if (!(asks & 1)) {
+            row += asks ? __ffs(asks) - 1 : 32;
+            continue;
+        }
+        index_row up = {__shfl_up_sync(0xffffffffu, v.slot, 1),
+                        __shfl_up_sync(0xffffffffu, v.low, 1),
+                        __shfl_up_sync(0xffffffffu, v.high, 1)};
+        unsigned breaks = __ballot_sync(0xffffffffu, lane > 0 && !index_row_continues(up, v));
+        int count = min(GROUP_ROWS, breaks ? __ffs(breaks) - 1 : 32);
+        int low_page = __shfl_sync(0xffffffffu, v.low, 0) / TR_PAGE_TOKENS;
+        int pages = (__shfl_sync(0xffffffffu, v.high, count - 1) - 1) / TR_PAGE_TOKENS + 1 - low_page;
+        int cost = index_parts(count), page = ceil_div(begin, cost);
+        int n_pages = min(pages, ceil_div(end, cost)) - page;
+        begin -= pages * cost;
+        end -= pages * cost;
+        row += count;
+        if (n_pages <= 0) continue;
+        load_group(p, queries, s, i_group++, row - count, count, v, low_page + page, n_pages);
+        int at = __shfl_sync(0xffffffffu, v.slot, 0) * p.rows.max_pages + low_page + page;
+        load_pages(p, keys, s, at, n_pages, ring);
+    }
+    if (lane == 0) {
+        barrier_wait(&s->q_empty[i_group & 1], i_group / 2 % 2 ^ 1);
+        s->group[i_group & 1].n_rows = 0;
+        barrier_arrive(&s->q_full[i_group & 1]);
+    }
+}
+
+/* max(x, 0) that keeps a NaN. */
+__device__ __forceinline__ float relu(float x)
+{
+    float y;
+    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float add_other(float keep, float send, int lane_mask)
+{
+    return keep + __shfl_xor_sync(0xffffffffu, send, lane_mask);
+}
+
+/* One page against 2 queries: the score of this thread's pair of query (lane & 1) and half (lane >> 1 & 1). A thread has two
+ * keys (its row of the warp and the one 8 below) and, of both queries, 16 heads; four lanes have all 64. half_w: weights / 2,
+ * for x + |x| is 2 max(x, 0) exactly, keeps a NaN, and needs no other pipe than the sum. */
+template <int RELU>
+__device__ __forceinline__ float sum_heads(const float (&acc)[64], const float (&half_w)[32], int lane)
+{
+    float v[2][2];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int j = 0; j < (RELU == 2 ? 1 : 16); j++) {
+            float x = acc[(i / 2) * 32 + (j / 2) * 4 + (i % 2) * 2 + j % 2];
+            x = RELU == 0 || (RELU == 3 && j % 2) ? relu(x) : x + fabsf(x);
+            sum = fmaf(half_w[(i / 2) * 16 + j], x, sum);
+        }
+        v[i / 2][i % 2] = sum;
+    }
+    bool odd = lane & 1, high = lane & 2;
+    float u0 = add_other(odd ? v[1][0] : v[0][0], odd ? v[0][0] : v[1][0], 1);
+    float u1 = add_other(odd ? v[1][1] : v[0][1], odd ? v[0][1] : v[1][1], 1);
+    return add_other(high ? u1 : u0, high ? u0 : u1, 2);
+}
+
+/* The key of the page whose score this thread ends up with. Read anew each time: a register more would be spilled. */
+__device__ __forceinline__ int thread_key()
+{
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return (thread >> 5 & 3) * 16 + (thread >> 2 & 7) + 8 * (thread >> 1 & 1);
+}
+
+/* The whole group for one math warpgroup, 2 queries of it. `parts` warpgroups work on the same page. */
+template <int RELU>
+__device__ __forceinline__ void math_group(const index_params &p, index_shared *s, int stage,
+                                           int parts, ring_position<STAGES> &ring)
+{
+    const index_group &g = s->group[stage];
+    int lane = threadIdx.x & 31, i_wg = threadIdx.x >> 7, i_query = i_wg % parts * 2;
+    int my_query = i_query + (lane & 1);
+    int low = g.low, n_pages = g.n_pages, at = g.page * TR_PAGE_TOKENS + thread_key();
+    float *out = p.score + (size_t)(g.row - p.i_row + my_query) * p.ld + at;
+    uint32_t n_keys = (uint32_t)max(0, g.high[my_query] - low);
+    uint64_t b_matrix = matrix_descriptor(smem_address(s->q[stage][i_query]), 16, 1024,
+                                          LAYOUT_SWIZZLE_128);
+    int turn_mask = MATH_GROUPS / parts - 1, my_turn = i_wg / parts;
+    float acc[64], half_w[32];
+
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        int head = i % 8 * 8 + (lane & 3) * 2;
+        float2 x = *(const float2 *)&s->w[stage][i_query + i / 8][head];
+        half_w[2 * i] = head < p.n_heads ? (RELU == 0 ? 1 : 0.5f) * x.x : 0.0f;
+        half_w[2 * i + 1] = head < p.n_heads ? (RELU == 0 || RELU == 3 ? 1 : 0.5f) * x.y : 0.0f;
+    }
+    at -= low; /* key at is seen if it is one of the n_keys from low on */
+#pragma unroll 1
+    for (; n_pages > 0; n_pages--, at += TR_PAGE_TOKENS, out += TR_PAGE_TOKENS, ring.next()) {
+        int i = ring.stage;
+        barrier_wait(&s->full[i], ring.parity);
+        if ((i & turn_mask) != my_turn) {
+            if (lane == 0) barrier_arrive(&s->empty[i]);
+            continue;
+        }
+        uint64_t a_matrix =
+            matrix_descriptor(smem_address(s->key[i]), 16, 1024, LAYOUT_SWIZZLE_128);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < D_INDEX / 32; k++)
+            index_mma(acc, a_matrix + 2 * k, b_matrix + 2 * k, k > 0);
+        wgmma_commit();
+        wgmma_wait<0>();
+#pragma unroll
+        for (int k = 0; k < 64; k++)
+            wgmma_touch(acc[k]);
+        float scale = s->key_scale[i][thread_key()];
+        if (lane == 0) barrier_arrive(&s->empty[i]);
+
+        float x = fmaf(sum_heads<RELU>(acc, half_w, lane), scale, 0.0f); /* -0 + +0 is +0 */
+        if ((uint32_t)at < n_keys) *out = x == x ? x : -INFINITY;
+    }
+}
+
+template <int RELU>
+__device__ __forceinline__ void math_warpgroup(const index_params &p, index_shared *s)
+{
+    ring_position<STAGES> ring;
+
+    for (int i = 0;; i++) {
+        barrier_wait(&s->q_full[i & 1], i / 2 % 2);
+        int n_rows = s->group[i & 1].n_rows;
+        if (n_rows == 0) break;
+        math_group<RELU>(p, s, i & 1, index_parts(n_rows), ring);
+        if ((threadIdx.x & 31) == 0) barrier_arrive(&s->q_empty[i & 1]);
+    }
+}
+
+template <int RELU>
+__global__ void __launch_bounds__(THREADS, 1)
+    index_logits_kernel(const __grid_constant__ index_params p,
+                        const __grid_constant__ CUtensorMap queries,
+                        const __grid_constant__ CUtensorMap keys)
+{
+    extern __shared__ __align__(1024) uint8_t memory[];
+    index_shared *s = (index_shared *)memory;
+    int n = *p.rows.n;
+
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(&s->full[i], 1);
+            barrier_init(&s->empty[i], MATH_WARPS);
+        }
+        for (int i = 0; i < 2; i++) {
+            barrier_init(&s->q_full[i], 1);
+            barrier_init(&s->q_empty[i], MATH_WARPS);
+        }
+        barrier_init_fence();
+    }
+    index_find_share<THREADS>(p, n, (index_row *)s->q, &s->scan);
+    if (p.n_heads < HEADS) /* heads that are not there: no NaN may stand where their queries would be */
+        for (int i = threadIdx.x; i < (int)(sizeof s->q / 16); i += THREADS)
+            ((uint4 *)s->q)[i] = make_uint4(0, 0, 0, 0);
+    fence_async_shared(); /* copies follow where views of rows and zeros were */
+    __syncthreads();
+    if (threadIdx.x >= MATH_WARPS * 32) {
+        registers_lower<COPY_REGISTERS>();
+        if (threadIdx.x < MATH_WARPS * 32 + 32) copy_warp(p, &queries, &keys, s);
+    } else {
+        registers_raise<MATH_REGISTERS>();
+        math_warpgroup<RELU>(p, s);
+    }
+}
+
+/* Any head count and width, one thread per key: the shapes that no published model has. */
+__global__ void index_logits_plain(const __grid_constant__ index_params p,
+                                   const __grid_constant__ tr_kv_layer kv, const uint8_t *q)
+{
+    extern __shared__ __align__(1024) uint8_t memory[];
+    float *query = (float *)memory; /* [d] */
+    int n = *p.rows.n, d = kv.d_index;
+
+    for (int r = p.i_row + (int)blockIdx.y; r < min(n, p.row_end); r += gridDim.y) {
+        index_row v = index_row_at(p, r, n);
+        int page = v.low / TR_PAGE_TOKENS + (int)blockIdx.x;
+        if (v.slot < 0 || page * TR_PAGE_TOKENS >= v.high) continue;
+        int i_page = p.rows.page_table[(size_t)v.slot * p.rows.max_pages + page];
+        const uint8_t *base = p.index + (size_t)i_page * TR_PAGE_TOKENS * (d + 4);
+        const __nv_fp8_e4m3 *key = (const __nv_fp8_e4m3 *)base + (size_t)threadIdx.x * d;
+        float sum = 0.0f, scale = ((const float *)(base + TR_PAGE_TOKENS * d))[threadIdx.x];
+        for (int h = 0; h < p.n_heads; h++) {
+            size_t at = (size_t)r * p.n_heads + h;
+            __syncthreads();
+            for (int i = threadIdx.x; i < d; i += TR_PAGE_TOKENS)
+                query[i] = (float)((const __nv_fp8_e4m3 *)q)[at * d + i];
+            __syncthreads();
+            float x = 0.0f;
+            for (int i = 0; i < d; i++)
+                x = fmaf(query[i], (float)key[i], x);
+            sum = fmaf(p.w[at], relu(x), sum);
+        }
+        float x = fmaf(sum, scale, 0.0f);
+        int at = page * TR_PAGE_TOKENS + (int)threadIdx.x;
+        if (at >= v.low && at < v.high)
+            p.score[(size_t)(r - p.i_row) * p.ld + at] = x == x ? x : -INFINITY;
+    }
+}
+
+/* [n][rows][128] bytes, planes `stride` bytes apart, loaded one plane at a time in swizzled rows. */
+cudaError_t make_map(CUtensorMap *map, const void *base, int n, int rows, uint64_t stride)
+{
+    cudaDriverEntryPointQueryResult found;
+    void *encode = nullptr;
+    cudaError_t st = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000,
+                                                      cudaEnableDefault, &found);
+    if (st != cudaSuccess) return st;
+    if (found != cudaDriverEntryPointSuccess || !encode) return cudaErrorNotSupported;
+    cuuint64_t dims[3] = {D_INDEX, (cuuint64_t)rows, (cuuint64_t)n};
+    cuuint64_t strides[2] = {D_INDEX, stride};
+    cuuint32_t box[3] = {D_INDEX, (cuuint32_t)rows, 1}, steps[3] = {1, 1, 1};
+    CUresult r = ((decltype(&cuTensorMapEncodeTiled))encode)(
+        map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void *>(base), dims, strides, box, steps,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+bool aligned(const void *p)
+{
+    return ((uintptr_t)p & 15) == 0;
+}
+
+template <int RELU>
+cudaError_t launch(const struct tr_index_logits_args *a, const index_params &p, cudaStream_t stream)
+{
+    int device, n_sms;
+    CUtensorMap queries, keys;
+    cudaError_t st = make_map(&queries, a->q, a->rows->n_max, a->n_heads,
+                              (uint64_t)a->n_heads * D_INDEX);
+    if (st == cudaSuccess)
+        st = make_map(&keys, a->kv.index, a->kv.n_pages, TR_PAGE_TOKENS, KEY_BYTES + SCALE_BYTES);
+    if (st == cudaSuccess) st = cudaGetDevice(&device);
+    if (st == cudaSuccess)
+        st = cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
+    if (st == cudaSuccess)
+        st = cudaFuncSetAttribute(index_logits_kernel<RELU>,
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
+    if (st != cudaSuccess) return st;
+    for (int i = 0; i < a->n_row; i += LAUNCH_ROWS) {
+        index_params part = p;
+        part.i_row = p.i_row + i;
+        if (part.i_row >= p.row_end) break;
+        part.row_end = min(p.row_end, part.i_row + LAUNCH_ROWS);
+        part.score = p.score + (size_t)i * p.ld;
+        index_logits_kernel<RELU>
+            <<<n_sms, THREADS, SHARED_BYTES, stream>>>(part, queries, keys);
+    }
+    return cudaGetLastError();
+}
+
+cudaError_t launch_plain(const struct tr_index_logits_args *a, const index_params &p,
+                         cudaStream_t stream)
+{
+    int pages = (a->rows->max_context + TR_PAGE_TOKENS - 1) / TR_PAGE_TOKENS;
+    int rows = p.row_end - p.i_row < 65535 ? p.row_end - p.i_row : 65535;
+
+    if (pages < 1) return cudaSuccess;
+    index_logits_plain<<<dim3((unsigned)pages, (unsigned)rows), TR_PAGE_TOKENS,
+                         (size_t)a->kv.d_index * sizeof(float), stream>>>(
+        p, a->kv, (const uint8_t *)a->q);
+    return cudaGetLastError();
+}
+
+template <int RELU>
+cudaError_t index_logits(const struct tr_index_logits_args *a, cudaStream_t stream)
+{
+    const tr_rows *rows = a->rows;
+    int row_end = rows->n_max - a->i_row < a->n_row ? rows->n_max : a->i_row + a->n_row;
+    index_params p = {*rows,    a->w,  (const uint8_t *)a->kv.index, a->first, a->last,
+                      a->score, a->ld, a->n_heads, a->k,             a->i_row, row_end};
+
+    if (a->kv.dtype == TR_F32 || a->keys.n > 0) return cudaErrorNotSupported;
+    if (a->i_row < 0 || a->n_heads < 1 || a->kv.d_index < 1 || !a->kv.index)
+        return cudaErrorInvalidValue;
+    if (row_end <= a->i_row) return cudaSuccess;
+    if (a->kv.d_index == D_INDEX && a->n_heads % 16 == 0 && a->n_heads <= HEADS && aligned(a->q) &&
+        aligned(a->w) && aligned(a->kv.index))
+        return launch<RELU>(a, p, stream);
+    return launch_plain(a, p, stream);
+}
+
+} // namespace
+} // namespace tr
+
+extern "C" cudaError_t tr_cuda_index_logits(const struct tr_index_logits_args *a,
+                                            cudaStream_t stream)
+{
+    return tr::index_logits<1>(a, stream);
+}

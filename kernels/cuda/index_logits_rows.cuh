@@ -1,0 +1,148 @@
+/* How the rows of a step are shared out among the CTAs of index_logits.cu. Consecutive rows of one slot that see the same
+ * keys (a prompt chunk, a verification run) form groups of up to GROUP_ROWS; a decode row is a group of one. The work is
+ * the sequence of (group, page) pairs, and every CTA takes an equal, contiguous part of it, found by one scan over the
+ * rows; nothing is stored for it. */
+#ifndef TR_CUDA_INDEX_LOGITS_ROWS_CUH
+#define TR_CUDA_INDEX_LOGITS_ROWS_CUH
+
+#include <stdint.h>
+
+#include "kernels/kernels.h"
+
+namespace tr
+{
+
+constexpr int GROUP_ROWS = 8;
+constexpr int LAUNCH_ROWS = 16384; /* rows of a launch at most: what a CTA has room to look at */
+
+struct index_params {
+    tr_rows rows;
+    const float *w;
+    const uint8_t *index; /* pages of the cache */
+    const int32_t *first, *last;
+    float *score;
+    size_t ld;
+    int n_heads, k, i_row, row_end; /* row_end: the host's bound */
+};
+
+/* What a row asks for: keys [low, high) of a slot; slot -1: nothing. */
+struct index_row {
+    int slot, low, high;
+};
+
+__device__ __forceinline__ index_row index_row_at(const index_params &p, int r, int n)
+{
+    index_row v = {-1, 0, 0};
+    if (r < p.i_row || r >= p.row_end) return v;
+    int position = p.rows.position[r], slot = p.rows.slot[r]; /* all loads leave before the tests */
+    int low = p.first ? p.first[r] : 0, last = p.last ? p.last[r] : INT32_MAX;
+    bool skip = p.rows.dense[r] || p.rows.write[r] < 0;
+    if (skip || r >= n || position < p.k) return v;
+    v.low = low > 0 ? low : 0;
+    v.high = last <= position ? last : position + 1;
+    if (v.low < v.high) v.slot = slot;
+    return v;
+}
+
+/* Row b follows row a in one run: the same keys, b seeing at least as far. */
+__device__ __forceinline__ bool index_row_continues(const index_row &a, const index_row &b)
+{
+    return a.slot >= 0 && a.slot == b.slot && a.low == b.low && a.high <= b.high;
+}
+
+__device__ __forceinline__ int index_pages(const index_row &last)
+{
+    return (last.high - 1) / TR_PAGE_TOKENS - last.low / TR_PAGE_TOKENS + 1;
+}
+/* How many of the 4 math warpgroups work on the same page of a group, 2 rows each; also what the page costs. */
+__device__ __forceinline__ int index_parts(int group_rows)
+{
+    return group_rows > 4 ? 4 : group_rows > 2 ? 2 : 1;
+}
+
+/* A CTA's part [begin, end) of the work, in units of page cost, and the group that holds `begin`: its first row and the
+ * work in front of it. */
+struct index_share {
+    int begin, end, row, before;
+};
+
+template <int THREADS> struct index_scan_space {
+    int warp[THREADS / 32], n;
+    index_share share;
+};
+
+/* Exclusive scan over the block, in thread order; *total: over all threads. */
+template <int THREADS, bool MAX>
+__device__ __forceinline__ int block_scan(int x, int *warp, int *total)
+{
+    int lane = threadIdx.x & 31, i_warp = threadIdx.x >> 5, neutral = MAX ? -1 : 0, y = x;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        int z = __shfl_up_sync(0xffffffffu, y, d);
+        if (lane >= d) y = MAX ? max(y, z) : y + z;
+    }
+    __syncthreads();
+    if (lane == 31) warp[i_warp] = y;
+    __syncthreads();
+    int before = neutral, all = neutral;
+#pragma unroll 1
+    for (int i = 0; i < THREADS / 32; i++) {
+        if (i == i_warp) before = all;
+        all = MAX ? max(all, warp[i]) : all + warp[i];
+    }
+    *total = all;
+    int up = __shfl_up_sync(0xffffffffu, y, 1);
+    if (lane == 0) return before;
+    return MAX ? max(before, up) : before + up;
+}
+
+/* All threads of the block; view: space for all the rows of the launch, free again afterwards. The result is in s->share,
+ * visible to all. */
+template <int THREADS>
+__device__ __forceinline__ void index_find_share(const index_params &p, int n, index_row *view,
+                                                 index_scan_space<THREADS> *s)
+{
+    int n_rows = p.row_end - p.i_row, per_thread = (n_rows + THREADS - 1) / THREADS;
+    int b = min((int)threadIdx.x * per_thread, n_rows), e = min(b + per_thread, n_rows);
+    int run = -1, units = 0, begin = -1, end = -1, total;
+    const index_row none = {-1, 0, 0};
+
+    if (threadIdx.x == 0) s->n = n;
+    for (int i = threadIdx.x; i < n_rows; i += THREADS) /* all loads at once: the latency counts */
+        view[i] = index_row_at(p, p.i_row + i, n);
+    __syncthreads();
+    index_row before = b > 0 && b < e ? view[b - 1] : none;
+    for (int i = b; i < e; i++) {
+        index_row v = view[i];
+        if (!index_row_continues(before, v)) run = i;
+        before = v;
+    }
+    int run_before = block_scan<THREADS, true>(run, s->warp, &total);
+#pragma unroll 1
+    for (int pass = 0; pass < 2; pass++) { /* add up the work; find the group that holds `begin` */
+        run = run_before;
+        before = b > 0 && b < e ? view[b - 1] : none;
+        for (int i = b; i < e; i++) {
+            index_row v = view[i], next = i + 1 < n_rows ? view[i + 1] : none;
+            if (!index_row_continues(before, v)) run = i;
+            before = v;
+            int j = (i - run) % GROUP_ROWS;
+            if (v.slot < 0 || (j < GROUP_ROWS - 1 && index_row_continues(v, next))) continue;
+            int cost = index_pages(v) * index_parts(j + 1);
+            if (units <= begin && begin < units + cost)
+                s->share = {begin, end, p.i_row + i - j, units};
+            units += cost;
+        }
+        if (pass) break;
+        units = block_scan<THREADS, false>(units, s->warp, &total);
+        begin = (int)((int64_t)total * blockIdx.x / gridDim.x);
+        end = (int)((int64_t)total * (blockIdx.x + 1) / gridDim.x);
+        if (begin == end && threadIdx.x == 0) s->share = {begin, end, p.row_end, 0};
+        if (begin == end) break;
+    }
+    __syncthreads();
+}
+
+} // namespace tr
+
+#endif

@@ -1,0 +1,542 @@
+/* Sparse MLA of 64 and more heads. Two ways to the same bits:
+ *
+ * walk (many rows): a block of threads takes 64 heads of a row through all of the row's keys. Two warpgroups each own half of
+ * the 512 output columns, in registers; warpgroup w makes the probabilities of the blocks w, w + 2, ... and hands them
+ * to the other. Warpgroup 1 follows half a step behind, so that one's softmax hides behind the other's matrix
+ * instructions; both take the blocks in order.
+ *
+ * split (few rows): the probabilities of all blocks are made side by side (a block's depend on nothing else), then groups of
+ * columns walk over all keys side by side, in the same order. No sum is ever cut, so nothing needs combining. */
+#include <initializer_list>
+
+#include "kernels/cuda/sparse_mla.h"
+#include "kernels/cuda/sparse_mla_few.cuh"
+#include "kernels/cuda/sparse_mla_tile.cuh"
+
+namespace tr
+{
+namespace mla
+{
+
+struct walk_shared { /* behind the tiles: queries, two blocks of keys */
+    struct ring ring;
+    float2 reference[2][128]; /* of the probabilities handed over */
+    float sum[2][2][HEADS];   /* [task & 1][warpgroup][head] */
+};
+enum { WALK_BYTES = 3 * BLOCK + (int)sizeof(walk_shared) + 1024 };
+
+/* Probabilities of a block in device memory, as the threads of a warpgroup hold them: 10 KB. */
+enum { PROBS_BYTES = 128 * 80 };
+
+__device__ __forceinline__ uint8_t *probs_at(const job &j, int row, int group, int block)
+{
+    int n_blocks = (j.k + 2 * KEYS - 1) / (2 * KEYS) * 2;
+    return j.work + (((size_t)row * j.n_groups + group) * n_blocks + block) * PROBS_BYTES;
+}
+
+__device__ __forceinline__ void probs_store(uint8_t *to, const probs &b, int t)
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        ((uint4 *)to)[i * 128 + t] = {b.p[4 * i], b.p[4 * i + 1], b.p[4 * i + 2], b.p[4 * i + 3]};
+    ((float4 *)to)[4 * 128 + t] = {b.reference[0], b.reference[1], b.sum[0], b.sum[1]};
+}
+__device__ __forceinline__ void probs_load(const uint8_t *from, probs &b, int t)
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        uint4 v = ((const uint4 *)from)[i * 128 + t];
+        b.p[4 * i] = v.x, b.p[4 * i + 1] = v.y, b.p[4 * i + 2] = v.z, b.p[4 * i + 3] = v.w;
+    }
+    float4 v = ((const float4 *)from)[4 * 128 + t];
+    b.reference[0] = v.x, b.reference[1] = v.y, b.sum[0] = v.z, b.sum[1] = v.w;
+}
+
+/* Scores of 64 heads with the block in buffer b, in the order in which its tiles come. */
+template <bool FP8>
+__device__ __forceinline__ void block_scores(float (&s)[32], ring *ring, uint32_t queries,
+                                             uint32_t keys, int b, uint32_t parity)
+{
+    auto tiles = [&](int t, int n, bool first) {
+#pragma unroll
+        for (int i = 0; i < 4 * n; i++) {
+            uint32_t at = (uint32_t)((t + i / 4) * TILE + i % 4 * 32);
+            mma_scores(s, matrix_descriptor(queries + at, 16, 1024, LAYOUT_SWIZZLE_128),
+                       matrix_descriptor(keys + at, 16, 1024, LAYOUT_SWIZZLE_128), !first || i);
+        }
+    };
+    auto wait = [&](uint64_t *full) {
+        barrier_wait(full, parity);
+        if (!FP8) fence_async_shared(); /* the copies were the threads' own */
+    };
+
+    wait(&ring->full[b][0]);
+    wgmma_fence();
+    tiles(0, 4, true);
+    barrier_wait(&ring->rope_full[b], parity);
+    fence_async_shared();
+    tiles(ROPE_TILE, 1, false);
+    wait(&ring->full[b][1]);
+    tiles(4, 4, false);
+    wgmma_commit();
+    wgmma_wait<0>();
+}
+
+/* Hand the probabilities of buffer b to the other warpgroup, through the block's rope tile, which scores need no more. */
+__device__ __forceinline__ void give(walk_shared *sh, uint32_t keys, int b, const probs &p, int t)
+{
+    uint32_t to = keys + (uint32_t)(ROPE_TILE * TILE + 16 * t);
+
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        store16(to + (uint32_t)(2048 * i), p.p[4 * i], p.p[4 * i + 1], p.p[4 * i + 2],
+                p.p[4 * i + 3]);
+    sh->reference[b][t] = {p.reference[0], p.reference[1]};
+    warp_arrive(&sh->ring.given[b]);
+}
+__device__ __forceinline__ void receive(walk_shared *sh, uint32_t keys, int b, uint32_t parity,
+                                        probs &p, int t)
+{
+    uint32_t from = keys + (uint32_t)(ROPE_TILE * TILE + 16 * t);
+
+    barrier_wait(&sh->ring.given[b], parity);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        uint4 v = load16_shared(from + (uint32_t)(2048 * i));
+        p.p[4 * i] = v.x, p.p[4 * i + 1] = v.y, p.p[4 * i + 2] = v.z, p.p[4 * i + 3] = v.w;
+    }
+    float2 r = sh->reference[b][t];
+    p.reference[0] = r.x, p.reference[1] = r.y;
+    warp_arrive(&sh->ring.rope_free[b]);
+}
+
+/* The values of a pair: the even block, then the odd one. p: of the warpgroup's own block. */
+__device__ __forceinline__ void take_pair(walk_shared *sh, uint32_t own, uint32_t others, int wg,
+                                          uint32_t parity, probs &p, float (&o)[128], state &s, int t)
+{
+    uint32_t column = (uint32_t)(wg * 4 * TILE);
+    float keep[2];
+    probs other;
+
+    give(sh, own, wg, p, t);
+    if (wg == 0) {
+        take_reference(s, p, 0, true, keep);
+        take_values(o, keep, p.p, own + column);
+        receive(sh, others, 1, parity, other, t);
+        take_reference(s, other, 1, false, keep);
+        wgmma_wait<0>();
+        warp_arrive(&sh->ring.free[0][0]);
+        take_values(o, keep, other.p, others + column);
+    } else {
+        receive(sh, others, 0, parity, other, t);
+        take_reference(s, other, 0, false, keep);
+        take_values(o, keep, other.p, others + column);
+        take_reference(s, p, 1, true, keep);
+        wgmma_wait<0>();
+        warp_arrive(&sh->ring.free[0][1]);
+        take_values(o, keep, p.p, own + column);
+    }
+    wgmma_wait<0>();
+    warp_arrive(&sh->ring.free[1][wg]);
+}
+
+/* Sums of both warpgroups, out and lse of a row's 64 heads; o is warpgroup w's half of the columns. */
+template <bool FP8>
+__device__ __forceinline__ void finish(const job &j, const work &w, walk_shared *sh, int slot,
+                                       int wg, int t, const float (&o)[128], state &s)
+{
+    int head = t / 32 * 16 + (t & 31) / 4;
+    float own[2], total[2];
+
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        own[r] = sum_of_four(s.sum[0][r] + s.sum[1][r]); /* one of them is 0 */
+        if ((t & 3) == 0) sh->sum[slot][wg][head + 8 * r] = own[r];
+    }
+    named_barrier(1, 256);
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+        total[r] = own[r] + sh->sum[slot][1 - wg][head + 8 * r];
+    size_t at = (size_t)w.row * j.n_heads + (size_t)w.group * HEADS + head;
+    store_values<FP8>(j.out + (at * D_LATENT + (size_t)wg * 256) * 2, o, inverse(total[0]),
+                      inverse(total[1]));
+    if (j.lse && wg == 0 && (t & 3) == 0) {
+        j.lse[at] = (s.reference[0] + log2f(total[0])) * CUDART_LN2_F;
+        j.lse[at + 8] = (s.reference[1] + log2f(total[1])) * CUDART_LN2_F;
+    }
+}
+
+/* Warpgroup wg of 0 and 1. SCORES: only the probabilities, into the workspace. */
+template <bool FP8, bool SCORES>
+__device__ __forceinline__ void math(const job &j, walk_shared *sh, uint32_t tiles, int n_live,
+                                     int wg)
+{
+    int t = threadIdx.x % 128, task = blockIdx.x, slot = 0;
+    uint32_t parity = 0, own = tiles + (uint32_t)((1 + wg) * BLOCK), others = tiles + (uint32_t)((2 - wg) * BLOCK);
+    ring *ring = &sh->ring;
+    work w;
+
+    for (; next_work(j, n_live, task, w); slot ^= 1) {
+        float o[SCORES ? 4 : 128];
+        state s;
+        if (SCORES && w.first >= w.last) continue;
+        state_clear(s);
+#pragma unroll
+        for (int i = 0; i < (SCORES ? 4 : 128); i++)
+            o[i] = 0.0f;
+        if (w.first < w.last) {
+            named_barrier(2, 256); /* both warpgroups are done with the queries before */
+            load_queries<FP8>(j.q + ((size_t)w.row * j.n_heads + (size_t)w.group * HEADS) * D_KEY * 2,
+                              HEADS, HEADS, tiles, (int)threadIdx.x, 256);
+            fence_async_shared();
+            named_barrier(2, 256);
+        }
+        for (int pair = w.first; pair < w.last; pair++, parity ^= 1) {
+            float x[32];
+            probs p;
+            if (!SCORES && wg == 1) barrier_wait(&ring->turn, parity);
+            block_scores<FP8>(x, ring, tiles, own, wg, parity);
+            if (SCORES) {
+                warp_arrive(&ring->free[wg][0]);
+                warp_arrive(&ring->free[wg][1]);
+                warp_arrive(&ring->rope_free[wg]);
+            } else if (wg == 0) {
+                warp_arrive(&ring->turn);
+            }
+            softmax(x, ring->valid[parity][wg], j.scale, p);
+            if constexpr (SCORES)
+                probs_store(probs_at(j, w.row, w.group, 2 * pair + wg), p, t);
+            else
+                take_pair(sh, own, others, wg, parity, p, o, s, t);
+        }
+        if constexpr (!SCORES) finish<FP8>(j, w, sh, slot, wg, t, o, s);
+    }
+}
+
+template <bool SCORES> constexpr int WALK_FETCHERS = SCORES ? 256 : 128;
+
+/* Warpgroups 0 and 1 compute, the rest fetch. One block a SM, as many as there are SMs. */
+template <bool FP8, bool SCORES>
+__global__ void __launch_bounds__(256 + WALK_FETCHERS<SCORES>, 1)
+    sparse_mla_walk(const __grid_constant__ job j)
+{
+    extern __shared__ uint8_t raw[];
+    constexpr int F = WALK_FETCHERS<SCORES>;
+    uint8_t *base = raw + (1024 - (smem_address(raw) & 1023)) % 1024;
+    walk_shared *sh = (walk_shared *)(base + 3 * BLOCK);
+    uint32_t tiles = smem_address(base);
+    int wg = (int)__shfl_sync(~0u, threadIdx.x / 128, 0), n_live = *j.n;
+
+    prefetch_first(j);
+    if (SCORES) dependent_launch();
+    if (threadIdx.x == 0) ring_init<FP8, F>(&sh->ring);
+    __syncthreads();
+    if (wg >= 2) {
+        registers_lower<FETCH_REGISTERS<F>>();
+        produce<FP8, F>(j, &sh->ring, tiles + BLOCK, n_live);
+    } else {
+        registers_raise<MATH_REGISTERS<F>>();
+        math<FP8, SCORES>(j, sh, tiles, n_live, wg);
+    }
+}
+
+/* ---- split: columns ---------------------------------------------------------------------------------------------------- */
+
+enum { COLUMN_STAGES = 8, COLUMN_AHEAD = 4, LIST_MAX = 2048, COLUMN_THREADS = 416 };
+
+struct column_shared { /* behind the stages: T tiles of keys and a block's probabilities each */
+    uint64_t full[COLUMN_STAGES], free[COLUMN_STAGES];
+    int32_t list[LIST_MAX];
+};
+template <int T> __host__ __device__ constexpr int stage_bytes()
+{
+    return T * TILE + PROBS_BYTES;
+}
+
+/* 256 threads bring [64 keys, 64 T latents] of one block after another. */
+template <bool FP8, int T>
+__device__ __forceinline__ void column_fetch(const job &j, column_shared *sh, uint32_t stages, int tile,
+                                             int n_blocks, int tid)
+{
+    enum { UNITS = FP8 ? T : 2 * T }; /* 16-byte loads of a thread and block */
+    int row = FP8 ? tid / 4 : tid / 8, c = FP8 ? tid & 3 : tid & 7;
+    uint4 raw[COLUMN_AHEAD][UNITS];
+    float scale[COLUMN_AHEAD];
+    ring_position<COLUMN_STAGES> at;
+
+    auto key = [&](int i, int u) { return sh->list[i * KEYS + row + (FP8 ? 0 : 32 * (u & 1))]; };
+    auto load = [&](int slot, int i) {
+#pragma unroll
+        for (int u = 0; u < UNITS; u++) {
+            int32_t x = key(i, u);
+            const uint8_t *p = j.latent + (size_t)(x < 0 ? 0 : x) * (FP8 ? RECORD_FP8 : RECORD_BF16);
+            raw[slot][u] = load16(p + (FP8 ? 64 * (tile + u) : 128 * (tile + u / 2)) + 16 * c);
+            if (FP8 && u == 0)
+                scale[slot] = __ldg((const float *)(const void *)(p + SCALES_AT + tile / 2 * 4));
+        }
+    };
+    auto store = [&](int slot, int i) {
+        uint32_t to = stages + (uint32_t)(at.stage * stage_bytes<T>() + row * 128);
+#pragma unroll
+        for (int u = 0; u < UNITS; u++) {
+            int32_t x = key(i, u);
+            if (FP8) {
+                expand16(raw[slot][u], factor_bf16(scale[slot], x >= 0),
+                         to + (uint32_t)(u * TILE) + ((uint32_t)((2 * c) ^ (row & 7)) << 4),
+                         to + (uint32_t)(u * TILE) + ((uint32_t)((2 * c + 1) ^ (row & 7)) << 4));
+            } else {
+                uint4 v = x >= 0 ? raw[slot][u] : uint4{0, 0, 0, 0};
+                store16(to + (uint32_t)(u / 2 * TILE + (u & 1) * 4096) +
+                            ((uint32_t)(c ^ (row & 7)) << 4),
+                        v.x, v.y, v.z, v.w);
+            }
+        }
+    };
+
+#pragma unroll
+    for (int i = 0; i < COLUMN_AHEAD; i++)
+        if (i < n_blocks) load(i, i);
+    for (int i0 = 0; i0 < n_blocks; i0 += COLUMN_AHEAD) {
+#pragma unroll
+        for (int s = 0; s < COLUMN_AHEAD; s++) {
+            if (i0 + s >= n_blocks) break;
+            barrier_wait(&sh->free[at.stage], at.parity ^ 1);
+            store(s, i0 + s);
+            fence_async_shared();
+            barrier_arrive(&sh->full[at.stage]);
+            at.next();
+            if (i0 + s + COLUMN_AHEAD < n_blocks) load(s, i0 + s + COLUMN_AHEAD);
+        }
+    }
+}
+
+/* One thread brings the probabilities, which the kernel before makes. */
+template <int T>
+__device__ __forceinline__ void column_probs(const job &j, column_shared *sh, uint8_t *stages, int row,
+                                             int group, int n_blocks)
+{
+    ring_position<COLUMN_STAGES> at;
+
+    dependent_wait();
+    for (int i = 0; i < n_blocks; i++, at.next()) {
+        barrier_wait(&sh->free[at.stage], at.parity ^ 1);
+        barrier_expect(&sh->full[at.stage], PROBS_BYTES);
+        bulk_load(stages + at.stage * stage_bytes<T>() + T * TILE, probs_at(j, row, group, i), PROBS_BYTES,
+                  &sh->full[at.stage]);
+    }
+}
+
+/* 128 threads: columns [64 tile, 64 (tile + T)) of 64 heads, all keys in order. The next block's probabilities are made
+ * ready while the tensor cores work on this one's. */
+template <bool FP8, int T>
+__device__ __forceinline__ void column_math(const job &j, column_shared *sh, uint8_t *stages, int row,
+                                            int group, int tile, int n_blocks)
+{
+    int t = threadIdx.x;
+    float o[32 * T], keep[2][2];
+    state s;
+    probs p[2];
+    ring_position<COLUMN_STAGES> at, ahead;
+
+    auto ready = [&](int e, int i) {
+        barrier_wait(&sh->full[ahead.stage], ahead.parity);
+        probs_load(stages + ahead.stage * stage_bytes<T>() + T * TILE, p[e], t);
+        take_reference(s, p[e], i & 1, true, keep[e]);
+        ahead.next();
+    };
+
+    state_clear(s);
+#pragma unroll
+    for (int i = 0; i < 32 * T; i++)
+        o[i] = 0.0f;
+    if (n_blocks) ready(0, 0);
+    for (int i0 = 0; i0 < n_blocks; i0 += 2) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            if (i0 + e >= n_blocks) break;
+            take_values(o, keep[e], p[e].p, smem_address(stages) + (uint32_t)(at.stage * stage_bytes<T>()));
+            if (i0 + e + 1 < n_blocks) ready(e ^ 1, i0 + e + 1);
+            wgmma_wait<0>();
+            warp_arrive(&sh->free[at.stage]);
+            at.next();
+        }
+    }
+
+    int head = t / 32 * 16 + (t & 31) / 4;
+    size_t to = (size_t)row * j.n_heads + (size_t)group * HEADS + head;
+    float total[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+        total[r] = sum_of_four(s.sum[0][r]) + sum_of_four(s.sum[1][r]);
+    store_values<FP8>(j.out + (to * D_LATENT + (size_t)tile * 64) * 2, o, inverse(total[0]),
+                      inverse(total[1]));
+    if (j.lse && tile == 0 && (t & 3) == 0) {
+        j.lse[to] = (s.reference[0] + log2f(total[0])) * CUDART_LN2_F;
+        j.lse[to + 8] = (s.reference[1] + log2f(total[1])) * CUDART_LN2_F;
+    }
+}
+
+/* Block (row, group of heads, T tiles of columns): all keys of the row. 128 threads compute, 256 fetch keys, 1 fetches
+ * probabilities. */
+template <bool FP8, int T>
+__global__ void __launch_bounds__(COLUMN_THREADS, 1) sparse_mla_columns(const __grid_constant__ job j)
+{
+    extern __shared__ uint8_t raw[];
+    uint8_t *base = raw + (1024 - (smem_address(raw) & 1023)) % 1024;
+    column_shared *sh = (column_shared *)(base + COLUMN_STAGES * stage_bytes<T>());
+    int n_columns = 8 / T, x = blockIdx.x, tile = x % n_columns * T, group = x / n_columns % j.n_groups;
+    int row = x / n_columns / j.n_groups, n = *j.n, dense = j.dense ? j.dense[row] : 0;
+
+    for (int i = threadIdx.x; i < j.k; i += COLUMN_THREADS) {
+        int32_t v = j.list[(size_t)row * j.k + i];
+        sh->list[i] = (uint32_t)v < j.n_latent ? v : -1;
+    }
+    for (int i = j.k + (int)threadIdx.x; i < (j.k + KEYS - 1) / KEYS * KEYS; i += COLUMN_THREADS)
+        sh->list[i] = -1;
+    int n_blocks = count_blocks(j, row);
+    if (row >= n || dense) return;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < COLUMN_STAGES; i++) {
+            barrier_init(&sh->full[i], 256 + 1);
+            barrier_init(&sh->free[i], 4);
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x < 128)
+        column_math<FP8, T>(j, sh, base, row, group, tile, n_blocks);
+    else if (threadIdx.x < 128 + 256)
+        column_fetch<FP8, T>(j, sh, smem_address(base), tile, n_blocks, (int)threadIdx.x - 128);
+    else if (threadIdx.x == 128 + 256)
+        column_probs<T>(j, sh, base, row, group, n_blocks);
+}
+
+/* ---- launches ------------------------------------------------------------------------------------------------------------ */
+
+/* Up to this many (row, 64 heads) the split way is the faster one: 64 of them take ... (measured: see the bench). */
+enum { SPLIT_MAX = 64 };
+
+template <bool FP8, bool SCORES> cudaError_t launch_walk(const job &j, int n_sm, cudaStream_t stream)
+{
+    int64_t tasks = (int64_t)j.n_max * j.n_groups * j.n_slices;
+    cudaError_t e = cudaFuncSetAttribute(sparse_mla_walk<FP8, SCORES>,
+                                         cudaFuncAttributeMaxDynamicSharedMemorySize, WALK_BYTES);
+    if (e != cudaSuccess) return e;
+    sparse_mla_walk<FP8, SCORES>
+        <<<(unsigned)(tasks < n_sm ? tasks : n_sm), 256 + WALK_FETCHERS<SCORES>, WALK_BYTES, stream>>>(j);
+    return cudaGetLastError();
+}
+
+template <bool FP8, int T> cudaError_t launch_columns(const job &j, cudaStream_t stream)
+{
+    int bytes = COLUMN_STAGES * stage_bytes<T>() + (int)sizeof(column_shared) + 1024;
+    cudaLaunchAttribute early = {};
+    cudaLaunchConfig_t config = {};
+    cudaError_t e = cudaFuncSetAttribute(sparse_mla_columns<FP8, T>,
+                                         cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+
+    if (e != cudaSuccess) return e;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = dim3((unsigned)(j.n_max * j.n_groups * (8 / T)));
+    config.blockDim = dim3(COLUMN_THREADS);
+    config.dynamicSmemBytes = (size_t)bytes;
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, sparse_mla_columns<FP8, T>, j);
+}
+
+template <bool FP8> cudaError_t launch_split(job j, int n_sm, cudaStream_t stream)
+{
+    int n_pairs = (j.k + 2 * KEYS - 1) / (2 * KEYS), tasks = j.n_max * j.n_groups;
+
+    j.pairs = (n_pairs * tasks + n_sm - 1) / n_sm;
+    j.pairs = j.pairs < n_pairs ? j.pairs : n_pairs;
+    j.n_slices = (n_pairs + j.pairs - 1) / j.pairs;
+    cudaError_t e = launch_walk<FP8, true>(j, n_sm, stream);
+    if (e != cudaSuccess) return e;
+    return tasks * 8 <= n_sm ? launch_columns<FP8, 1>(j, stream) : launch_columns<FP8, 2>(j, stream);
+}
+
+template <bool FP8> cudaError_t launch(const job &j, int way, int n_sm, cudaStream_t stream)
+{
+    if (j.n_heads <= 32) return launch_few(j, FP8, way, n_sm, stream);
+    if (way == TR_MLA_SPLIT) return launch_split<FP8>(j, n_sm, stream);
+    return launch_walk<FP8, false>(j, n_sm, stream);
+}
+
+} // namespace mla
+} // namespace tr
+
+using namespace tr::mla;
+
+static int way_of(int n_max, int n_heads, int k, int way)
+{
+    if (k > LIST_MAX) return TR_MLA_WALK;
+    if (way != TR_MLA_AUTO) return way;
+    if (n_heads <= 32) return n_max <= FEW_SPLIT_MAX ? TR_MLA_SPLIT : TR_MLA_WALK;
+    return n_max * (n_heads / HEADS) <= SPLIT_MAX ? TR_MLA_SPLIT : TR_MLA_WALK;
+}
+
+size_t tr_cuda_sparse_mla_workspace_way(int n_max, int n_heads, int way)
+{
+    if (way_of(n_max, n_heads, 0, way) == TR_MLA_WALK) return 256;
+    if (n_heads <= 32) return few_workspace(n_max, n_heads);
+    return (size_t)n_max * (size_t)(n_heads / HEADS) * (LIST_MAX / KEYS) * PROBS_BYTES;
+}
+
+size_t tr_cuda_sparse_mla_workspace(int n_max, int n_heads, int d_latent)
+{
+    size_t most = 256;
+    int rows = n_heads <= 32 ? FEW_SPLIT_MAX : SPLIT_MAX / (n_heads / HEADS);
+
+    (void)d_latent;
+    if (n_max > 0 && n_heads > 0)
+        most = tr_cuda_sparse_mla_workspace_way(n_max < rows ? n_max : rows, n_heads, TR_MLA_SPLIT);
+    return most;
+}
+
+cudaError_t tr_cuda_sparse_mla_way(const struct tr_sparse_mla_args *a, int way, cudaStream_t stream)
+{
+    job j = {};
+    int device = 0, n_sm = 0;
+    cudaError_t e;
+
+    if (a->latents.n || a->kv.d_latent != D_LATENT || a->kv.d_rope != D_KEY - D_LATENT ||
+        (a->kv.dtype != TR_E4M3 && a->kv.dtype != TR_BF16) || a->n_heads < 1 ||
+        (a->n_heads > 32 && a->n_heads % HEADS))
+        return cudaErrorNotSupported;
+    if (a->k < 1 || a->rows->n_max < 0 || a->kv.n_pages < 1) return cudaErrorInvalidValue;
+    if (a->rows->n_max == 0) return cudaSuccess;
+    way = way_of(a->rows->n_max, a->n_heads, a->k, way);
+    if (a->workspace_bytes < tr_cuda_sparse_mla_workspace_way(a->rows->n_max, a->n_heads, way))
+        return cudaErrorInvalidValue;
+
+    j.n = a->rows->n;
+    j.n_max = a->rows->n_max;
+    j.dense = a->rows->dense;
+    j.q = (const uint8_t *)(const void *)a->q;
+    j.list = a->cache_row;
+    j.k = a->k;
+    j.latent = (const uint8_t *)a->kv.latent;
+    j.n_latent = (uint32_t)a->kv.n_pages * TR_PAGE_TOKENS;
+    j.out = (uint8_t *)(void *)a->out;
+    j.lse = a->lse;
+    j.scale = a->scale * 1.44269504f;
+    j.n_heads = a->n_heads;
+    j.n_groups = (a->n_heads + HEADS - 1) / HEADS;
+    j.n_slices = 1;
+    j.pairs = (a->k + 2 * KEYS - 1) / (2 * KEYS);
+    j.work = (uint8_t *)a->workspace;
+    e = cudaGetDevice(&device);
+    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&n_sm, cudaDevAttrMultiProcessorCount, device);
+    if (e != cudaSuccess) return e;
+    return a->kv.dtype == TR_E4M3 ? launch<true>(j, way, n_sm, stream)
+                                  : launch<false>(j, way, n_sm, stream);
+}
+
+cudaError_t tr_cuda_sparse_mla(const struct tr_sparse_mla_args *a, cudaStream_t stream)
+{
+    return tr_cuda_sparse_mla_way(a, TR_MLA_AUTO, stream);
+}

@@ -1,0 +1,352 @@
+/* trireme bench comm: every operation of a communicator, for some group sizes and message lengths, next to the MPI
+ * library's own blocking call for the same thing. Both take turns call by call, so that whatever else this machine does
+ * falls on both. A call is timed on every member between two clock readings behind a barrier; of each member's calls
+ * the median counts, of the members the slowest. */
+#include <config.h>
+
+#include "command/bench_comm.h"
+
+#include <getopt.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/clock.h"
+#include "base/size.h"
+#include "mpi/comm_mpi.h"
+#include "mpi/yardstick.h"
+
+static const char help_text[] =
+    "Usage: mpirun -n RANKS trireme bench comm [options]\n"
+    "\n"
+    "Every operation of a communicator, next to the MPI library's own blocking call for\n"
+    "the same thing: a table and JSON lines.\n"
+    "\n"
+    "      --bytes N[,N...]   what one member gives (default 8,1024,65536,1048576)\n"
+    "      --ranks N[,N...]   group sizes (default: 2, 4, 8, ... and all ranks)\n"
+    "      --calls N          timed calls of each line (default 10000); fewer of long\n"
+    "                         messages, 50 or as many as make 500 MB\n"
+    "  -h, --help             this text\n";
+
+enum { LIST_MAX = 16, WARM_UP = 20 };
+
+typedef struct comm_options {
+    size_t bytes[LIST_MAX];
+    int ranks[LIST_MAX];
+    int n_bytes, n_ranks, calls;
+    bool help;
+} comm_options;
+
+typedef struct group {
+    tr_comm *comm;
+    tr_yardstick *plain;
+    int size;
+    bool crowded; /* more ranks on this host than cores given */
+} group;
+
+typedef struct bench {
+    tr_world world;
+    comm_options options;
+    char *send, *recv;
+    size_t *each;          /* [world.size] */
+    double *ours, *theirs; /* [calls] seconds */
+} bench;
+
+/* ---- options ----------------------------------------------------------------------------------------------------- */
+
+static tr_status number(const char *option, const char *text, long min, long max, long *out,
+                        tr_err *err)
+{
+    char *end = NULL;
+    *out = strtol(text, &end, 10);
+    if (end == text || *end || *out < min || *out > max)
+        return tr_fail(err, TR_E_USAGE, "--%s %s: a whole number from %ld to %ld is wanted", option,
+                       text, min, max);
+    return TR_OK;
+}
+
+/* Numbers with commas between them. */
+static tr_status numbers(const char *option, const char *text, long min, long max, long *out,
+                         int *n, tr_err *err)
+{
+    char copy[256], *save = NULL;
+
+    if (strlen(text) >= sizeof copy) return tr_fail(err, TR_E_USAGE, "--%s: too long", option);
+    memcpy(copy, text, strlen(text) + 1);
+    *n = 0;
+    for (char *item = strtok_r(copy, ",", &save); item; item = strtok_r(NULL, ",", &save)) {
+        if (*n == LIST_MAX)
+            return tr_fail(err, TR_E_USAGE, "--%s: at most %d numbers", option, LIST_MAX);
+        tr_status st = number(option, item, min, max, &out[(*n)++], err);
+        if (st != TR_OK) return st;
+    }
+    return *n ? TR_OK : tr_fail(err, TR_E_USAGE, "--%s: a number is wanted", option);
+}
+
+static void default_ranks(comm_options *o, int world)
+{
+    for (int n = 2; n < world && o->n_ranks < LIST_MAX - 1; n *= 2)
+        o->ranks[o->n_ranks++] = n;
+    if (world > 1) o->ranks[o->n_ranks++] = world;
+}
+
+static tr_status parse(comm_options *o, int world, int argc, char **argv, tr_err *err)
+{
+    static const struct option table[] = {{"bytes", required_argument, NULL, 'b'},
+                                          {"ranks", required_argument, NULL, 'r'},
+                                          {"calls", required_argument, NULL, 'c'},
+                                          {"help", no_argument, NULL, 'h'},
+                                          {NULL, 0, NULL, 0}};
+    long list[LIST_MAX], calls;
+    tr_status st = TR_OK;
+    int c;
+
+    *o = (comm_options){.bytes = {8, 1024, 65536, 1048576}, .n_bytes = 4, .calls = 10000};
+    opterr = 0;
+    optind = 1;
+    while (st == TR_OK && (c = getopt_long(argc, argv, "h", table, NULL)) != -1) {
+        if (c == 'h') {
+            o->help = true;
+        } else if (c == 'b') {
+            st = numbers("bytes", optarg, 1, 1 << 30, list, &o->n_bytes, err);
+            for (int i = 0; i < o->n_bytes && st == TR_OK; i++)
+                o->bytes[i] = (size_t)list[i];
+        } else if (c == 'r') {
+            st = numbers("ranks", optarg, 2, world, list, &o->n_ranks, err);
+            for (int i = 0; i < o->n_ranks && st == TR_OK; i++)
+                o->ranks[i] = (int)list[i];
+        } else if (c == 'c') {
+            st = number("calls", optarg, 1, 10000000, &calls, err);
+            if (st == TR_OK) o->calls = (int)calls;
+        } else {
+            st = tr_fail(err, TR_E_USAGE,
+                         "bench comm: unknown option; see trireme bench comm --help");
+        }
+    }
+    if (st == TR_OK && optind < argc)
+        st = tr_fail(err, TR_E_USAGE, "bench comm: %s: what is that?", argv[optind]);
+    if (st == TR_OK && !o->help && world == 1)
+        st = tr_fail(err, TR_E_USAGE,
+                     "bench comm: one rank has nobody to talk to; start it with mpirun -n 2");
+    if (!o->n_ranks) default_ranks(o, world);
+    return st;
+}
+
+/* ---- measuring --------------------------------------------------------------------------------------------------- */
+
+/* What one member gives, rounded up to what the operation can cut. */
+static size_t round_bytes(const group *g, tr_comm_op op, size_t bytes)
+{
+    const size_t size = (size_t)g->size;
+    const size_t unit = op == TR_COMM_REDUCE_SCATTER || op == TR_COMM_ALL_TO_ALL ? 4 * size
+                        : op == TR_COMM_ALL_REDUCE                               ? 4
+                        : op == TR_COMM_ALL_MAX                                  ? 8
+                                                                                 : 1;
+    return tr_ceil_div(bytes, unit) * unit;
+}
+
+static tr_status begin(bench *b, const group *g, tr_comm_op op, size_t bytes, tr_ticket *t,
+                       tr_err *err)
+{
+    const size_t size = (size_t)g->size;
+    size_t *each = b->each;
+
+    switch (op) {
+    case TR_COMM_ALL_REDUCE:
+        return tr_comm_all_reduce(g->comm, b->recv, bytes / 4, TR_F32, t, err);
+    case TR_COMM_ALL_MAX:
+        return tr_comm_all_max_u64(g->comm, (uint64_t *)(void *)b->recv, bytes / 8, t, err);
+    case TR_COMM_REDUCE_SCATTER:
+        return tr_comm_reduce_scatter(g->comm, b->send, b->recv, bytes / 4 / size, TR_F32, t, err);
+    case TR_COMM_BROADCAST:
+        return tr_comm_broadcast(g->comm, 0, b->recv, bytes, t, err);
+    default:
+        for (size_t i = 0; i < size; i++)
+            each[i] = op == TR_COMM_ALL_GATHER ? bytes : bytes / size;
+        return op == TR_COMM_ALL_GATHER
+                   ? tr_comm_all_gather(g->comm, b->send, b->recv, each, t, err)
+                   : tr_comm_all_to_all(g->comm, b->send, each, b->recv, each, t, err);
+    }
+}
+
+static tr_status ping_pong(bench *b, const group *g, size_t bytes, tr_err *err)
+{
+    const int me = tr_comm_rank(g->comm);
+    tr_ticket t;
+    tr_status st = TR_OK;
+
+    for (int turn = 0; turn < 2 && me < 2 && st == TR_OK; turn++) {
+        st = turn == me ? tr_comm_send(g->comm, 1 - me, b->send, bytes, &t, err)
+                        : tr_comm_recv(g->comm, 1 - me, b->recv, bytes, &t, err);
+        if (st == TR_OK) st = tr_comm_wait(g->comm, TR_LANE_MAIN, t, err);
+    }
+    return st;
+}
+
+static tr_status run_ours(bench *b, const group *g, tr_comm_op op, size_t bytes, tr_err *err)
+{
+    tr_ticket t;
+
+    if (op == TR_COMM_SEND) return ping_pong(b, g, bytes, err);
+    tr_status st = begin(b, g, op, bytes, &t, err);
+    return st == TR_OK ? tr_comm_wait(g->comm, TR_LANE_MAIN, t, err) : st;
+}
+
+/* One timed call behind a barrier. */
+static tr_status timed(bench *b, const group *g, bool ours, tr_comm_op op, size_t bytes,
+                       double *seconds, tr_err *err)
+{
+    tr_status st = tr_yardstick_barrier(g->plain, err);
+    if (st != TR_OK) return st;
+    const uint64_t begun_ns = tr_now_ns();
+    st = ours ? run_ours(b, g, op, bytes, err)
+              : tr_yardstick_run(g->plain, op, b->send, b->recv, bytes, err);
+    *seconds = (double)(tr_now_ns() - begun_ns) * 1e-9 * (op == TR_COMM_SEND ? 0.5 : 1.0);
+    return st;
+}
+
+static int by_value(const void *a, const void *b)
+{
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* The slowest member's median. */
+static tr_status slowest_median(const group *g, double *seconds, int n, double *out, tr_err *err)
+{
+    uint64_t bits;
+    tr_ticket t;
+
+    qsort(seconds, (size_t)n, sizeof *seconds, by_value);
+    *out = seconds[n / 2];
+    memcpy(&bits, out, sizeof bits); /* positive numbers are ordered as their bits */
+    tr_status st = tr_comm_all_max_u64(g->comm, &bits, 1, &t, err);
+    if (st == TR_OK) st = tr_comm_wait(g->comm, TR_LANE_MAIN, t, err);
+    memcpy(out, &bits, sizeof bits);
+    return st;
+}
+
+static void print_line(const group *g, tr_comm_op op, size_t bytes, int calls, double ours,
+                       double theirs)
+{
+    const char *name = op == TR_COMM_SEND ? "send_recv" : tr_comm_op_name(op);
+
+    printf("  %-14s %5d %10zu %10.2f %10.2f %9.2f %8.1f %9.3f %9.3f%s\n", name, g->size, bytes,
+           ours * 1e6, theirs * 1e6, (ours - theirs) * 1e6, (ours / theirs - 1) * 100,
+           (double)bytes / ours * 1e-9, (double)bytes / theirs * 1e-9,
+           g->crowded ? "  (more ranks than cores)" : "");
+    printf("{\"bench\": \"comm\", \"op\": \"%s\", \"ranks\": %d, \"bytes\": %zu, \"calls\": %d, "
+           "\"median_s\": %.9g, \"plain_median_s\": %.9g, \"bytes_per_s\": %.6g, "
+           "\"plain_bytes_per_s\": %.6g, \"oversubscribed\": %s}\n",
+           name, g->size, bytes, calls, ours, theirs, (double)bytes / ours, (double)bytes / theirs,
+           g->crowded ? "true" : "false");
+    fflush(stdout);
+}
+
+static tr_status measure(bench *b, const group *g, tr_comm_op op, size_t wanted, tr_err *err)
+{
+    const size_t bytes = round_bytes(g, op, wanted);
+    const size_t enough = 500000000 / bytes > 50 ? 500000000 / bytes : 50;
+    const int calls = enough < (size_t)b->options.calls ? (int)enough : b->options.calls;
+    double ours = 0, theirs = 0;
+    tr_status st = TR_OK;
+
+    memset(b->send, 0, bytes);
+    memset(b->recv, 0, bytes);
+    for (int i = -WARM_UP; i < calls && st == TR_OK; i++) {
+        const int at = i < 0 ? 0 : i;
+        const bool first = i & 1; /* who goes first takes turns too */
+        st = timed(b, g, first, op, bytes, first ? &b->ours[at] : &b->theirs[at], err);
+        if (st == TR_OK)
+            st = timed(b, g, !first, op, bytes, first ? &b->theirs[at] : &b->ours[at], err);
+    }
+    if (st == TR_OK) st = slowest_median(g, b->ours, calls, &ours, err);
+    if (st == TR_OK) st = slowest_median(g, b->theirs, calls, &theirs, err);
+    if (st == TR_OK && b->world.rank == 0) print_line(g, op, bytes, calls, ours, theirs);
+    return st;
+}
+
+/* Ranks are often bound to a core each, so the cores of this process say nothing. */
+static bool is_crowded(const tr_world *world)
+{
+    return world->local_size > sysconf(_SC_NPROCESSORS_ONLN);
+}
+
+static tr_status bench_group(bench *b, int size, tr_err *err)
+{
+    static const tr_comm_op ops[] = {TR_COMM_ALL_REDUCE, TR_COMM_ALL_GATHER, TR_COMM_REDUCE_SCATTER,
+                                     TR_COMM_ALL_TO_ALL, TR_COMM_SEND,       TR_COMM_BROADCAST,
+                                     TR_COMM_ALL_MAX};
+    const int color = b->world.rank < size ? 0 : -1;
+    group g = {.size = size, .crowded = is_crowded(&b->world)};
+    tr_status st = tr_comm_split(&g.comm, &b->world, color, b->world.rank, "bench", err);
+
+    if (st == TR_OK) st = tr_yardstick_open(&g.plain, &b->world, color, err);
+    for (size_t i = 0; i < sizeof ops / sizeof *ops && g.comm; i++)
+        for (int j = 0; j < b->options.n_bytes && st == TR_OK; j++)
+            st = measure(b, &g, ops[i], b->options.bytes[j], err);
+    tr_comm_free(g.comm);
+    tr_yardstick_close(g.plain);
+    return tr_agree(&b->world, st, err);
+}
+
+static tr_status prepare(bench *b, tr_err *err)
+{
+    size_t most = 0, all;
+
+    for (int i = 0; i < b->options.n_bytes; i++)
+        if (b->options.bytes[i] > most) most = b->options.bytes[i];
+    most += 8 * (size_t)b->world.size; /* round_bytes */
+    if (!tr_mul(&all, most, (size_t)b->world.size))
+        return tr_fail(err, TR_E_USAGE, "--bytes: too much for %d ranks", b->world.size);
+    b->send = malloc(most);
+    b->recv = malloc(all);
+    b->each = tr_calloc((size_t)b->world.size, sizeof *b->each);
+    b->ours = tr_calloc((size_t)b->options.calls, sizeof *b->ours);
+    b->theirs = tr_calloc((size_t)b->options.calls, sizeof *b->theirs);
+    return b->send && b->recv && b->each && b->ours && b->theirs
+               ? TR_OK
+               : tr_fail(err, TR_E_MEMORY, "out of memory");
+}
+
+static tr_status run(bench *b, tr_err *err)
+{
+    char version[128];
+    tr_status st = tr_agree(&b->world, prepare(b, err), err);
+
+    if (st == TR_OK && b->world.rank == 0) {
+        tr_mpi_version(version, sizeof version);
+        printf("# trireme %s, %s, %d ranks, %d on %s; medians, the slowest member's\n",
+               PACKAGE_VERSION, version, b->world.size, b->world.local_size, b->world.host);
+        printf("# %-14s %5s %10s %10s %10s %9s %8s %9s %9s\n", "operation", "ranks", "bytes", "us",
+               "plain us", "more us", "more %", "GB/s", "plain");
+    }
+    for (int i = 0; i < b->options.n_ranks && st == TR_OK; i++)
+        st = bench_group(b, b->options.ranks[i], err);
+    return st;
+}
+
+tr_status tr_bench_comm(int argc, char **argv, tr_err *err)
+{
+    bench b = {.send = NULL};
+    tr_status st = tr_world_start(&b.world, err);
+
+    if (st == TR_OK) st = parse(&b.options, b.world.size, argc, argv, err);
+    if (st == TR_OK && b.options.help) {
+        if (b.world.rank == 0) fputs(help_text, stdout);
+    } else if (st == TR_OK) {
+        st = run(&b, err);
+    }
+    /* All ranks know of an error; one of them says so. */
+    if (st != TR_OK && b.world.rank != 0 && err) err->text[0] = '\0';
+    free(b.send);
+    free(b.recv);
+    free(b.each);
+    free(b.ours);
+    free(b.theirs);
+    tr_world_finish();
+    return st;
+}

@@ -1,0 +1,45 @@
+#!/bin/sh
+# trireme bench comm on 2 and 3 ranks: a table and JSON lines that parse, one line per operation, group size and length, with
+# times of both sides; and what it refuses. No speed is demanded here.
+set -u
+: "${TRIREME:?}"
+python=${PYTHON:-python3}
+command -v "$python" >/dev/null || { echo "skipped: no $python to read JSON with"; exit 77; }
+if [ -z "${MPIEXEC-}" ]; then
+    echo 'no MPI launcher was found'
+    exit 77
+fi
+export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1 OMP_NUM_THREADS=1
+if [ "$(id -u)" -eq 0 ]; then
+    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+fi
+dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-bench.XXXXXX") || exit 1
+trap 'rm -rf "$dir"' EXIT
+
+timeout 60 "$MPIEXEC" -n 3 "$TRIREME" bench comm --bytes 1,50000 --calls 20 >"$dir/out" || exit 1
+
+refused() { # TEXT ARGUMENT...
+    text=$1
+    shift
+    timeout 60 "$@" >"$dir/stdout" 2>"$dir/stderr" && { echo "accepted: $*"; exit 1; }
+    grep -q -- "$text" "$dir/stderr" || { echo "no word of '$text': $*"; cat "$dir/stderr"; exit 1; }
+}
+refused 'one rank has nobody' "$TRIREME" bench comm
+refused 'bytes 0' "$MPIEXEC" -n 2 "$TRIREME" bench comm --bytes 0
+refused 'ranks 3' "$MPIEXEC" -n 2 "$TRIREME" bench comm --ranks 3
+refused 'unknown option' "$MPIEXEC" -n 2 "$TRIREME" bench comm --speed
+"$TRIREME" bench comm --help | grep -q 'mpirun' || { echo "no help"; exit 1; }
+
+"$python" - "$dir/out" <<'PY'
+import json, sys
+
+lines = [json.loads(l) for l in open(sys.argv[1]) if l.startswith("{")]
+ops = "all_reduce all_gather reduce_scatter all_to_all send_recv broadcast all_max".split()
+assert [(l["ranks"], l["op"]) for l in lines] == [(n, op) for n in (2, 3) for op in ops for _ in (1, 2)], lines
+for l in lines:
+    assert l["bench"] == "comm" and l["calls"] == 20
+    assert l["median_s"] > 0 and l["plain_median_s"] > 0, l
+    assert abs(l["bytes_per_s"] * l["median_s"] / l["bytes"] - 1) < 1e-4, l
+    least = {"all_reduce": 4, "all_max": 8, "reduce_scatter": 4 * l["ranks"], "all_to_all": 4 * l["ranks"]}.get(l["op"], 1)
+    assert l["bytes"] % least == 0 and (l["bytes"] == least or 50000 <= l["bytes"] < 50000 + least), l
+PY
