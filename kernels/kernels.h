@@ -88,6 +88,7 @@ typedef struct tr_rows {       /* this rank's rows of a step, made on the device
     int32_t *n, *n_head;       /* live counts */
     int32_t *token, *slot;     /* [n] */
     int32_t *position;         /* [n]: row i sees keys [0, position[i]] */
+    int32_t *begin;            /* [n]: keys [0, begin[i]) were in the cache before this step */
     int64_t *write;            /* [n] cache row page*64+offset, -1: pad row */
     uint8_t *dense;            /* [n] 1: multi-head form, 0: absorbed form with selection */
     int32_t *head_row;         /* [n_head] row index that reaches the head */
@@ -119,6 +120,7 @@ struct tr_plan_apply_args {
     const tr_plan *plan; /* device copy of the block */
     tr_slots slots;
     tr_rows rows;
+    int rows_only; /* another call of this step has changed the slots already (its spans may be parts of these): fill *rows */
 };
 /* Half-filled pages of forked sequences: every copy of the plan, for one layer, latents and index keys. */
 struct tr_pages_copy_args {
@@ -323,6 +325,49 @@ struct tr_moe_combine_args {
     float *out;          /* [n, d]; may equal shared */
 };
 
+/* ---- rows to experts of other ranks and back (parallel.md 2.4, 5.1) ------------------------------------------------- */
+
+/* A dispatched row: its activations, then its k choices with their weights; a choice that is not the receiver's is -1. */
+static inline size_t tr_dispatch_bytes(int d, int k)
+{
+    return (size_t)d * 4 + (size_t)k * 8;
+}
+/* Records of the rows first, first + step, .. (at most n_rows of them, all below *n), one for every destination that holds one
+ * of a row's experts: n_ep of them with n_local experts each, and each of these n_xt times (ranks that share their experts'
+ * width). Records lie in the order of destinations (ep * n_xt + xt), rows ascending inside.
+ * count [n_ep * n_xt]: records of each destination. origin: the row of every record, in their order. */
+struct tr_moe_dispatch_args {
+    const int32_t *n;
+    int first, step, n_rows, k, d, n_local, n_ep, n_xt;
+    const int32_t *expert; /* [n, k] */
+    const float *weight;   /* [n, k] */
+    const float *x;        /* [n, d] */
+    void *record;          /* [n_rows * min(k, n_ep) * n_xt] records */
+    int32_t *count, *origin;
+};
+/* What n_rows records that came say of their choices: expert, weight [n_rows, k]; *n_out = n_rows. Their activations are read
+ * where they lie, with the records' distance as row stride. */
+struct tr_moe_receive_args {
+    const void *record;
+    int n_rows, k, d;
+    int32_t *expert;
+    float *weight;
+    int32_t *n_out;
+};
+/* out[origin[i]] += y[i], i ascending: what the experts made of the rows, in the order in which they were dispatched. */
+struct tr_moe_return_args {
+    int n_rows, d;
+    const int32_t *origin;
+    const float *y; /* [n_rows, d] */
+    float *out;     /* [n, d] */
+};
+/* out[i] = 0, i < *n: [n, d]. */
+struct tr_rows_zero_args {
+    const int32_t *n;
+    int n_max, d;
+    float *out;
+};
+
 /* ---- head (model.md 8, chat.md 4.2) -------------------------------------------------------------------------------- */
 
 /* One chunk of head rows [i_head, i_head + n_rows): where target is -1, apply the changes and the mask of ids without
@@ -361,12 +406,12 @@ struct tr_logprobs_args {
 /* ---- the table ---------------------------------------------------------------------------------------------------- */
 
 /* The list, once: struct names, table, region names, `bench kernels`, and "every operation has a test" come from it.
- * To come with their features: reduce_norm, await, rows_scatter, pages_pack, sample_merge, verify. */
+ * To come with their features: reduce_norm, await, pages_pack, verify. */
 /* clang-format off */
 #define TR_OPS(X) \
     X(plan_apply) X(pages_copy) X(embed) X(norm) X(rows_gather) X(linear) X(swiglu) X(mla_query) X(kv_write) \
     X(index_query) X(index_logits) X(topk) X(sparse_mla) X(dense_mha) X(mla_value) X(router) X(moe_pack) X(moe) \
-    X(moe_combine) X(sample) X(logprobs)
+    X(moe_combine) X(moe_dispatch) X(moe_receive) X(moe_return) X(rows_zero) X(sample) X(logprobs)
 /* clang-format on */
 #define TR_OP(name) tr_status (*name)(tr_device *, tr_lane, const struct tr_##name##_args *);
 

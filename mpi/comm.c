@@ -47,6 +47,26 @@ int tr_comm_size(const tr_comm *c)
     return c->size;
 }
 
+const char *tr_comm_name(const tr_comm *c)
+{
+    return c->name;
+}
+
+const char *tr_comm_op_name(tr_comm_op op)
+{
+    static const char *const name[] = {
+        [TR_COMM_ALL_REDUCE] = "all_reduce",
+        [TR_COMM_ALL_GATHER] = "all_gather",
+        [TR_COMM_REDUCE_SCATTER] = "reduce_scatter",
+        [TR_COMM_ALL_TO_ALL] = "all_to_all",
+        [TR_COMM_SEND] = "send",
+        [TR_COMM_RECV] = "recv",
+        [TR_COMM_BROADCAST] = "broadcast",
+        [TR_COMM_ALL_MAX] = "all_max",
+    };
+    return (int)op >= 0 && op < TR_COMM_N_OPS ? name[op] : "?";
+}
+
 void tr_comm_free(tr_comm *c)
 {
     if (c) c->impl->free(c);
@@ -135,6 +155,16 @@ tr_status tr_comm_broadcast(tr_comm *c, int root, void *buf, size_t bytes, tr_ti
     return c->impl->broadcast(c, root, buf, bytes, ticket, err);
 }
 
+tr_status tr_comm_all_max_u64(tr_comm *c, uint64_t *x, size_t n, tr_ticket *ticket, tr_err *err)
+{
+    size_t bytes;
+
+    if (!tr_mul(&bytes, n, sizeof *x)) return bad(err, "all_max", "impossible size");
+    if (!ticket || (n && !x)) return bad(err, "all_max", "no buffer or no ticket");
+    count(c, TR_COMM_ALL_MAX, bytes, ticket);
+    return c->impl->all_max(c, x, n, ticket, err);
+}
+
 /* Ticket 0 stands for nothing begun: there is nothing to wait for. */
 tr_status tr_comm_wait(tr_comm *c, tr_lane reader, tr_ticket ticket, tr_err *err)
 {
@@ -151,6 +181,11 @@ void tr_comm_counts(const tr_comm *c, tr_comm_op op, uint64_t *calls, uint64_t *
 {
     *calls = c->calls[op];
     *bytes = c->bytes[op];
+}
+
+uint64_t tr_comm_waited_ns(const tr_comm *c, tr_comm_op op)
+{
+    return c->waited_ns[op];
 }
 
 /* ---- the group of one: what a member would get is what it gives --------------------------------------------------- */
@@ -212,6 +247,12 @@ static tr_status self_broadcast(tr_comm *c, int root, void *buf, size_t bytes, t
     return TR_OK;
 }
 
+static tr_status self_all_max(tr_comm *c, uint64_t *x, size_t n, tr_ticket *ticket, tr_err *err)
+{
+    (void)c, (void)x, (void)n, (void)ticket, (void)err;
+    return TR_OK;
+}
+
 static tr_status self_wait(tr_comm *c, tr_lane reader, tr_ticket ticket, tr_err *err)
 {
     (void)c, (void)reader, (void)ticket, (void)err;
@@ -236,6 +277,7 @@ static const tr_comm_impl self_impl = {
     .send = self_send,
     .recv = self_recv,
     .broadcast = self_broadcast,
+    .all_max = self_all_max,
     .wait = self_wait,
     .progress = self_progress,
     .free = self_free,
@@ -248,6 +290,7 @@ tr_comm *tr_comm_self(void)
     if (c) {
         c->impl = &self_impl;
         c->size = 1;
+        memcpy(c->name, "self", sizeof "self");
     }
     return c;
 }

@@ -1,10 +1,11 @@
 /* Communicators: one group's collectives on one lane. Knows rows and bytes, never a layer; may include kernels.h for
- * device memory and lanes. Each operation is begun (and gives a ticket) and later waited for.
+ * device memory and lanes. Each operation is begun (and gives a ticket) and later waited for; until then its buffers
+ * belong to it. Any number may be in flight, and they may be waited for in any order.
  *
- * Implementations stand behind one table of functions (comm_priv.h): the group of one (here), a loop-back of several
- * ranks in one process (tests), MPI and NCCL (later). On the CPU "wait" returns when the data is there; progress is to
- * be called between operations because MPI advances only when called. All calls of one communicator come from one
- * thread, in the same order on every member. */
+ * Implementations stand behind one table of functions (comm_priv.h): the group of one (here), MPI (comm_mpi.h), a
+ * loop-back of several ranks in one process (tests), NCCL (later). On the CPU "wait" returns when the data is there;
+ * progress is to be called between operations because MPI advances only when called. All calls of one communicator come
+ * from one thread, and operations are begun in the same order on every member. */
 #ifndef TR_MPI_COMM_H
 #define TR_MPI_COMM_H
 
@@ -29,6 +30,7 @@ typedef enum tr_comm_op {
     TR_COMM_SEND,
     TR_COMM_RECV,
     TR_COMM_BROADCAST,
+    TR_COMM_ALL_MAX,
     TR_COMM_N_OPS
 } tr_comm_op;
 
@@ -37,7 +39,10 @@ tr_comm *tr_comm_self(void);
 void tr_comm_free(tr_comm *comm);
 
 int tr_comm_rank(const tr_comm *), tr_comm_size(const tr_comm *);
-/* In place. dtype TR_F32 so far; the sum runs over members in rank order. */
+const char *tr_comm_name(const tr_comm *); /* "stage", "attn_tp", ...; "self" of the group of one */
+const char *tr_comm_op_name(tr_comm_op);   /* "all_reduce", ... */
+/* In place. dtype TR_F32 so far; the sum of every element is ((x0 + x1) + x2) + ... over members in rank order, so that it is
+ * the same on all members and in every run. */
 tr_status tr_comm_all_reduce(tr_comm *, void *buf, size_t n, tr_dtype, tr_ticket *, tr_err *);
 /* bytes[size]: what each member gives; recv holds them in rank order. */
 tr_status tr_comm_all_gather(tr_comm *, const void *send, void *recv, const size_t *bytes,
@@ -51,17 +56,54 @@ tr_status tr_comm_all_to_all(tr_comm *, const void *send, const size_t *n_send, 
 tr_status tr_comm_send(tr_comm *, int to, const void *, size_t bytes, tr_ticket *, tr_err *);
 tr_status tr_comm_recv(tr_comm *, int from, void *, size_t bytes, tr_ticket *, tr_err *);
 tr_status tr_comm_broadcast(tr_comm *, int root, void *, size_t bytes, tr_ticket *, tr_err *);
+/* Largest of the members' words, in place: the packed arg-max of parallel.md 2.6. */
+tr_status tr_comm_all_max_u64(tr_comm *, uint64_t *, size_t n, tr_ticket *, tr_err *);
 /* The data of `ticket` is there for `reader` afterwards. */
 tr_status tr_comm_wait(tr_comm *, tr_lane reader, tr_ticket, tr_err *);
+/* Over MPI: of every communicator of the world, not of this one alone. */
 void tr_comm_progress(tr_comm *);
 /* Calls and bytes given by this member so far, per operation. */
 void tr_comm_counts(const tr_comm *, tr_comm_op, uint64_t *calls, uint64_t *bytes);
+/* Time spent in tr_comm_wait for operations of this kind: what was not hidden behind computation. */
+uint64_t tr_comm_waited_ns(const tr_comm *, tr_comm_op);
 
-/* Context parallelism's exchange. begin: tells the writing kernel where peers want the rows (group of one: nobody);
- * sent: the writer was enqueued, a gather may begin; ready: the reader may go on, after `await`.
- * row_bytes: of one row; rows_max: of one step. NULL comm is not allowed. */
+/* ---- shares: context parallelism's exchange (parallel.md 3.4, 3.5) -------------------------------------------------
+ *
+ *     tr_share_plan    once per step: which rows each member writes
+ *     tr_share_begin   per layer: before the writing kernel; *push is for it
+ *     tr_share_sent    the writer was enqueued: a gather may begin
+ *     tr_share_ready   the reader may go on, after `await`
+ *
+ * Over MPI there is no push: the kernel writes this member's rows into its own cache, sent packs them and begins the
+ * gather, ready waits and puts the other members' rows into the cache where they belong. In the group of one there is
+ * nothing to do and no plan is needed. Rows of a step that all members compute themselves are in nobody's list. */
+
+/* Where a row lies in storage made of pages of TR_PAGE_TOKENS rows: piece i of row `page*64 + offset` is the `bytes` bytes at
+ * page * page_bytes + at + offset * bytes. */
+enum { TR_RECORD_PIECES = 2 };
+typedef struct tr_record {
+    size_t page_bytes;
+    int64_t n_rows; /* of the storage: pages * TR_PAGE_TOKENS */
+    int n_pieces;
+    struct {
+        size_t at, bytes;
+    } piece[TR_RECORD_PIECES];
+} tr_record;
+
+/* Of a cache as tr_kv_layer describes it: latent rows are one piece; an index page is keys, then their scales. */
+tr_record tr_record_latent(const tr_kv_layer *);
+tr_record tr_record_index(const tr_kv_layer *);
+
+/* rows_max: of one step, those of all members together. The communicator is kept. */
+tr_status tr_share_open_record(tr_share **, tr_comm *, const tr_record *, int rows_max, tr_err *);
+/* Rows of row_bytes, one behind the other, in storage of any length. */
 tr_status tr_share_open(tr_share **, tr_comm *, size_t row_bytes, int rows_max, tr_err *);
 void tr_share_close(tr_share *);
+/* n_rows[size]: rows each member writes (0 is good); write_row: their places page*64 + offset, member after member, -1: a pad row
+ * that travels nowhere. The same on all members. Both are kept until the next plan, which must not come between begin and
+ * ready. If no member writes anything the exchanges of this step send nothing. */
+tr_status tr_share_plan(tr_share *, const int *n_rows, const int64_t *write_row, tr_err *);
+/* dst: this rank's storage, of the layer that is being written. */
 tr_status tr_share_begin(tr_share *, const tr_rows *, void *dst, tr_push *push, tr_err *);
 tr_status tr_share_sent(tr_share *, tr_lane writer, tr_err *);
 tr_status tr_share_ready(tr_share *, tr_lane reader, tr_await *await, tr_err *);

@@ -7,8 +7,10 @@
 struct tr_comm {
     const struct tr_comm_impl *impl;
     int rank, size;
+    char name[16];
     uint64_t next_ticket;
     uint64_t calls[TR_COMM_N_OPS], bytes[TR_COMM_N_OPS];
+    uint64_t waited_ns[TR_COMM_N_OPS]; /* by the implementation's wait */
 };
 
 /* Same arguments as the public functions; the public ones count, check the arguments and hand on. */
@@ -22,6 +24,7 @@ typedef struct tr_comm_impl {
     tr_status (*send)(tr_comm *, int, const void *, size_t, tr_ticket *, tr_err *);
     tr_status (*recv)(tr_comm *, int, void *, size_t, tr_ticket *, tr_err *);
     tr_status (*broadcast)(tr_comm *, int, void *, size_t, tr_ticket *, tr_err *);
+    tr_status (*all_max)(tr_comm *, uint64_t *, size_t, tr_ticket *, tr_err *);
     tr_status (*wait)(tr_comm *, tr_lane, tr_ticket, tr_err *);
     void (*progress)(tr_comm *);
     void (*free)(tr_comm *);

@@ -2,78 +2,18 @@
 
 #include "mpi/grid.h"
 
-#include <stdbool.h>
-#include <stdio.h>
-#include <string.h>
-
-/* Broken rules, one behind the other: the user sees all of them at once (parallel.md 1.3). */
-typedef struct complaints {
-    char text[768];
-    size_t n;
-} complaints;
-
-static void complain(complaints *c, const char *text)
-{
-    int n = snprintf(c->text + c->n, sizeof c->text - c->n, "%s%s", c->n ? "; " : "", text);
-    if (n > 0) c->n += (size_t)n < sizeof c->text - c->n ? (size_t)n : sizeof c->text - c->n - 1;
-}
-
-/* a * b * c, or -1 when it does not fit: then it is no grid either. */
-static int product(int a, int b, int c)
-{
-    int r;
-    return __builtin_mul_overflow(a, b, &r) || __builtin_mul_overflow(r, c, &r) ? -1 : r;
-}
-
-static bool check_positive(const tr_grid_sizes *s, complaints *c)
-{
-    const struct {
-        const char *option;
-        int value;
-    } size[] = {{"--pp", s->pp}, {"--dp", s->dp},     {"--cp", s->cp},   {"--tp", s->tp},
-                {"--ep", s->ep}, {"--moe-tp", s->xt}, {"MoE-DP", s->mdp}};
-    char text[64];
-    bool good = true;
-
-    for (size_t i = 0; i < sizeof size / sizeof *size; i++)
-        if (size[i].value < 1) {
-            snprintf(text, sizeof text, "%s %d is not positive", size[i].option, size[i].value);
-            complain(c, text);
-            good = false;
-        }
-    return good;
-}
-
-static void check_products(const tr_grid_sizes *s, int world, complaints *c)
-{
-    char text[160];
-    int attention = product(s->dp, s->cp, s->tp), moe = product(s->mdp, s->ep, s->xt);
-
-    if (attention < 0 || product(attention, s->pp, 1) != world) {
-        snprintf(text, sizeof text, "pp %d * dp %d * cp %d * tp %d is not the number of ranks, %d",
-                 s->pp, s->dp, s->cp, s->tp, world);
-        complain(c, text);
-    }
-    if (attention < 0 || attention != moe) {
-        snprintf(text, sizeof text,
-                 "MoE-DP %d * ep %d * moe-tp %d is not the stage's width, dp %d * cp %d * tp %d",
-                 s->mdp, s->ep, s->xt, s->dp, s->cp, s->tp);
-        complain(c, text);
-    }
-}
-
 tr_status tr_grid_make(tr_grid *out, tr_grid_sizes sizes, int rank, int world, tr_err *err)
 {
-    complaints c = {.n = 0};
-    char text[64];
+    char text[TR_GRID_BROKEN];
+    bool there = rank >= 0 && rank < world;
+    int n = tr_grid_broken(&sizes, world, NULL, text, sizeof text);
 
     *out = (tr_grid){.size = sizes, .rank = rank, .world = world};
-    if (check_positive(&sizes, &c)) check_products(&sizes, world, &c);
-    if (rank < 0 || rank >= world) {
-        snprintf(text, sizeof text, "rank %d of %d does not exist", rank, world);
-        complain(&c, text);
-    }
-    if (c.n) return tr_fail(err, TR_E_USAGE, "impossible process grid: %s", c.text);
+    if (!there)
+        return tr_fail(err, TR_E_USAGE,
+                       "impossible process grid: %s%srank %d of %d does not exist", text,
+                       n ? "; " : "", rank, world);
+    if (n) return tr_fail(err, TR_E_USAGE, "impossible process grid: %s", text);
 
     /* parallel.md 1.1: pp outermost; inside a stage tp, and xt, innermost. */
     int width = world / sizes.pp, s = rank % width;
@@ -93,6 +33,139 @@ void tr_grid_layers(const tr_grid *grid, int n_layers, int *first, int *last)
 {
     int each = n_layers / grid->size.pp, more = n_layers % grid->size.pp, pp = grid->at.pp;
 
+    if (grid->stage_layers) {
+        *first = 0;
+        for (int i = 0; i < pp; i++)
+            *first += grid->stage_layers[i];
+        *last = *first + grid->stage_layers[pp];
+        return;
+    }
     *first = pp * each + (pp < more ? pp : more);
     *last = *first + each + (pp < more);
+}
+
+/* ---- groups --------------------------------------------------------------------------------------------------------- */
+
+/* Every group of parallel.md 1.2 is an arithmetic progression of world ranks: first, first + stride, ... The colour counts
+ * the groups of a kind: by the coordinates that its members share. */
+typedef struct progression {
+    int first, stride, n;
+    int color, index;
+} progression;
+
+/* Consecutive ranks, `n` at a time. */
+static progression consecutive(const tr_grid *g, int n)
+{
+    return (progression){.first = g->rank / n * n,
+                         .stride = 1,
+                         .n = n,
+                         .color = g->rank / n,
+                         .index = g->rank % n};
+}
+
+/* n ranks `stride` apart inside consecutive blocks of n * stride. */
+static progression strided(const tr_grid *g, int stride, int n)
+{
+    int block = n * stride, in_block = g->rank % block;
+    return (progression){.first = g->rank - in_block + in_block % stride,
+                         .stride = stride,
+                         .n = n,
+                         .color = g->rank / block * stride + in_block % stride,
+                         .index = in_block / stride};
+}
+
+static progression members_of(const tr_grid *g, tr_group group)
+{
+    const tr_grid_sizes *n = &g->size;
+    int replica = n->cp * n->tp, stage = n->dp * replica;
+
+    switch (group) {
+    case TR_GROUP_WORLD:
+        return consecutive(g, g->world);
+    case TR_GROUP_STAGE:
+        return consecutive(g, stage);
+    case TR_GROUP_ATTN_TP:
+        return consecutive(g, n->tp);
+    case TR_GROUP_ATTN_CP:
+        return strided(g, n->tp, n->cp);
+    case TR_GROUP_ATTN_DP:
+        return strided(g, replica, n->dp);
+    case TR_GROUP_MOE_EP:
+        return strided(g, n->xt, n->ep);
+    case TR_GROUP_MOE_TP:
+        return consecutive(g, n->xt);
+    case TR_GROUP_PP:
+        return strided(g, stage, n->pp);
+    case TR_GROUP_MOE:
+        return consecutive(g, n->ep * n->xt);
+    case TR_GROUP_REPLICA:
+        return consecutive(g, replica);
+    case TR_GROUP_LEAD:
+        if (g->at.tp == 0 && g->at.cp == 0)
+            return (progression){.first = 0,
+                                 .stride = replica,
+                                 .n = n->pp * n->dp,
+                                 .color = 0,
+                                 .index = g->rank / replica};
+        break;
+    case TR_N_GROUPS:
+        break;
+    }
+    return (progression){.color = -1, .index = -1};
+}
+
+const char *tr_group_name(tr_group group)
+{
+    static const char *const name[TR_N_GROUPS] = {
+        [TR_GROUP_WORLD] = "WORLD",     [TR_GROUP_STAGE] = "STAGE",
+        [TR_GROUP_ATTN_TP] = "ATTN_TP", [TR_GROUP_ATTN_CP] = "ATTN_CP",
+        [TR_GROUP_ATTN_DP] = "ATTN_DP", [TR_GROUP_MOE_EP] = "MOE_EP",
+        [TR_GROUP_MOE_TP] = "MOE_TP",   [TR_GROUP_PP] = "PP",
+        [TR_GROUP_LEAD] = "LEAD",       [TR_GROUP_MOE] = "MOE",
+        [TR_GROUP_REPLICA] = "REPLICA",
+    };
+    return group >= 0 && group < TR_N_GROUPS ? name[group] : "?";
+}
+
+int tr_grid_color(const tr_grid *grid, tr_group group)
+{
+    return members_of(grid, group).color;
+}
+
+int tr_grid_key(const tr_grid *grid, tr_group group)
+{
+    /* Keys only order the members; LEAD's is the world rank (parallel.md 1.2), the others' their coordinate. */
+    progression p = members_of(grid, group);
+    return group == TR_GROUP_LEAD && p.n > 0 ? grid->rank : p.index;
+}
+
+int tr_grid_group_size(const tr_grid *grid, tr_group group)
+{
+    return members_of(grid, group).n;
+}
+
+int tr_grid_group_index(const tr_grid *grid, tr_group group)
+{
+    return members_of(grid, group).index;
+}
+
+int tr_grid_member(const tr_grid *grid, tr_group group, int i)
+{
+    progression p = members_of(grid, group);
+    return p.first + i * p.stride;
+}
+
+bool tr_grid_same_group(const tr_grid_sizes *sizes, tr_group a, tr_group b)
+{
+    int world = sizes->pp * sizes->dp * sizes->cp * sizes->tp;
+    tr_grid g = {.size = *sizes, .world = world};
+
+    /* LEAD is everybody's only where nobody follows. The others are built of n members `stride` apart in aligned blocks
+     * of n * stride, so n and stride of one rank say it for all. */
+    if (a == TR_GROUP_LEAD || b == TR_GROUP_LEAD) {
+        if (a == b) return true;
+        if (sizes->cp * sizes->tp != 1) return false;
+    }
+    progression p = members_of(&g, a), q = members_of(&g, b);
+    return p.n == q.n && (p.n == 1 || p.stride == q.stride);
 }

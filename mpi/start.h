@@ -11,18 +11,29 @@ typedef struct tr_world {
     int rank, size;             /* MPI_COMM_WORLD */
     int local_rank, local_size; /* ranks of this host, by MPI_COMM_TYPE_SHARED */
     char host[64];
+    /* What communicators and watchdog of this process share; they keep the address of the world. comms: all of them,
+     * whoever waits advances every one (comm_mpi.c). flight: the recorder, while a watchdog runs (flight.h). */
+    struct tr_comm_mpi *comms;
+    struct tr_flight *flight;
 } tr_world;
 
 /* TR_E_COMM when MPI gives less than MPI_THREAD_FUNNELED. */
 tr_status tr_world_start(tr_world *world, tr_err *err);
 
-/* MPI_Finalize, unless the world was never started. After it: no MPI call. */
+/* MPI_Finalize, unless the world was never started. After it: no MPI call. Communicators are freed before. */
 void tr_world_finish(void);
 
 /* All ranks say how a phase (open, load, a step) went; all return the same status: TR_OK if all were well, else the
  * status of the lowest failing rank, whose text every rank gets, "rank 3 on node07: " in front where size > 1 and
  * "(and 5 more ranks)" behind. `mine` is TR_OK or err->status. Collective over the world. */
 tr_status tr_agree(const tr_world *world, tr_status mine, tr_err *err);
+
+/* The same after something failed in the middle of a phase, where others may not come: TR_E_COMM when they have not within
+ * `seconds`; then nothing but tr_world_abort may follow. */
+tr_status tr_agree_within(const tr_world *world, tr_status mine, double seconds, tr_err *err);
+
+/* Ends the whole job with the exit code of `why`, by MPI_Abort, and this process after 5 s if MPI does not. From any thread. */
+_Noreturn void tr_world_abort(tr_status why);
 
 /* Versions for --version: "Open MPI v4.1.4, ..." on one line into text. */
 void tr_mpi_version(char *text, size_t n);

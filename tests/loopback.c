@@ -245,6 +245,19 @@ static tr_status loop_broadcast(tr_comm *c, int root, void *buf, size_t bytes, t
     return st;
 }
 
+static tr_status loop_all_max(tr_comm *c, uint64_t *x, size_t n, tr_ticket *ticket, tr_err *err)
+{
+    size_t *sizes = tr_calloc((size_t)c->size, sizeof *sizes);
+    tr_status st;
+
+    (void)ticket;
+    if (!sizes) return tr_fail(err, TR_E_MEMORY, "out of memory");
+    sizes[0] = n * sizeof *x;
+    st = post(c, TR_COMM_ALL_MAX, 0, x, sizes, x, sizes, err);
+    free(sizes);
+    return st;
+}
+
 static tr_status loop_send(tr_comm *c, int to, const void *buf, size_t n, tr_ticket *ticket,
                            tr_err *err)
 {
@@ -313,6 +326,7 @@ static bool sizes_match(const meeting *m, int rank, int size)
         const part *p = &m->part[i];
         switch (m->op) {
         case TR_COMM_ALL_REDUCE:
+        case TR_COMM_ALL_MAX:
         case TR_COMM_REDUCE_SCATTER:
             if (memcmp(p->n_send, me->n_send, (size_t)size * sizeof(size_t))) return false;
             break;
@@ -337,6 +351,16 @@ static void add_up(float *out, const meeting *m, int size, size_t at, size_t n)
     }
 }
 
+static void largest(uint64_t *out, const meeting *m, int size, size_t n)
+{
+    memcpy(out, m->part[0].data, n * sizeof *out);
+    for (int i = 1; i < size; i++) {
+        const uint64_t *x = m->part[i].data;
+        for (size_t k = 0; k < n; k++)
+            if (x[k] > out[k]) out[k] = x[k];
+    }
+}
+
 /* Everybody has posted; parts do not change any more and live until all are done. */
 static void deliver(const meeting *m, const pending *p, int rank, int size)
 {
@@ -345,6 +369,8 @@ static void deliver(const meeting *m, const pending *p, int rank, int size)
 
     if (m->op == TR_COMM_ALL_REDUCE) {
         if (me->n_send[0]) add_up(p->recv, m, size, 0, me->n_send[0] / sizeof(float));
+    } else if (m->op == TR_COMM_ALL_MAX) {
+        if (me->n_send[0]) largest(p->recv, m, size, me->n_send[0] / sizeof(uint64_t));
     } else if (m->op == TR_COMM_REDUCE_SCATTER) {
         size_t n = me->n_send[rank];
         if (n) add_up(p->recv, m, size, n * (size_t)rank, n / sizeof(float));
@@ -506,6 +532,7 @@ static const tr_comm_impl loop_impl = {
     .send = loop_send,
     .recv = loop_recv,
     .broadcast = loop_broadcast,
+    .all_max = loop_all_max,
     .wait = loop_wait,
     .progress = loop_progress,
     .free = loop_free,
@@ -531,7 +558,7 @@ tr_comm *tr_loopback_comm(tr_loopback *l, int rank)
     member *b = calloc(1, sizeof *b);
 
     if (!b) return NULL;
-    b->base = (tr_comm){.impl = &loop_impl, .rank = rank, .size = l->size};
+    b->base = (tr_comm){.impl = &loop_impl, .rank = rank, .size = l->size, .name = "loop-back"};
     b->l = l;
     return &b->base;
 }

@@ -10,6 +10,7 @@
 #include <stdio.h>
 
 #include "base/err.h"
+#include "command/ranks.h"
 
 typedef enum tr_option_kind {
     TR_OPTION_TITLE,       /* a heading in --help; name NULL */
@@ -57,6 +58,7 @@ typedef struct tr_batch_options {
     bool default_thinking, thinking_only, allow_tools, literal_content, response_format_in_prompt;
     bool dsv31_assistant_after_tool, strict_params;
     bool resume, verbose, no_bind, no_overlap, no_prefix_cache;
+    tr_rank_options ranks;
     char *const *part; /* --merge: the arguments behind the options */
     int n_parts;
 } tr_batch_options;

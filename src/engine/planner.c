@@ -12,7 +12,7 @@
 /* Its next rows score prompt tokens (choice 0, once: what a preemption makes it compute again is not scored again). */
 static bool scores_next(const tr_sequence *q)
 {
-    const tr_group *g = q->group;
+    const tr_choices *g = q->group;
     return q->i_choice == 0 && q->length < g->n_scores && q->length >= g->n_scores_planned;
 }
 
@@ -30,7 +30,7 @@ static bool is_decode(const tr_sequence *q)
 /* How far one span of q may go: one form, one kind, all rows scored or none. */
 static int span_end(const tr_scheduler *s, const tr_sequence *q)
 {
-    const tr_group *g = q->group;
+    const tr_choices *g = q->group;
     int end = tr_sequence_end(q);
 
     if (g->params->max_tokens > 0 && !tr_sequence_samples(q))
@@ -55,7 +55,8 @@ static int budget_end(const tr_scheduler *s, const tr_sequence *q)
     if (n > 1 + s->rows_left) n = 1 + s->rows_left;
     if (scores_next(q) && n > 1 + s->head_left) n = 1 + s->head_left;
     if (n > 0 && samples_at(q, q->length + n)) {
-        bool must_wait = tr_sequence_needs_tokens(q) && q->n_flight > 0;
+        bool must_wait =
+            q->n_flight > 0 && (s->options.n_micro > 1 || tr_sequence_needs_tokens(q));
         if (must_wait || tr_sequence_changes_max(q, s->options.limits.n_vocab) > s->changes_left)
             n--;
     }
@@ -95,11 +96,14 @@ static void decide(tr_scheduler *s, tr_sequence *q)
     int end = budget_end(s, q);
 
     q->n_rows = 0;
-    if (end <= q->length) return;
+    if (end <= q->length || (is_decode(q) && s->decode_left <= 0)) return;
     end = take_pages(s, q, end);
     if (q->state != TR_SEQUENCE_RUNNING || end <= q->length) return;
     q->n_rows = end - q->length;
-    if (!is_decode(q)) s->batch_left -= q->n_rows;
+    if (is_decode(q))
+        s->decode_left--;
+    else
+        s->batch_left -= q->n_rows;
     s->rows_left -= q->n_rows - 1;
     if (scores_next(q)) s->head_left -= q->n_rows - 1;
     if (samples_at(q, end))
@@ -111,7 +115,7 @@ static void decide(tr_scheduler *s, tr_sequence *q)
 /* Pages whose first n_prompt - 1 rows are this prompt's: the group's own or a running choice's. NULL: nobody's. */
 static const int32_t *find_lender(const tr_sequence *q)
 {
-    const tr_group *g = q->group;
+    const tr_choices *g = q->group;
 
     if (g->n_choices == 1 || g->n_prompt == 1) return NULL;
     if (q->i_choice == 0 && g->n_scores_planned < g->n_scores) return NULL; /* has rows to score */
@@ -124,7 +128,7 @@ static const int32_t *find_lender(const tr_sequence *q)
 /* Another choice is computing the prompt: wait for it. */
 static bool sibling_runs(const tr_sequence *q)
 {
-    const tr_group *g = q->group;
+    const tr_choices *g = q->group;
 
     for (int i = 0; i < g->n_choices && g->n_prompt > 1; i++)
         if (g->sequence[i].state == TR_SEQUENCE_RUNNING) return true;
@@ -135,7 +139,7 @@ static bool sibling_runs(const tr_sequence *q)
  * token. None where rows must run because they score. */
 static int most_cached(const tr_scheduler *s, const tr_sequence *q)
 {
-    const tr_group *g = q->group;
+    const tr_choices *g = q->group;
     int n_rows = tr_sequence_end(q) - 1;
 
     if (!s->options.prefix_cache || (q->i_choice == 0 && g->n_scores_planned < g->n_scores))
@@ -183,7 +187,7 @@ static bool has_room(const tr_scheduler *s, const tr_sequence *q, const int32_t 
 }
 
 /* At a request's first admission: what a preemption makes it find or compute again does not count. */
-static void count_cached(tr_scheduler *s, tr_group *g, int n_tokens)
+static void count_cached(tr_scheduler *s, tr_choices *g, int n_tokens)
 {
     if (g->counted) return;
     g->counted = true;
@@ -260,7 +264,7 @@ static void admit(tr_scheduler *s)
 /* Prefixes that are not needed any more; this plan may still copy from them. */
 static void release_prefixes(tr_scheduler *s)
 {
-    for (tr_group *g = s->n_prefixes ? s->groups.first : NULL; g; g = g->next) {
+    for (tr_choices *g = s->n_prefixes ? s->groups.first : NULL; g; g = g->next) {
         bool needed = g->n_prefix && g->n_unborn;
         for (int i = 0; i < g->n_choices && needed; i++)
             needed = g->sequence[i].state != TR_SEQUENCE_RUNNING ||
@@ -291,7 +295,7 @@ static int write_open(tr_scheduler *s, const tr_sequence *q)
 /* Targets of the span's head rows, who waits for them, and the logit changes of the sampled one. */
 static int write_head(tr_scheduler *s, tr_flight *f, tr_sequence *q, int n_logits)
 {
-    const tr_group *g = q->group;
+    const tr_choices *g = q->group;
     const int end = q->length + q->n_rows;
     const bool samples = samples_at(q, end);
     const int32_t here = -1;
@@ -310,7 +314,7 @@ static int write_head(tr_scheduler *s, tr_flight *f, tr_sequence *q, int n_logit
 /* q's span; q then stands behind it. */
 static int write_span(tr_scheduler *s, tr_flight *f, tr_sequence *q)
 {
-    tr_group *g = q->group;
+    tr_choices *g = q->group;
     const int n = q->n_rows, end = q->length + n;
     const bool is_prompt = q->length < g->n_prompt, scores = scores_next(q),
                samples = samples_at(q, end);
@@ -359,6 +363,17 @@ static int write_sequence(tr_scheduler *s, tr_flight *f, tr_sequence *q)
     return ok >= 0 && q->n_rows ? write_span(s, f, q) : ok;
 }
 
+/* Choices that generate, divided by the stages: what one step may take of them. */
+static int decode_share(const tr_scheduler *s)
+{
+    int n = 0;
+
+    if (s->options.n_micro <= 1) return s->options.max_sequences;
+    for (int i = 0; i < s->n_running; i++)
+        n += s->running[i]->length >= s->running[i]->group->n_prompt;
+    return (n + s->options.n_micro - 1) / s->options.n_micro;
+}
+
 tr_status tr_scheduler_plan(tr_scheduler *s, const tr_plan **plan, tr_err *err)
 {
     const tr_plan_limits *l = &s->options.limits;
@@ -371,6 +386,7 @@ tr_status tr_scheduler_plan(tr_scheduler *s, const tr_plan **plan, tr_err *err)
     s->rows_left = l->n_rows_max - s->options.max_sequences;
     s->head_left = l->n_head_max - s->options.max_sequences;
     s->changes_left = tr_plan_changes_max(l);
+    s->decode_left = decode_share(s);
     s->waits_for_pages = s->preempted = false;
     tr_scheduler_mature(s);
     for (int i = 0; i < s->n_running;) { /* shrinks from its young end */
@@ -379,11 +395,16 @@ tr_status tr_scheduler_plan(tr_scheduler *s, const tr_plan **plan, tr_err *err)
         if (q->state == TR_SEQUENCE_RUNNING) i++;
     }
     admit(s);
-    for (int i = 0; i < s->n_running; i++)
+    bool scores = false;
+    for (int i = 0; i < s->n_running; i++) {
+        const tr_params *p = s->running[i]->group->params;
         n_rows += s->running[i]->n_rows;
+        if (s->running[i]->n_rows) scores = scores || p->n_logprobs > 0 || p->n_prompt_logprobs > 0;
+    }
     if (!n_rows) return TR_OK;
 
-    tr_plan_begin(s->builder, s->step, s->n_flight ? 0 : TR_PLAN_AFTER_TOKENS);
+    tr_plan_begin(s->builder, s->step,
+                  (s->n_flight ? 0 : TR_PLAN_AFTER_TOKENS) | (scores ? TR_PLAN_HAS_SCORES : 0));
     f->n_head = f->n_written = f->n_prefill = f->n_decode = 0;
     for (int i = 0; i < s->n_running; i++) {
         tr_sequence *q = s->running[i];
