@@ -56,6 +56,11 @@ static void test_self(void **state)
     assert_int_equal(t.n, 6);
     tr_comm_progress(c);
     assert_int_equal(tr_comm_all_reduce(c, NULL, 0, TR_F32, &t, &err), TR_OK);
+    uint64_t word = 7;
+    assert_int_equal(tr_comm_all_max_u64(c, &word, 1, &t, &err), TR_OK);
+    assert_true(word == 7);
+    expect_counts(c, TR_COMM_ALL_MAX, 1, 8);
+    assert_string_equal(tr_comm_name(c), "self");
     expect_counts(c, TR_COMM_ALL_REDUCE, 2, 16);
     expect_counts(c, TR_COMM_ALL_GATHER, 2, 32);
     expect_counts(c, TR_COMM_REDUCE_SCATTER, 1, 12);
@@ -93,11 +98,17 @@ static void test_arguments(void **state)
     assert_int_equal(tr_comm_broadcast(c, 1, x, 4, &t, &err), TR_E_COMM);
     assert_int_equal(tr_comm_broadcast(c, -1, x, 4, &t, &err), TR_E_COMM);
     assert_int_equal(tr_comm_broadcast(c, 0, NULL, 4, &t, &err), TR_E_COMM);
+    assert_int_equal(tr_comm_all_max_u64(c, NULL, 1, &t, &err), TR_E_COMM);
+    assert_int_equal(tr_comm_all_max_u64(c, (uint64_t *)1, SIZE_MAX / 4, &t, &err), TR_E_COMM);
+    assert_int_equal(tr_comm_all_max_u64(c, NULL, 0, NULL, &err), TR_E_COMM);
     assert_int_equal(tr_comm_wait(c, TR_LANE_MAIN, (tr_ticket){1}, &err), TR_E_COMM);
     assert_non_null(strstr(err.text, "wait: "));
     /* What was refused is not counted and has no ticket. */
-    for (int op = 0; op < TR_COMM_N_OPS; op++)
+    for (int op = 0; op < TR_COMM_N_OPS; op++) {
         expect_counts(c, (tr_comm_op)op, 0, 0);
+        assert_true(strlen(tr_comm_op_name((tr_comm_op)op)) > 3);
+    }
+    assert_string_equal(tr_comm_op_name(TR_COMM_N_OPS), "?");
     assert_int_equal(t.n, 0);
     tr_comm_free(c);
 }
@@ -134,12 +145,6 @@ static void test_share(void **state)
     }
     tr_share_close(s);
     tr_comm_free(c);
-
-    tr_loopback *l = tr_loopback_create(2);
-    c = tr_loopback_comm(l, 0);
-    assert_int_equal(tr_share_open(&s, c, 656, 8, &err), TR_E_USAGE);
-    tr_comm_free(c);
-    tr_loopback_free(l);
 }
 
 /* ---- loop-back: one thread per rank ------------------------------------------------------------------------------- */
@@ -283,6 +288,22 @@ static int gathers(tr_comm *c)
     return 0;
 }
 
+static int maxima(tr_comm *c)
+{
+    const uint64_t me = (uint64_t)tr_comm_rank(c), last = (uint64_t)tr_comm_size(c) - 1;
+    tr_ticket t;
+    tr_err err = {0};
+
+    for (uint64_t step = 0; step < 20; step++) {
+        uint64_t x[3] = {me << 40 | step, last - me, me == 1 ? UINT64_MAX : 0};
+        CHECK(tr_comm_all_max_u64(c, x, 3, &t, &err) == TR_OK);
+        CHECK(x[1] == last - me);
+        CHECK(wait_for(c, t) == TR_OK);
+        CHECK(x[0] == (last << 40 | step) && x[1] == last && x[2] == UINT64_MAX);
+    }
+    return 0;
+}
+
 /* A ring where everybody sends first, two messages deep, received in order though waited for in the other. */
 static int ring(tr_comm *c)
 {
@@ -350,8 +371,9 @@ static int changed_buffer(tr_comm *c)
 
 static void test_loopback(void **state)
 {
-    static int (*const run[])(tr_comm *) = {sums,       gathers,    ring,
-                                            wrong_call, wrong_size, changed_buffer};
+    static int (*const run[])(tr_comm *) = {
+        sums, gathers, maxima, ring, wrong_call, wrong_size, changed_buffer,
+    };
 
     (void)state;
     for (size_t i = 0; i < sizeof run / sizeof *run; i++) {
