@@ -403,6 +403,83 @@ struct tr_logprobs_args {
     float *top_logprob; /* [n_head, TR_MAX_LOGPROBS] */
 };
 
+/* ---- the head where the vocabulary is cut over members (parallel.md 2.6) ------------------------------------------- */
+
+enum { TR_PART_BEST = 64 };
+
+/* What one member's ids [first, first + n_vocab) say of a head row to be sampled. */
+typedef struct tr_sample_part {
+    uint64_t best[TR_PART_BEST]; /* its best ids, descending: ordered bits of the changed logit above, ~id below; 0: no more */
+    double sum;                  /* of exp((logit - best logit) / temperature) over its ids that may be drawn */
+    int32_t n;                   /* how many these are */
+    int32_t finite;              /* no NaN, no Inf among its logits */
+} tr_sample_part;
+
+/* One chunk of head rows, as in sample: changes and the mask of ids without a token, then the parts. Rows with a target get
+ * `finite` alone. */
+struct tr_sample_part_args {
+    const tr_rows *rows;
+    int i_head, n_rows, first, n_vocab; /* n_vocab: this member's */
+    const float *logits;                /* [n_rows, ld]: of this member's ids */
+    size_t ld;
+    const uint32_t *has_token; /* bit per id, of all ids */
+    tr_slots slots;
+    const tr_plan *plan;
+    tr_sample_part *part; /* [n_rows] */
+    void *workspace;
+    size_t workspace_bytes; /* sample_workspace(...) */
+};
+/* token_out as sample gives it, from the parts of all members: the same on each. -3: the parts do not tell (a draw beyond the
+ * best ids of some member); such a row is to be sampled from its whole logits. */
+struct tr_sample_merge_args {
+    const tr_rows *rows;
+    int i_head, n_rows, n_members;
+    const tr_sample_part *part; /* [n_members, n_rows] */
+    tr_slots slots;
+    int32_t *token_out; /* [n_head] */
+};
+
+typedef struct tr_logprob_part { /* of raw logits */
+    float best, token_logit;     /* token_logit: -inf where the token is another member's */
+    double sum;                  /* of exp(x - best) */
+    int32_t top_token[TR_MAX_LOGPROBS]; /* descending, -1 padded */
+    float top_logit[TR_MAX_LOGPROBS];
+} tr_logprob_part;
+
+/* Rows that want log-probabilities and have a token or target; others are left alone by all three. */
+struct tr_logprob_part_args {
+    const tr_rows *rows;
+    int i_head, n_rows, first, n_vocab;
+    const float *logits;
+    size_t ld;
+    tr_slots slots;
+    const int32_t *token_out;
+    tr_logprob_part *part; /* [n_rows] */
+};
+/* better[r]: this member's ids that come before the row's token. */
+struct tr_logprob_rank_args {
+    const tr_rows *rows;
+    int i_head, n_rows, first, n_vocab, n_members;
+    const float *logits;
+    size_t ld;
+    tr_slots slots;
+    const int32_t *token_out;
+    const tr_logprob_part *part; /* [n_members, n_rows] */
+    int32_t *better;             /* [n_rows] */
+};
+/* As logprobs gives them. */
+struct tr_logprob_merge_args {
+    const tr_rows *rows;
+    int i_head, n_rows, n_members;
+    tr_slots slots;
+    const int32_t *token_out;
+    const tr_logprob_part *part; /* [n_members, n_rows] */
+    const int32_t *better;       /* [n_members, n_rows] */
+    float *logprob;              /* [n_head] ... as in logprobs */
+    int32_t *rank, *top_token;
+    float *top_logprob;
+};
+
 /* ---- the table ---------------------------------------------------------------------------------------------------- */
 
 /* The list, once: struct names, table, region names, `bench kernels`, and "every operation has a test" come from it.
@@ -411,7 +488,8 @@ struct tr_logprobs_args {
 #define TR_OPS(X) \
     X(plan_apply) X(pages_copy) X(embed) X(norm) X(rows_gather) X(linear) X(swiglu) X(mla_query) X(kv_write) \
     X(index_query) X(index_logits) X(topk) X(sparse_mla) X(dense_mha) X(mla_value) X(router) X(moe_pack) X(moe) \
-    X(moe_combine) X(moe_dispatch) X(moe_receive) X(moe_return) X(rows_zero) X(sample) X(logprobs)
+    X(moe_combine) X(moe_dispatch) X(moe_receive) X(moe_return) X(rows_zero) X(sample) X(logprobs) \
+    X(sample_part) X(sample_merge) X(logprob_part) X(logprob_rank) X(logprob_merge)
 /* clang-format on */
 #define TR_OP(name) tr_status (*name)(tr_device *, tr_lane, const struct tr_##name##_args *);
 

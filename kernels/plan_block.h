@@ -75,7 +75,7 @@ enum {                           /* tr_plan.flags */
        TR_PLAN_AFTER_TOKENS =
            64, /* was planned with the previous step's tokens known on the host */
        TR_PLAN_HAS_SCORES =
-           128, /* some head row wants the best other tokens too: top_token and top_logprob are read */
+           128, /* some slot wants log-probabilities: logprob, rank and top tokens are read */
 };
 
 typedef struct tr_plan { /* header; sections follow */

@@ -10,9 +10,8 @@ tr_status tr_grid_make(tr_grid *out, tr_grid_sizes sizes, int rank, int world, t
 
     *out = (tr_grid){.size = sizes, .rank = rank, .world = world};
     if (!there)
-        return tr_fail(err, TR_E_USAGE,
-                       "impossible process grid: %s%srank %d of %d does not exist", text,
-                       n ? "; " : "", rank, world);
+        return tr_fail(err, TR_E_USAGE, "impossible process grid: %s%srank %d of %d does not exist",
+                       text, n ? "; " : "", rank, world);
     if (n) return tr_fail(err, TR_E_USAGE, "impossible process grid: %s", text);
 
     /* parallel.md 1.1: pp outermost; inside a stage tp, and xt, innermost. */
@@ -56,11 +55,8 @@ typedef struct progression {
 /* Consecutive ranks, `n` at a time. */
 static progression consecutive(const tr_grid *g, int n)
 {
-    return (progression){.first = g->rank / n * n,
-                         .stride = 1,
-                         .n = n,
-                         .color = g->rank / n,
-                         .index = g->rank % n};
+    return (progression){
+        .first = g->rank / n * n, .stride = 1, .n = n, .color = g->rank / n, .index = g->rank % n};
 }
 
 /* n ranks `stride` apart inside consecutive blocks of n * stride. */
@@ -74,7 +70,7 @@ static progression strided(const tr_grid *g, int stride, int n)
                          .index = in_block / stride};
 }
 
-static progression members_of(const tr_grid *g, tr_group group)
+static progression members_of(const tr_grid *g, tr_grid_group group)
 {
     const tr_grid_sizes *n = &g->size;
     int replica = n->cp * n->tp, stage = n->dp * replica;
@@ -114,7 +110,7 @@ static progression members_of(const tr_grid *g, tr_group group)
     return (progression){.color = -1, .index = -1};
 }
 
-const char *tr_group_name(tr_group group)
+const char *tr_grid_group_name(tr_grid_group group)
 {
     static const char *const name[TR_N_GROUPS] = {
         [TR_GROUP_WORLD] = "WORLD",     [TR_GROUP_STAGE] = "STAGE",
@@ -127,35 +123,35 @@ const char *tr_group_name(tr_group group)
     return group >= 0 && group < TR_N_GROUPS ? name[group] : "?";
 }
 
-int tr_grid_color(const tr_grid *grid, tr_group group)
+int tr_grid_color(const tr_grid *grid, tr_grid_group group)
 {
     return members_of(grid, group).color;
 }
 
-int tr_grid_key(const tr_grid *grid, tr_group group)
+int tr_grid_key(const tr_grid *grid, tr_grid_group group)
 {
     /* Keys only order the members; LEAD's is the world rank (parallel.md 1.2), the others' their coordinate. */
     progression p = members_of(grid, group);
     return group == TR_GROUP_LEAD && p.n > 0 ? grid->rank : p.index;
 }
 
-int tr_grid_group_size(const tr_grid *grid, tr_group group)
+int tr_grid_group_size(const tr_grid *grid, tr_grid_group group)
 {
     return members_of(grid, group).n;
 }
 
-int tr_grid_group_index(const tr_grid *grid, tr_group group)
+int tr_grid_group_index(const tr_grid *grid, tr_grid_group group)
 {
     return members_of(grid, group).index;
 }
 
-int tr_grid_member(const tr_grid *grid, tr_group group, int i)
+int tr_grid_member(const tr_grid *grid, tr_grid_group group, int i)
 {
     progression p = members_of(grid, group);
     return p.first + i * p.stride;
 }
 
-bool tr_grid_same_group(const tr_grid_sizes *sizes, tr_group a, tr_group b)
+bool tr_grid_same_group(const tr_grid_sizes *sizes, tr_grid_group a, tr_grid_group b)
 {
     int world = sizes->pp * sizes->dp * sizes->cp * sizes->tp;
     tr_grid g = {.size = *sizes, .world = world};

@@ -38,7 +38,7 @@ void tr_grid_layers(const tr_grid *grid, int n_layers, int *first, int *last);
 /* The last two are not in that table: MOE is the block of ep*xt ranks that together hold all experts and sum or exchange
  * the rows of their own members (the stage when mdp is 1), REPLICA is who follows one scheduler's plan. NODE is MPI's to
  * find, DCP is not built. */
-typedef enum tr_group {
+typedef enum tr_grid_group {
     TR_GROUP_WORLD,
     TR_GROUP_STAGE,
     TR_GROUP_ATTN_TP,
@@ -51,27 +51,29 @@ typedef enum tr_group {
     TR_GROUP_MOE,
     TR_GROUP_REPLICA,
     TR_N_GROUPS
-} tr_group;
+} tr_grid_group;
 
-const char *tr_group_name(tr_group group); /* "ATTN_TP" */
+const char *tr_grid_group_name(tr_grid_group group); /* "ATTN_TP" */
 
 /* What MPI_Comm_split takes: the members of a group share a colour, >= 0, and are in the order of their keys. -1: this
  * rank is in no such group (MPI_UNDEFINED). */
-int tr_grid_color(const tr_grid *grid, tr_group group);
-int tr_grid_key(const tr_grid *grid, tr_group group);
+int tr_grid_color(const tr_grid *grid, tr_grid_group group);
+int tr_grid_key(const tr_grid *grid, tr_grid_group group);
 
-int tr_grid_group_size(const tr_grid *grid, tr_group group);  /* 0: not a member */
-int tr_grid_group_index(const tr_grid *grid, tr_group group); /* this rank's place in it, -1: not a member */
+int tr_grid_group_size(const tr_grid *grid, tr_grid_group group); /* 0: not a member */
+int tr_grid_group_index(const tr_grid *grid,
+                        tr_grid_group group); /* this rank's place in it, -1: not a member */
 /* World rank of member i of this rank's group, 0 <= i < group size. */
-int tr_grid_member(const tr_grid *grid, tr_group group, int i);
+int tr_grid_member(const tr_grid *grid, tr_grid_group group, int i);
 
 /* On every rank both groups have the same members in the same order: one communicator will do, unless both can be in
  * flight together. */
-bool tr_grid_same_group(const tr_grid_sizes *sizes, tr_group a, tr_group b);
+bool tr_grid_same_group(const tr_grid_sizes *sizes, tr_grid_group a, tr_grid_group b);
 
 /* ---- rules (parallel.md 1.3) -------------------------------------------------------------------------------------- */
 
-typedef struct tr_grid_limits { /* what the rules ask of a model; 0: not known, its rule is not checked */
+typedef struct
+    tr_grid_limits { /* what the rules ask of a model; 0: not known, its rule is not checked */
     int layers, heads, experts, expert_inner, vocab;
     const int *stage_layers; /* --pp-layers as given, or NULL */
     int n_stage_layers;
@@ -88,6 +90,9 @@ int tr_grid_broken(const tr_grid_sizes *sizes, int world, const tr_grid_limits *
  * sizes. mdp of sizes is what remains of the stage, 0 where that is no whole number. */
 tr_status tr_grid_check(const tr_grid_sizes *sizes, int world, const tr_grid_limits *limits,
                         tr_err *err);
+
+/* Rule 8: legal, but every MoE layer gathers the rows of all ranks of the stage (the cost is in parallel.md 2.3). */
+bool tr_grid_gathers_all(const tr_grid_sizes *sizes);
 
 enum { TR_GRID_WHY = 512 };
 

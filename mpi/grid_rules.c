@@ -126,7 +126,11 @@ int tr_grid_broken(const tr_grid_sizes *sizes, int world, const tr_grid_limits *
 
 /* ---- the nearest legal grids ---------------------------------------------------------------------------------------- */
 
-enum { DIVISORS_MAX = 256, WORLD_MAX = 1 << 20, N_NEAREST = 3 }; /* no number below 2^20 has more than 240 */
+enum {
+    DIVISORS_MAX = 256,
+    WORLD_MAX = 1 << 20,
+    N_NEAREST = 3
+}; /* no number below 2^20 has more than 240 */
 
 static int divisors(int n, int out[DIVISORS_MAX])
 {
@@ -151,16 +155,15 @@ typedef struct search {
  * by default are better left at 1. */
 static double cost_of(int wanted, int is, bool one_by_default)
 {
-    if (wanted > 0)
-        return wanted == is ? 0.0 : 1000.0 + 10.0 * fabs(log2((double)is / wanted));
+    if (wanted > 0) return wanted == is ? 0.0 : 1000.0 + 10.0 * fabs(log2((double)is / wanted));
     return one_by_default ? 10.0 * log2((double)is) : 0.0;
 }
 
 static double cost_of_grid(const tr_grid_sizes *w, const tr_grid_sizes *g)
 {
-    return cost_of(w->pp, g->pp, true) + cost_of(w->dp, g->dp, true) +
-           cost_of(w->cp, g->cp, true) + cost_of(w->tp, g->tp, false) +
-           cost_of(w->ep, g->ep, false) + cost_of(w->xt, g->xt, true) + 0.5 * log2((double)g->mdp);
+    return cost_of(w->pp, g->pp, true) + cost_of(w->dp, g->dp, true) + cost_of(w->cp, g->cp, true) +
+           cost_of(w->tp, g->tp, false) + cost_of(w->ep, g->ep, false) +
+           cost_of(w->xt, g->xt, true) + 0.5 * log2((double)g->mdp);
 }
 
 static void consider(search *s, const tr_grid_sizes *g, double cost)
@@ -266,6 +269,12 @@ tr_status tr_grid_check(const tr_grid_sizes *sizes, int world, const tr_grid_lim
     return refuse(sizes, sizes, world, limits, err);
 }
 
+bool tr_grid_gathers_all(const tr_grid_sizes *sizes)
+{
+    return sizes->dp * sizes->cp > 1 && sizes->ep == 1 &&
+           sizes->xt == sizes->dp * sizes->cp * sizes->tp;
+}
+
 /* ---- defaults ------------------------------------------------------------------------------------------------------- */
 
 /* The largest divisor of n that divides `limit` too, and is at most `most` (0: any). n > 0. */
@@ -315,7 +324,8 @@ static void choose_experts(tr_grid_sizes *s, const tr_grid_sizes *given, const t
     if (!given->ep) {
         s->ep = stage % s->xt == 0 ? largest_part(stage / s->xt, l->experts, 0) : 1;
         if (s->ep > 1)
-            complain(why, "ep %d: the largest part of the stage's %d ranks that divides the experts",
+            complain(why,
+                     "ep %d: the largest part of the stage's %d ranks that divides the experts",
                      s->ep, stage);
     }
     block = product(s->ep, s->xt, 1);

@@ -19,7 +19,7 @@ typedef struct subcommand {
 static const subcommand subcommands[] = {
     {"batch", tr_command_batch, "answer a file of requests; or one prompt; or join outputs"},
     {"bench", tr_command_bench, "measure kernels or steps"},
-    {"plan", NULL, NULL},
+    {"plan", tr_command_plan, "what each rank would hold and send; no GPU needed"},
     {"profile", NULL, NULL},
     {"doctor", NULL, NULL},
     {"serve", NULL, NULL},

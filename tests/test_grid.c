@@ -37,9 +37,10 @@ static void check_coordinates(tr_grid_sizes z, const tr_grid *grid, int world)
 }
 
 /* Do two ranks belong to the same group? The table of parallel.md 1.2, by coordinates. */
-static bool together(tr_group group, const tr_coord *a, const tr_coord *b)
+static bool together(tr_grid_group group, const tr_coord *a, const tr_coord *b)
 {
-    bool stage = a->pp == b->pp, replica = stage && a->dp == b->dp, block = stage && a->mdp == b->mdp;
+    bool stage = a->pp == b->pp, replica = stage && a->dp == b->dp,
+         block = stage && a->mdp == b->mdp;
     switch (group) {
     case TR_GROUP_WORLD:
         return true;
@@ -70,7 +71,7 @@ static bool together(tr_group group, const tr_coord *a, const tr_coord *b)
 }
 
 /* Colours, keys, sizes and member lists of one kind of group say the same, and partition the world. */
-static void check_group(const tr_grid *grid, int world, tr_group group)
+static void check_group(const tr_grid *grid, int world, tr_grid_group group)
 {
     int counted[N] = {0};
 
@@ -119,15 +120,15 @@ static void check_aliases(const tr_grid *grid, int world)
         for (int b = 0; b < TR_N_GROUPS; b++) {
             bool same = true;
             for (int w = 0; w < world && same; w++) {
-                int n = tr_grid_group_size(&grid[w], (tr_group)a);
-                same = n == tr_grid_group_size(&grid[w], (tr_group)b);
+                int n = tr_grid_group_size(&grid[w], (tr_grid_group)a);
+                same = n == tr_grid_group_size(&grid[w], (tr_grid_group)b);
                 for (int i = 0; i < n && same; i++)
-                    same = tr_grid_member(&grid[w], (tr_group)a, i) ==
-                           tr_grid_member(&grid[w], (tr_group)b, i);
+                    same = tr_grid_member(&grid[w], (tr_grid_group)a, i) ==
+                           tr_grid_member(&grid[w], (tr_grid_group)b, i);
             }
-            if (same != tr_grid_same_group(&grid[0].size, (tr_group)a, (tr_group)b))
-                fail_msg("%s and %s of %d ranks: %d", tr_group_name((tr_group)a),
-                         tr_group_name((tr_group)b), world, same);
+            if (same != tr_grid_same_group(&grid[0].size, (tr_grid_group)a, (tr_grid_group)b))
+                fail_msg("%s and %s of %d ranks: %d", tr_grid_group_name((tr_grid_group)a),
+                         tr_grid_group_name((tr_grid_group)b), world, same);
         }
 }
 
@@ -142,7 +143,7 @@ static void check_grid(tr_grid_sizes z)
     }
     check_coordinates(z, grid, world);
     for (int group = 0; group < TR_N_GROUPS; group++)
-        check_group(grid, world, (tr_group)group);
+        check_group(grid, world, (tr_grid_group)group);
     if (world <= 16) check_aliases(grid, world);
 }
 
@@ -165,7 +166,7 @@ static void test_all_small(void **state)
     assert_true(n_grids > 10000);
 }
 
-static void assert_members(tr_grid_sizes z, int rank, tr_group group, const int *want, int n)
+static void assert_members(tr_grid_sizes z, int rank, tr_grid_group group, const int *want, int n)
 {
     tr_grid g;
     assert_int_equal(tr_grid_make(&g, z, rank, z.pp * z.dp * z.cp * z.tp, NULL), TR_OK);
@@ -303,7 +304,8 @@ static void test_rules(void **state)
         tr_grid_sizes size;
         int world;
         const int *stage_layers;
-        const char *text[4]; /* of the message: every broken rule, and grids that would do; NULL: legal */
+        const char
+            *text[4]; /* of the message: every broken rule, and grids that would do; NULL: legal */
     } c[] = {
         {{1, 1, 1, 8, 1, 8, 1}, 8, NULL, {NULL}},
         {{4, 1, 1, 8, 1, 8, 1}, 32, good, {NULL}},
@@ -337,6 +339,16 @@ static void test_rules(void **state)
             if (!strstr(err.text, c[i].text[k]))
                 fail_msg("'%s' does not say '%s'", err.text, c[i].text[k]);
     }
+}
+
+static void test_gathering(void **state)
+{
+    (void)state;
+    assert_true(tr_grid_gathers_all(&(tr_grid_sizes){1, 8, 1, 1, 1, 1, 8}));
+    assert_true(tr_grid_gathers_all(&(tr_grid_sizes){2, 1, 2, 4, 1, 1, 8}));
+    assert_false(tr_grid_gathers_all(&(tr_grid_sizes){1, 1, 1, 8, 1, 1, 8}));
+    assert_false(tr_grid_gathers_all(&(tr_grid_sizes){1, 8, 1, 1, 1, 8, 1}));
+    assert_false(tr_grid_gathers_all(&(tr_grid_sizes){1, 8, 1, 1, 2, 1, 4}));
 }
 
 /* Every proposal is legal for the same number of ranks. */
@@ -421,7 +433,9 @@ static void test_impossible(void **state)
         int world;
         const char *text[2];
     } c[] = {
-        {{.pp = 3}, 8, {"not the number of ranks, 8", "--pp 4 --tp 2 --ep 2; --pp 2 --tp 4 --ep 4"}},
+        {{.pp = 3},
+         8,
+         {"not the number of ranks, 8", "--pp 4 --tp 2 --ep 2; --pp 2 --tp 4 --ep 4"}},
         {{.tp = 3}, 9, {"not the number of ranks, 9", "heads"}},
         {{.dp = 2}, 6, {"128 attention heads do not divide by tp 3", "--dp 2 --cp 3 --ep 2"}},
         {{.ep = 3}, 8, {"ep 3 * moe-tp 1 does not divide", "256 experts do not divide by ep 3"}},
@@ -444,15 +458,11 @@ static void test_impossible(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_all_small),
-        cmocka_unit_test(test_examples),
-        cmocka_unit_test(test_broken),
-        cmocka_unit_test(test_layers),
-        cmocka_unit_test(test_layers_given),
-        cmocka_unit_test(test_worked_examples),
-        cmocka_unit_test(test_rules),
-        cmocka_unit_test(test_proposals),
-        cmocka_unit_test(test_defaults),
+        cmocka_unit_test(test_all_small),    cmocka_unit_test(test_examples),
+        cmocka_unit_test(test_broken),       cmocka_unit_test(test_layers),
+        cmocka_unit_test(test_layers_given), cmocka_unit_test(test_worked_examples),
+        cmocka_unit_test(test_rules),        cmocka_unit_test(test_gathering),
+        cmocka_unit_test(test_proposals),    cmocka_unit_test(test_defaults),
         cmocka_unit_test(test_impossible),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -315,9 +315,9 @@ static void keys_are_balanced(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(zigzag_example), cmocka_unit_test(interleave_example),
-        cmocka_unit_test(every_length),   cmocka_unit_test(many_steps),
-        cmocka_unit_test(short_prompts),  cmocka_unit_test(decode_rows),
+        cmocka_unit_test(zigzag_example),    cmocka_unit_test(interleave_example),
+        cmocka_unit_test(every_length),      cmocka_unit_test(many_steps),
+        cmocka_unit_test(short_prompts),     cmocka_unit_test(decode_rows),
         cmocka_unit_test(keys_are_balanced),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

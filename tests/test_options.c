@@ -48,6 +48,8 @@ static void test_good(void **state)
     assert_true(o.seed == 0 && o.max_model_len == 0 && o.max_sequences == 32 &&
                 o.max_batch_tokens == 1024);
     assert_true(!o.resume && !o.merge && !o.help && !o.prompt && o.n_parts == 0);
+    assert_true(!o.ranks.tp && !o.ranks.pp && !o.ranks.dp && !o.ranks.cp && !o.ranks.ep &&
+                !o.ranks.moe_tp && !o.step_timeout); /* not given */
     free(copy);
     assert_int_equal(parse("batch --model=M --input - --output - --kv-dtype f32 --max-model-len "
                            "4096 --seed 9223372036854775807 "
@@ -58,6 +60,16 @@ static void test_good(void **state)
                      TR_OK);
     assert_true(o.seed == INT64_MAX && o.max_model_len == 4096 && o.overrides.n == 2);
     assert_string_equal(o.overrides.s[1], "b.c=2");
+    assert_true(o.ranks.tp == 1 && o.ranks.moe_tp == 1 && !o.ranks.pp_layers && !o.ranks.cp_mode);
+    free(copy);
+    assert_int_equal(parse("batch -m M -i in -o out --tp 8 --pp 4 --dp 2 --cp 3 --ep 16 --moe-tp 5 "
+                           "--pp-layers 16,16,16,13 --cp-mode in-seq-split --step-timeout 90",
+                           &o, &err, &copy),
+                     TR_OK);
+    assert_true(o.ranks.tp == 8 && o.ranks.pp == 4 && o.ranks.dp == 2 && o.ranks.cp == 3 &&
+                o.ranks.ep == 16 && o.ranks.moe_tp == 5 && o.step_timeout == 90);
+    assert_string_equal(o.ranks.pp_layers, "16,16,16,13");
+    assert_string_equal(o.ranks.cp_mode, "in-seq-split");
     free(copy);
     assert_int_equal(parse("batch -mM -iin -oout --default-thinking --thinking-only --allow-tools "
                            "--literal-content "
@@ -131,6 +143,14 @@ static void test_bad(void **state)
         {"batch -m M -i in -o out --chat-format chatml", "--chat-format"},
         {"batch -m M -i in -o out --load-format gguf", "--load-format"},
         {"batch -m M -i in -o out --allow-tools", "--thinking-only"},
+        {"batch -m M -i in -o out --tp 0", "--tp 0"},
+        {"batch -m M -i in -o out --pp -1", "--pp -1"},
+        {"batch -m M -i in -o out --dp 1048577", "--dp 1048577"},
+        {"batch -m M -i in -o out --cp two", "--cp two"},
+        {"batch -m M -i in -o out --ep=", "--ep"},
+        {"batch -m M -i in -o out --moe-tp 1.5", "--moe-tp 1.5"},
+        {"batch -m M -i in -o out --cp-mode zigzag", "round-robin-split|in-seq-split"},
+        {"batch -m M -i in -o out --step-timeout 0", "--step-timeout 0"},
         /* not built yet: refused, the option named */
         {"batch -m M -i in -o out --device cuda", "--device cuda"},
         {"batch -m M -i in -o out --speculate 1", "--speculate 1"},
@@ -142,7 +162,6 @@ static void test_bad(void **state)
         {"batch -m M -i in -o out --shard auto", "--shard auto"},
         {"batch -m M -i in -o out --index-topk-freq 4", "--index-topk-freq"},
         {"batch -m M -i in -o out --index-topk-pattern FS", "--index-topk-pattern"},
-        {"batch -m M -i in -o out --step-timeout 60", "--step-timeout"},
         {"batch -m M -i in -o out --check-agree", "--check-agree"},
         {"batch -m M -i in -o out --sync-check", "--sync-check"},
     };

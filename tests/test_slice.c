@@ -72,8 +72,7 @@ static void one_rank_holds_everything(void **state)
     assert_range(s.shared_inner, 0, 2048);
     assert_range(s.vocab, 0, 129280);
     assert_true(s.embed && s.head);
-    assert_false(s.attention_partial || s.dense_partial || s.moe_partial || s.shared_partial ||
-                 s.head_partial);
+    assert_false(s.attention_partial || s.dense_partial || s.moe_partial || s.shared_partial);
     assert_true(s.dense_adds && s.shared_adds);
 }
 
@@ -117,7 +116,6 @@ static void check_attention(const tr_slice *slice, tr_grid_sizes n, int world, c
             dense_adds[i] = s->dense_adds;
             shared_adds[i] = s->shared_adds;
             assert_int_equal(s->attention_partial, n.tp > 1);
-            assert_int_equal(s->head_partial, n.tp > 1);
             assert_int_equal(s->dense_partial, s->dense_inner.n < c->intermediate_size);
             assert_int_equal(s->shared_partial, s->shared_inner.n < shared_width);
             assert_int_equal(s->dense_inner.begin % 128, 0);
@@ -143,9 +141,8 @@ static void check_experts(const tr_slice *slice, tr_grid_sizes n, int world, con
             assert_int_equal(a->moe_partial, block > 1);
             for (int k = 0; k < i; k++) {
                 const tr_slice *b = &slice[first + k];
-                assert_int_equal(overlap(a->experts, b->experts) *
-                                     overlap(a->expert_inner, b->expert_inner),
-                                 0);
+                assert_int_equal(
+                    overlap(a->experts, b->experts) * overlap(a->expert_inner, b->expert_inner), 0);
             }
         }
         assert_int_equal(cells, (long)c->n_routed_experts * c->moe_intermediate_size);
@@ -213,7 +210,7 @@ static void given_layers_are_followed(void **state)
 /* Off the 128-grid, or not divisible: fewer parts than members, or whole, and then not to be summed. */
 static void odd_widths(void **state)
 {
-    static const int parts_of_dense[][2] = {{1, 1},  {2, 2},  {4, 4},  {8, 8},   {16, 16},
+    static const int parts_of_dense[][2] = {{1, 1},   {2, 2},   {4, 4},    {8, 8}, {16, 16},
                                             {32, 16}, {64, 16}, {128, 16}, {3, 3}, {5, 1}};
     (void)state;
     for (size_t i = 0; i < sizeof parts_of_dense / sizeof *parts_of_dense; i++)
@@ -264,8 +261,7 @@ static void other_rows_other_copies(void **state)
             assert_range(s.shared_inner, 0, 2048);
             assert_range(s.vocab, 0, 129280);
             assert_range(s.experts, 32 * w, 32);
-            assert_false(s.attention_partial || s.dense_partial || s.shared_partial ||
-                         s.head_partial);
+            assert_false(s.attention_partial || s.dense_partial || s.shared_partial);
             assert_true(s.moe_partial);
         }
 }
@@ -276,9 +272,8 @@ static void misaligned_tensors_are_named(void **state)
     static const struct {
         int tp, xt, n;
         const char *first;
-    } c[] = {{1, 1, 0, NULL},   {2, 1, 0, NULL},  {64, 1, 0, NULL},
-             {128, 1, 1, "q_b"}, {1, 16, 0, NULL}, {1, 32, 3, "gate_proj"},
-             {128, 32, 4, "q_b"}};
+    } c[] = {{1, 1, 0, NULL},  {2, 1, 0, NULL},         {64, 1, 0, NULL},   {128, 1, 1, "q_b"},
+             {1, 16, 0, NULL}, {1, 32, 3, "gate_proj"}, {128, 32, 4, "q_b"}};
     tr_misaligned list[TR_MISALIGNED_MAX];
     (void)state;
     for (size_t i = 0; i < sizeof c / sizeof *c; i++) {
@@ -292,14 +287,11 @@ static void misaligned_tensors_are_named(void **state)
     /* models/tiny: 192 rows a head, 4 heads. */
     tr_config tiny = real;
     tiny.num_attention_heads = 4;
-    assert_int_equal(
-        tr_slice_misaligned(&tiny, &(tr_grid_sizes){1, 1, 1, 2, 1, 1, 1}, list), 0);
-    assert_int_equal(
-        tr_slice_misaligned(&tiny, &(tr_grid_sizes){1, 1, 1, 4, 1, 1, 1}, list), 1);
+    assert_int_equal(tr_slice_misaligned(&tiny, &(tr_grid_sizes){1, 1, 1, 2, 1, 1, 1}, list), 0);
+    assert_int_equal(tr_slice_misaligned(&tiny, &(tr_grid_sizes){1, 1, 1, 4, 1, 1, 1}, list), 1);
     assert_int_equal(list[0].width / list[0].parts, 192);
     tiny.fp8 = false;
-    assert_int_equal(
-        tr_slice_misaligned(&tiny, &(tr_grid_sizes){1, 1, 1, 4, 1, 1, 1}, list), 0);
+    assert_int_equal(tr_slice_misaligned(&tiny, &(tr_grid_sizes){1, 1, 1, 4, 1, 1, 1}, list), 0);
 }
 
 static void bad_grids_are_refused_with_every_reason(void **state)

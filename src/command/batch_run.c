@@ -429,6 +429,12 @@ tr_status tr_run_engine(tr_run *run, tr_err *err)
     if (st == TR_OK)
         st = tr_engine_create(&run->engine, run->opened.model, run->tokenizer,
                               run->opened.control, &options, run->log, &run->opened.regions, err);
+    if (st == TR_OK && run->world->size > 1) {
+        st = tr_watchdog_start(&run->watchdog, run->world, (double)run->o->step_timeout,
+                               run->o->input && strcmp(run->o->output, "-") ? run->o->output : NULL,
+                               err);
+        if (st == TR_OK) tr_engine_watch(run->engine, run->watchdog);
+    }
     return st;
 }
 
@@ -531,6 +537,7 @@ tr_run *tr_run_create(const tr_batch_options *options, tr_world *world, tr_log *
 void tr_run_free(tr_run *run)
 {
     if (!run) return;
+    tr_watchdog_stop(run->watchdog);
     tr_journal_close(run->journal, NULL);
     tr_engine_free(run->engine);
     free(run->reporter);

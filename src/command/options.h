@@ -55,10 +55,11 @@ typedef struct tr_batch_options {
     tr_option_list overrides;
     int64_t max_model_len; /* 0: the default */
     int64_t max_batch_tokens, max_sequences, seed;
+    tr_rank_options ranks;
+    int64_t step_timeout; /* seconds; 0: the default */
     bool default_thinking, thinking_only, allow_tools, literal_content, response_format_in_prompt;
     bool dsv31_assistant_after_tool, strict_params;
     bool resume, verbose, no_bind, no_overlap, no_prefix_cache;
-    tr_rank_options ranks;
     char *const *part; /* --merge: the arguments behind the options */
     int n_parts;
 } tr_batch_options;

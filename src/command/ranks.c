@@ -45,8 +45,7 @@ tr_status tr_ranks_choose(tr_ranks *out, const tr_rank_options *options, const t
     *out = (tr_ranks){.cp_mode = TR_CP_INTERLEAVE};
     if (options->cp_mode && strcmp(options->cp_mode, "in-seq-split") == 0)
         out->cp_mode = TR_CP_ZIGZAG;
-    out->stage_layers =
-        tr_calloc((size_t)config->num_hidden_layers, sizeof *out->stage_layers);
+    out->stage_layers = tr_calloc((size_t)config->num_hidden_layers, sizeof *out->stage_layers);
     if (!out->stage_layers) return tr_fail(err, TR_E_MEMORY, "out of memory");
     if (options->pp_layers) {
         limits.stage_layers = out->stage_layers;

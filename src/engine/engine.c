@@ -471,10 +471,10 @@ static bool has_scores(const tr_plan *plan)
     return plan->flags & TR_PLAN_HAS_SCORES;
 }
 
-/* token, rank, logprob of every head row; top_token, top_logprob if anybody wants them. */
+/* token of every head row; rank, logprob, top_token, top_logprob if anybody wants log-probabilities. */
 static size_t report_bytes(int n_head, bool scores)
 {
-    return (size_t)n_head * (scores ? 12 + 8 * TR_MAX_LOGPROBS : 12);
+    return (size_t)n_head * (scores ? 12 + 8 * TR_MAX_LOGPROBS : 4);
 }
 
 /* The parts of a report in `text`. */
@@ -484,8 +484,8 @@ static tr_step_output report_parts(char *text, int n_head, bool scores)
     return (tr_step_output){
         .n_head = n_head,
         .token = (int32_t *)(void *)text,
-        .rank = (int32_t *)(void *)(text + n),
-        .logprob = (float *)(void *)(text + 2 * n),
+        .rank = scores ? (int32_t *)(void *)(text + n) : NULL,
+        .logprob = scores ? (float *)(void *)(text + 2 * n) : NULL,
         .top_token = scores ? (int32_t *)(void *)(text + 3 * n) : NULL,
         .top_logprob = scores ? (float *)(void *)(text + (3 + TR_MAX_LOGPROBS) * n) : NULL,
     };
@@ -509,9 +509,9 @@ static tr_status tell(tr_engine *e, slot *s, tr_err *err)
     if (!s->report || !n) return TR_OK;
     const tr_step_output to = report_parts(s->report, plan->n_head_rows, scores);
     memcpy(to.token, out->token, n);
-    memcpy(to.rank, out->rank, n);
-    memcpy(to.logprob, out->logprob, n);
     if (scores) {
+        memcpy(to.rank, out->rank, n);
+        memcpy(to.logprob, out->logprob, n);
         memcpy(to.top_token, out->top_token, n * TR_MAX_LOGPROBS);
         memcpy(to.top_logprob, out->top_logprob, n * TR_MAX_LOGPROBS);
     }

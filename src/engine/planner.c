@@ -12,7 +12,7 @@
 /* Its next rows score prompt tokens (choice 0, once: what a preemption makes it compute again is not scored again). */
 static bool scores_next(const tr_sequence *q)
 {
-    const tr_choices *g = q->group;
+    const tr_group *g = q->group;
     return q->i_choice == 0 && q->length < g->n_scores && q->length >= g->n_scores_planned;
 }
 
@@ -30,7 +30,7 @@ static bool is_decode(const tr_sequence *q)
 /* How far one span of q may go: one form, one kind, all rows scored or none. */
 static int span_end(const tr_scheduler *s, const tr_sequence *q)
 {
-    const tr_choices *g = q->group;
+    const tr_group *g = q->group;
     int end = tr_sequence_end(q);
 
     if (g->params->max_tokens > 0 && !tr_sequence_samples(q))
@@ -115,7 +115,7 @@ static void decide(tr_scheduler *s, tr_sequence *q)
 /* Pages whose first n_prompt - 1 rows are this prompt's: the group's own or a running choice's. NULL: nobody's. */
 static const int32_t *find_lender(const tr_sequence *q)
 {
-    const tr_choices *g = q->group;
+    const tr_group *g = q->group;
 
     if (g->n_choices == 1 || g->n_prompt == 1) return NULL;
     if (q->i_choice == 0 && g->n_scores_planned < g->n_scores) return NULL; /* has rows to score */
@@ -128,7 +128,7 @@ static const int32_t *find_lender(const tr_sequence *q)
 /* Another choice is computing the prompt: wait for it. */
 static bool sibling_runs(const tr_sequence *q)
 {
-    const tr_choices *g = q->group;
+    const tr_group *g = q->group;
 
     for (int i = 0; i < g->n_choices && g->n_prompt > 1; i++)
         if (g->sequence[i].state == TR_SEQUENCE_RUNNING) return true;
@@ -139,7 +139,7 @@ static bool sibling_runs(const tr_sequence *q)
  * token. None where rows must run because they score. */
 static int most_cached(const tr_scheduler *s, const tr_sequence *q)
 {
-    const tr_choices *g = q->group;
+    const tr_group *g = q->group;
     int n_rows = tr_sequence_end(q) - 1;
 
     if (!s->options.prefix_cache || (q->i_choice == 0 && g->n_scores_planned < g->n_scores))
@@ -187,7 +187,7 @@ static bool has_room(const tr_scheduler *s, const tr_sequence *q, const int32_t 
 }
 
 /* At a request's first admission: what a preemption makes it find or compute again does not count. */
-static void count_cached(tr_scheduler *s, tr_choices *g, int n_tokens)
+static void count_cached(tr_scheduler *s, tr_group *g, int n_tokens)
 {
     if (g->counted) return;
     g->counted = true;
@@ -264,7 +264,7 @@ static void admit(tr_scheduler *s)
 /* Prefixes that are not needed any more; this plan may still copy from them. */
 static void release_prefixes(tr_scheduler *s)
 {
-    for (tr_choices *g = s->n_prefixes ? s->groups.first : NULL; g; g = g->next) {
+    for (tr_group *g = s->n_prefixes ? s->groups.first : NULL; g; g = g->next) {
         bool needed = g->n_prefix && g->n_unborn;
         for (int i = 0; i < g->n_choices && needed; i++)
             needed = g->sequence[i].state != TR_SEQUENCE_RUNNING ||
@@ -295,7 +295,7 @@ static int write_open(tr_scheduler *s, const tr_sequence *q)
 /* Targets of the span's head rows, who waits for them, and the logit changes of the sampled one. */
 static int write_head(tr_scheduler *s, tr_flight *f, tr_sequence *q, int n_logits)
 {
-    const tr_choices *g = q->group;
+    const tr_group *g = q->group;
     const int end = q->length + q->n_rows;
     const bool samples = samples_at(q, end);
     const int32_t here = -1;
@@ -314,7 +314,7 @@ static int write_head(tr_scheduler *s, tr_flight *f, tr_sequence *q, int n_logit
 /* q's span; q then stands behind it. */
 static int write_span(tr_scheduler *s, tr_flight *f, tr_sequence *q)
 {
-    tr_choices *g = q->group;
+    tr_group *g = q->group;
     const int n = q->n_rows, end = q->length + n;
     const bool is_prompt = q->length < g->n_prompt, scores = scores_next(q),
                samples = samples_at(q, end);
@@ -399,7 +399,7 @@ tr_status tr_scheduler_plan(tr_scheduler *s, const tr_plan **plan, tr_err *err)
     for (int i = 0; i < s->n_running; i++) {
         const tr_params *p = s->running[i]->group->params;
         n_rows += s->running[i]->n_rows;
-        if (s->running[i]->n_rows) scores = scores || p->n_logprobs > 0 || p->n_prompt_logprobs > 0;
+        if (s->running[i]->n_rows) scores = scores || p->n_logprobs >= 0 || p->n_prompt_logprobs >= 0;
     }
     if (!n_rows) return TR_OK;
 

@@ -56,11 +56,11 @@ done:
     return st;
 }
 
-static void groups_free(tr_choices *g)
+static void groups_free(tr_group *g)
 {
     while (g) {
-        tr_choices *next = g->next;
-        tr_choices_free(g);
+        tr_group *next = g->next;
+        tr_group_free(g);
         g = next;
     }
 }
@@ -84,7 +84,7 @@ void tr_scheduler_free(tr_scheduler *s)
 
 /* ---- lists -------------------------------------------------------------------------------------- */
 
-static void list_append(tr_choices_list *l, tr_choices *g)
+static void list_append(tr_group_list *l, tr_group *g)
 {
     g->next = NULL;
     g->prev = l->last;
@@ -92,7 +92,7 @@ static void list_append(tr_choices_list *l, tr_choices *g)
     l->last = g;
 }
 
-static void list_remove(tr_choices_list *l, tr_choices *g)
+static void list_remove(tr_group_list *l, tr_group *g)
 {
     *(g->prev ? &g->prev->next : &l->first) = g->next;
     *(g->next ? &g->next->prev : &l->last) = g->prev;
@@ -178,7 +178,7 @@ void tr_scheduler_clear_cache(tr_scheduler *s)
     tr_scheduler_mature(s);
 }
 
-void tr_scheduler_drop_prefix(tr_scheduler *s, tr_choices *g, uint64_t step)
+void tr_scheduler_drop_prefix(tr_scheduler *s, tr_group *g, uint64_t step)
 {
     if (!g->n_prefix) return;
     tr_pages_drop(s->pages, g->prefix, g->n_prefix, step);
@@ -186,11 +186,11 @@ void tr_scheduler_drop_prefix(tr_scheduler *s, tr_choices *g, uint64_t step)
     s->n_prefixes--;
 }
 
-bool tr_scheduler_drop_some_prefix(tr_scheduler *s, const tr_choices *spare)
+bool tr_scheduler_drop_some_prefix(tr_scheduler *s, const tr_group *spare)
 {
-    tr_choices *victim = NULL;
+    tr_group *victim = NULL;
 
-    for (tr_choices *g = s->n_prefixes ? s->groups.first : NULL; g; g = g->next)
+    for (tr_group *g = s->n_prefixes ? s->groups.first : NULL; g; g = g->next)
         if (g->n_prefix && (!victim || g != spare)) victim = g;
     if (victim) tr_scheduler_drop_prefix(s, victim, s->step - 1);
     return victim != NULL;
@@ -229,7 +229,7 @@ void tr_scheduler_preempt(tr_scheduler *s, tr_sequence *q)
 /* The last choice that has the prompt's rows ends, others have not begun: the group keeps the pages ("one prompt pass"). */
 static void bequeath(tr_scheduler *s, tr_sequence *q)
 {
-    tr_choices *g = q->group;
+    tr_group *g = q->group;
     int n = tr_pages_for(g->n_prompt - 1);
 
     if (!g->n_unborn || !n || g->n_prefix || !tr_sequence_can_lend(q)) return;
@@ -262,23 +262,23 @@ static void end_sequence(tr_scheduler *s, tr_sequence *q)
     q->group->n_live--;
 }
 
-static void end_group(tr_scheduler *s, tr_choices *g)
+static void end_group(tr_scheduler *s, tr_group *g)
 {
     tr_scheduler_drop_prefix(s, g, s->step - 1);
     list_remove(&s->groups, g);
     list_append(&s->done, g);
 }
 
-static void finish_if_done(tr_scheduler *s, tr_choices *g)
+static void finish_if_done(tr_scheduler *s, tr_group *g)
 {
     if (g->n_live) return;
-    tr_choices_finish(g);
+    tr_group_finish(g);
     s->stats.finished++;
     end_group(s, g);
 }
 
 /* All choices of the group are dropped; the event says why already. */
-static void fail_group(tr_scheduler *s, tr_choices *g)
+static void fail_group(tr_scheduler *s, tr_group *g)
 {
     g->n_unborn = 0; /* nobody to bequeath to */
     for (int i = 0; i < g->n_choices; i++)
@@ -336,10 +336,10 @@ static bool acceptable(const tr_scheduler *s, tr_event *e)
 
 tr_event *tr_scheduler_add(tr_scheduler *s, tr_event *e)
 {
-    tr_choices *g = NULL;
+    tr_group *g = NULL;
 
     if (acceptable(s, e)) {
-        g = tr_choices_create(e, &s->options);
+        g = tr_group_create(e, &s->options);
         if (!g) tr_event_fail(e, "out_of_memory", "no memory for the request");
     }
     if (!g) {
@@ -355,9 +355,9 @@ tr_event *tr_scheduler_add(tr_scheduler *s, tr_event *e)
         g->n_unborn = g->n_live;
     }
     if (g->n_live == 0) {
-        tr_choices_finish(g);
+        tr_group_finish(g);
         g->event = NULL;
-        tr_choices_free(g);
+        tr_group_free(g);
         s->stats.finished++;
         return e;
     }
@@ -401,7 +401,7 @@ int tr_scheduler_prefill_rows(const tr_scheduler *s)
 static void commit_row(tr_scheduler *s, tr_head_row *row, const tr_step_output *out, int h)
 {
     tr_sequence *q = row->sequence;
-    tr_choices *g = q->group;
+    tr_group *g = q->group;
     const int32_t token = out->token[h];
 
     row->sequence = NULL;
@@ -413,7 +413,7 @@ static void commit_row(tr_scheduler *s, tr_head_row *row, const tr_step_output *
         return;
     }
     if (row->i_score >= 0) {
-        tr_choices_take_score(g, out, h, row->i_score);
+        tr_group_take_score(g, out, h, row->i_score);
         if (g->params->max_tokens > 0 || g->n_scores_taken < g->n_scores) return;
         end_sequence(s, q);
         finish_if_done(s, g);
@@ -440,7 +440,7 @@ static void commit_row(tr_scheduler *s, tr_head_row *row, const tr_step_output *
 /* Full pages of prompt rows go into the index; those of generated tokens, which are computed in another form, do not. */
 static void enter_pages(tr_scheduler *s, tr_sequence *q, int end)
 {
-    const tr_choices *g = q->group;
+    const tr_group *g = q->group;
     const int n = (end < g->n_prompt ? end : g->n_prompt) / TR_PAGE_TOKENS;
 
     for (; q->n_entered < n; q->n_entered++)
@@ -470,13 +470,13 @@ void tr_scheduler_commit(tr_scheduler *s, const tr_step_output *out)
 
 tr_event *tr_scheduler_event(tr_scheduler *s)
 {
-    tr_choices *g = s->done.first;
+    tr_group *g = s->done.first;
     if (!g) return NULL;
 
     tr_event *e = g->event;
     list_remove(&s->done, g);
     g->event = NULL;
-    tr_choices_free(g);
+    tr_group_free(g);
     return e;
 }
 
@@ -510,7 +510,7 @@ bool tr_scheduler_consistent(const tr_scheduler *s)
             ok = ok && tr_pages_references(s->pages, q->page[j]) == 1 &&
                  !tr_pages_indexed(s->pages, q->page[j]);
     }
-    for (const tr_choices *g = s->groups.first; g; g = g->next)
+    for (const tr_group *g = s->groups.first; g; g = g->next)
         for (int j = 0; j < g->n_prefix; j++)
             held[g->prefix[j]]++;
     for (int i = 0; i < n_pages; i++)

@@ -23,9 +23,9 @@ typedef struct tr_flight { /* a step that was planned and not yet committed */
     int n_head, n_written, n_prefill, n_decode;
 } tr_flight;
 
-typedef struct tr_choices_list {
-    tr_choices *first, *last;
-} tr_choices_list;
+typedef struct tr_group_list {
+    tr_group *first, *last;
+} tr_group_list;
 
 struct tr_scheduler {
     tr_scheduler_options options;
@@ -33,7 +33,7 @@ struct tr_scheduler {
     tr_plan_builder *builder;
     uint64_t step; /* the next to be planned; from 1 */
     uint64_t n_orders;
-    tr_choices_list groups, done;
+    tr_group_list groups, done;
     tr_sequence *first_waiting, *last_waiting; /* oldest first */
     int n_waiting;
     tr_sequence **running; /* [max_sequences], oldest first */
@@ -62,9 +62,9 @@ void tr_scheduler_mature(tr_scheduler *s);
 /* Makes pages available, up to n, by evicting idle ones from the prefix index. Returns how many of the n there are. */
 int tr_scheduler_reclaim(tr_scheduler *s, int n);
 
-void tr_scheduler_drop_prefix(tr_scheduler *s, tr_choices *g, uint64_t step);
+void tr_scheduler_drop_prefix(tr_scheduler *s, tr_group *g, uint64_t step);
 /* Of the youngest group that holds one, rather not `spare`'s. Its choices to come compute the prompt again. */
-bool tr_scheduler_drop_some_prefix(tr_scheduler *s, const tr_choices *spare);
+bool tr_scheduler_drop_some_prefix(tr_scheduler *s, const tr_group *spare);
 /* q can lend the rows [0, n_prompt - 1) of its cache: written by steps before the one being planned. */
 bool tr_sequence_can_lend(const tr_sequence *q);
 /* Back to the queue without slot and pages. Its tokens stay; what steps in flight sample for it is still taken in. */

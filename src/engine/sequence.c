@@ -44,7 +44,7 @@ static bool scores_create(tr_scores *s, int n, int n_top)
     return s->logprob && s->rank && s->top_token && s->top_logprob;
 }
 
-static bool sequence_create(tr_sequence *q, tr_choices *g, int i_choice,
+static bool sequence_create(tr_sequence *q, tr_group *g, int i_choice,
                             const tr_scheduler_options *options)
 {
     /* Its longest: the newest of max_tokens tokens never gets a row. */
@@ -70,7 +70,7 @@ static bool sequence_create(tr_sequence *q, tr_choices *g, int i_choice,
 }
 
 /* The tokens that min_tokens keeps from being sampled. With ignore_eos EOS is a token like others. */
-static bool mask_create(tr_choices *g, const tr_scheduler_options *options)
+static bool mask_create(tr_group *g, const tr_scheduler_options *options)
 {
     const tr_params *p = g->params;
     int n = 0;
@@ -85,10 +85,10 @@ static bool mask_create(tr_choices *g, const tr_scheduler_options *options)
     return true;
 }
 
-tr_choices *tr_choices_create(tr_event *event, const tr_scheduler_options *options)
+tr_group *tr_group_create(tr_event *event, const tr_scheduler_options *options)
 {
     const tr_request *r = event->request;
-    tr_choices *g = calloc(1, sizeof *g);
+    tr_group *g = calloc(1, sizeof *g);
     if (!g) return NULL;
 
     g->params = &r->params;
@@ -115,7 +115,7 @@ tr_choices *tr_choices_create(tr_event *event, const tr_scheduler_options *optio
         ok = scores_create(&event->prompt_scores, g->n_scores,
                            g->n_scores ? r->params.n_prompt_logprobs : 0);
     if (!ok) {
-        tr_choices_free(g); /* has no event yet */
+        tr_group_free(g); /* has no event yet */
         return NULL;
     }
     event->n_choices = g->n_choices;
@@ -123,7 +123,7 @@ tr_choices *tr_choices_create(tr_event *event, const tr_scheduler_options *optio
     return g;
 }
 
-void tr_choices_free(tr_choices *g)
+void tr_group_free(tr_group *g)
 {
     if (!g) return;
     for (int i = 0; g->sequence && i < g->n_choices; i++) {
@@ -167,7 +167,7 @@ static bool masks_now(const tr_sequence *q)
 
 int tr_sequence_changes_max(const tr_sequence *q, int n_vocab)
 {
-    const tr_choices *g = q->group;
+    const tr_group *g = q->group;
     int64_t n =
         (int64_t)g->n_distinct + q->n_count + g->params->n_bias + (masks_now(q) ? g->n_mask : 0);
 
@@ -176,7 +176,7 @@ int tr_sequence_changes_max(const tr_sequence *q, int n_vocab)
 
 int tr_sequence_add_changes(const tr_sequence *q, int head_row, tr_plan_builder *b)
 {
-    const tr_choices *g = q->group;
+    const tr_group *g = q->group;
     const tr_params *p = g->params;
     const int n_mask = masks_now(q) ? g->n_mask : 0;
     int d = 0, c = 0, i = 0, m = 0;
@@ -317,13 +317,13 @@ int tr_sequence_take(tr_sequence *q, const tr_step_output *out, int h,
     return ended;
 }
 
-void tr_choices_take_score(tr_choices *g, const tr_step_output *out, int h, int i)
+void tr_group_take_score(tr_group *g, const tr_step_output *out, int h, int i)
 {
     score(&g->event->prompt_scores, i, out, h);
     g->n_scores_taken++;
 }
 
-void tr_choices_finish(tr_choices *g)
+void tr_group_finish(tr_group *g)
 {
     for (int i = 0; i < g->n_choices; i++) {
         tr_sequence *q = &g->sequence[i];

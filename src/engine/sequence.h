@@ -7,7 +7,7 @@
 #include "engine/scheduler.h"
 #include "engine/stopper.h"
 
-typedef struct tr_choices tr_choices;
+typedef struct tr_group tr_group;
 
 typedef struct tr_count { /* how often a token was generated, for penalties */
     int32_t token, n;
@@ -22,7 +22,7 @@ typedef enum tr_sequence_state {
 /* One choice. Token i is prompt[i] for i < n_prompt, then token[i - n_prompt]; behind those lie n_flight tokens that steps in
  * flight sample. Rows [0, length) are written by the steps planned so far. The newest token has no row yet. */
 typedef struct tr_sequence {
-    tr_choices *group;
+    tr_group *group;
     int i_choice;
     tr_sequence_state state;
     bool born;  /* was admitted once */
@@ -50,7 +50,7 @@ typedef struct tr_sequence {
     struct tr_sequence *prev, *next; /* the waiting queue */
 } tr_sequence;
 
-struct tr_choices {
+struct tr_group {
     uint64_t order; /* of arrival */
     tr_event *event;
     const tr_params *params; /* the event's request's */
@@ -73,12 +73,12 @@ struct tr_choices {
     int32_t *prefix;
     int n_prefix;
 
-    struct tr_choices *prev, *next; /* the unfinished groups by order, or the finished ones */
+    struct tr_group *prev, *next; /* the unfinished groups by order, or the finished ones */
 };
 
 /* NULL: out of memory; nothing was taken. */
-tr_choices *tr_choices_create(tr_event *event, const tr_scheduler_options *options);
-void tr_choices_free(tr_choices *g); /* and its event, when it still has one */
+tr_group *tr_group_create(tr_event *event, const tr_scheduler_options *options);
+void tr_group_free(tr_group *g); /* and its event, when it still has one */
 
 static inline int
 tr_sequence_generated(const tr_sequence *q) /* tokens it has or will have from steps in flight */
@@ -115,9 +115,9 @@ int tr_sequence_add_changes(const tr_sequence *q, int head_row, tr_plan_builder 
 int tr_sequence_take(tr_sequence *q, const tr_step_output *out, int h,
                      const tr_scheduler_options *options);
 /* The log-probability of prompt token i + 1. */
-void tr_choices_take_score(tr_choices *g, const tr_step_output *out, int h, int i);
+void tr_group_take_score(tr_group *g, const tr_step_output *out, int h, int i);
 /* All choices have ended: the event becomes DONE. */
-void tr_choices_finish(tr_choices *g);
+void tr_group_finish(tr_group *g);
 void tr_event_fail(tr_event *e, const char *code, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 

@@ -2,7 +2,6 @@
 
 #include "model/estimate.h"
 
-
 #include "base/size.h"
 #include "model/cache.h"
 #include "model/tensors.h"
@@ -31,10 +30,10 @@ static uint64_t whole(const tr_config *c, tr_role role)
 
 static uint64_t attention_bytes(const tr_config *c, int heads)
 {
-    static const tr_role copies[] = {
-        TR_ROLE_INPUT_NORM, TR_ROLE_POST_NORM, TR_ROLE_Q_A,          TR_ROLE_Q_A_NORM,
-        TR_ROLE_KV_A,       TR_ROLE_KV_A_NORM, TR_ROLE_INDEX_Q,      TR_ROLE_INDEX_K,
-        TR_ROLE_INDEX_W,    TR_ROLE_INDEX_K_NORM, TR_ROLE_INDEX_K_BIAS};
+    static const tr_role copies[] = {TR_ROLE_INPUT_NORM,   TR_ROLE_POST_NORM,   TR_ROLE_Q_A,
+                                     TR_ROLE_Q_A_NORM,     TR_ROLE_KV_A,        TR_ROLE_KV_A_NORM,
+                                     TR_ROLE_INDEX_Q,      TR_ROLE_INDEX_K,     TR_ROLE_INDEX_W,
+                                     TR_ROLE_INDEX_K_NORM, TR_ROLE_INDEX_K_BIAS};
     uint64_t n =
         bytes_of(c, TR_ROLE_Q_B, heads * (c->qk_nope_head_dim + c->qk_rope_head_dim),
                  c->q_lora_rank) +
@@ -66,8 +65,7 @@ static layer_bytes bytes_of_layer(const tr_config *c, const tr_slice *s)
         .routed = (uint64_t)s->experts.n *
                   mlp_bytes(c, TR_ROLE_EXPERT_GATE, TR_ROLE_EXPERT_DOWN, s->expert_inner.n),
         .router = whole(c, TR_ROLE_ROUTER) + whole(c, TR_ROLE_ROUTER_BIAS),
-        .second_form =
-            bytes_of(c, TR_ROLE_KV_B, s->heads.n * c->qk_nope_head_dim, c->kv_lora_rank),
+        .second_form = bytes_of(c, TR_ROLE_KV_B, s->heads.n * c->qk_nope_head_dim, c->kv_lora_rank),
     };
 }
 
@@ -158,8 +156,8 @@ tr_wire tr_wire_gpu(const tr_config *config, tr_dtype kv)
 {
     tr_wire w = cache_rows(config, kv);
     w.act = 2;
-    w.row_out = config->hidden_size +
-                4 * (int)tr_ceil_div((size_t)config->hidden_size, TR_SCALE_BLOCK);
+    w.row_out =
+        config->hidden_size + 4 * (int)tr_ceil_div((size_t)config->hidden_size, TR_SCALE_BLOCK);
     w.row_ids = 6 * config->num_experts_per_tok;
     w.row_back = 2 * config->hidden_size;
     return w;
@@ -184,7 +182,7 @@ typedef struct list {
 
 /* `part`: bytes one member brings (all-gather, reduce-scatter: of n; all-reduce: the buffer; all-to-all: to everybody, the
  * own part included). */
-static void add(list *l, const char *what, tr_group group, tr_wire_op op, int n, double part)
+static void add(list *l, const char *what, tr_grid_group group, tr_wire_op op, int n, double part)
 {
     const double others = n - 1, f = others / n;
     tr_traffic t = {.what = what, .group = group, .op = op, .n = n, .given = part};
@@ -258,7 +256,8 @@ double tr_estimate_distinct(const tr_config *config, int ep)
         return ep * sum;
     }
     int m = config->n_routed_experts / ep, all = config->n_routed_experts;
-    return ep * (1.0 - choose_ratio(all - m, all, k)); /* groups lie across ranks: without the limit */
+    return ep *
+           (1.0 - choose_ratio(all - m, all, k)); /* groups lie across ranks: without the limit */
 }
 
 /* How the rows of the members of MOE differ. */
@@ -267,7 +266,7 @@ typedef struct moe_rows {
     int share;  /* of them have the same rows */
     int rows;   /* each of these has */
     int brings; /* each member brings to an exchange */
-    tr_group sharers;
+    tr_grid_group sharers;
 } moe_rows;
 
 static moe_rows rows_of_block(const tr_grid_sizes *s, const tr_step_shape *step)

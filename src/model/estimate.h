@@ -15,11 +15,12 @@
 
 /* ---- memory ------------------------------------------------------------------------------------------------------- */
 
-typedef struct tr_weight_bytes { /* of one rank, in the checkpoint's formats with their scales; vectors as fp32 */
-    uint64_t attention;          /* with the indexer and the layers' norms */
+typedef struct
+    tr_weight_bytes { /* of one rank, in the checkpoint's formats with their scales; vectors as fp32 */
+    uint64_t attention; /* with the indexer and the layers' norms */
     uint64_t dense, shared, routed, router;
     uint64_t embed, head; /* head: with the last norm */
-    uint64_t mtp;         /* the MTP layer's share, and the embedding where the stage has none of its own */
+    uint64_t mtp; /* the MTP layer's share, and the embedding where the stage has none of its own */
     uint64_t second_form; /* W_UK once more, transposed, for the absorbed form */
 } tr_weight_bytes;
 
@@ -49,9 +50,9 @@ tr_wire tr_wire_cpu(const tr_config *config, tr_dtype kv);
 tr_wire tr_wire_gpu(const tr_config *config, tr_dtype kv);
 
 typedef enum tr_moe_form {
-    TR_MOE_FORM_AUTO,   /* REDUCE where the members of MOE hold the same rows, else GATHER up to 8 ranks, else EXCHANGE */
-    TR_MOE_FORM_REDUCE, /* parallel.md 2.1: same rows everywhere, partial sums added up */
-    TR_MOE_FORM_GATHER, /* 2.3, `agrs` of 5.5: all rows to all members, sums scattered back */
+    TR_MOE_FORM_AUTO, /* REDUCE where the members of MOE hold the same rows, else GATHER up to 8 ranks, else EXCHANGE */
+    TR_MOE_FORM_REDUCE,  /* parallel.md 2.1: same rows everywhere, partial sums added up */
+    TR_MOE_FORM_GATHER,  /* 2.3, `agrs` of 5.5: all rows to all members, sums scattered back */
     TR_MOE_FORM_EXCHANGE /* 2.4: rows to the ranks that have one of their experts, and back */
 } tr_moe_form;
 
@@ -81,7 +82,7 @@ const char *tr_wire_op_name(tr_wire_op op);
  * messages in front of it (4 bytes per expert) left out. */
 typedef struct tr_traffic {
     const char *what;
-    tr_group group;
+    tr_grid_group group;
     tr_wire_op op;
     int n; /* members */
     double given, sent;
@@ -110,11 +111,12 @@ double tr_estimate_distinct(const tr_config *config, int ep);
 
 typedef struct tr_rates { /* per second and per rank, unless it says otherwise */
     const char *name;
-    double memory;                  /* bytes */
-    double read, gather;            /* bytes: long reads; scattered cache rows */
-    double fp8, bf16;               /* flop: large GEMMs */
-    double index, mla_prefill, mla; /* flop: index scores; sparse attention of chunks, of decode rows */
-    double link, net;               /* bytes sent: inside a node, between nodes */
+    double memory;       /* bytes */
+    double read, gather; /* bytes: long reads; scattered cache rows */
+    double fp8, bf16;    /* flop: large GEMMs */
+    double index, mla_prefill,
+        mla;          /* flop: index scores; sparse attention of chunks, of decode rows */
+    double link, net; /* bytes sent: inside a node, between nodes */
     double link_latency, net_latency, kernel_latency; /* seconds: of a collective, of a kernel */
     int kernels_per_layer, ranks_per_node;
 } tr_rates;
@@ -122,8 +124,8 @@ typedef struct tr_rates { /* per second and per rank, unless it says otherwise *
 /* "h200"; NULL: not known. */
 const tr_rates *tr_rates_find(const char *name);
 
-/* Does this rank's group reach over more than one node, ranks being placed in blocks? */
-bool tr_crosses_nodes(const tr_grid *grid, tr_group group, int ranks_per_node);
+/* Does a group of this kind reach over more than one node, on any rank, ranks being placed in blocks? grid: of a member. */
+bool tr_crosses_nodes(const tr_grid *grid, tr_grid_group group, int ranks_per_node);
 
 /* One layer, its collectives, and the head with sampling, of rank 0's place in its groups; a roofline: each operation takes
  * the larger of its bytes and its flops, one after the other, nothing overlaps. */

@@ -39,11 +39,14 @@ const tr_rates *tr_rates_find(const char *name)
     return strcmp(name, rates_h200.name) == 0 ? &rates_h200 : NULL;
 }
 
-bool tr_crosses_nodes(const tr_grid *grid, tr_group group, int ranks_per_node)
+bool tr_crosses_nodes(const tr_grid *grid, tr_grid_group group, int ranks_per_node)
 {
     int n = tr_grid_group_size(grid, group);
-    return n > 1 && tr_grid_member(grid, group, 0) / ranks_per_node !=
-                        tr_grid_member(grid, group, n - 1) / ranks_per_node;
+    if (n < 2 || grid->world <= ranks_per_node) return false;
+    /* Groups of a kind fill aligned blocks of n * stride ranks. A node's end inside a block parts one of its groups. */
+    int stride = tr_grid_member(grid, group, 1) - tr_grid_member(grid, group, 0);
+    if (group == TR_GROUP_LEAD) return (int64_t)(n - 1) * stride >= ranks_per_node; /* only one */
+    return ranks_per_node % ((int64_t)n * stride) != 0;
 }
 
 static double larger(double a, double b)
@@ -81,9 +84,8 @@ static double attention_seconds(const tr_config *c, const tr_slice *s, const tr_
     const double seen = k.each < c->index_topk ? k.each : c->index_topk;
     double t = 0.0;
 
-    t += gemm(r, rows,
-              hidden * (c->q_lora_rank + latent + c->qk_rope_head_dim + c->index_head_dim), q8,
-              fp8);
+    t += gemm(r, rows, hidden * (c->q_lora_rank + latent + c->qk_rope_head_dim + c->index_head_dim),
+              q8, fp8);
     t += gemm(r, rows, c->q_lora_rank * heads * d_qk, q8, fp8);
     t += gemm(r, rows, c->q_lora_rank * d_index, q8, fp8);
     t += gemm(r, rows, hidden * heads * d_v, q8, fp8);
@@ -131,7 +133,7 @@ static double traffic_seconds(const tr_traffic *t, int n, const tr_grid *grid, c
     return seconds;
 }
 
-/* Rank 0: whether a group crosses nodes is the same for all groups of a kind where nodes are filled in blocks. */
+/* Rank 0, who is in a group of every kind and holds as much as any. */
 static bool place(tr_grid *grid, tr_slice *slice, const tr_config *config,
                   const tr_grid_sizes *sizes)
 {
@@ -177,7 +179,8 @@ double tr_estimate_head_seconds(const tr_config *config, const tr_grid_sizes *si
     for (int i = 0; i < n; i++) /* hand-offs between stages are not the head's */
         if (traffic[i].group == TR_GROUP_ATTN_CP || traffic[i].op == TR_WIRE_ALL_REDUCE)
             traffic[n_head++] = traffic[i];
-    return gemm(rates, step->sampled, (double)config->hidden_size * s.vocab.n, 2.0, rates->bf16) +
+    return gemm(rates, step->sampled, (double)config->hidden_size * s.vocab.n, 2.0,
+                rates->bf16) +
            4.0 * step->sampled * s.vocab.n / rates->read + 3.0 * rates->kernel_latency +
            traffic_seconds(traffic, n_head, &grid, rates);
 }
@@ -215,8 +218,7 @@ void tr_estimate_stages(const tr_config *config, const tr_grid_sizes *sizes, int
     /* One step for every command: 64 rows of each replica over 4096 keys. Decode, because that is where most steps are. */
     const tr_step_shape step = {.rows = 64, .context = 4096, .sampled = 64};
     const tr_wire wire = tr_wire_gpu(config, TR_E4M3);
-    const double dense =
-        tr_estimate_layer_seconds(config, sizes, &wire, &rates_h200, &step, false);
+    const double dense = tr_estimate_layer_seconds(config, sizes, &wire, &rates_h200, &step, false);
     const double moe = tr_estimate_layer_seconds(config, sizes, &wire, &rates_h200, &step, true);
     const double head = tr_estimate_head_seconds(config, sizes, &wire, &rates_h200, &step);
     double low = 0.0, high = larger(dense, moe) * config->num_hidden_layers + head;

@@ -31,18 +31,20 @@ typedef struct tr_layout_span {
     bool decode; /* computed by every rank, not split */
     /* Filled in by tr_layout_make. */
     int32_t begin; /* first token */
-    int32_t at;    /* interleave: split rows before it; zigzag: its first local row; not split: its first whole row */
+    int32_t
+        at; /* interleave: split rows before it; zigzag: its first local row; not split: its first whole row */
 } tr_layout_span;
 
 typedef struct tr_layout {
     tr_cp_mode mode;
-    int n_ranks;          /* C */
-    bool split;           /* false: nothing of this step is split, m is 0 */
+    int n_ranks; /* C */
+    bool split;  /* false: nothing of this step is split, m is 0 */
     int n_spans;
     const tr_layout_span *span; /* kept */
     int32_t n_tokens;           /* all rows of the step */
-    int32_t n_split, n_whole;   /* tokens split over the ranks, tokens computed by each: together n_tokens */
-    int32_t m;                  /* local rows of split spans, pads included, on every rank */
+    int32_t n_split,
+        n_whole; /* tokens split over the ranks, tokens computed by each: together n_tokens */
+    int32_t m;   /* local rows of split spans, pads included, on every rank */
 } tr_layout;
 
 /* Spans in the order of the plan; their begin and at are filled in, the array must stay. Sums of n must fit an int32_t

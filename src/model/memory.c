@@ -89,6 +89,9 @@ static tr_status take_exchanges(tr_model *m, tr_err *err)
     const size_t record = tr_dispatch_bytes(c->hidden_size, k), n_in = (size_t)m->moe_rows,
                  n_out = (size_t)m->moe_share * (size_t)(k < n_ep ? k : n_ep) *
                          (size_t)m->groups.n_xt;
+    const size_t part = sizeof(tr_sample_part) > sizeof(tr_logprob_part) ? sizeof(tr_sample_part)
+                                                                         : sizeof(tr_logprob_part),
+                 chunk = (size_t)m->n_head_chunk, tp = (size_t)tr_comm_size(m->groups.attn_tp);
     const struct {
         int wanted;
         void *out;
@@ -106,8 +109,11 @@ static tr_status take_exchanges(tr_model *m, tr_err *err)
         {!slice->head, &ws->handoff, n, hidden},
         {tr_comm_size(m->groups.attn_cp) > 1, &ws->head_own, n, hidden},
         {tr_comm_size(m->groups.attn_cp) > 1, &ws->head_all, n, hidden},
-        {slice->vocab.n < c->vocab_size, &ws->logits_own, (size_t)m->n_head_chunk,
-         (size_t)slice->vocab.n},
+        {slice->head_partial, &ws->logits_all, (size_t)c->vocab_size, 1},
+        {slice->head_partial, &ws->part_own, chunk, part / 4},
+        {slice->head_partial, &ws->part_all, chunk * tp, part / 4},
+        {slice->head_partial, &ws->better_own, chunk, 1},
+        {slice->head_partial, &ws->better_all, chunk * tp, 1},
     };
     tr_status st = TR_OK;
     for (size_t i = 0; i < sizeof list / sizeof *list && st == TR_OK; i++)
@@ -159,7 +165,7 @@ static tr_status take_workspace(tr_model *m, tr_err *err)
         {&ws->expert_out, n_moe * k, hidden},
         {&ws->n_head, 1, 1},
         {&ws->head_in, (size_t)m->n_head_chunk, hidden},
-        {&ws->logits, (size_t)m->n_head_chunk, (size_t)c->vocab_size},
+        {&ws->logits, (size_t)m->n_head_chunk, (size_t)m->weights->slice.vocab.n},
     };
     tr_status st = TR_OK;
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted && st == TR_OK; i++)

@@ -50,8 +50,10 @@ typedef struct tr_workspace {
     float *head_own, *head_all;      /* [N, hidden] head rows of this member, of all (context parallelism) */
     int32_t *n_head;                 /* one word: live rows of a head chunk */
     float *head_in;                  /* [n_head_chunk, hidden] */
-    float *logits;                   /* [n_head_chunk, vocab] */
-    float *logits_own;               /* [n_head_chunk, this rank's part of the vocabulary], where it is cut */
+    float *logits;                   /* [n_head_chunk, this rank's vocab] */
+    float *logits_all;               /* [vocab]: one row, where the vocabulary is cut; */
+    void *part_own, *part_all;       /* [n_head_chunk] sample or logprob parts, of this member, of all; */
+    int32_t *better_own, *better_all; /* [n_head_chunk], of all */
     void *scratch;                   /* of the operation that runs */
     size_t scratch_bytes;
 } tr_workspace;

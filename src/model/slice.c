@@ -88,14 +88,14 @@ tr_status tr_slice_make(tr_slice *out, const tr_config *config, const tr_grid *g
     out->heads = part(config->num_attention_heads, at->tp, n->tp);
     out->experts = part(config->n_routed_experts, at->ep, n->ep);
     out->expert_inner = part(config->moe_intermediate_size, at->xt, n->xt);
-    out->dense_inner = cut_inner(config->intermediate_size, at->tp, n->tp, &out->dense_partial,
-                                 &out->dense_adds);
+    out->dense_inner =
+        cut_inner(config->intermediate_size, at->tp, n->tp, &out->dense_partial, &out->dense_adds);
     out->shared_inner = cut_inner(shared, at->tp, n->tp, &out->shared_partial, &out->shared_adds);
     out->vocab = tr_slice_vocab(config, at->tp, n->tp);
+    out->head_partial = n->tp > 1;
     out->embed = at->pp == 0;
     out->head = at->pp == n->pp - 1;
     out->attention_partial = n->tp > 1;
-    out->head_partial = n->tp > 1;
     /* With mdp > 1 each block of ep x xt ranks holds all experts and serves its own rows (parallel.md 1.1). */
     out->moe_partial = n->ep * n->xt > 1;
     return TR_OK;
@@ -119,6 +119,7 @@ int tr_slice_misaligned(const tr_config *config, const tr_grid_sizes *sizes,
     int n = 0;
 
     for (int i = 0; config->fp8 && i < TR_MISALIGNED_MAX; i++)
-        if (cut[i].parts > 1 && cut[i].width / cut[i].parts % TR_SCALE_BLOCK != 0) out[n++] = cut[i];
+        if (cut[i].parts > 1 && cut[i].width / cut[i].parts % TR_SCALE_BLOCK != 0)
+            out[n++] = cut[i];
     return n;
 }

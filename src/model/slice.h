@@ -7,7 +7,7 @@
  *     indexer are copies;
  *   - the dense MLP and the shared expert are cut over ATTN_TP alone, on the grid of the scales, and are copies under DP
  *     and CP: cut over the stage they would need the rows of all replicas at every rank;
- *   - lm_head is cut over ATTN_TP too, so that replicas meet in the experts and nowhere else (the other choice of 1.4, the
+ *   - lm_head is to be cut over ATTN_TP too, so that replicas meet in the experts and nowhere else (the other choice of 1.4, the
  *     stage, saves memory under DP at the price of gathering every replica's rows for the head);
  *   - the embedding is a copy (its sum over a group would cost more than its memory is worth, parallel.md 2.1);
  *   - routed experts are cut over the MoE groups, whole experts over MOE_EP and their width over MOE_TP. */
@@ -31,11 +31,11 @@ typedef struct tr_slice {  /* what this rank holds */
     tr_range dense_inner, shared_inner;
     tr_range vocab;        /* lm_head rows */
     int embed, head;       /* this stage embeds; this stage has norm and lm_head */
+    int head_partial;      /* vocab is a part: the other members of ATTN_TP have the others */
     int attention_partial; /* o_proj's output is a partial sum over ATTN_TP */
     int dense_partial;     /* the dense MLP's output is a partial sum over ATTN_TP */
-    int moe_partial;       /* routed experts' output is a partial sum over MOE (ep x moe-tp ranks) */
+    int moe_partial;       /* the routed experts' is one over MOE, ep x moe-tp ranks */
     int shared_partial;    /* the shared expert's output is a partial sum over ATTN_TP */
-    int head_partial;      /* vocab is a part, logits of the others are with the other members of ATTN_TP */
     /* One holder of each part in ATTN_TP: in a sum over that group only these may add what they computed (where the
      * output is not partial: member 0). */
     int dense_adds, shared_adds;
