@@ -88,6 +88,7 @@ typedef struct tr_rows {       /* this rank's rows of a step, made on the device
     int32_t *n, *n_head;       /* live counts */
     int32_t *token, *slot;     /* [n] */
     int32_t *position;         /* [n]: row i sees keys [0, position[i]] */
+    int32_t *begin;            /* [n]: keys [0, begin[i]) were in the cache before this step */
     int64_t *write;            /* [n] cache row page*64+offset, -1: pad row */
     uint8_t *dense;            /* [n] 1: multi-head form, 0: absorbed form with selection */
     int32_t *head_row;         /* [n_head] row index that reaches the head */
@@ -119,6 +120,7 @@ struct tr_plan_apply_args {
     const tr_plan *plan; /* device copy of the block */
     tr_slots slots;
     tr_rows rows;
+    int rows_only; /* another call of this step has changed the slots already (its spans may be parts of these): fill *rows */
 };
 /* Half-filled pages of forked sequences: every copy of the plan, for one layer, latents and index keys. */
 struct tr_pages_copy_args {
@@ -323,6 +325,49 @@ struct tr_moe_combine_args {
     float *out;          /* [n, d]; may equal shared */
 };
 
+/* ---- rows to experts of other ranks and back (parallel.md 2.4, 5.1) ------------------------------------------------- */
+
+/* A dispatched row: its activations, then its k choices with their weights; a choice that is not the receiver's is -1. */
+static inline size_t tr_dispatch_bytes(int d, int k)
+{
+    return (size_t)d * 4 + (size_t)k * 8;
+}
+/* Records of the rows first, first + step, .. (at most n_rows of them, all below *n), one for every destination that holds one
+ * of a row's experts: n_ep of them with n_local experts each, and each of these n_xt times (ranks that share their experts'
+ * width). Records lie in the order of destinations (ep * n_xt + xt), rows ascending inside.
+ * count [n_ep * n_xt]: records of each destination. origin: the row of every record, in their order. */
+struct tr_moe_dispatch_args {
+    const int32_t *n;
+    int first, step, n_rows, k, d, n_local, n_ep, n_xt;
+    const int32_t *expert; /* [n, k] */
+    const float *weight;   /* [n, k] */
+    const float *x;        /* [n, d] */
+    void *record;          /* [n_rows * min(k, n_ep) * n_xt] records */
+    int32_t *count, *origin;
+};
+/* What n_rows records that came say of their choices: expert, weight [n_rows, k]; *n_out = n_rows. Their activations are read
+ * where they lie, with the records' distance as row stride. */
+struct tr_moe_receive_args {
+    const void *record;
+    int n_rows, k, d;
+    int32_t *expert;
+    float *weight;
+    int32_t *n_out;
+};
+/* out[origin[i]] += y[i], i ascending: what the experts made of the rows, in the order in which they were dispatched. */
+struct tr_moe_return_args {
+    int n_rows, d;
+    const int32_t *origin;
+    const float *y; /* [n_rows, d] */
+    float *out;     /* [n, d] */
+};
+/* out[i] = 0, i < *n: [n, d]. */
+struct tr_rows_zero_args {
+    const int32_t *n;
+    int n_max, d;
+    float *out;
+};
+
 /* ---- head (model.md 8, chat.md 4.2) -------------------------------------------------------------------------------- */
 
 /* One chunk of head rows [i_head, i_head + n_rows): where target is -1, apply the changes and the mask of ids without
@@ -358,15 +403,93 @@ struct tr_logprobs_args {
     float *top_logprob; /* [n_head, TR_MAX_LOGPROBS] */
 };
 
+/* ---- the head where the vocabulary is cut over members (parallel.md 2.6) ------------------------------------------- */
+
+enum { TR_PART_BEST = 64 };
+
+/* What one member's ids [first, first + n_vocab) say of a head row to be sampled. */
+typedef struct tr_sample_part {
+    uint64_t best[TR_PART_BEST]; /* its best ids, descending: ordered bits of the changed logit above, ~id below; 0: no more */
+    double sum;                  /* of exp((logit - best logit) / temperature) over its ids that may be drawn */
+    int32_t n;                   /* how many these are */
+    int32_t finite;              /* no NaN, no Inf among its logits */
+} tr_sample_part;
+
+/* One chunk of head rows, as in sample: changes and the mask of ids without a token, then the parts. Rows with a target get
+ * `finite` alone. */
+struct tr_sample_part_args {
+    const tr_rows *rows;
+    int i_head, n_rows, first, n_vocab; /* n_vocab: this member's */
+    const float *logits;                /* [n_rows, ld]: of this member's ids */
+    size_t ld;
+    const uint32_t *has_token; /* bit per id, of all ids */
+    tr_slots slots;
+    const tr_plan *plan;
+    tr_sample_part *part; /* [n_rows] */
+    void *workspace;
+    size_t workspace_bytes; /* sample_workspace(...) */
+};
+/* token_out as sample gives it, from the parts of all members: the same on each. -3: the parts do not tell (a draw beyond the
+ * best ids of some member); such a row is to be sampled from its whole logits. */
+struct tr_sample_merge_args {
+    const tr_rows *rows;
+    int i_head, n_rows, n_members;
+    const tr_sample_part *part; /* [n_members, n_rows] */
+    tr_slots slots;
+    int32_t *token_out; /* [n_head] */
+};
+
+typedef struct tr_logprob_part { /* of raw logits */
+    float best, token_logit;     /* token_logit: -inf where the token is another member's */
+    double sum;                  /* of exp(x - best) */
+    int32_t top_token[TR_MAX_LOGPROBS]; /* descending, -1 padded */
+    float top_logit[TR_MAX_LOGPROBS];
+} tr_logprob_part;
+
+/* Rows that want log-probabilities and have a token or target; others are left alone by all three. */
+struct tr_logprob_part_args {
+    const tr_rows *rows;
+    int i_head, n_rows, first, n_vocab;
+    const float *logits;
+    size_t ld;
+    tr_slots slots;
+    const int32_t *token_out;
+    tr_logprob_part *part; /* [n_rows] */
+};
+/* better[r]: this member's ids that come before the row's token. */
+struct tr_logprob_rank_args {
+    const tr_rows *rows;
+    int i_head, n_rows, first, n_vocab, n_members;
+    const float *logits;
+    size_t ld;
+    tr_slots slots;
+    const int32_t *token_out;
+    const tr_logprob_part *part; /* [n_members, n_rows] */
+    int32_t *better;             /* [n_rows] */
+};
+/* As logprobs gives them. */
+struct tr_logprob_merge_args {
+    const tr_rows *rows;
+    int i_head, n_rows, n_members;
+    tr_slots slots;
+    const int32_t *token_out;
+    const tr_logprob_part *part; /* [n_members, n_rows] */
+    const int32_t *better;       /* [n_members, n_rows] */
+    float *logprob;              /* [n_head] ... as in logprobs */
+    int32_t *rank, *top_token;
+    float *top_logprob;
+};
+
 /* ---- the table ---------------------------------------------------------------------------------------------------- */
 
 /* The list, once: struct names, table, region names, `bench kernels`, and "every operation has a test" come from it.
- * To come with their features: reduce_norm, await, rows_scatter, pages_pack, sample_merge, verify. */
+ * To come with their features: reduce_norm, await, pages_pack, verify. */
 /* clang-format off */
 #define TR_OPS(X) \
     X(plan_apply) X(pages_copy) X(embed) X(norm) X(rows_gather) X(linear) X(swiglu) X(mla_query) X(kv_write) \
     X(index_query) X(index_logits) X(topk) X(sparse_mla) X(dense_mha) X(mla_value) X(router) X(moe_pack) X(moe) \
-    X(moe_combine) X(sample) X(logprobs)
+    X(moe_combine) X(moe_dispatch) X(moe_receive) X(moe_return) X(rows_zero) X(sample) X(logprobs) \
+    X(sample_part) X(sample_merge) X(logprob_part) X(logprob_rank) X(logprob_merge)
 /* clang-format on */
 #define TR_OP(name) tr_status (*name)(tr_device *, tr_lane, const struct tr_##name##_args *);
 

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-enum { TR_PLAN_VERSION = 1, TR_PLAN_MAGIC = 0x4e4c5054 }; /* "TPLN" */
+enum { TR_PLAN_VERSION = 2, TR_PLAN_MAGIC = 0x4e4c5054 }; /* "TPLN" */
 
 typedef enum tr_span_kind {
     TR_SPAN_PREFILL,
@@ -21,6 +21,9 @@ enum { /* tr_span.flags */
      * only where every row's position < index_topk. A row keeps its form when it is computed again after a
      * preemption: the two forms agree in exact arithmetic, not in bits. */
        TR_SPAN_DENSE = 1,
+    /* What one member of a context-parallel group computes of a span (model/part.h); never in a plan that travels.
+     * Neighbouring rows lie 1 + skip positions apart (their tokens too), and there may be none at all. */
+    TR_SPAN_PART = 2,
 };
 
 typedef struct
@@ -30,7 +33,8 @@ typedef struct
     int32_t i_token;     /* in tokens[]; -1: the slot's last token on the device (n_rows is 1) */
     int16_t kind, owner; /* owner: CP rank that decodes it, -1 all */
     int32_t n_logits;    /* trailing rows that reach the head: 0, 1, or all when scoring */
-    uint32_t flags, pad;
+    uint32_t flags;
+    int32_t skip, begin, end; /* TR_SPAN_PART, else 0: [begin, end) are the positions of the whole span */
 } tr_span;
 
 typedef struct tr_page_set { /* page_table[slot][i_page] = page */
@@ -70,6 +74,8 @@ enum {                           /* tr_plan.flags */
        TR_PLAN_PROFILE = 32,
        TR_PLAN_AFTER_TOKENS =
            64, /* was planned with the previous step's tokens known on the host */
+       TR_PLAN_HAS_SCORES =
+           128, /* some slot wants log-probabilities: logprob, rank and top tokens are read */
 };
 
 typedef struct tr_plan { /* header; sections follow */

@@ -135,7 +135,7 @@ static void run(const setting *s, result *results)
     if (s->n_pages > 0) { /* a small pool: another model on the same weights */
         tr_step_free(&f.step, f.model);
         tr_model_free(f.model);
-        const tr_groups groups = {f.self, f.self, f.self};
+        const tr_groups groups = {f.self, f.self, f.self, f.self, 1};
         const tr_model_options model = {.kv_dtype = s->dtype,
                                         .max_rows = 512 + n_slots,
                                         .n_slots = n_slots,

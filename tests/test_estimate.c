@@ -66,7 +66,7 @@ static void resident_weights(void **state)
 {
     static const struct {
         tr_grid_sizes n;
-        int vocab_parts;
+        int vocabs;
         double attention, moe, vocab, total;
     } c[] = {
         {{1, 1, 1, 8, 1, 8, 1}, 8, 3.1, 82.4, 0.5, 86.0},
@@ -81,7 +81,7 @@ static void resident_weights(void **state)
         tr_weight_bytes w = weights_of(&real, c[i].n, 3, &s);
         double attention = (double)w.attention / GB,
                moe = (double)(w.dense + w.shared + w.routed + w.router) / GB;
-        double vocab = 2 * 2.0 * real.vocab_size * real.hidden_size / c[i].vocab_parts / GB;
+        double vocab = 2 * 2.0 * real.vocab_size * real.hidden_size / c[i].vocabs / GB;
         assert_near(attention, c[i].attention, 0.051);
         assert_near(moe, c[i].moe, 0.051);
         assert_near(vocab, c[i].vocab, 0.051);

@@ -111,7 +111,7 @@ static void check_attention(const tr_slice *slice, tr_grid_sizes n, int world, c
             heads[i] = s->heads;
             dense[i] = s->dense_inner;
             shared[i] = s->shared_inner;
-            vocab[i] = s->vocab_part;
+            vocab[i] = s->vocab;
             all[i] = 1;
             dense_adds[i] = s->dense_adds;
             shared_adds[i] = s->shared_adds;
@@ -241,9 +241,9 @@ static void odd_widths(void **state)
     int next = 0;
     for (int w = 0; w < 4; w++) {
         s = slice_of(&c, (tr_grid_sizes){1, 1, 1, 4, 1, 4, 1}, w);
-        assert_int_equal(s.vocab_part.begin, next);
-        assert_in_range(s.vocab_part.n, 24, 25);
-        next += s.vocab_part.n;
+        assert_int_equal(s.vocab.begin, next);
+        assert_in_range(s.vocab.n, 24, 25);
+        next += s.vocab.n;
     }
     assert_int_equal(next, 97);
 }
@@ -259,7 +259,7 @@ static void other_rows_other_copies(void **state)
             assert_range(s.heads, 0, 128);
             assert_range(s.dense_inner, 0, 18432);
             assert_range(s.shared_inner, 0, 2048);
-            assert_range(s.vocab_part, 0, 129280);
+            assert_range(s.vocab, 0, 129280);
             assert_range(s.experts, 32 * w, 32);
             assert_false(s.attention_partial || s.dense_partial || s.shared_partial);
             assert_true(s.moe_partial);

@@ -40,7 +40,8 @@ static void section(hand_plan *p, uint32_t *at, int32_t *n, const void *data, si
 typedef struct device_state { /* what a device keeps, and a step's rows */
     int32_t length[SLOTS], last_token[SLOTS], page_table[SLOTS * PAGES_PER_SLOT];
     tr_slot_open sampling[SLOTS];
-    int32_t n, n_head, token[ROWS], slot[ROWS], position[ROWS], head_row[HEADS], target[HEADS];
+    int32_t n, n_head, token[ROWS], slot[ROWS], position[ROWS], begin[ROWS], head_row[HEADS],
+        target[HEADS];
     int64_t write[ROWS];
     uint8_t dense[ROWS];
 } device_state;
@@ -52,17 +53,67 @@ static void clear(device_state *s)
         s->page_table[i] = -1;
 }
 
-static tr_status apply(const test_cpu *cpu, device_state *s, const hand_plan *p)
+static tr_status apply_as(const test_cpu *cpu, device_state *s, const hand_plan *p, int rows_only)
 {
-    struct tr_plan_apply_args a = {.plan = &p->u.plan};
+    struct tr_plan_apply_args a = {.plan = &p->u.plan, .rows_only = rows_only};
     a.slots =
         (tr_slots){SLOTS, PAGES_PER_SLOT, s->length, s->last_token, s->page_table, s->sampling};
     a.rows = (tr_rows){.n_max = ROWS, .n_head_max = HEADS, .n = &s->n, .n_head = &s->n_head};
     a.rows.token = s->token, a.rows.slot = s->slot, a.rows.position = s->position;
+    a.rows.begin = s->begin;
     a.rows.write = s->write, a.rows.dense = s->dense, a.rows.head_row = s->head_row;
     a.rows.target = s->target, a.rows.page_table = s->page_table;
     a.rows.max_pages = PAGES_PER_SLOT;
     return cpu->ops->plan_apply(cpu->d, TR_LANE_MAIN, &a);
+}
+
+static tr_status apply(const test_cpu *cpu, device_state *s, const hand_plan *p)
+{
+    return apply_as(cpu, s, p, 0);
+}
+
+/* One member's rows of spans that context parallelism has dealt out: every third position, none at all, and rows that
+ * everybody has; then the same step's rows again, without touching the slots. */
+static void parts(void **state)
+{
+    const test_cpu *cpu = *state;
+    device_state s, again;
+    hand_plan p;
+    clear(&s);
+    s.length[1] = 70;
+    s.last_token[1] = 9;
+    const tr_page_set sets[] = {{0, 0, 4}, {0, 1, 5}, {1, 1, 6}, {2, 0, 7}};
+    const int32_t tokens[] = {20, 21, 22, 23, 24, 25, 26, 27, 50}, targets[] = {-1, -1};
+    const tr_span spans[] = {
+        {.slot = 0, .n_rows = 3, .position = 61, .i_token = 1, .n_logits = 1,
+         .flags = TR_SPAN_PART, .skip = 2, .begin = 60, .end = 68},
+        {.slot = 1, .n_rows = 1, .position = -1, .i_token = -1, .n_logits = 1},
+        {.slot = 2, .n_rows = 0, .position = 0, .i_token = 8, .flags = TR_SPAN_PART, .begin = 0,
+         .end = 1},
+    };
+    begin_plan(&p);
+    SECTION(&p, page_sets, sets);
+    SECTION(&p, spans, spans);
+    SECTION(&p, tokens, tokens);
+    SECTION(&p, targets, targets);
+    assert_int_equal(apply(cpu, &s, &p), TR_OK);
+    const int32_t position[] = {61, 64, 67, 70}, token[] = {21, 24, 27, 9},
+                  begin[] = {60, 60, 60, 70}, head_row[] = {2, 3};
+    const int64_t write[] = {4 * 64 + 61, 5 * 64, 5 * 64 + 3, 6 * 64 + 6};
+    assert_int_equal(s.n, 4);
+    assert_int_equal(s.n_head, 2);
+    assert_memory_equal(s.position, position, sizeof position);
+    assert_memory_equal(s.token, token, sizeof token);
+    assert_memory_equal(s.begin, begin, sizeof begin);
+    assert_memory_equal(s.write, write, sizeof write);
+    assert_memory_equal(s.head_row, head_row, sizeof head_row);
+    assert_int_equal(s.length[0], 68);
+    assert_int_equal(s.length[1], 71);
+    assert_int_equal(s.length[2], 1);
+
+    again = s;
+    assert_int_equal(apply_as(cpu, &again, &p, 1), TR_OK);
+    assert_memory_equal(&again, &s, sizeof s);
 }
 
 /* A prompt's chunk across a page boundary, a scored chunk, and next step's decode rows at the
@@ -299,6 +350,7 @@ int main(void)
     }
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_prestate(steps, &cpu),
+        cmocka_unit_test_prestate(parts, &cpu),
         cmocka_unit_test_prestate(reopened_slot, &cpu),
         cmocka_unit_test_prestate(refused_spans, &cpu),
         cmocka_unit_test_prestate(refused_slots, &cpu),

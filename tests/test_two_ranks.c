@@ -24,7 +24,7 @@ typedef struct rank_run {
     const char *dir;
     int32_t tokens[N_TOKENS];
     int rank, ranks;
-    tr_comm *stage, *attn_tp;
+    tr_comm *moe, *attn_tp;
     tr_comm *alone;
     float *final; /* [N_TOKENS, hidden] */
     int32_t argmax[N_TOKENS];
@@ -49,7 +49,7 @@ static void *run_rank(void *arg)
 {
     rank_run *r = arg;
     tr_fixture f;
-    const tr_groups groups = {r->stage, r->attn_tp, r->alone};
+    const tr_groups groups = {r->attn_tp, r->alone, r->moe, r->alone, 1};
     const tr_fixture_options options = {.dir = r->dir,
                                         .kv_dtype = TR_F32,
                                         .n_threads = 1,
@@ -79,25 +79,25 @@ static void compare(const char *set)
 {
     char name[64], path[512];
     rank_run one = {.ranks = 1}, two[N_RANKS];
-    tr_loopback *stage = tr_loopback_create(N_RANKS), *attn_tp = tr_loopback_create(N_RANKS);
+    tr_loopback *moe = tr_loopback_create(N_RANKS), *attn_tp = tr_loopback_create(N_RANKS);
     pthread_t thread[N_RANKS];
 
     snprintf(name, sizeof name, "model/%s", set);
     one.dir = tr_vector_path(path, sizeof path, name);
     for (int i = 0; i < N_TOKENS; i++)
         one.tokens[i] = (i * 37 + 11) % 120;
-    one.stage = one.attn_tp = one.alone = tr_comm_self();
+    one.moe = one.attn_tp = one.alone = tr_comm_self();
     assert_non_null(one.alone);
     run_rank(&one);
     assert_int_equal(one.failed, 0);
     assert_int_equal(one.n_final, N_TOKENS);
 
-    assert_true(stage && attn_tp);
+    assert_true(moe && attn_tp);
     for (int i = 0; i < N_RANKS; i++) {
         two[i] = one;
         two[i].rank = i;
         two[i].ranks = N_RANKS;
-        two[i].stage = tr_loopback_comm(stage, i);
+        two[i].moe = tr_loopback_comm(moe, i);
         two[i].attn_tp = tr_loopback_comm(attn_tp, i);
         two[i].alone = tr_comm_self();
         two[i].n_final = 0;
@@ -122,11 +122,11 @@ static void compare(const char *set)
     }
     for (int i = 0; i < N_RANKS; i++) {
         tr_comm_free(two[i].alone);
-        tr_comm_free(two[i].stage);
+        tr_comm_free(two[i].moe);
         tr_comm_free(two[i].attn_tp);
         free(two[i].final);
     }
-    tr_loopback_free(stage);
+    tr_loopback_free(moe);
     tr_loopback_free(attn_tp);
     tr_comm_free(one.alone);
     free(one.final);

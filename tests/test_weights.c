@@ -263,7 +263,7 @@ static void check_all(const loaded *m)
     assert_int_equal(w->norm != NULL, m->slice.head);
     if (m->slice.head) {
         same_vector(m, w->norm, "model.norm.weight");
-        same_matrix(m, &w->head, 0, 0, "lm_head.weight", whole(c->vocab_size),
+        same_matrix(m, &w->head, 0, 0, "lm_head.weight", m->slice.vocab,
                     whole(c->hidden_size), 0);
     }
     assert_int_equal(w->mtp != NULL, mtp);
@@ -394,7 +394,7 @@ static bool is_replicated(const char *name)
 {
     static const char *const cut[] = {"q_b_proj",     "kv_b_proj",     "o_proj",
                                       "mlp.experts.", "mlp.gate_proj", "mlp.up_proj",
-                                      "mlp.down_proj"};
+                                      "mlp.down_proj", "lm_head"};
     for (size_t i = 0; i < sizeof cut / sizeof *cut; i++)
         if (strstr(name, cut[i])) return false;
     return true;

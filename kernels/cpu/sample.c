@@ -6,8 +6,7 @@
 
 #include <omp.h>
 
-#include "kernels/cpu/cpu_priv.h"
-#include "kernels/number.h"
+#include "kernels/cpu/sample_priv.h"
 #include "kernels/philox.h"
 
 /* Sampling and log-probabilities (chat.md 4.2, model.md 8), the reference. All sums are in double
@@ -17,48 +16,14 @@
 /* Rows that may be sampled at a time: 1 MB of scratch each at 129,280 ids. */
 enum { SCRATCH_ROWS = 32 };
 
-/* An id that may be drawn and its changed logit, before temperature, as one number: the larger
- * number is drawn first (logit descending, id ascending). Above: the bits of the fp32, so that they
- * compare like the fp32; below: ~id. */
-typedef uint64_t choice;
-
-static choice make_choice(float logit, int32_t id)
-{
-    uint32_t u = tr_f32_bits(logit + 0.0f); /* -0 is 0 */
-    u = u & 0x80000000u ? ~u : u | 0x80000000u;
-    return (uint64_t)u << 32 | ~(uint32_t)id;
-}
-
-static int32_t choice_id(choice c)
-{
-    return (int32_t) ~(uint32_t)c;
-}
-
-static double choice_logit(choice c)
-{
-    uint32_t u = (uint32_t)(c >> 32);
-    return (double)tr_bits_f32(u & 0x80000000u ? u & 0x7fffffffu : ~u);
-}
-
 static size_t scratch_bytes(int n_vocab)
 {
-    return (size_t)n_vocab * sizeof(choice);
+    return (size_t)n_vocab * sizeof(tr_choice_key);
 }
 
 size_t tr_cpu_sample_workspace(int n_rows, int n_vocab)
 {
     return (size_t)(n_rows < SCRATCH_ROWS ? n_rows : SCRATCH_ROWS) * scratch_bytes(n_vocab);
-}
-
-static bool all_finite(const float *x, int n)
-{
-    uint32_t worst = 0;
-
-    for (int i = 0; i < n; i++) {
-        uint32_t magnitude = tr_f32_bits(x[i]) & 0x7fffffffu;
-        worst = magnitude > worst ? magnitude : worst;
-    }
-    return worst < 0x7f800000u;
 }
 
 /* ---- candidates ------------------------------------------------------------------------------ */
@@ -96,27 +61,27 @@ static float change(float logit, const tr_logit_change *c)
     return (float)fmax(fmin(x, FLT_MAX), -FLT_MAX);
 }
 
-/* Every id that has a token and is not masked by a change, ids ascending. */
-static int collect(const struct tr_sample_args *a, int32_t head_row, const float *logits,
-                   choice *out)
+int tr_sample_collect(const tr_sample_ids *a, int32_t head_row, const float *logits,
+                      tr_choice_key *out)
 {
     const tr_logit_change *c, *c_end;
     int n = 0;
 
+    const int end = a->first + a->n_vocab;
     row_changes(a->plan, head_row, &c, &c_end);
-    for (int id = 0;; id++) {
+    for (int id = a->first;; id++) {
         while (c < c_end && c->token < id)
             c++;
         /* Up to the next change nothing is changed. */
-        int next = c < c_end && c->token < a->n_vocab ? c->token : a->n_vocab;
+        int next = c < c_end && c->token < end ? c->token : end;
         for (; id < next; id++) {
-            out[n] = make_choice(logits[id], id);
+            out[n] = tr_make_choice(logits[id - a->first], id);
             n += a->has_token[id / 32] >> (id % 32) & 1;
         }
-        if (id == a->n_vocab) return n;
-        float logit = change(logits[id], c);
+        if (id == end) return n;
+        float logit = change(logits[id - a->first], c);
         if (!(logit > -INFINITY)) continue;
-        out[n] = make_choice(logit, id);
+        out[n] = tr_make_choice(logit, id);
         n += a->has_token[id / 32] >> (id % 32) & 1;
     }
 }
@@ -124,9 +89,9 @@ static int collect(const struct tr_sample_args *a, int32_t head_row, const float
 /* ---- the order of drawing -------------------------------------------------------------------- */
 
 /* Four children per node: half the levels, and the children share a cache line. */
-static void sift_down(choice *heap, int n, int i)
+static void sift_down(tr_choice_key *heap, int n, int i)
 {
-    choice moved = heap[i];
+    tr_choice_key moved = heap[i];
 
     for (int child; (child = 4 * i + 1) < n; i = child) {
         int end = child + 4 < n ? child + 4 : n;
@@ -141,11 +106,11 @@ static void sift_down(choice *heap, int n, int i)
 /* Candidates sorted as far as somebody has asked. A heap, since a draw rarely looks at more than
  * some hundred of 129,280; what has been taken from it stands behind it, the first one last. */
 typedef struct order {
-    choice *list;
+    tr_choice_key *list;
     int n, n_taken;
 } order;
 
-static void order_begin(order *o, choice *list, int n)
+static void order_begin(order *o, tr_choice_key *list, int n)
 {
     *o = (order){list, n, 0};
     for (int i = (n + 2) / 4; i-- > 0;)
@@ -153,11 +118,11 @@ static void order_begin(order *o, choice *list, int n)
 }
 
 /* The i-th in order, i < n. */
-static choice order_get(order *o, int i)
+static tr_choice_key order_get(order *o, int i)
 {
     while (o->n_taken <= i) {
         int last = o->n - 1 - o->n_taken++;
-        choice first = o->list[0];
+        tr_choice_key first = o->list[0];
         o->list[0] = o->list[last];
         o->list[last] = first;
         sift_down(o->list, last, 0);
@@ -167,9 +132,9 @@ static choice order_get(order *o, int i)
 
 /* ---- one row --------------------------------------------------------------------------------- */
 
-static choice best_choice(const choice *list, int n)
+static tr_choice_key best_choice(const tr_choice_key *list, int n)
 {
-    choice best = list[0];
+    tr_choice_key best = list[0];
 
     for (int i = 1; i < n; i++)
         best = list[i] > best ? list[i] : best;
@@ -177,21 +142,21 @@ static choice best_choice(const choice *list, int n)
 }
 
 /* Unnormalised probability after temperature; 1 for the best. */
-static double weight(choice c, double best, double temperature)
+double tr_key_weight(tr_choice_key c, double best, double temperature)
 {
-    return exp((choice_logit(c) - best) / temperature);
+    return exp((tr_key_logit(c) - best) / temperature);
 }
 
 /* min_p -> top_k -> top_p -> draw. n > 0. */
-static int32_t draw(choice *list, int n, const tr_slot_open *s, int32_t position)
+static int32_t draw(tr_choice_key *list, int n, const tr_slot_open *s, int32_t position)
 {
-    double temperature = (double)s->temperature, best = choice_logit(best_choice(list, n));
+    double temperature = (double)s->temperature, best = tr_key_logit(best_choice(list, n));
     double total = 0, sum = 0;
     int n_kept = 0;
     order o;
 
     for (int i = 0; i < n; i++) { /* relative to the best, whose weight is 1 */
-        double w = weight(list[i], best, temperature);
+        double w = tr_key_weight(list[i], best, temperature);
         if (w < (double)s->min_p && w < 1) continue;
         total += w;
         list[n_kept++] = list[i];
@@ -202,15 +167,15 @@ static int32_t draw(choice *list, int n, const tr_slot_open *s, int32_t position
         n = s->top_k;
         total = 0;
         for (int i = 0; i < n; i++) {
-            choice c = order_get(&o, i);
-            total += weight(c, best, temperature);
+            tr_choice_key c = order_get(&o, i);
+            total += tr_key_weight(c, best, temperature);
         }
     }
     if (s->top_p < 1.0f) { /* the smallest set that reaches top_p: the one that crosses it stays */
         double enough = (double)s->top_p * total;
         for (int i = 0; i < n; i++) {
-            choice c = order_get(&o, i);
-            sum += weight(c, best, temperature);
+            tr_choice_key c = order_get(&o, i);
+            sum += tr_key_weight(c, best, temperature);
             if (sum >= enough) n = i + 1;
         }
         total = sum;
@@ -221,33 +186,34 @@ static int32_t draw(choice *list, int n, const tr_slot_open *s, int32_t position
     int32_t id = -1;
     sum = 0;
     for (int i = 0; i < n && sum <= mark; i++) {
-        choice c = order_get(&o, i);
-        double w = weight(c, best, temperature);
+        tr_choice_key c = order_get(&o, i);
+        double w = tr_key_weight(c, best, temperature);
         sum += w;
         if (w > 0)
-            id = choice_id(
+            id = tr_key_id(
                 c); /* where rounding keeps sum below mark to the end: the last possible one */
     }
     return id;
 }
 
-static int32_t sample_row(const struct tr_sample_args *a, int r, choice *scratch)
+static int32_t sample_row(const struct tr_sample_args *a, int r, tr_choice_key *scratch)
 {
     int head_row = a->i_head + r;
     int32_t row = a->rows->head_row[head_row];
     const float *logits = a->logits + (size_t)r * a->ld;
     const tr_slot_open *s = &a->slots.sampling[a->rows->slot[row]];
 
-    if (!all_finite(logits, a->n_vocab)) return -2;
+    if (!tr_all_finite(logits, a->n_vocab)) return -2;
     if (a->rows->target[head_row] >= 0) return -1;
-    int n = collect(a, head_row, logits, scratch);
+    const tr_sample_ids ids = {
+        .plan = a->plan, .has_token = a->has_token, .first = 0, .n_vocab = a->n_vocab};
+    int n = tr_sample_collect(&ids, head_row, logits, scratch);
     if (n == 0) return -2;
-    if (s->temperature < 1e-5f) return choice_id(best_choice(scratch, n));
+    if (s->temperature < 1e-5f) return tr_key_id(best_choice(scratch, n));
     return draw(scratch, n, s, a->rows->position[row]);
 }
 
-/* Live rows of the chunk [i_head, i_head + n_rows). */
-static int chunk_rows(const tr_rows *rows, int i_head, int n_rows)
+int tr_chunk_rows(const tr_rows *rows, int i_head, int n_rows)
 {
     int left = tr_live_rows(rows->n_head, rows->n_head_max) - i_head;
     return left < n_rows ? left : n_rows;
@@ -255,7 +221,7 @@ static int chunk_rows(const tr_rows *rows, int i_head, int n_rows)
 
 tr_status tr_cpu_sample(tr_device *d, tr_lane lane, const struct tr_sample_args *a)
 {
-    int n = chunk_rows(a->rows, a->i_head, a->n_rows);
+    int n = tr_chunk_rows(a->rows, a->i_head, a->n_rows);
     size_t each = scratch_bytes(a->n_vocab);
 
     (void)lane;
@@ -270,8 +236,8 @@ tr_status tr_cpu_sample(tr_device *d, tr_lane lane, const struct tr_sample_args 
 
 #pragma omp parallel for schedule(dynamic) num_threads(n_threads)
     for (int r = 0; r < n; r++) {
-        choice *scratch =
-            (choice *)a->workspace + (size_t)omp_get_thread_num() * (size_t)a->n_vocab;
+        tr_choice_key *scratch =
+            (tr_choice_key *)a->workspace + (size_t)omp_get_thread_num() * (size_t)a->n_vocab;
         a->token_out[a->i_head + r] = sample_row(a, r, scratch);
     }
     for (int h = a->i_head; h < a->i_head + n; h++) /* in order: the last row of a slot counts */
@@ -283,7 +249,7 @@ tr_status tr_cpu_sample(tr_device *d, tr_lane lane, const struct tr_sample_args 
 /* ---- log-probabilities ----------------------------------------------------------------------- */
 
 /* log of the sum of exp(x - best), and best itself. */
-static double log_sum(const float *x, int n, double *best)
+double tr_log_sum(const float *x, int n, double *best)
 {
     float most = x[0];
     double sum = 0;
@@ -297,7 +263,7 @@ static double log_sum(const float *x, int n, double *best)
 }
 
 /* The ids of the n largest, descending, ties by smaller id; returns how many there are. */
-static int best_ids(const float *x, int n_vocab, int n, int32_t *id)
+int tr_best_ids(const float *x, int n_vocab, int n, int32_t *id)
 {
     int found = 0;
 
@@ -323,7 +289,7 @@ static void logprobs_row(const struct tr_logprobs_args *a, int r)
 
     if (n < 0 || a->token_out[head_row] == -2 || token < 0 || token >= a->n_vocab) return;
     if (n > TR_MAX_LOGPROBS) n = TR_MAX_LOGPROBS;
-    double base = log_sum(x, a->n_vocab, &best);
+    double base = tr_log_sum(x, a->n_vocab, &best);
     int32_t rank = 1;
     for (int i = 0; i < a->n_vocab; i++)
         rank += x[i] > x[token] || (x[i] == x[token] && i < token);
@@ -332,7 +298,7 @@ static void logprobs_row(const struct tr_logprobs_args *a, int r)
 
     int32_t *top = a->top_token + (size_t)head_row * TR_MAX_LOGPROBS;
     float *top_logprob = a->top_logprob + (size_t)head_row * TR_MAX_LOGPROBS;
-    int found = best_ids(x, a->n_vocab, n, top);
+    int found = tr_best_ids(x, a->n_vocab, n, top);
     for (int i = 0; i < TR_MAX_LOGPROBS; i++) {
         if (i >= found) top[i] = -1;
         top_logprob[i] = i < found ? (float)((double)x[top[i]] - best - base) : 0.0f;
@@ -341,7 +307,7 @@ static void logprobs_row(const struct tr_logprobs_args *a, int r)
 
 tr_status tr_cpu_logprobs(tr_device *d, tr_lane lane, const struct tr_logprobs_args *a)
 {
-    int n = chunk_rows(a->rows, a->i_head, a->n_rows);
+    int n = tr_chunk_rows(a->rows, a->i_head, a->n_rows);
 
     (void)lane;
     if (n <= 0) return TR_OK;

@@ -47,26 +47,33 @@ static tr_status span_rows(tr_device *d, const struct tr_plan_apply_args *a, int
     const tr_slots *slots = &a->slots;
 
     if (s.slot < 0 || s.slot >= slots->n_slots) return bad_span(d, a->plan, i, "no such slot");
+    const int part = (s.flags & TR_SPAN_PART) != 0, stride = part ? 1 + s.skip : 1;
     if (s.n_rows < 0 || s.n_rows > rows->n_max - n) return bad_span(d, a->plan, i, "too many rows");
+    if (stride < 1 || (part && (s.begin < 0 || s.end < s.begin || s.position < s.begin)))
+        return bad_span(d, a->plan, i, "a part that is none");
     if (s.n_logits < 0 || s.n_logits > s.n_rows || s.n_logits > rows->n_head_max - n_head)
         return bad_span(d, a->plan, i, "too many head rows");
-    if (s.i_token < 0 ? s.n_rows > 1
-                      : s.i_token > a->plan->n_tokens || s.n_rows > a->plan->n_tokens - s.i_token)
+    const int64_t reach = s.n_rows ? (int64_t)(s.n_rows - 1) * stride + 1 : 0; /* first to last */
+    if (s.i_token < 0 ? s.n_rows > 1 : s.i_token + reach > a->plan->n_tokens)
         return bad_span(d, a->plan, i, "more rows than tokens");
 
-    int position = s.position >= 0 ? s.position : slots->length[s.slot];
-    if (position > slots->max_pages * TR_PAGE_TOKENS - s.n_rows)
+    int position = s.position;
+    if (position < 0) position = slots->length[s.slot] - (a->rows_only ? s.n_rows : 0);
+    if (position < 0) return bad_span(d, a->plan, i, "rows before the slot's first");
+    if (position + reach > (int64_t)slots->max_pages * TR_PAGE_TOKENS)
         return bad_span(d, a->plan, i, "positions past the slot's page table");
+    const int begin = part ? s.begin : position;
 
     const int32_t *pages = slots->page_table + (size_t)s.slot * (size_t)slots->max_pages;
     const int32_t *token =
         s.i_token >= 0 ? tr_plan_tokens(a->plan) + s.i_token : slots->last_token + s.slot;
-    for (int r = 0; r < s.n_rows; r++, n++, position++) {
+    for (int r = 0; r < s.n_rows; r++, n++, position += stride) {
         int64_t page = pages[position / TR_PAGE_TOKENS];
         if (page < 0) return bad_span(d, a->plan, i, "a position without a page");
-        rows->token[n] = token[r];
+        rows->token[n] = token[r * stride];
         rows->slot[n] = s.slot;
         rows->position[n] = position;
+        rows->begin[n] = begin;
         rows->write[n] = page * TR_PAGE_TOKENS + position % TR_PAGE_TOKENS;
         rows->dense[n] = (s.flags & TR_SPAN_DENSE) != 0;
         if (r < s.n_rows - s.n_logits) continue;
@@ -74,7 +81,7 @@ static tr_status span_rows(tr_device *d, const struct tr_plan_apply_args *a, int
         rows->target[n_head] = tr_plan_targets(a->plan)[n_head];
         n_head++;
     }
-    slots->length[s.slot] = position;
+    if (!a->rows_only) slots->length[s.slot] = part ? s.end : position;
     return TR_OK;
 }
 
@@ -86,7 +93,7 @@ tr_status tr_cpu_plan_apply(tr_device *d, tr_lane lane, const struct tr_plan_app
 
     *a->rows.n = 0;
     *a->rows.n_head = 0;
-    tr_status st = open_slots(d, a);
+    tr_status st = a->rows_only ? TR_OK : open_slots(d, a);
     for (int i = 0; st == TR_OK && i < a->plan->n_spans; i++) {
         if (span[i].n_logits > a->plan->n_targets - n_head)
             return bad_span(d, a->plan, i, "more head rows than targets");

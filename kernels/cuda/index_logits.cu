@@ -46,6 +46,7 @@ __device__ __forceinline__ void load_pages(const index_params &p, const CUtensor
     int lane = threadIdx.x & 31;
     int now = 0, next = lane < n_pages ? p.rows.page_table[at + lane] : 0;
 
+#pragma unroll 1
     for (int i = 0; i < n_pages; i++) {
         if (i % 32 == 0) {
             now = next;
@@ -88,6 +89,7 @@ __device__ __forceinline__ void load_group(const index_params &p, const CUtensor
     __syncwarp();
     if (lane == 0) {
         barrier_expect(full, (uint32_t)(count * p.n_heads * (D_INDEX + 4)));
+#pragma unroll 1
         for (int j = 0; j < count; j++) {
             tensor_load(s->q[stage][j], queries, 0, 0, row + j, full);
             bulk_load(s->w[stage][j], p.w + (size_t)(row + j) * p.n_heads, (uint32_t)p.n_heads * 4,
@@ -155,28 +157,36 @@ __device__ __forceinline__ float add_other(float keep, float send, int lane_mask
     return keep + __shfl_xor_sync(0xffffffffu, send, lane_mask);
 }
 
-/* One page against 2 queries: the score of this thread's pair of query (lane & 1) and half (lane >> 1 & 1). A thread has two
- * keys (its row of the warp and the one 8 below) and, of both queries, 16 heads; four lanes have all 64. half_w: weights / 2,
- * for x + |x| is 2 max(x, 0) exactly, keeps a NaN, and needs no other pipe than the sum. */
-template <int RELU>
-__device__ __forceinline__ float sum_heads(const float (&acc)[64], const float (&half_w)[32], int lane)
+/* One page against N queries (1 or 2): the score of this thread's key and query. A thread has two keys (its row of the warp
+ * and the one 8 below: halves) and, of every query, 16 heads; four lanes have all 64. The sum over the lanes leaves lane
+ * with half lane >> 1 & 1 of query lane & 1. */
+template <int N, int RELU>
+__device__ __forceinline__ float sum_heads(const float (&acc)[N * 32], const float (&w)[N * 16],
+                                           int lane)
 {
-    float v[2][2];
+    float v[N][2];
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float sum = 0.0f;
+    for (int q = 0; q < N; q++) {
+        v[q][0] = v[q][1] = 0.0f;
 #pragma unroll
-        for (int j = 0; j < (RELU == 2 ? 1 : 16); j++) {
-            float x = acc[(i / 2) * 32 + (j / 2) * 4 + (i % 2) * 2 + j % 2];
-            x = RELU == 0 || (RELU == 3 && j % 2) ? relu(x) : x + fabsf(x);
-            sum = fmaf(half_w[(i / 2) * 16 + j], x, sum);
-        }
-        v[i / 2][i % 2] = sum;
+        for (int j = 0; j < (RELU == 2 ? 1 : 16); j++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) { /* one after the other: they share the weight */
+                float x = acc[q * 32 + (j / 2) * 4 + half * 2 + j % 2];
+                if (RELU == 0) x = relu(x);
+                if (RELU == 1) x = x + fabsf(x);
+                if (RELU == 4) x = __saturatef(x * 0x1p-25f);
+                v[q][half] = fmaf(w[q * 16 + j], x, v[q][half]);
+            }
     }
     bool odd = lane & 1, high = lane & 2;
-    float u0 = add_other(odd ? v[1][0] : v[0][0], odd ? v[0][0] : v[1][0], 1);
-    float u1 = add_other(odd ? v[1][1] : v[0][1], odd ? v[0][1] : v[1][1], 1);
-    return add_other(high ? u1 : u0, high ? u0 : u1, 2);
+    if (N == 1) {
+        float u = add_other(high ? v[0][1] : v[0][0], high ? v[0][0] : v[0][1], 2);
+        return add_other(u, u, 1);
+    }
+    float u0 = add_other(high ? v[0][1] : v[0][0], high ? v[0][0] : v[0][1], 2);
+    float u1 = add_other(high ? v[N - 1][1] : v[N - 1][0], high ? v[N - 1][0] : v[N - 1][1], 2);
+    return add_other(odd ? u1 : u0, odd ? u0 : u1, 1);
 }
 
 /* The key of the page whose score this thread ends up with. Read anew each time: a register more would be spilled. */
@@ -187,28 +197,29 @@ __device__ __forceinline__ int thread_key()
     return (thread >> 5 & 3) * 16 + (thread >> 2 & 7) + 8 * (thread >> 1 & 1);
 }
 
-/* The whole group for one math warpgroup, 2 queries of it. `parts` warpgroups work on the same page. */
-template <int RELU>
+/* The whole group for one math warpgroup, N queries of it. `parts` warpgroups work on the same page. */
+template <int N, int RELU>
 __device__ __forceinline__ void math_group(const index_params &p, index_shared *s, int stage,
                                            int parts, ring_position<STAGES> &ring)
 {
+    constexpr float FACTOR = RELU == 0 ? 1.0f : RELU == 4 ? 0x1p25f : 0.5f;
     const index_group &g = s->group[stage];
     int lane = threadIdx.x & 31, i_wg = threadIdx.x >> 7, i_query = i_wg % parts * 2;
     int my_query = i_query + (lane & 1);
     int low = g.low, n_pages = g.n_pages, at = g.page * TR_PAGE_TOKENS + thread_key();
     float *out = p.score + (size_t)(g.row - p.i_row + my_query) * p.ld + at;
-    uint32_t n_keys = (uint32_t)max(0, g.high[my_query] - low);
+    uint32_t n_keys = (uint32_t)max(0, g.high[my_query] - low); /* 0: a query that is not there */
     uint64_t b_matrix = matrix_descriptor(smem_address(s->q[stage][i_query]), 16, 1024,
                                           LAYOUT_SWIZZLE_128);
     int turn_mask = MATH_GROUPS / parts - 1, my_turn = i_wg / parts;
-    float acc[64], half_w[32];
+    float acc[N * 32], w[N * 16];
 
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
+    for (int i = 0; i < N * 8; i++) {
         int head = i % 8 * 8 + (lane & 3) * 2;
         float2 x = *(const float2 *)&s->w[stage][i_query + i / 8][head];
-        half_w[2 * i] = head < p.n_heads ? (RELU == 0 ? 1 : 0.5f) * x.x : 0.0f;
-        half_w[2 * i + 1] = head < p.n_heads ? (RELU == 0 || RELU == 3 ? 1 : 0.5f) * x.y : 0.0f;
+        w[2 * i] = head < p.n_heads ? FACTOR * x.x : 0.0f;
+        w[2 * i + 1] = head < p.n_heads ? FACTOR * x.y : 0.0f;
     }
     at -= low; /* key at is seen if it is one of the n_keys from low on */
 #pragma unroll 1
@@ -228,12 +239,13 @@ __device__ __forceinline__ void math_group(const index_params &p, index_shared *
         wgmma_commit();
         wgmma_wait<0>();
 #pragma unroll
-        for (int k = 0; k < 64; k++)
+        for (int k = 0; k < N * 32; k++)
             wgmma_touch(acc[k]);
         float scale = s->key_scale[i][thread_key()];
+        __syncwarp();
         if (lane == 0) barrier_arrive(&s->empty[i]);
 
-        float x = fmaf(sum_heads<RELU>(acc, half_w, lane), scale, 0.0f); /* -0 + +0 is +0 */
+        float x = fmaf(sum_heads<N, RELU>(acc, w, lane), scale, 0.0f); /* -0 + +0 is +0 */
         if ((uint32_t)at < n_keys) *out = x == x ? x : -INFINITY;
     }
 }
@@ -247,7 +259,11 @@ __device__ __forceinline__ void math_warpgroup(const index_params &p, index_shar
         barrier_wait(&s->q_full[i & 1], i / 2 % 2);
         int n_rows = s->group[i & 1].n_rows;
         if (n_rows == 0) break;
-        math_group<RELU>(p, s, i & 1, index_parts(n_rows), ring);
+        if (n_rows > 1)
+            math_group<2, RELU>(p, s, i & 1, index_parts(n_rows), ring);
+        else
+            math_group<1, RELU>(p, s, i & 1, 1, ring);
+        __syncwarp();
         if ((threadIdx.x & 31) == 0) barrier_arrive(&s->q_empty[i & 1]);
     }
 }
@@ -263,6 +279,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     int n = *p.rows.n;
 
     if (threadIdx.x == 0) {
+#pragma unroll 1
         for (int i = 0; i < STAGES; i++) {
             barrier_init(&s->full[i], 1);
             barrier_init(&s->empty[i], MATH_WARPS);
@@ -275,6 +292,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
     index_find_share<THREADS>(p, n, (index_row *)s->q, &s->scan);
     if (p.n_heads < HEADS) /* heads that are not there: no NaN may stand where their queries would be */
+#pragma unroll 1
         for (int i = threadIdx.x; i < (int)(sizeof s->q / 16); i += THREADS)
             ((uint4 *)s->q)[i] = make_uint4(0, 0, 0, 0);
     fence_async_shared(); /* copies follow where views of rows and zeros were */

@@ -34,13 +34,14 @@ __device__ __forceinline__ index_row index_row_at(const index_params &p, int r, 
 {
     index_row v = {-1, 0, 0};
     if (r < p.i_row || r >= p.row_end) return v;
-    int position = p.rows.position[r], slot = p.rows.slot[r]; /* all loads leave before the tests */
-    int low = p.first ? p.first[r] : 0, last = p.last ? p.last[r] : INT32_MAX;
-    bool skip = p.rows.dense[r] || p.rows.write[r] < 0;
-    if (skip || r >= n || position < p.k) return v;
-    v.low = low > 0 ? low : 0;
-    v.high = last <= position ? last : position + 1;
-    if (v.low < v.high) v.slot = slot;
+    int position = p.rows.position[r], slot = p.rows.slot[r], low = 0, last = INT32_MAX;
+    bool skip = (p.rows.dense[r] != 0) | (p.rows.write[r] < 0); /* no load waits for another's value */
+    if (p.first) low = max(p.first[r], 0);
+    if (p.last) last = p.last[r];
+    v.low = low;
+    v.high = min(last, position + 1);
+    bool asks = !skip & (r < n) & (position >= p.k) & (v.low < v.high);
+    v.slot = asks ? slot : -1;
     return v;
 }
 
@@ -75,23 +76,29 @@ template <int THREADS> struct index_scan_space {
 template <int THREADS, bool MAX>
 __device__ __forceinline__ int block_scan(int x, int *warp, int *total)
 {
-    int lane = threadIdx.x & 31, i_warp = threadIdx.x >> 5, neutral = MAX ? -1 : 0, y = x;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-        int z = __shfl_up_sync(0xffffffffu, y, d);
-        if (lane >= d) y = MAX ? max(y, z) : y + z;
-    }
-    __syncthreads();
-    if (lane == 31) warp[i_warp] = y;
-    __syncthreads();
-    int before = neutral, all = neutral;
+    constexpr unsigned ALL_LANES = 0xffffffffu;
+    int lane = threadIdx.x & 31, i_warp = threadIdx.x >> 5, neutral = MAX ? -1 : 0;
+    int y = 0, w;
 #pragma unroll 1
-    for (int i = 0; i < THREADS / 32; i++) {
-        if (i == i_warp) before = all;
-        all = MAX ? max(all, warp[i]) : all + warp[i];
+    for (int round = 0; round < 2; round++) { /* within the warp, then over the warps */
+        int z = round == 0 ? x : lane < THREADS / 32 ? warp[lane] : neutral;
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) {
+            int up = __shfl_up_sync(ALL_LANES, z, d);
+            if (lane >= d) z = MAX ? max(z, up) : z + up;
+        }
+        if (round == 0) {
+            y = z;
+            __syncthreads();
+            if (lane == 31) warp[i_warp] = y;
+            __syncthreads();
+        }
+        w = z;
     }
-    *total = all;
-    int up = __shfl_up_sync(0xffffffffu, y, 1);
+    *total = __shfl_sync(ALL_LANES, w, THREADS / 32 - 1);
+    int before = __shfl_sync(ALL_LANES, w, max(i_warp - 1, 0));
+    if (i_warp == 0) before = neutral;
+    int up = __shfl_up_sync(ALL_LANES, y, 1);
     if (lane == 0) return before;
     return MAX ? max(before, up) : before + up;
 }
@@ -108,10 +115,12 @@ __device__ __forceinline__ void index_find_share(const index_params &p, int n, i
     const index_row none = {-1, 0, 0};
 
     if (threadIdx.x == 0) s->n = n;
+#pragma unroll 4
     for (int i = threadIdx.x; i < n_rows; i += THREADS) /* all loads at once: the latency counts */
         view[i] = index_row_at(p, p.i_row + i, n);
     __syncthreads();
     index_row before = b > 0 && b < e ? view[b - 1] : none;
+#pragma unroll 1
     for (int i = b; i < e; i++) {
         index_row v = view[i];
         if (!index_row_continues(before, v)) run = i;
@@ -122,6 +131,7 @@ __device__ __forceinline__ void index_find_share(const index_params &p, int n, i
     for (int pass = 0; pass < 2; pass++) { /* add up the work; find the group that holds `begin` */
         run = run_before;
         before = b > 0 && b < e ? view[b - 1] : none;
+#pragma unroll 1
         for (int i = b; i < e; i++) {
             index_row v = view[i], next = i + 1 < n_rows ? view[i + 1] : none;
             if (!index_row_continues(before, v)) run = i;

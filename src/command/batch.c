@@ -11,7 +11,6 @@
 #include "command/batch_run.h"
 #include "command/command.h"
 #include "command/options.h"
-#include "mpi/grid.h"
 #include "mpi/start.h"
 
 /* After each phase every rank knows how all of them fared. A stop asked for meanwhile ends the
@@ -27,13 +26,22 @@ static tr_status phases(tr_run *run, const tr_world *world, tr_err *err)
 {
     static tr_status (*const phase[])(tr_run *, tr_err *) = {
         tr_run_input, tr_run_files, tr_run_journal, tr_run_weights, tr_run_model, tr_run_engine};
-    const tr_grid_sizes one = {1, 1, 1, 1, 1, 1, 1};
-    tr_grid grid;
+    enum { PATIENCE_S = 5 };
 
-    tr_status st = agree(world, tr_grid_make(&grid, one, world->rank, world->size, err), err);
+    tr_status st = TR_OK;
     for (size_t i = 0; st == TR_OK && i < sizeof phase / sizeof *phase; i++)
         st = agree(world, phase[i](run, err), err);
-    return st == TR_OK ? tr_agree(world, tr_run_job(run, err), err) : st;
+    if (st != TR_OK) return st;
+    st = tr_run_job(run, err);
+    return tr_run_broken(run) ? tr_agree_within(world, st, PATIENCE_S, err)
+                              : tr_agree(world, st, err);
+}
+
+/* The ranks cannot be brought together any more: this one says why and ends the job. */
+static void give_up(const tr_world *world, const tr_err *err)
+{
+    fprintf(stderr, "trireme: rank %d on %s: %s\n", world->rank, world->host, err->text);
+    tr_world_abort(err->status);
 }
 
 static tr_status with_ranks(const tr_batch_options *options, tr_err *err)
@@ -46,9 +54,10 @@ static tr_status with_ranks(const tr_batch_options *options, tr_err *err)
     if (st != TR_OK) goto done;
     bool leads = world.rank == 0;
     log = tr_log_create(stderr, !leads, options->verbose);
-    run = tr_run_create(options, leads, world.local_size, log);
+    run = tr_run_create(options, &world, log);
     st = tr_agree(&world, run && log ? TR_OK : tr_fail(err, TR_E_MEMORY, "out of memory"), err);
     if (st == TR_OK) st = phases(run, &world, err);
+    if (st != TR_OK && world.size > 1 && run && tr_run_broken(run)) give_up(&world, err);
     if (st != TR_OK && !leads) err->text[0] = 0; /* rank 0 speaks for the job */
 done:
     tr_run_free(run); /* every file before MPI ends: the launcher may end ranks that still run */

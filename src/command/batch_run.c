@@ -21,8 +21,10 @@ enum { MODEL_LEN_MAX = 16384, SMALL_FILE_MAX = 16 << 20, N_FIELDS = 17, FIELD_MA
 
 struct tr_run {
     const tr_batch_options *o;
-    int local_size;
-    bool leads;
+    tr_world *world;
+    bool leads; /* rank 0 */
+    int *reporter; /* [dp] */
+    tr_watchdog *watchdog;
     tr_log *log;
     tr_input *input; /* NULL with --prompt */
     tr_journal *journal;
@@ -192,6 +194,8 @@ tr_status tr_run_files(tr_run *run, tr_err *err)
         .load_format = strcmp(run->o->load_format, "dummy") ? TR_LOAD_SAFETENSORS : TR_LOAD_DUMMY,
         .seed = (uint64_t)run->o->seed,
         .device = run->o->device,
+        .world = run->world,
+        .ranks = run->o->ranks,
     };
     tr_status st = tr_open_kv_dtype(&run->kv_dtype, run->o->kv_dtype, err);
     if (st == TR_OK) st = tr_open_checkpoint(&run->opened, &run->open, err);
@@ -298,7 +302,7 @@ static tr_status make_identity(const tr_run *run, identity *id, tr_err *err)
 tr_status tr_run_journal(tr_run *run, tr_err *err)
 {
     identity id;
-    if (!run->input) return TR_OK;
+    if (!run->input) return TR_OK; /* --prompt, or a follower */
     if (!strcmp(run->o->output, "-"))
         return tr_journal_stream(&run->journal, STDOUT_FILENO, "standard output", err);
     tr_status st = make_identity(run, &id, err);
@@ -323,7 +327,7 @@ static tr_status choose_pages(const tr_run *run, int *n_pages, tr_err *err)
         tr_cache_page_bytes(&run->opened.config, run->opened.slice.layers.n, run->kv_dtype);
     size_t each = tr_ceil_div((size_t)run->max_model_len, TR_PAGE_TOKENS) + 1;
     size_t want = each * (size_t)run->o->max_sequences; /* at most 2^31/64 * 4096: fits */
-    uint64_t left = tr_memory_available() / 2 / (uint64_t)run->local_size;
+    uint64_t left = tr_memory_available() / 2 / (uint64_t)run->world->local_size;
     size_t fit = left ? (size_t)(left / page) : want;
 
     if (fit < each)
@@ -337,14 +341,32 @@ static tr_status choose_pages(const tr_run *run, int *n_pages, tr_err *err)
     return TR_OK;
 }
 
+/* Every rank has the same pages, so that one page table serves all: the fewest that fit anywhere. Collective, also for a rank that
+ * has failed (n_pages 0 then). */
+static tr_status agree_pages(const tr_run *run, int *n_pages, tr_err *err)
+{
+    uint64_t missing = INT32_MAX - (uint64_t)*n_pages;
+    tr_ticket ticket;
+
+    if (run->world->size == 1) return TR_OK;
+    tr_status st = tr_comm_all_max_u64(run->opened.control, &missing, 1, &ticket, err);
+    if (st == TR_OK) st = tr_comm_wait(run->opened.control, TR_LANE_MAIN, ticket, err);
+    if (st == TR_OK) *n_pages = (int)(INT32_MAX - missing);
+    return st;
+}
+
 tr_status tr_run_model(tr_run *run, tr_err *err)
 {
     const tr_config *c = &run->opened.config;
     uint32_t *has_token = NULL;
     int n_pages = 0;
 
+    tr_err later;
     tr_status st = choose_pages(run, &n_pages, err);
+    tr_status agreed = agree_pages(run, &n_pages, st == TR_OK ? err : &later);
+    if (st == TR_OK) st = agreed;
     if (st != TR_OK) return st;
+    if (n_pages == 0) return tr_fail(err, TR_E_MEMORY, "another rank has no room for the cache");
     if (run->tokenizer) {
         has_token = tr_calloc(tr_ceil_div((size_t)c->vocab_size, 32), sizeof *has_token);
         if (!has_token) return tr_fail(err, TR_E_MEMORY, "out of memory");
@@ -356,6 +378,8 @@ tr_status tr_run_model(tr_run *run, tr_err *err)
         .n_slots = (int)run->o->max_sequences,
         .max_model_len = run->max_model_len,
         .n_pages = n_pages,
+        .cp_mode = run->opened.ranks.cp_mode,
+        .no_overlap = run->o->no_overlap,
     };
     st = tr_open_model(&run->opened, &options, has_token, err);
     free(has_token);
@@ -370,8 +394,23 @@ tr_status tr_run_model(tr_run *run, tr_err *err)
     return TR_OK;
 }
 
+/* Of each replica the rank that has a step's results first: the last stage's, or the leader itself. */
+static tr_status find_reporters(tr_run *run, tr_err *err)
+{
+    const tr_grid_sizes *n = &run->opened.grid.size;
+    const int stage = n->dp * n->cp * n->tp;
+
+    run->reporter = tr_calloc((size_t)n->dp, sizeof *run->reporter);
+    if (!run->reporter) return tr_fail(err, TR_E_MEMORY, "out of memory");
+    for (int d = 0; d < n->dp; d++)
+        run->reporter[d] = (n->pp - 1) * stage + d * n->cp * n->tp;
+    return TR_OK;
+}
+
 tr_status tr_run_engine(tr_run *run, tr_err *err)
 {
+    const tr_grid *grid = &run->opened.grid;
+    tr_status st = find_reporters(run, err);
     const tr_engine_options options = {
         .max_batch_tokens = (int)run->o->max_batch_tokens,
         .max_sequences = (int)run->o->max_sequences,
@@ -382,9 +421,21 @@ tr_status tr_run_engine(tr_run *run, tr_err *err)
         .bos = run->bos,
         .pad = run->pad,
         .is_leader = run->leads,
+        .n_replicas = grid->size.dp,
+        .i_replica = grid->at.dp,
+        .n_stages = grid->size.pp,
+        .reporter = run->reporter,
     };
-    return tr_engine_create(&run->engine, run->opened.model, run->tokenizer, run->opened.self,
-                            &options, run->log, &run->opened.regions, err);
+    if (st == TR_OK)
+        st = tr_engine_create(&run->engine, run->opened.model, run->tokenizer,
+                              run->opened.control, &options, run->log, &run->opened.regions, err);
+    if (st == TR_OK && run->world->size > 1) {
+        st = tr_watchdog_start(&run->watchdog, run->world, (double)run->o->step_timeout,
+                               run->o->input && strcmp(run->o->output, "-") ? run->o->output : NULL,
+                               err);
+        if (st == TR_OK) tr_engine_watch(run->engine, run->watchdog);
+    }
+    return st;
 }
 
 /* ---- the run --------------------------------------------------------------------------------- */
@@ -405,8 +456,14 @@ static tr_status read_stdin(tr_buf *text, tr_err *err)
     return text->failed ? tr_fail(err, TR_E_MEMORY, "out of memory") : TR_OK;
 }
 
+bool tr_run_broken(const tr_run *run)
+{
+    return run->engine && tr_engine_broken(run->engine);
+}
+
 tr_status tr_run_job(tr_run *run, tr_err *err)
 {
+    if (!run->leads) return tr_engine_run(run->engine, err);
     tr_job_counts counts;
     tr_err later;
     const tr_record_options record = {
@@ -466,13 +523,13 @@ tr_status tr_run_weights(tr_run *run, tr_err *err)
     return tr_open_weights(&run->opened, &run->open, run->log, err);
 }
 
-tr_run *tr_run_create(const tr_batch_options *options, bool leads, int local_size, tr_log *log)
+tr_run *tr_run_create(const tr_batch_options *options, tr_world *world, tr_log *log)
 {
     tr_run *run = calloc(1, sizeof *run);
     if (!run) return NULL;
     run->o = options;
-    run->leads = leads;
-    run->local_size = local_size > 0 ? local_size : 1;
+    run->world = world;
+    run->leads = world->rank == 0;
     run->log = log;
     return run;
 }
@@ -480,8 +537,10 @@ tr_run *tr_run_create(const tr_batch_options *options, bool leads, int local_siz
 void tr_run_free(tr_run *run)
 {
     if (!run) return;
+    tr_watchdog_stop(run->watchdog);
     tr_journal_close(run->journal, NULL);
     tr_engine_free(run->engine);
+    free(run->reporter);
     tr_opened_close(&run->opened);
     tr_tokenizer_free(run->tokenizer);
     tr_input_close(run->input);

@@ -6,12 +6,12 @@
 
 #include "base/log.h"
 #include "command/options.h"
+#include "mpi/start.h"
 
 typedef struct tr_run tr_run;
 
-/* Keeps options and log. leads: rank 0, which has input, journal and voice. local_size: ranks of
- * this host. NULL: out of memory. */
-tr_run *tr_run_create(const tr_batch_options *options, bool leads, int local_size, tr_log *log);
+/* Keeps options, world and log. Rank 0 leads: it has input, journal and voice. NULL: out of memory. */
+tr_run *tr_run_create(const tr_batch_options *options, tr_world *world, tr_log *log);
 void tr_run_free(tr_run *run);
 
 tr_status tr_run_input(tr_run *run,
@@ -21,6 +21,8 @@ tr_status tr_run_journal(tr_run *run, tr_err *err); /* lock, OUT.run, resume */
 tr_status tr_run_weights(tr_run *run, tr_err *err);
 tr_status tr_run_model(tr_run *run, tr_err *err); /* the cache's size is decided here */
 tr_status tr_run_engine(tr_run *run, tr_err *err);
-tr_status tr_run_job(tr_run *run, tr_err *err); /* or the answer to --prompt */
+tr_status tr_run_job(tr_run *run, tr_err *err); /* or the answer to --prompt; followers run the leader's steps */
+/* After job: other ranks may wait for this one for ever (tr_engine_broken). */
+bool tr_run_broken(const tr_run *run);
 
 #endif

@@ -89,7 +89,7 @@ static tr_status classify(tr_forecast *f, tr_err *err)
         st = tr_ranks_place(&grid, f->ranks, rank, f->options.world, err);
         if (st == TR_OK) st = tr_slice_make(&s, f->config, &grid, err);
         if (st != TR_OK) break;
-        if (!k || s.layers.begin != before.layers.begin || s.vocab_part.n != before.vocab_part.n)
+        if (!k || s.layers.begin != before.layers.begin || s.vocab.n != before.vocab.n)
             st = add_class(f, &s, rank, &k, err);
         if (st != TR_OK) break;
         k->last = rank;

@@ -6,17 +6,50 @@
 #include <string.h>
 
 #include "base/size.h"
+#include "mpi/comm_mpi.h"
 #include "mpi/grid.h"
+
+static tr_status choose_grid(tr_opened *o, const tr_open_options *options, tr_err *err)
+{
+    const int rank = options->world ? options->world->rank : 0,
+              size = options->world ? options->world->size : 1;
+    tr_status st = tr_ranks_choose(&o->ranks, &options->ranks, &o->config, size, err);
+    return st == TR_OK ? tr_ranks_place(&o->grid, &o->ranks, rank, size, err) : st;
+}
 
 tr_status tr_open_checkpoint(tr_opened *o, const tr_open_options *options, tr_err *err)
 {
-    const tr_grid_sizes one = {1, 1, 1, 1, 1, 1, 1};
     tr_status st = tr_config_load(&o->config, options->model_dir, options->overrides,
                                   options->n_overrides, err);
-    if (st == TR_OK) st = tr_grid_make(&o->grid, one, 0, 1, err);
+    if (st == TR_OK) st = choose_grid(o, options, err);
     if (st == TR_OK) st = tr_slice_make(&o->slice, &o->config, &o->grid, err);
     if (st == TR_OK && options->load_format == TR_LOAD_SAFETENSORS)
         st = tr_checkpoint_open(&o->checkpoint, options->model_dir, err);
+    return st;
+}
+
+/* Communicators of the groups that have more than one member; collective over the world, in one order on every rank. */
+static tr_status open_groups(tr_opened *o, tr_world *world, tr_err *err)
+{
+    static const tr_grid_group group[] = {TR_GROUP_ATTN_TP, TR_GROUP_ATTN_CP, TR_GROUP_MOE,
+                                     TR_GROUP_PP};
+    static const char *const name[] = {"attn_tp", "attn_cp", "moe", "pp"};
+    tr_comm **to[] = {&o->groups.attn_tp, &o->groups.attn_cp, &o->groups.moe, &o->groups.pp};
+    tr_status st = TR_OK;
+
+    o->self = tr_comm_self();
+    if (!o->self) return tr_fail(err, TR_E_MEMORY, "out of memory");
+    for (int i = 0; i < 4 && st == TR_OK; i++) {
+        *to[i] = o->self;
+        if (!world || tr_grid_group_size(&o->grid, group[i]) == 1) continue;
+        st = tr_comm_split(&o->group[i], world, tr_grid_color(&o->grid, group[i]),
+                           tr_grid_key(&o->grid, group[i]), name[i], err);
+        *to[i] = o->group[i];
+    }
+    o->groups.n_xt = o->grid.size.xt;
+    o->control = o->self;
+    if (world && world->size > 1 && st == TR_OK)
+        st = tr_comm_split(&o->control, world, 0, world->rank, "control", err);
     return st;
 }
 
@@ -25,11 +58,9 @@ tr_status tr_open_weights(tr_opened *o, const tr_open_options *options, tr_log *
     const tr_device_options device = {.name = options->device ? options->device : "auto",
                                       .n_threads = options->n_threads,
                                       .isa = options->isa};
-    tr_status st = tr_device_open(&o->device, &o->ops, &device, err);
+    tr_status st = open_groups(o, options->world, err);
+    if (st == TR_OK) st = tr_device_open(&o->device, &o->ops, &device, err);
     if (st != TR_OK) return st;
-    o->self = tr_comm_self();
-    if (!o->self) return tr_fail(err, TR_E_MEMORY, "out of memory");
-    o->groups = (tr_groups){.stage = o->self, .attn_tp = o->self, .attn_cp = o->self};
     st = tr_weights_load(&o->weights, &o->config, &o->slice, o->checkpoint, options->load_format,
                          options->seed, o->device, o->ops, log, &o->regions, err);
     return st == TR_OK ? TR_OK : tr_within(err, "cannot load model");
@@ -58,7 +89,11 @@ void tr_opened_close(tr_opened *o)
     if (o->weights) tr_weights_free(o->weights, o->device, o->ops);
     if (o->device) o->ops->close(o->device);
     tr_checkpoint_close(o->checkpoint);
+    if (o->control != o->self) tr_comm_free(o->control);
+    for (int i = 0; i < 4; i++)
+        tr_comm_free(o->group[i]);
     tr_comm_free(o->self);
+    tr_ranks_free(&o->ranks);
     memset(o, 0, sizeof *o);
 }
 

@@ -5,7 +5,9 @@
 
 #include "base/log.h"
 #include "base/region.h"
+#include "command/ranks.h"
 #include "model/model.h"
+#include "mpi/start.h"
 
 typedef struct tr_open_options {
     const char *model_dir;
@@ -16,16 +18,20 @@ typedef struct tr_open_options {
     const char *device; /* "auto", "cpu" */
     const char *isa;    /* NULL: best */
     int n_threads;      /* 0: all given */
+    tr_world *world;    /* NULL: this process alone */
+    tr_rank_options ranks;
 } tr_open_options;
 
 typedef struct tr_opened {
     tr_config config;
+    tr_ranks ranks;
     tr_grid grid;
     tr_slice slice;
     tr_checkpoint *checkpoint; /* NULL with dummy weights */
     tr_device *device;
     const tr_ops *ops;
-    tr_comm *self;
+    tr_comm *self, *control; /* the group of one; all ranks */
+    tr_comm *group[4];       /* attn_tp, attn_cp, moe, pp where they have more than one member */
     tr_groups groups;
     tr_weights *weights;
     tr_model *model;

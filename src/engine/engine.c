@@ -14,17 +14,22 @@
 #include "base/stop.h"
 #include "engine/scheduler.h"
 
-enum { POLL_MS = 100, MOST_RING = 8 };
+enum { POLL_MS = 100, MOST_RING = 64 };
 
-/* What goes ahead of every plan block. */
+/* What goes ahead of the plans of a step: one block per replica, one behind the other, each a multiple of 8 bytes long. */
 typedef struct announcement {
-    uint64_t bytes;  /* of the block that follows */
-    uint64_t status; /* with a STOP plan: how the leader ended, so that all ranks end alike */
+    uint64_t bytes;  /* of all blocks that follow */
+    uint64_t status; /* with STOP plans: how the leader ended, so that all ranks end alike */
 } announcement;
 
 typedef struct slot { /* a place of the step ring */
     tr_step step;
-    tr_plan *staging; /* [bytes_max] the plan's bytes as they came; step.plan */
+    char *staging;    /* [n_replicas * bytes_max] the plans' bytes as they came */
+    uint64_t *at;     /* [n_replicas] where each begins; step.plan is this rank's replica's */
+    bool *planned;    /* [n_replicas] leader: its scheduler has this step in flight */
+    char *report;     /* [report_bytes_max] what this rank tells the leader of the step */
+    tr_ticket told;   /* and that it is on its way */
+    bool telling;
     uint64_t begun_ns;
 } slot;
 
@@ -36,11 +41,17 @@ struct tr_engine {
     tr_regions *regions;
     tr_engine_options options;
     tr_plan_limits limits;
-    size_t bytes_max;
-    int region_plan, region_commit;
+    size_t bytes_max, report_bytes_max;
+    int *reporter; /* [options.n_replicas] */
+    int region_plan, region_commit, region_report;
+    tr_watchdog *watch;
 
     /* The main thread's alone. */
-    tr_scheduler *scheduler; /* leader only */
+    tr_scheduler **scheduler; /* [options.n_replicas] leader only */
+    tr_step_output *heard;    /* [options.n_replicas] leader: what a step of another rank's replica sampled, in heard_text */
+    char **heard_text;        /* [report_bytes_max] each */
+    uint64_t n_steps; /* run here: the same number on every rank */
+    bool broken;
     slot slot[MOST_RING];
     int i_slot, n_flight; /* the oldest step in flight, and how many */
     uint64_t last_done_ns;
@@ -58,6 +69,8 @@ struct tr_engine {
     bool closed, stopping, ended;
     tr_engine_stats stats;
 };
+
+static size_t report_bytes(int n_head, bool scores);
 
 /* ---- creation ----------------------------------------------------------------------------------- */
 
@@ -86,38 +99,78 @@ static bool make_locks(tr_engine *e)
 
 static tr_status make_steps(tr_engine *e, tr_err *err)
 {
+    const size_t n = (size_t)e->options.n_replicas;
+    const bool reports = tr_comm_rank(e->control) != 0 &&
+                         e->reporter[e->options.i_replica] == tr_comm_rank(e->control);
+    size_t bytes;
+
+    if (!tr_mul(&bytes, n, e->bytes_max)) bytes = 0;
     for (int i = 0; i < e->options.ring; i++) {
         slot *s = &e->slot[i];
-        s->staging = malloc(e->bytes_max);
-        if (!s->staging)
-            return tr_fail(err, TR_E_MEMORY, "out of memory for plans of %zu bytes", e->bytes_max);
+        s->staging = bytes ? malloc(bytes) : NULL;
+        s->at = tr_calloc(n, sizeof *s->at);
+        s->planned = tr_calloc(n, sizeof *s->planned);
+        if (reports) s->report = malloc(e->report_bytes_max);
+        if (!s->staging || !s->at || !s->planned || (reports && !s->report))
+            return tr_fail(err, TR_E_MEMORY, "out of memory for %zu plans of %zu bytes", n,
+                           e->bytes_max);
         tr_status st = tr_step_create(&s->step, e->model, err);
         if (st) return st;
-        s->step.plan = s->staging;
     }
     return TR_OK;
 }
 
-static tr_status make_scheduler(tr_engine *e, const tr_tokenizer *tokenizer, tr_err *err)
+static tr_status make_schedulers(tr_engine *e, const tr_tokenizer *tokenizer, tr_err *err)
 {
     const tr_engine_options *o = &e->options;
+    const size_t n = (size_t)o->n_replicas;
     tr_scheduler_options so = {
         .limits = e->limits,
         .max_batch_tokens = o->max_batch_tokens,
         .max_sequences = o->max_sequences,
         .max_model_len = o->max_model_len,
         .ring = o->ring,
+        .n_micro = o->n_stages,
         .prefix_cache = !o->no_prefix_cache,
         .eos = o->eos,
         .bos = o->bos,
         .pad = o->pad,
         .vocabulary = {.ctx = tokenizer, .bytes = tokenizer ? token_bytes : NULL},
     };
+    tr_status st = TR_OK;
 
     e->queue = tr_calloc((size_t)o->queue_max, sizeof *e->queue);
-    if (!e->queue)
+    e->scheduler = tr_calloc(n, sizeof(tr_scheduler *));
+    e->heard = tr_calloc(n, sizeof *e->heard);
+    e->heard_text = tr_calloc(n, sizeof(char *));
+    if (!e->queue || !e->scheduler || !e->heard || !e->heard_text)
         return tr_fail(err, TR_E_MEMORY, "out of memory for a queue of %d", o->queue_max);
-    return tr_scheduler_create(&e->scheduler, &so, err);
+    for (int d = 0; d < o->n_replicas && !st; d++) {
+        if (e->reporter[d] != 0) {
+            e->heard_text[d] = malloc(e->report_bytes_max);
+            if (!e->heard_text[d]) return tr_fail(err, TR_E_MEMORY, "out of memory for results");
+        }
+        st = tr_scheduler_create(&e->scheduler[d], &so, err);
+    }
+    return st;
+}
+
+/* One replica, reported by the leader itself, unless the options say otherwise. */
+static tr_status take_options(tr_engine *e, const tr_engine_options *options, tr_err *err)
+{
+    tr_engine_options *o = &e->options;
+
+    *o = *options;
+    if (!o->n_replicas) o->n_replicas = 1;
+    if (!o->n_stages) o->n_stages = 1;
+    if (!o->queue_max) o->queue_max = 4 * o->max_sequences * o->n_replicas;
+    if (o->n_stages > 1) o->ring = o->n_stages < MOST_RING ? o->n_stages : MOST_RING;
+    e->reporter = tr_calloc((size_t)o->n_replicas, sizeof *e->reporter);
+    if (!e->reporter) return tr_fail(err, TR_E_MEMORY, "out of memory");
+    for (int i = 0; options->reporter && i < o->n_replicas; i++)
+        e->reporter[i] = options->reporter[i];
+    e->options.reporter = e->reporter;
+    return TR_OK;
 }
 
 tr_status tr_engine_create(tr_engine **out, tr_model *model, const tr_tokenizer *tokenizer,
@@ -128,11 +181,13 @@ tr_status tr_engine_create(tr_engine **out, tr_model *model, const tr_tokenizer 
 
     *out = NULL;
     if (options->ring < 1 || options->ring > MOST_RING || options->max_sequences < 1 ||
-        options->max_sequences > INT32_MAX / 4 || options->queue_max < 0)
+        options->max_sequences > INT32_MAX / 4 || options->queue_max < 0 ||
+        options->n_replicas < 0 || options->n_replicas > 4096 || options->i_replica < 0 ||
+        options->i_replica > options->n_replicas || options->n_stages < 0)
         return tr_fail(err, TR_E_USAGE, "engine: ring of %d, %d sequences, queue of %d",
                        options->ring, options->max_sequences, options->queue_max);
     if (options->is_leader != (tr_comm_rank(control) == 0))
-        return tr_fail(err, TR_E_USAGE, "engine: rank %d of its replica cannot be %s",
+        return tr_fail(err, TR_E_USAGE, "engine: rank %d cannot be %s",
                        tr_comm_rank(control), options->is_leader ? "its leader" : "a follower");
     tr_engine *e = calloc(1, sizeof *e);
     if (!e || !make_locks(e)) {
@@ -143,20 +198,22 @@ tr_status tr_engine_create(tr_engine **out, tr_model *model, const tr_tokenizer 
     e->control = control;
     e->log = log;
     e->regions = regions;
-    e->options = *options;
-    if (!e->options.queue_max) e->options.queue_max = 4 * options->max_sequences;
+    st = take_options(e, options, err);
+    if (st) goto done;
     e->limits = tr_model_limits(model);
     e->bytes_max = tr_plan_bytes_max(&e->limits);
+    e->report_bytes_max = report_bytes(e->limits.n_head_max, true);
     e->region_plan = tr_region_id(regions, "engine/plan");
     e->region_commit = tr_region_id(regions, "engine/commit");
-    e->stats.pages_total = e->limits.n_pages;
+    e->region_report = tr_region_id(regions, "engine/report");
+    e->stats.pages_total = e->limits.n_pages * e->options.n_replicas;
     if (!e->bytes_max) {
         st = tr_fail(err, TR_E_USAGE, "engine: no plan can serve %d slots of %d pages",
                      e->limits.n_slots, e->limits.max_pages);
         goto done;
     }
     st = make_steps(e, err);
-    if (!st && options->is_leader) st = make_scheduler(e, tokenizer, err);
+    if (!st && options->is_leader) st = make_schedulers(e, tokenizer, err);
     if (st) goto done;
     *out = e;
     e = NULL;
@@ -175,10 +232,20 @@ void tr_engine_free(tr_engine *e)
         tr_event_free(e->event[(e->i_event + i) % e->event_cap]);
     free(e->queue);
     free(e->event);
-    tr_scheduler_free(e->scheduler);
+    for (int d = 0; d < e->options.n_replicas; d++) {
+        if (e->scheduler) tr_scheduler_free(e->scheduler[d]);
+        if (e->heard_text) free(e->heard_text[d]);
+    }
+    free(e->scheduler);
+    free(e->heard);
+    free(e->heard_text);
+    free(e->reporter);
     for (int i = 0; i < e->options.ring; i++) {
         tr_step_free(&e->slot[i].step, e->model);
         free(e->slot[i].staging);
+        free(e->slot[i].at);
+        free(e->slot[i].planned);
+        free(e->slot[i].report);
     }
     pthread_cond_destroy(&e->news);
     pthread_cond_destroy(&e->work);
@@ -218,7 +285,7 @@ tr_status tr_engine_submit(tr_engine *e, tr_request *request, tr_err *err)
     event->submitted_ns = tr_now_ns();
     if (!e->options.is_leader) {
         tr_event_free(event);
-        return tr_fail(err, TR_E_USAGE, "requests go to rank 0 of a replica");
+        return tr_fail(err, TR_E_USAGE, "requests go to rank 0");
     }
     pthread_mutex_lock(&e->lock);
     while (e->n_queue == e->options.queue_max && !e->closed && !e->stopping && !e->ended)
@@ -313,35 +380,51 @@ static void deliver(tr_engine *e, tr_event *event)
 
 static void publish_stats(tr_engine *e)
 {
-    const tr_scheduler_stats s = tr_scheduler_stats_get(e->scheduler);
+    tr_engine_stats t = {.prefill_ns = e->prefill_ns, .decode_ns = e->decode_ns};
 
+    for (int d = 0; d < e->options.n_replicas; d++) {
+        const tr_scheduler_stats s = tr_scheduler_stats_get(e->scheduler[d]);
+        t.steps += s.steps;
+        t.prefill_tokens += s.prefill_tokens;
+        t.decode_tokens += s.decode_tokens;
+        t.mixed_decode_tokens += s.mixed_decode_tokens;
+        t.generated_tokens += s.generated_tokens;
+        t.preemptions += s.preemptions;
+        t.finished += s.finished;
+        t.failed += s.failed;
+        t.running += s.running;
+        t.waiting += s.waiting;
+        t.prompt_tokens += s.prompt_tokens;
+        t.cached_tokens += s.cached_tokens;
+        t.pages_held += s.pages_held;
+        t.pages_cached += s.pages_cached;
+        t.pages_total += s.pages_total;
+    }
     pthread_mutex_lock(&e->lock);
-    e->stats = (tr_engine_stats){
-        .steps = s.steps,
-        .prefill_tokens = s.prefill_tokens,
-        .decode_tokens = s.decode_tokens,
-        .mixed_decode_tokens = s.mixed_decode_tokens,
-        .generated_tokens = s.generated_tokens,
-        .preemptions = s.preemptions,
-        .finished = s.finished,
-        .failed = s.failed,
-        .prefill_ns = e->prefill_ns,
-        .decode_ns = e->decode_ns,
-        .running = s.running,
-        .waiting = s.waiting,
-        .prompt_tokens = s.prompt_tokens,
-        .cached_tokens = s.cached_tokens,
-        .pages_held = s.pages_held,
-        .pages_cached = s.pages_cached,
-        .pages_total = s.pages_total,
-    };
+    e->stats = t;
     pthread_mutex_unlock(&e->lock);
 }
 
-/* Requests from the queue to the scheduler, no more than it can soon run: the rest holds submit back. */
+/* The replica with the fewest choices, of those that want another request; -1: none does. */
+static int least_loaded(const tr_engine *e)
+{
+    int best = -1, fewest = 0;
+
+    for (int d = 0; d < e->options.n_replicas; d++) {
+        if (!tr_scheduler_wants(e->scheduler[d])) continue;
+        const tr_scheduler_stats s = tr_scheduler_stats_get(e->scheduler[d]);
+        if (best < 0 || s.running + s.waiting < fewest) {
+            best = d;
+            fewest = s.running + s.waiting;
+        }
+    }
+    return best;
+}
+
+/* Requests from the queue to the schedulers, no more than these can soon run: the rest holds submit back. */
 static void take_in(tr_engine *e)
 {
-    while (tr_scheduler_wants(e->scheduler)) {
+    for (int d; (d = least_loaded(e)) >= 0;) {
         tr_event *event = NULL;
         pthread_mutex_lock(&e->lock);
         if (e->n_queue) {
@@ -352,7 +435,7 @@ static void take_in(tr_engine *e)
         }
         pthread_mutex_unlock(&e->lock);
         if (!event) return;
-        event = tr_scheduler_add(e->scheduler, event);
+        event = tr_scheduler_add(e->scheduler[d], event);
         if (event) {
             publish_stats(e);
             deliver(e, event);
@@ -381,6 +464,86 @@ static bool wait_for_work(tr_engine *e)
     return more;
 }
 
+/* ---- what a step sampled, from the rank that knows to the leader --------------------------------------- */
+
+static bool has_scores(const tr_plan *plan)
+{
+    return plan->flags & TR_PLAN_HAS_SCORES;
+}
+
+/* token of every head row; rank, logprob, top_token, top_logprob if anybody wants log-probabilities. */
+static size_t report_bytes(int n_head, bool scores)
+{
+    return (size_t)n_head * (scores ? 12 + 8 * TR_MAX_LOGPROBS : 4);
+}
+
+/* The parts of a report in `text`. */
+static tr_step_output report_parts(char *text, int n_head, bool scores)
+{
+    const size_t n = (size_t)n_head * 4;
+    return (tr_step_output){
+        .n_head = n_head,
+        .token = (int32_t *)(void *)text,
+        .rank = scores ? (int32_t *)(void *)(text + n) : NULL,
+        .logprob = scores ? (float *)(void *)(text + 2 * n) : NULL,
+        .top_token = scores ? (int32_t *)(void *)(text + 3 * n) : NULL,
+        .top_logprob = scores ? (float *)(void *)(text + (3 + TR_MAX_LOGPROBS) * n) : NULL,
+    };
+}
+
+static tr_status tell_wait(tr_engine *e, slot *s, tr_err *err)
+{
+    if (!s->telling) return TR_OK;
+    s->telling = false;
+    return tr_comm_wait(e->control, TR_LANE_MAIN, s->told, err);
+}
+
+/* This rank's step is done: tell the leader. */
+static tr_status tell(tr_engine *e, slot *s, tr_err *err)
+{
+    const tr_plan *plan = s->step.plan;
+    const tr_step_output *out = &s->step.out;
+    const bool scores = has_scores(plan);
+    const size_t n = (size_t)plan->n_head_rows * 4;
+
+    if (!s->report || !n) return TR_OK;
+    const tr_step_output to = report_parts(s->report, plan->n_head_rows, scores);
+    memcpy(to.token, out->token, n);
+    if (scores) {
+        memcpy(to.rank, out->rank, n);
+        memcpy(to.logprob, out->logprob, n);
+        memcpy(to.top_token, out->top_token, n * TR_MAX_LOGPROBS);
+        memcpy(to.top_logprob, out->top_logprob, n * TR_MAX_LOGPROBS);
+    }
+    tr_status st = tr_comm_send(e->control, 0, s->report,
+                                report_bytes(plan->n_head_rows, scores), &s->told, err);
+    s->telling = !st;
+    return st;
+}
+
+static const tr_plan *plan_of(const slot *s, int replica)
+{
+    return (const tr_plan *)(const void *)(s->staging + s->at[replica]);
+}
+
+/* What replica d's step sampled. */
+static tr_status hear(tr_engine *e, const slot *s, int d, tr_step_output *out, tr_err *err)
+{
+    const tr_plan *plan = plan_of(s, d);
+    tr_ticket ticket;
+
+    if (e->reporter[d] == 0) {
+        *out = s->step.out;
+        return TR_OK;
+    }
+    *out = report_parts(e->heard_text[d], plan->n_head_rows, has_scores(plan));
+    if (!plan->n_head_rows) return TR_OK;
+    tr_status st =
+        tr_comm_recv(e->control, e->reporter[d], e->heard_text[d],
+                     report_bytes(plan->n_head_rows, has_scores(plan)), &ticket, err);
+    return st ? st : tr_comm_wait(e->control, TR_LANE_MAIN, ticket, err);
+}
+
 /* ---- steps ------------------------------------------------------------------------------------------ */
 
 static tr_status broadcast(tr_engine *e, void *data, size_t bytes, tr_err *err)
@@ -391,17 +554,36 @@ static tr_status broadcast(tr_engine *e, void *data, size_t bytes, tr_err *err)
     return st ? st : tr_comm_wait(e->control, TR_LANE_MAIN, ticket, err);
 }
 
-/* A plan comes from another rank, so every rank checks it, the leader too: one path. */
-static tr_status run_plan(tr_engine *e, slot *s, size_t bytes, tr_err *err)
+/* Plans come from another rank, so every rank checks all of them, the leader too: one path. */
+static tr_status check_plans(const tr_engine *e, slot *s, size_t bytes, tr_err *err)
 {
     tr_err why = {0};
-    const uint64_t step = s->staging->step;
+    size_t at = 0;
 
-    if (tr_plan_check(s->staging, bytes, &e->limits, &why))
-        return tr_fail(err, TR_E_COMM, "step plan refused: %s", why.text);
-    if (s->staging->flags & TR_PLAN_STOP) return TR_OK;
-    tr_status st = tr_model_forward(e->model, &s->step, err);
-    if (st) return tr_within(err, "step %llu", (unsigned long long)step);
+    for (int d = 0; d < e->options.n_replicas; d++) {
+        s->at[d] = at;
+        const tr_plan *plan = plan_of(s, d);
+        if (bytes - at < sizeof *plan || plan->bytes > bytes - at ||
+            tr_plan_check(plan, plan->bytes, &e->limits, &why))
+            return tr_fail(err, TR_E_COMM, "step plan of replica %d refused: %s", d,
+                           why.text[0] ? why.text : "it is cut off");
+        at += plan->bytes;
+    }
+    if (at != bytes) return tr_fail(err, TR_E_COMM, "step plans of %zu bytes in %zu", at, bytes);
+    return TR_OK;
+}
+
+static tr_status run_plan(tr_engine *e, slot *s, size_t bytes, tr_err *err)
+{
+    tr_status st = check_plans(e, s, bytes, err);
+
+    if (st) return st;
+    s->step.plan = plan_of(s, e->options.i_replica);
+    if (s->step.plan->flags & TR_PLAN_STOP) return TR_OK;
+    tr_watchdog_beat(e->watch, ++e->n_steps);
+    st = tr_model_forward(e->model, &s->step, err);
+    e->broken = st != TR_OK;
+    if (st) return tr_within(err, "step %llu", (unsigned long long)e->n_steps);
     e->n_flight++;
     return TR_OK;
 }
@@ -425,35 +607,85 @@ static void forget_oldest(tr_engine *e)
     e->n_flight--;
 }
 
+/* The plan of a replica that has nothing to do in this step. */
+static size_t put_idle(char *to)
+{
+    const uint32_t end = sizeof(tr_plan);
+    tr_plan idle = {.magic = TR_PLAN_MAGIC,
+                    .version = TR_PLAN_VERSION,
+                    .bytes = end,
+                    .flags = TR_PLAN_IDLE,
+                    .at_spans = end,
+                    .at_tokens = end,
+                    .at_page_sets = end,
+                    .at_copies = end,
+                    .at_opens = end,
+                    .at_targets = end,
+                    .at_changes = end};
+    memcpy(to, &idle, sizeof idle);
+    return sizeof idle;
+}
+
+/* Plans of all replicas into the slot's staging. *planned false: nobody has anything to do now. */
+static tr_status plan_step(tr_engine *e, slot *s, size_t *bytes, bool *planned, tr_err *err)
+{
+    *bytes = 0;
+    *planned = false;
+    for (int d = 0; d < e->options.n_replicas; d++) {
+        const tr_plan *plan;
+        tr_status st = tr_scheduler_plan(e->scheduler[d], &plan, err);
+        if (st) return st;
+        s->planned[d] = plan != NULL;
+        if (plan) {
+            memcpy(s->staging + *bytes, plan, plan->bytes);
+            *bytes += plan->bytes;
+            *planned = true;
+        } else {
+            *bytes += put_idle(s->staging + *bytes);
+        }
+    }
+    return TR_OK;
+}
+
 /* Plan a step, send it, enqueue it. *planned false: nothing to plan now. */
 static tr_status begin_step(tr_engine *e, bool *planned, tr_err *err)
 {
     slot *s = next_slot(e);
-    const tr_plan *plan;
+    announcement a = {0};
+    size_t bytes;
 
     s->begun_ns = tr_now_ns();
     tr_region_begin(e->regions, e->region_plan);
-    tr_status st = tr_scheduler_plan(e->scheduler, &plan, err);
-    *planned = !st && plan;
-    if (*planned) {
-        announcement a = {.bytes = plan->bytes};
-        memcpy(s->staging, plan, plan->bytes);
-        st = broadcast(e, &a, sizeof a, err);
-        if (!st) st = broadcast(e, s->staging, plan->bytes, err);
-    }
+    tr_status st = plan_step(e, s, &bytes, planned, err);
+    a.bytes = bytes;
+    if (!st && *planned) st = broadcast(e, &a, sizeof a, err);
+    if (!st && *planned) st = broadcast(e, s->staging, bytes, err);
     tr_region_end(e->regions, 0, 0);
-    return !st && *planned ? run_plan(e, s, plan->bytes, err) : st;
+    return !st && *planned ? run_plan(e, s, bytes, err) : st;
 }
 
 /* Wait for the oldest step, take in what it sampled, hand out what has finished. */
-static void finish_step(tr_engine *e)
+static tr_status finish_step(tr_engine *e, tr_err *err)
 {
     slot *s = &e->slot[e->i_slot];
-    const bool prefill = tr_scheduler_prefill_rows(e->scheduler) > 0;
+    bool prefill = false;
+    tr_status st = TR_OK;
 
     wait_oldest(e);
+    tr_region_begin(e->regions, e->region_report);
+    for (int d = 0; d < e->options.n_replicas && !st; d++) {
+        if (!s->planned[d]) continue;
+        prefill = prefill || tr_scheduler_prefill_rows(e->scheduler[d]) > 0;
+        st = hear(e, s, d, &e->heard[d], err);
+    }
+    tr_region_end(e->regions, 0, 0);
+    if (st) {
+        e->broken = true;
+        return st;
+    }
     tr_region_begin(e->regions, e->region_commit);
-    tr_scheduler_commit(e->scheduler, &s->step.out);
+    for (int d = 0; d < e->options.n_replicas; d++)
+        if (s->planned[d]) tr_scheduler_commit(e->scheduler[d], &e->heard[d]);
     /* With a ring of 2 a step waits for the one before it: its time begins where that one's ended. */
     const uint64_t now = tr_now_ns();
     const uint64_t from = s->begun_ns > e->last_done_ns ? s->begun_ns : e->last_done_ns;
@@ -461,20 +693,33 @@ static void finish_step(tr_engine *e)
     e->last_done_ns = now;
     forget_oldest(e);
     publish_stats(e);
-    for (tr_event *event; (event = tr_scheduler_event(e->scheduler));)
-        deliver(e, event);
+    for (int d = 0; d < e->options.n_replicas; d++)
+        for (tr_event *event; (event = tr_scheduler_event(e->scheduler[d]));)
+            deliver(e, event);
     tr_region_end(e->regions, 0, 0);
+    return TR_OK;
 }
 
 /* ---- the loops --------------------------------------------------------------------------------------- */
 
 static tr_status send_stop(tr_engine *e, tr_status how, tr_err *err)
 {
-    tr_plan stop = *tr_scheduler_stop_plan(e->scheduler); /* has no sections */
-    announcement a = {.bytes = stop.bytes, .status = (uint64_t)how};
-    tr_status st = broadcast(e, &a, sizeof a, err);
+    const tr_plan *stop = tr_scheduler_stop_plan(e->scheduler[0]); /* has no sections */
+    slot *s = next_slot(e);
+    announcement a = {.bytes = stop->bytes * (uint64_t)e->options.n_replicas,
+                      .status = (uint64_t)how};
 
-    return st ? st : broadcast(e, &stop, stop.bytes, err);
+    for (int d = 0; d < e->options.n_replicas; d++)
+        memcpy(s->staging + (size_t)d * stop->bytes, stop, stop->bytes);
+    tr_status st = broadcast(e, &a, sizeof a, err);
+    return st ? st : broadcast(e, s->staging, a.bytes, err);
+}
+
+static bool all_idle(const tr_engine *e)
+{
+    for (int d = 0; d < e->options.n_replicas; d++)
+        if (!tr_scheduler_idle(e->scheduler[d])) return false;
+    return true;
 }
 
 static tr_status steps(tr_engine *e, tr_err *err)
@@ -486,13 +731,16 @@ static tr_status steps(tr_engine *e, tr_err *err)
         tr_status st = begin_step(e, &planned, err);
         if (st) return st;
         if (planned && e->n_flight < e->options.ring) continue;
-        if (e->n_flight)
-            finish_step(e);
-        else if (!tr_scheduler_idle(e->scheduler))
+        if (e->n_flight) {
+            st = finish_step(e, err);
+            if (st) return st;
+        } else if (!all_idle(e)) {
             return tr_fail(err, TR_E_USAGE, "the scheduler is stuck with %d running choices",
-                           tr_scheduler_stats_get(e->scheduler).running);
-        else if (!wait_for_work(e))
-            return TR_OK;
+                           tr_engine_stats_get(e).running);
+        } else {
+            tr_watchdog_rest(e->watch);
+            if (!wait_for_work(e)) return TR_OK;
+        }
     }
 }
 
@@ -502,13 +750,16 @@ static tr_status lead(tr_engine *e, tr_err *err)
     tr_status st = steps(e, err);
 
     /* What is in flight was computed: whoever it finishes is finished. Not after a failure: it may never be done. */
-    while (e->n_flight && (st == TR_OK || st == TR_E_STOP))
-        finish_step(e);
+    while (e->n_flight && !e->broken && (st == TR_OK || st == TR_E_STOP)) {
+        tr_status finished = finish_step(e, &ignored);
+        if (finished && err) *err = ignored;
+        if (finished) st = finished;
+    }
     tr_log_debug(e->log, "engine: %llu steps, %llu preemptions",
-                 (unsigned long long)tr_scheduler_stats_get(e->scheduler).steps,
-                 (unsigned long long)tr_scheduler_stats_get(e->scheduler).preemptions);
-    /* Followers must leave too. After a failure of the communicator itself there is nothing left to tell them with. */
-    if (st != TR_E_COMM) {
+                 (unsigned long long)tr_engine_stats_get(e).steps,
+                 (unsigned long long)tr_engine_stats_get(e).preemptions);
+    /* Followers must leave too; those that still are in a step will not hear of it. */
+    if (!e->broken || tr_comm_size(e->control) == 1) {
         tr_status told = send_stop(e, st, &ignored);
         if (told && !st) {
             if (err) *err = ignored;
@@ -518,32 +769,62 @@ static tr_status lead(tr_engine *e, tr_err *err)
     return st;
 }
 
+/* The oldest step has been computed here: tell the leader if that is this rank's to do, and go on. */
+static tr_status retire_oldest(tr_engine *e, tr_err *err)
+{
+    wait_oldest(e);
+    tr_status st = tell(e, &e->slot[e->i_slot], err);
+    forget_oldest(e);
+    return st;
+}
+
+static tr_status follow_step(tr_engine *e, bool *last, tr_err *err)
+{
+    announcement a = {0};
+    slot *s = next_slot(e);
+    tr_status st = tell_wait(e, s, err); /* its staging and report are about to be written again */
+
+    if (!st) st = broadcast(e, &a, sizeof a, err);
+    if (st) return st;
+    if (a.bytes < sizeof(tr_plan) || a.bytes > e->bytes_max * (size_t)e->options.n_replicas ||
+        a.status > TR_E_STOP)
+        return tr_fail(err, TR_E_COMM, "plans of %llu bytes were announced, status %llu",
+                       (unsigned long long)a.bytes, (unsigned long long)a.status);
+    st = broadcast(e, s->staging, a.bytes, err);
+    if (!st) st = run_plan(e, s, a.bytes, err);
+    if (st) return st;
+    *last = s->step.plan->flags & TR_PLAN_STOP;
+    return *last && a.status ? tr_fail(err, (tr_status)a.status, "rank 0 ended the run") : TR_OK;
+}
+
 static tr_status follow(tr_engine *e, tr_err *err)
 {
-    for (;;) {
-        announcement a = {0};
-        while (e->n_flight == e->options.ring ||
-               (e->n_flight && tr_step_done(e->model, &e->slot[e->i_slot].step))) {
-            wait_oldest(e);
-            forget_oldest(e);
-        }
-        slot *s = next_slot(e);
-        tr_status st = broadcast(e, &a, sizeof a, err);
-        if (st) return st;
-        if (a.bytes < sizeof(tr_plan) || a.bytes > e->bytes_max || a.status > TR_E_STOP)
-            return tr_fail(err, TR_E_COMM, "a plan of %llu bytes was announced, status %llu",
-                           (unsigned long long)a.bytes, (unsigned long long)a.status);
-        st = broadcast(e, s->staging, a.bytes, err);
-        if (!st) st = run_plan(e, s, a.bytes, err);
-        if (st) return st;
-        if (!(s->staging->flags & TR_PLAN_STOP)) continue;
-        while (e->n_flight && (a.status == TR_OK || a.status == TR_E_STOP)) {
-            wait_oldest(e);
-            forget_oldest(e);
-        }
-        return a.status ? tr_fail(err, (tr_status)a.status, "rank 0 of the replica ended the run")
-                        : TR_OK;
+    tr_status st = TR_OK;
+    bool last = false;
+
+    while (!st && !last) {
+        /* What is done is told at once: the leader may be waiting for it. */
+        while (e->n_flight && !st &&
+               (e->n_flight == e->options.ring ||
+                tr_step_done(e->model, &e->slot[e->i_slot].step)))
+            st = retire_oldest(e, err);
+        if (!st) st = follow_step(e, &last, err);
+        if (st && !last) e->broken = true;
     }
+    tr_err ignored;
+    for (int i = 0; i < e->options.ring && !e->broken; i++)
+        tell_wait(e, &e->slot[i], &ignored);
+    return st;
+}
+
+bool tr_engine_broken(const tr_engine *e)
+{
+    return e->broken && tr_comm_size(e->control) > 1;
+}
+
+void tr_engine_watch(tr_engine *e, tr_watchdog *watch)
+{
+    e->watch = watch;
 }
 
 tr_status tr_engine_run(tr_engine *e, tr_err *err)

@@ -1,4 +1,9 @@
-/* The step loop around scheduler, pages, model and step ring. Two thread-safe ends, submit and take (the batch reader and
+/* With several ranks the leader (rank 0 of `control`) has one scheduler per replica and sends the plans of all replicas to all
+ * ranks, one message a step; so every rank takes part in every step, with an idle plan where its replica has nothing to do, and
+ * requests and answers stay on one rank. (parallel.md 4.2 has a leader per replica and an exchange of their counts before
+ * every step; planning costs microseconds, so one rank can do it for all, and there is nothing to exchange.)
+ *
+ * The step loop around scheduler, pages, model and step ring. Two thread-safe ends, submit and take (the batch reader and
  * the journal writer are threads; serve will be another pair), and one MPI thread in the middle that runs the steps. */
 #ifndef TR_ENGINE_ENGINE_H
 #define TR_ENGINE_ENGINE_H
@@ -8,6 +13,7 @@
 #include "engine/request.h"
 #include "model/model.h"
 #include "mpi/comm.h"
+#include "mpi/watchdog.h"
 #include "text/tokenizer.h"
 
 typedef struct tr_engine tr_engine;
@@ -20,7 +26,13 @@ typedef struct tr_engine_options {
     int queue_max; /* requests waiting in submit's queue before submit blocks; 0: 4 * max_sequences */
     int32_t eos, bos, pad; /* token ids, -1: none */
     bool no_prefix_cache;  /* every prompt is computed in full */
-    bool is_leader; /* rank 0 of its replica: schedules; followers only run the plans they get */
+    bool is_leader; /* rank 0: schedules for every replica; followers only run the plans they get */
+    /* Data parallelism: replicas of the attention, each with requests and pages of its own. 0: one. */
+    int n_replicas, i_replica; /* this rank's */
+    /* Pipeline stages: that many steps are in flight, and a choice is in one of them at a time. 0: one. */
+    int n_stages;
+    /* [n_replicas] the rank of `control` that tells the leader what a replica's steps sampled; NULL: the leader itself. */
+    const int *reporter;
 } tr_engine_options;
 
 typedef struct tr_engine_stats {
@@ -36,10 +48,12 @@ typedef struct tr_engine_stats {
     int running, waiting, pages_held, pages_cached, pages_total; /* cached: held by nobody now */
 } tr_engine_stats;
 
-/* Keeps model, tokenizer (may be NULL), control (the communicator plans travel on, size 1: self), log, regions. */
+/* Keeps model, tokenizer (may be NULL), control (the communicator plans travel on: all ranks; size 1: self), log, regions, watch. */
 tr_status tr_engine_create(tr_engine **out, tr_model *model, const tr_tokenizer *tokenizer,
                            tr_comm *control, const tr_engine_options *options, tr_log *log,
                            tr_regions *regions, tr_err *err);
+/* Tell a watchdog of every step (mpi/watchdog.h). Kept; NULL: none. */
+void tr_engine_watch(tr_engine *e, tr_watchdog *watch);
 void tr_engine_free(tr_engine *e);
 
 /* Any thread. Takes the request (on failure too: it is freed). Blocks while the queue is full. TR_E_STOP: the engine is
@@ -55,6 +69,8 @@ int tr_engine_take(tr_engine *e, tr_event **out, int timeout_ms);
 
 /* Main thread, leader and followers, until closed and finished (TR_OK), stopped (TR_E_STOP) or failed. */
 tr_status tr_engine_run(tr_engine *e, tr_err *err);
+/* After run: it failed in the middle of a step, and other ranks may be waiting in it for ever. Only ending the job helps. */
+bool tr_engine_broken(const tr_engine *e);
 
 tr_engine_stats tr_engine_stats_get(tr_engine *e); /* any thread */
 

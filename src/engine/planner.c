@@ -55,7 +55,8 @@ static int budget_end(const tr_scheduler *s, const tr_sequence *q)
     if (n > 1 + s->rows_left) n = 1 + s->rows_left;
     if (scores_next(q) && n > 1 + s->head_left) n = 1 + s->head_left;
     if (n > 0 && samples_at(q, q->length + n)) {
-        bool must_wait = tr_sequence_needs_tokens(q) && q->n_flight > 0;
+        bool must_wait =
+            q->n_flight > 0 && (s->options.n_micro > 1 || tr_sequence_needs_tokens(q));
         if (must_wait || tr_sequence_changes_max(q, s->options.limits.n_vocab) > s->changes_left)
             n--;
     }
@@ -95,11 +96,14 @@ static void decide(tr_scheduler *s, tr_sequence *q)
     int end = budget_end(s, q);
 
     q->n_rows = 0;
-    if (end <= q->length) return;
+    if (end <= q->length || (is_decode(q) && s->decode_left <= 0)) return;
     end = take_pages(s, q, end);
     if (q->state != TR_SEQUENCE_RUNNING || end <= q->length) return;
     q->n_rows = end - q->length;
-    if (!is_decode(q)) s->batch_left -= q->n_rows;
+    if (is_decode(q))
+        s->decode_left--;
+    else
+        s->batch_left -= q->n_rows;
     s->rows_left -= q->n_rows - 1;
     if (scores_next(q)) s->head_left -= q->n_rows - 1;
     if (samples_at(q, end))
@@ -359,6 +363,17 @@ static int write_sequence(tr_scheduler *s, tr_flight *f, tr_sequence *q)
     return ok >= 0 && q->n_rows ? write_span(s, f, q) : ok;
 }
 
+/* Choices that generate, divided by the stages: what one step may take of them. */
+static int decode_share(const tr_scheduler *s)
+{
+    int n = 0;
+
+    if (s->options.n_micro <= 1) return s->options.max_sequences;
+    for (int i = 0; i < s->n_running; i++)
+        n += s->running[i]->length >= s->running[i]->group->n_prompt;
+    return (n + s->options.n_micro - 1) / s->options.n_micro;
+}
+
 tr_status tr_scheduler_plan(tr_scheduler *s, const tr_plan **plan, tr_err *err)
 {
     const tr_plan_limits *l = &s->options.limits;
@@ -371,6 +386,7 @@ tr_status tr_scheduler_plan(tr_scheduler *s, const tr_plan **plan, tr_err *err)
     s->rows_left = l->n_rows_max - s->options.max_sequences;
     s->head_left = l->n_head_max - s->options.max_sequences;
     s->changes_left = tr_plan_changes_max(l);
+    s->decode_left = decode_share(s);
     s->waits_for_pages = s->preempted = false;
     tr_scheduler_mature(s);
     for (int i = 0; i < s->n_running;) { /* shrinks from its young end */
@@ -379,11 +395,16 @@ tr_status tr_scheduler_plan(tr_scheduler *s, const tr_plan **plan, tr_err *err)
         if (q->state == TR_SEQUENCE_RUNNING) i++;
     }
     admit(s);
-    for (int i = 0; i < s->n_running; i++)
+    bool scores = false;
+    for (int i = 0; i < s->n_running; i++) {
+        const tr_params *p = s->running[i]->group->params;
         n_rows += s->running[i]->n_rows;
+        if (s->running[i]->n_rows) scores = scores || p->n_logprobs >= 0 || p->n_prompt_logprobs >= 0;
+    }
     if (!n_rows) return TR_OK;
 
-    tr_plan_begin(s->builder, s->step, s->n_flight ? 0 : TR_PLAN_AFTER_TOKENS);
+    tr_plan_begin(s->builder, s->step,
+                  (s->n_flight ? 0 : TR_PLAN_AFTER_TOKENS) | (scores ? TR_PLAN_HAS_SCORES : 0));
     f->n_head = f->n_written = f->n_prefill = f->n_decode = 0;
     for (int i = 0; i < s->n_running; i++) {
         tr_sequence *q = s->running[i];

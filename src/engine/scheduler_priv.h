@@ -46,7 +46,7 @@ struct tr_scheduler {
 
     /* What the plan being made has left. Every running sequence has one row and one head row of its own; rows_left and
      * head_left are what there is beyond these. */
-    int batch_left, rows_left, head_left, changes_left;
+    int batch_left, rows_left, head_left, changes_left, decode_left;
     bool waits_for_pages; /* an older sequence waits: no younger one may take a page before it */
     bool preempted;
 };

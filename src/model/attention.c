@@ -12,6 +12,21 @@
 
 #include "model/model_priv.h"
 
+/* What this step's rows add to the cache, of all members of the context-parallel group. */
+typedef struct exchange {
+    tr_await keys, latents;
+    int here; /* both were waited for at once (--no-overlap) */
+} exchange;
+
+/* The other members' rows are there; what this waits for is the exposed part of the exchange. */
+static tr_status await_rows(tr_model *m, tr_share *share, tr_await *await, tr_err *err)
+{
+    tr_region_begin(m->regions, m->region_gather);
+    tr_status st = tr_share_ready(share, TR_LANE_MAIN, await, err);
+    tr_region_end(m->regions, 0, 0);
+    return st;
+}
+
 /* Latent and index key of every row into the cache; peers of a context-parallel group get them too. */
 static tr_status write_keys(tr_model *m, const tr_pass *p, const tr_attention_weights *w,
                             tr_kv_layer kv, tr_err *err)
@@ -65,64 +80,135 @@ static tr_status make_queries(tr_model *m, const tr_pass *p, const tr_attention_
                   .q_absorbed = m->ws.q_absorbed);
 }
 
-/* Index scores and selection, in stripes of rows so that the scores stay within their buffer. Dense rows select nothing: a
- * step of dense rows alone needs no lists, but the keys' exchange ends here all the same. */
-static tr_status select_keys(tr_model *m, const tr_pass *p, const tr_attention_weights *w,
-                             tr_kv_layer kv, int layer, tr_err *err)
+/* Scores of rows [i, i + n_row) against the keys that `first` and `last` leave. */
+static tr_status score(tr_model *m, const tr_pass *p, tr_kv_layer kv, int i, int n_row,
+                       const int32_t *first, const int32_t *last, tr_await keys, tr_err *err)
 {
     const tr_config *c = m->config;
-    const int k = c->index_topk, scored = (p->plan->flags & TR_PLAN_HAS_SELECTION) != 0;
-    tr_await keys = {0};
-    tr_status st = TR_OK;
+    m->note_flops = 2.0 * n_row * p->plan->max_context * c->index_n_heads * c->index_head_dim;
+    return TR_RUN(m, index_logits, err, .rows = &p->rows, .q = m->ws.index_q8, .w = m->ws.index_w,
+                  .n_heads = c->index_n_heads, .k = c->index_topk, .kv = kv, .first = first,
+                  .last = last, .i_row = i, .n_row = n_row, .score = m->ws.score,
+                  .ld = (size_t)m->max_model_len, .keys = keys);
+}
 
-    if (scored) {
-        st = tr_model_linear(m, p, &w->index_q, m->ws.q_latent, m->ws.index_q,
-                             err); /* [n, index_heads, index_dim] */
-        if (st == TR_OK) st = tr_model_linear(m, p, &w->index_w, m->ws.normed, m->ws.index_w, err);
-        if (st == TR_OK)
-            st = TR_RUN(m, index_query, err, .rows = &p->rows, .q = m->ws.index_q,
-                        .w = m->ws.index_w, .n_heads = c->index_n_heads,
-                        .d_index = c->index_head_dim, .d_rope = c->qk_rope_head_dim,
-                        .cache_dtype = kv.dtype, .rope = m->rope, .out = m->ws.index_q8);
+static tr_status select_rows(tr_model *m, const tr_pass *p, int scored, int i, int n_row, int layer,
+                             tr_err *err)
+{
+    const size_t ld = (size_t)m->max_model_len;
+    if (scored)
+        tr_model_show(m, "index_logits", layer, i, n_row, p->plan->max_context, ld, m->ws.score);
+    return TR_RUN(m, topk, err, .rows = &p->rows, .score = scored ? m->ws.score : NULL, .ld = ld,
+                  .k = m->config->index_topk, .i_row = i, .n_row = n_row,
+                  .position = m->ws.top_position, .cache_row = m->ws.top_row,
+                  .n_selected = m->ws.n_selected);
+}
+
+/* Rows of a stripe: they fit the score buffer. Where the attention group shares the work (parallel.md 3.9) stripe i is member
+ * i mod tp's, small enough that everybody has some. A few rows are not worth the exchange. */
+static int stripe_of(const tr_model *m, const tr_pass *p, int *members)
+{
+    enum { ROWS_EACH = 8, MOST_ROWS = 512 };
+    const int tp = tr_comm_size(m->groups.attn_tp), each = (p->n + tp - 1) / tp;
+    const int shared = tp > 1 && p->n >= ROWS_EACH * tp;
+    int stripe = m->n_stripe;
+
+    *members = shared ? tp : 1;
+    if (!shared) return stripe;
+    if (stripe > MOST_ROWS) stripe = MOST_ROWS;
+    return stripe < each ? stripe : each;
+}
+
+/* Lists of rows [i, ..), a stripe from every member, to all members. */
+static tr_status gather_lists(tr_model *m, const tr_pass *p, int i, int stripe, tr_err *err)
+{
+    enum { MOST_MEMBERS = 1024 };
+    tr_comm *tp = m->groups.attn_tp;
+    const size_t k = (size_t)m->config->index_topk;
+    const int own = i + tr_comm_rank(tp) * stripe;
+    const struct {
+        int32_t *list;
+        size_t width;
+    } lists[] = {{m->ws.top_position, k}, {m->ws.top_row, k}, {m->ws.n_selected, 1}};
+    size_t bytes[MOST_MEMBERS];
+    tr_status st = TR_OK;
+    tr_ticket ticket;
+
+    for (int l = 0; l < 3 && st == TR_OK; l++) {
+        int32_t *list = lists[l].list;
+        for (int j = 0; j < tr_comm_size(tp); j++) {
+            int n = p->n - (i + j * stripe);
+            n = n < 0 ? 0 : n < stripe ? n : stripe;
+            bytes[j] = (size_t)n * lists[l].width * sizeof *list;
+        }
+        const size_t at = own < p->n ? (size_t)own : (size_t)i;
+        st = tr_comm_all_gather(tp, list + at * lists[l].width, list + (size_t)i * lists[l].width,
+                                bytes, &ticket, err);
+        st = tr_model_await(m, tp, st, ticket, (double)bytes[tr_comm_rank(tp)], err);
     }
-    if (st == TR_OK) st = tr_share_ready(m->share_key, TR_LANE_MAIN, &keys, err);
+    return st;
+}
+
+/* Queries of the indexer: index_q8 [n, index_heads, index_dim], index_w [n, index_heads]. */
+static tr_status index_queries(tr_model *m, const tr_pass *p, const tr_attention_weights *w,
+                               tr_kv_layer kv, tr_err *err)
+{
+    const tr_config *c = m->config;
+    tr_status st = tr_model_linear(m, p, &w->index_q, m->ws.q_latent, m->ws.index_q, err);
+    if (st == TR_OK) st = tr_model_linear(m, p, &w->index_w, m->ws.normed, m->ws.index_w, err);
+    if (st != TR_OK) return st;
+    return TR_RUN(m, index_query, err, .rows = &p->rows, .q = m->ws.index_q, .w = m->ws.index_w,
+                  .n_heads = c->index_n_heads, .d_index = c->index_head_dim,
+                  .d_rope = c->qk_rope_head_dim, .cache_dtype = kv.dtype, .rope = m->rope,
+                  .out = m->ws.index_q8);
+}
+
+/* Index scores and selection, in stripes of rows so that the scores stay within their buffer. Dense rows select nothing: a
+ * step of dense rows alone needs no lists, but the keys' exchange ends here all the same. While the other members' keys of this
+ * step are on their way the first stripe's rows meet those that were in the cache before. */
+static tr_status select_keys(tr_model *m, const tr_pass *p, const tr_attention_weights *w,
+                             tr_kv_layer kv, exchange *x, int layer, tr_err *err)
+{
+    const int scored = (p->plan->flags & TR_PLAN_HAS_SELECTION) != 0;
+    const int early = scored && m->part && !x->here;
+    int members;
+    const int stripe = stripe_of(m, p, &members), me = tr_comm_rank(m->groups.attn_tp) % members;
+    const int32_t *before = p->rows.begin;
+    tr_status st = scored ? index_queries(m, p, w, kv, err) : TR_OK;
+
+    const int i_first = me * stripe,
+              n_first = p->n - i_first < stripe ? p->n - i_first : stripe;
+    if (st == TR_OK && early && n_first > 0)
+        st = score(m, p, kv, i_first, n_first, NULL, before, (tr_await){0}, err);
+    if (st == TR_OK && !x->here) st = await_rows(m, m->share_key, &x->keys, err);
     if (!(p->plan->flags & TR_PLAN_HAS_ABSORBED)) return st;
 
-    for (int i = 0; i < p->n && st == TR_OK; i += m->n_stripe) {
-        const int n_row = p->n - i < m->n_stripe ? p->n - i : m->n_stripe;
-        const size_t ld = (size_t)m->max_model_len;
-        if (scored) {
-            m->note_flops =
-                2.0 * n_row * p->plan->max_context * c->index_n_heads * c->index_head_dim;
-            st = TR_RUN(m, index_logits, err, .rows = &p->rows, .q = m->ws.index_q8,
-                        .w = m->ws.index_w, .n_heads = c->index_n_heads, .k = k, .kv = kv,
-                        .i_row = i, .n_row = n_row, .score = m->ws.score, .ld = ld, .keys = keys);
-            if (st != TR_OK) return st;
-            tr_model_show(m, "index_logits", layer, i, n_row, p->plan->max_context, ld,
-                          m->ws.score);
-        }
-        st = TR_RUN(m, topk, err, .rows = &p->rows, .score = scored ? m->ws.score : NULL, .ld = ld,
-                    .k = k, .i_row = i, .n_row = n_row, .position = m->ws.top_position,
-                    .cache_row = m->ws.top_row, .n_selected = m->ws.n_selected);
+    for (int i = 0; i < p->n && st == TR_OK; i += stripe * members) {
+        const int own = i + me * stripe, n_row = p->n - own < stripe ? p->n - own : stripe;
+        if (scored && n_row > 0)
+            st = score(m, p, kv, own, n_row, early && i == 0 ? before : NULL, NULL, x->keys,
+                       err);
+        if (st == TR_OK && n_row > 0) st = select_rows(m, p, scored, own, n_row, layer, err);
+        if (st == TR_OK && members > 1) st = gather_lists(m, p, i, stripe, err);
     }
     if (st == TR_OK)
-        tr_model_show(m, "index_topk", layer, 0, p->n, k, (size_t)k, m->ws.top_position);
+        tr_model_show(m, "index_topk", layer, 0, p->n, m->config->index_topk,
+                      (size_t)m->config->index_topk, m->ws.top_position);
     return st;
 }
 
 /* attended [n, heads, v]: absorbed rows over their selection, dense rows over all keys up to their own. */
 static tr_status attend(tr_model *m, const tr_pass *p, const tr_attention_weights *w,
-                        tr_kv_layer kv, tr_err *err)
+                        tr_kv_layer kv, exchange *x, tr_err *err)
 {
     const tr_config *c = m->config;
     const int heads = m->heads, d_latent = c->kv_lora_rank, d_v = c->v_head_dim;
-    tr_await latents = {0};
-    tr_status st = tr_share_ready(m->share_latent, TR_LANE_MAIN, &latents, err);
+    tr_status st = x->here ? TR_OK : await_rows(m, m->share_latent, &x->latents, err);
 
     if (st == TR_OK && (p->plan->flags & TR_PLAN_HAS_ABSORBED)) {
         st = TR_RUN(m, sparse_mla, err, .rows = &p->rows, .q = m->ws.q_absorbed, .n_heads = heads,
                     .scale = m->attention_scale, .cache_row = m->ws.top_row, .k = c->index_topk,
-                    .kv = kv, .latents = latents, .out = m->ws.u, .workspace = m->ws.scratch,
+                    .kv = kv, .latents = x->latents, .out = m->ws.u, .workspace = m->ws.scratch,
                     .workspace_bytes = m->ws.scratch_bytes);
         if (st == TR_OK)
             st = TR_RUN(m, mla_value, err, .rows = &p->rows, .u = m->ws.u, .n_heads = heads,
@@ -132,17 +218,20 @@ static tr_status attend(tr_model *m, const tr_pass *p, const tr_attention_weight
         st = TR_RUN(m, dense_mha, err, .rows = &p->rows, .q = m->ws.q, .n_heads = heads,
                     .d_nope = c->qk_nope_head_dim, .d_rope = c->qk_rope_head_dim, .d_v = d_v,
                     .scale = m->attention_scale, .w_uk = &w->w_uk, .w_uv = &w->w_uv, .kv = kv,
-                    .latents = latents, .out = m->ws.attended);
+                    .latents = x->latents, .out = m->ws.attended);
     return st;
 }
 
 tr_status tr_attention_forward(tr_model *m, const tr_pass *p, const tr_attention_weights *w,
                                tr_kv_layer kv, int layer, tr_err *err)
 {
+    exchange x = {.here = m->no_overlap};
     tr_status st = write_keys(m, p, w, kv, err);
+    if (st == TR_OK && x.here) st = await_rows(m, m->share_key, &x.keys, err);
+    if (st == TR_OK && x.here) st = await_rows(m, m->share_latent, &x.latents, err);
     if (st == TR_OK) st = make_queries(m, p, w, err);
-    if (st == TR_OK) st = select_keys(m, p, w, kv, layer, err);
-    if (st == TR_OK) st = attend(m, p, w, kv, err);
+    if (st == TR_OK) st = select_keys(m, p, w, kv, &x, layer, err);
+    if (st == TR_OK) st = attend(m, p, w, kv, &x, err);
     if (st == TR_OK)
         st = tr_model_linear(m, p, &w->o, m->ws.attended, m->ws.block_out, err); /* [n, hidden] */
     return st;

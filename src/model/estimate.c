@@ -85,7 +85,7 @@ void tr_estimate_weights(tr_weight_bytes *out, const tr_config *config, const tr
     if (slice->embed) out->embed = whole(config, TR_ROLE_EMBED);
     if (slice->head)
         out->head = whole(config, TR_ROLE_NORM) +
-                    bytes_of(config, TR_ROLE_HEAD, slice->vocab_part.n, config->hidden_size);
+                    bytes_of(config, TR_ROLE_HEAD, slice->vocab.n, config->hidden_size);
     if (slice->head && config->num_nextn_predict_layers > 0) {
         out->mtp = one.attention + one.shared + one.routed + one.router + one.second_form +
                    whole(config, TR_ROLE_EH) + 3 * whole(config, TR_ROLE_ENORM);
@@ -127,7 +127,7 @@ uint64_t tr_estimate_workspace(const tr_config *config, const tr_slice *slice, i
     uint64_t words = 2 * (uint64_t)c->index_topk + (uint64_t)c->n_routed_experts + 3 * k +
                      (uint64_t)c->index_n_heads;
     uint64_t scores = n * (uint64_t)max_model_len * 4,
-             logits = slice->head ? n * (uint64_t)slice->vocab_part.n * 4 : 0;
+             logits = slice->head ? n * (uint64_t)slice->vocab.n * 4 : 0;
     return n * (acts * (uint64_t)act_bytes + words * 4) + (scores < stripe ? scores : stripe) +
            (logits < stripe ? logits : stripe) +
            (uint64_t)max_model_len * (uint64_t)c->qk_rope_head_dim * 4;

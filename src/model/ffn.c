@@ -15,11 +15,20 @@ static tr_status mlp(tr_model *m, const tr_pass *p, const tr_mlp_weights *w, flo
     return st == TR_OK ? tr_model_linear(m, p, &w->down, m->ws.inner, out, err) : st;
 }
 
+/* block_out = 0: another member of the attention group brings the same part into the sum. */
+static tr_status nothing(tr_model *m, const tr_pass *p, tr_err *err)
+{
+    return TR_RUN(m, rows_zero, err, .n = p->rows.n, .n_max = m->max_rows,
+                  .d = m->config->hidden_size, .out = m->ws.block_out);
+}
+
 tr_status tr_dense_forward(tr_model *m, const tr_pass *p, const tr_mlp_weights *w, tr_err *err)
 {
-    tr_status st = mlp(m, p, w, m->ws.block_out, err);
-    if (st == TR_OK && m->weights->slice.dense_partial)
-        st = tr_model_reduce(m, p, m->groups.stage, m->ws.block_out, err);
+    const tr_slice *s = &m->weights->slice;
+    tr_status st = !s->dense_partial || s->dense_adds ? mlp(m, p, w, m->ws.block_out, err)
+                                                      : nothing(m, p, err);
+    if (st == TR_OK && s->dense_partial)
+        st = tr_model_reduce(m, p, m->groups.attn_tp, m->ws.block_out, err);
     return st;
 }
 
@@ -41,40 +50,49 @@ static tr_status route(tr_model *m, const tr_pass *p, const tr_moe_weights *w, i
     if (st != TR_OK) return st;
     tr_model_show(m, "router_experts", layer, 0, p->n, k, (size_t)k, m->ws.expert);
     tr_model_show(m, "router_weights", layer, 0, p->n, k, (size_t)k, m->ws.weight);
-    return TR_RUN(m, moe_pack, err, .n = p->rows.n, .n_max = m->max_rows, .k = k,
-                  .e_first = w->e_first, .n_local = w->n_local, .expert = m->ws.expert,
-                  .start = m->ws.start, .pair = m->ws.pair);
+    return TR_OK;
 }
 
-tr_status tr_moe_forward(tr_model *m, const tr_pass *p, const tr_moe_weights *w, int layer,
-                         tr_err *err)
+/* block_out = this member's part of the shared expert's output. */
+static tr_status shared(tr_model *m, const tr_pass *p, const tr_moe_weights *w, tr_err *err)
 {
-    const tr_config *c = m->config;
-    const tr_slice *s = &m->weights->slice;
-    const int d = c->hidden_size, k = c->num_experts_per_tok;
-    /* What is not a partial sum must enter the group's sum once: member 0 brings it. */
-    const int partial = s->moe_partial || s->shared_partial,
-              first = tr_comm_rank(m->groups.stage) == 0;
-    const int routed_here = s->moe_partial || !partial || first;
-    const int shared_here = s->shared_partial || !partial || first;
-    tr_status st = route(m, p, w, layer, err);
+    if (!m->weights->slice.shared_adds || w->shared.inner == 0) return nothing(m, p, err);
+    return mlp(m, p, &w->shared, m->ws.block_out, err);
+}
 
-    if (st == TR_OK && routed_here) {
-        m->note_flops = 6.0 * p->n * k * d * w->inner;
+/* Every rank of the MoE group has these rows, so each computes what its own experts make of all of them. */
+static tr_status own_experts(tr_model *m, const tr_pass *p, const tr_moe_weights *w, tr_err *err)
+{
+    const int d = m->config->hidden_size, k = m->config->num_experts_per_tok;
+    tr_status st = TR_RUN(m, moe_pack, err, .n = p->rows.n, .n_max = m->max_rows, .k = k,
+                          .e_first = w->e_first, .n_local = w->n_local, .expert = m->ws.expert,
+                          .start = m->ws.start, .pair = m->ws.pair);
+    m->note_flops = 6.0 * p->n * k * d * w->inner;
+    if (st == TR_OK)
         st = TR_RUN(m, moe, err, .n = p->rows.n, .n_max = m->max_rows, .k = k,
                     .n_local = w->n_local, .gate_up = &w->gate_up, .down = &w->down,
                     .in = {.x = m->ws.normed, .ld = (size_t)d, .n_max = m->max_rows, .d = d},
                     .start = m->ws.start, .pair = m->ws.pair, .out = m->ws.expert_out,
                     .workspace = m->ws.scratch, .workspace_bytes = m->ws.scratch_bytes);
-    }
-    if (st == TR_OK && shared_here && w->shared.inner > 0)
-        st = mlp(m, p, &w->shared, m->ws.block_out, err);
+    if (st == TR_OK) st = shared(m, p, w, err);
     if (st == TR_OK)
         st = TR_RUN(m, moe_combine, err, .n = p->rows.n, .n_max = m->max_rows, .k = k, .d = d,
-                    .e_first = w->e_first, .n_local = routed_here ? w->n_local : 0,
-                    .expert = m->ws.expert, .weight = m->ws.weight, .y = m->ws.expert_out,
-                    .shared = shared_here && w->shared.inner > 0 ? m->ws.block_out : NULL,
+                    .e_first = w->e_first, .n_local = w->n_local, .expert = m->ws.expert,
+                    .weight = m->ws.weight, .y = m->ws.expert_out, .shared = m->ws.block_out,
                     .out = m->ws.block_out);
-    if (st == TR_OK && partial) st = tr_model_reduce(m, p, m->groups.stage, m->ws.block_out, err);
     return st;
+}
+
+tr_status tr_moe_forward(tr_model *m, const tr_pass *p, const tr_moe_weights *w, int layer,
+                         tr_err *err)
+{
+    tr_status st = route(m, p, w, layer, err);
+
+    if (st != TR_OK) return st;
+    if (m->moe_exchange)
+        st = tr_moe_exchange(m, p, w, m->ws.block_out, shared, err);
+    else
+        st = own_experts(m, p, w, err);
+    /* Partial sums of the shared expert, of each member's experts, or of its share of the rows. */
+    return st == TR_OK ? tr_model_reduce(m, p, m->groups.attn_tp, m->ws.block_out, err) : st;
 }

@@ -67,6 +67,60 @@ static void widths(const tr_weights *w, int *mlp_inner, int *expert_inner)
     }
 }
 
+/* How many rows a member of the MoE group sends to experts at a time: what may come then is no more than a step's rows. */
+static void choose_rounds(tr_model *m)
+{
+    const int members = tr_comm_size(m->groups.moe);
+    m->moe_rows = m->max_rows;
+    if (!m->moe_exchange) return;
+    m->moe_share = largest(1, m->max_rows / members);
+    m->moe_rows = m->moe_share * members;
+}
+
+/* What only some grids need: rows to experts elsewhere, to the next stage, head rows and logits of other members. */
+static tr_status take_exchanges(tr_model *m, tr_err *err)
+{
+    const tr_config *c = m->config;
+    const tr_slice *slice = &m->weights->slice;
+    tr_workspace *ws = &m->ws;
+    const size_t n = (size_t)m->max_rows, hidden = (size_t)c->hidden_size;
+    const int k = c->num_experts_per_tok, members = tr_comm_size(m->groups.moe),
+              n_ep = members / m->groups.n_xt;
+    const size_t record = tr_dispatch_bytes(c->hidden_size, k), n_in = (size_t)m->moe_rows,
+                 n_out = (size_t)m->moe_share * (size_t)(k < n_ep ? k : n_ep) *
+                         (size_t)m->groups.n_xt;
+    const size_t part = sizeof(tr_sample_part) > sizeof(tr_logprob_part) ? sizeof(tr_sample_part)
+                                                                         : sizeof(tr_logprob_part),
+                 chunk = (size_t)m->n_head_chunk, tp = (size_t)tr_comm_size(m->groups.attn_tp);
+    const struct {
+        int wanted;
+        void *out;
+        size_t rows, columns;
+    } list[] = {
+        {m->moe_exchange, &ws->moe.out, n_out, record / 4},
+        {m->moe_exchange, &ws->moe.in, n_in, record / 4},
+        {m->moe_exchange, &ws->moe.count, (size_t)members, 1},
+        {m->moe_exchange, &ws->moe.origin, n_out, 1},
+        {m->moe_exchange, &ws->moe.expert, n_in, (size_t)k},
+        {m->moe_exchange, &ws->moe.weight, n_in, (size_t)k},
+        {m->moe_exchange, &ws->moe.n, 1, 1},
+        {m->moe_exchange, &ws->moe.y, n_in, hidden},
+        {m->moe_exchange, &ws->moe.back, n_out, hidden},
+        {!slice->head, &ws->handoff, n, hidden},
+        {tr_comm_size(m->groups.attn_cp) > 1, &ws->head_own, n, hidden},
+        {tr_comm_size(m->groups.attn_cp) > 1, &ws->head_all, n, hidden},
+        {slice->head_partial, &ws->logits_all, (size_t)c->vocab_size, 1},
+        {slice->head_partial, &ws->part_own, chunk, part / 4},
+        {slice->head_partial, &ws->part_all, chunk * tp, part / 4},
+        {slice->head_partial, &ws->better_own, chunk, 1},
+        {slice->head_partial, &ws->better_all, chunk * tp, 1},
+    };
+    tr_status st = TR_OK;
+    for (size_t i = 0; i < sizeof list / sizeof *list && st == TR_OK; i++)
+        if (list[i].wanted) st = take4(m, list[i].rows, list[i].columns, list[i].out, err);
+    return st;
+}
+
 static tr_status take_workspace(tr_model *m, tr_err *err)
 {
     const tr_config *c = m->config;
@@ -77,6 +131,8 @@ static tr_status take_workspace(tr_model *m, tr_err *err)
                  hidden = (size_t)c->hidden_size;
     int mlp_inner, expert_inner;
     widths(m->weights, &mlp_inner, &expert_inner);
+    choose_rounds(m);
+    const size_t n_moe = (size_t)m->moe_rows;
 
     const struct {
         void *out;
@@ -105,11 +161,11 @@ static tr_status take_workspace(tr_model *m, tr_err *err)
         {&ws->expert, n, k},
         {&ws->weight, n, k},
         {&ws->start, (size_t)c->n_routed_experts + 1, 1},
-        {&ws->pair, n, k},
-        {&ws->expert_out, n * k, hidden},
+        {&ws->pair, n_moe, k},
+        {&ws->expert_out, n_moe * k, hidden},
         {&ws->n_head, 1, 1},
         {&ws->head_in, (size_t)m->n_head_chunk, hidden},
-        {&ws->logits, (size_t)m->n_head_chunk, (size_t)c->vocab_size},
+        {&ws->logits, (size_t)m->n_head_chunk, (size_t)m->weights->slice.vocab.n},
     };
     tr_status st = TR_OK;
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted && st == TR_OK; i++)
@@ -117,13 +173,14 @@ static tr_status take_workspace(tr_model *m, tr_err *err)
     if (st != TR_OK) return st;
 
     size_t sizes[] = {
-        m->ops->moe_workspace(m->max_rows, c->num_experts_per_tok, c->hidden_size, expert_inner),
+        m->ops->moe_workspace(m->moe_rows, c->num_experts_per_tok, c->hidden_size, expert_inner),
         m->ops->sparse_mla_workspace(m->max_rows, m->heads, c->kv_lora_rank),
         m->ops->sample_workspace(m->n_head_chunk, c->vocab_size),
     };
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         if (sizes[i] > ws->scratch_bytes) ws->scratch_bytes = sizes[i];
-    return tr_model_take(m, ws->scratch_bytes, &ws->scratch, err);
+    st = tr_model_take(m, ws->scratch_bytes, &ws->scratch, err);
+    return st == TR_OK ? take_exchanges(m, err) : st;
 }
 
 static tr_status take_slots(tr_model *m, int n_slots, tr_err *err)

@@ -6,17 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/size.h"
 #include "model/model_priv.h"
-
-/* A step's own memory: plan and rows on the device, outputs on device and host. */
-struct tr_step_memory {
-    void *plan; /* device copy of the block */
-    tr_rows rows;
-    int32_t *token, *rank, *top_token; /* device: [n_head_max] (x TR_MAX_LOGPROBS) */
-    float *logprob, *top_logprob;
-    void *owned[24];
-    int n_owned;
-};
 
 /* ---- running operations ------------------------------------------------------------------------------------------- */
 
@@ -24,7 +15,7 @@ tr_status tr_model_ran(tr_model *m, const char *op, tr_status st, tr_err *err)
 {
     tr_region_end(m->regions, m->note_bytes, m->note_flops);
     m->note_bytes = m->note_flops = 0;
-    tr_comm_progress(m->groups.stage);
+    tr_comm_progress(m->groups.attn_tp);
     return st == TR_OK ? TR_OK : tr_fail(err, st, "%s: %s", op, m->ops->error(m->device));
 }
 
@@ -39,10 +30,31 @@ tr_status tr_model_linear(tr_model *m, const tr_pass *p, const tr_linear *w, con
         .out = out, .ld_out = (size_t)w->n_out, .out_f32 = 1);
 }
 
+tr_status tr_model_fetch_words(tr_model *m, void *host, const void *dev, size_t bytes, tr_err *err)
+{
+    tr_status st = m->ops->download(m->device, TR_LANE_MAIN, host, dev, bytes);
+    if (st != TR_OK) return tr_fail(err, st, "download: %s", m->ops->error(m->device));
+    const uint64_t ticket = m->ops->ticket(m->device, TR_LANE_MAIN);
+    while (!m->ops->done(m->device, TR_LANE_MAIN, ticket))
+        tr_comm_progress(m->groups.attn_tp);
+    return TR_OK;
+}
+
+tr_status tr_model_await(tr_model *m, tr_comm *group, tr_status begun, tr_ticket ticket, double bytes,
+                         tr_err *err)
+{
+    if (begun != TR_OK) return begun;
+    tr_region_begin(m->regions, m->region_exchange);
+    tr_status st = tr_comm_wait(group, TR_LANE_MAIN, ticket, err);
+    tr_region_end(m->regions, bytes, 0);
+    return st;
+}
+
 tr_status tr_model_reduce(tr_model *m, const tr_pass *p, tr_comm *group, float *x, tr_err *err)
 {
     const size_t n = (size_t)p->n * (size_t)m->config->hidden_size;
     tr_ticket ticket;
+    if (tr_comm_size(group) == 1) return TR_OK;
     tr_region_begin(m->regions, m->region_comm);
     tr_status st = tr_comm_all_reduce(group, x, n, TR_F32, &ticket, err);
     if (st == TR_OK) st = tr_comm_wait(group, TR_LANE_MAIN, ticket, err);
@@ -74,6 +86,8 @@ static void name_regions(tr_model *m)
     m->region_moe = tr_region_id(m->regions, "experts");
     m->region_head = tr_region_id(m->regions, "head");
     m->region_comm = tr_region_id(m->regions, "all_reduce");
+    m->region_exchange = tr_region_id(m->regions, "exchange");
+    m->region_gather = tr_region_id(m->regions, "key_gather");
 }
 
 tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weights *weights,
@@ -94,21 +108,28 @@ tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weig
     m->regions = regions;
     m->max_rows = options->max_rows;
     m->max_model_len = options->max_model_len;
+    m->no_overlap = options->no_overlap;
+    m->moe_exchange = tr_comm_size(groups->moe) != tr_comm_size(groups->attn_tp);
     m->heads = weights->slice.heads.n;
     m->attention_scale = (float)tr_config_attention_scale(config);
     name_regions(m);
 
     st = tr_model_allocate(m, options, has_token, err);
     if (st != TR_OK) goto done;
-    st = tr_share_open(&m->share_key, groups->attn_cp,
-                       tr_index_page_bytes(options->kv_dtype, config->index_head_dim) /
-                           TR_PAGE_TOKENS,
-                       options->max_rows, err);
+    const tr_kv_layer kv = tr_cache_layer(m->cache, 0);
+    const tr_record key = tr_record_index(&kv), latent = tr_record_latent(&kv);
+    st = tr_share_open_record(&m->share_key, groups->attn_cp, &key, options->max_rows, err);
     if (st == TR_OK)
-        st = tr_share_open(
-            &m->share_latent, groups->attn_cp,
-            tr_kv_row_bytes(options->kv_dtype, config->kv_lora_rank, config->qk_rope_head_dim),
-            options->max_rows, err);
+        st = tr_share_open_record(&m->share_latent, groups->attn_cp, &latent, options->max_rows,
+                                  err);
+    if (st == TR_OK && tr_comm_size(groups->attn_cp) > 1) {
+        const tr_plan_limits limits = tr_model_limits(m);
+        m->part = tr_part_create(&limits, options->cp_mode, tr_comm_rank(groups->attn_cp),
+                                 tr_comm_size(groups->attn_cp));
+        m->page_table = tr_calloc((size_t)limits.n_slots * (size_t)limits.max_pages,
+                                  sizeof *m->page_table);
+        if (!m->part || !m->page_table) st = tr_fail(err, TR_E_MEMORY, "out of memory");
+    }
     if (st != TR_OK) goto done;
     *out = m;
     m = NULL;
@@ -123,6 +144,8 @@ void tr_model_free(tr_model *model)
     if (!model) return;
     tr_share_close(model->share_key);
     tr_share_close(model->share_latent);
+    tr_part_free(model->part);
+    free(model->page_table);
     tr_cache_free(model->cache);
     tr_model_release(model);
     free(model);
@@ -184,12 +207,13 @@ tr_status tr_step_create(tr_step *step, tr_model *model, tr_err *err)
         void *out;
         size_t bytes;
     } wanted[] = {
-        {&s->plan, tr_plan_bytes_max(&limits)},
+        {&s->plan, tr_part_bytes_max(&limits)},
         {&s->rows.n, sizeof(int32_t)},
         {&s->rows.n_head, sizeof(int32_t)},
         {&s->rows.token, n * sizeof(int32_t)},
         {&s->rows.slot, n * sizeof(int32_t)},
         {&s->rows.position, n * sizeof(int32_t)},
+        {&s->rows.begin, n * sizeof(int32_t)},
         {&s->rows.write, n * sizeof(int64_t)},
         {&s->rows.dense, n},
         {&s->rows.head_row, n_head * sizeof(int32_t)},
@@ -207,10 +231,32 @@ tr_status tr_step_create(tr_step *step, tr_model *model, tr_err *err)
     };
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted && st == TR_OK; i++)
         st = step_take(s, model, wanted[i].bytes, wanted[i].out, err);
+    const struct {
+        void *out;
+        size_t bytes;
+    } wanted_too[] = {
+        {&s->head_plan, tr_part_bytes_max(&limits)},
+        {&s->head_index, n_head * sizeof(int32_t)},
+        {&s->head_rows.n, sizeof(int32_t)},
+        {&s->head_rows.n_head, sizeof(int32_t)},
+        {&s->head_rows.token, n_head * sizeof(int32_t)},
+        {&s->head_rows.slot, n_head * sizeof(int32_t)},
+        {&s->head_rows.position, n_head * sizeof(int32_t)},
+        {&s->head_rows.begin, n_head * sizeof(int32_t)},
+        {&s->head_rows.write, n_head * sizeof(int64_t)},
+        {&s->head_rows.dense, n_head},
+        {&s->head_rows.head_row, n_head * sizeof(int32_t)},
+        {&s->head_rows.target, n_head * sizeof(int32_t)},
+    };
+    for (size_t i = 0; model->part && i < sizeof wanted_too / sizeof *wanted_too && st == TR_OK; i++)
+        st = step_take(s, model, wanted_too[i].bytes, wanted_too[i].out, err);
     s->rows.n_max = limits.n_rows_max;
     s->rows.n_head_max = limits.n_head_max;
     s->rows.page_table = model->slots.page_table;
     s->rows.max_pages = model->slots.max_pages;
+    s->head_rows.n_max = s->head_rows.n_head_max = limits.n_head_max;
+    s->head_rows.page_table = model->slots.page_table;
+    s->head_rows.max_pages = model->slots.max_pages;
     if (st != TR_OK) tr_step_free(step, model);
     return st;
 }
@@ -224,52 +270,50 @@ void tr_step_free(tr_step *step, tr_model *model)
     memset(step, 0, sizeof *step);
 }
 
+/* Context parallelism: this member's part of the plan, where its and the others' keys go, and which head rows are whose. */
+static tr_status divide(tr_model *m, const tr_plan *plan, struct tr_step_memory *s, tr_err *err)
+{
+    const tr_page_set *set = tr_plan_page_sets(plan);
+    for (int i = 0; i < plan->n_page_sets; i++)
+        m->page_table[(size_t)set[i].slot * (size_t)m->slots.max_pages + (size_t)set[i].i_page] =
+            set[i].page;
+    tr_part_make(m->part, plan, m->page_table, m->slots.max_pages);
+    const int *n_rows = tr_part_written(m->part);
+    const int64_t *write = tr_part_write_rows(m->part);
+    const tr_plan *head = tr_part_head(m->part);
+
+    tr_status st = tr_share_plan(m->share_key, n_rows, write, err);
+    if (st == TR_OK) st = tr_share_plan(m->share_latent, n_rows, write, err);
+    if (st != TR_OK) return st;
+    st = m->ops->upload(m->device, TR_LANE_MAIN, s->head_plan, head, head->bytes);
+    if (st == TR_OK)
+        st = m->ops->upload(m->device, TR_LANE_MAIN, s->head_index, tr_part_head_index(m->part),
+                            (size_t)plan->n_head_rows * sizeof(int32_t));
+    return st == TR_OK ? TR_OK : tr_fail(err, st, "plan upload: %s", m->ops->error(m->device));
+}
+
 /* Plan to the device, rows from it, half-filled pages of forks copied in every layer. */
 static tr_status make_rows(tr_model *m, tr_step *step, tr_pass *p, tr_err *err)
 {
     struct tr_step_memory *s = step->memory;
-    tr_status st = m->ops->upload(m->device, TR_LANE_MAIN, s->plan, step->plan, step->plan->bytes);
-    if (st != TR_OK) return tr_fail(err, st, "plan upload: %s", m->ops->error(m->device));
-    s->rows.max_context = step->plan->max_context;
-    *p = (tr_pass){.plan = step->plan, .rows = s->rows, .n = step->plan->n_rows};
-    st = TR_RUN(m, plan_apply, err, .plan = s->plan, .slots = m->slots, .rows = s->rows);
-    for (int i = 0; i < m->weights->slice.layers.n && step->plan->n_copies > 0 && st == TR_OK; i++)
-        st = TR_RUN(m, pages_copy, err, .plan = s->plan, .kv = tr_cache_layer(m->cache, i));
-    return st;
-}
-
-/* logits of the rows that asked for them, in chunks; a token or a score of each. ws.normed holds RMSNorm(h; norm). */
-static tr_status head(tr_model *m, const tr_pass *p, const tr_step *step, tr_err *err)
-{
-    struct tr_step_memory *s = step->memory;
-    const int d = m->config->hidden_size, vocab = m->config->vocab_size,
-              n_head = p->plan->n_head_rows;
+    const tr_plan *plan = step->plan;
     tr_status st = TR_OK;
 
-    for (int i = 0; i < n_head && st == TR_OK; i += m->n_head_chunk) {
-        const int n = n_head - i < m->n_head_chunk ? n_head - i : m->n_head_chunk;
-        st = TR_RUN(m, rows_gather, err, .index = p->rows.head_row, .n_index = p->rows.n_head,
-                    .i0 = i, .n_rows = n, .d = d, .in = m->ws.normed, .out = m->ws.head_in,
-                    .n_out = m->ws.n_head);
-        m->note_bytes = (double)m->ops->linear_bytes(m->weights->head.format, 1, vocab, d);
-        m->note_flops = 2.0 * n * vocab * d;
-        if (st == TR_OK)
-            st = TR_RUN(
-                m, linear, err, .n = m->ws.n_head, .n_max = m->n_head_chunk, .w = &m->weights->head,
-                .in = {.x = m->ws.head_in, .ld = (size_t)d, .n_max = m->n_head_chunk, .d = d},
-                .out = m->ws.logits, .ld_out = (size_t)vocab, .out_f32 = 1);
+    if (m->part) {
+        st = divide(m, plan, s, err);
         if (st != TR_OK) return st;
-        tr_model_show(m, "logits", -1, i, n, vocab, (size_t)vocab, m->ws.logits);
-        st = TR_RUN(m, sample, err, .rows = &p->rows, .i_head = i, .n_rows = n, .n_vocab = vocab,
-                    .logits = m->ws.logits, .ld = (size_t)vocab, .has_token = m->has_token,
-                    .slots = m->slots, .plan = s->plan, .token_out = s->token,
-                    .workspace = m->ws.scratch, .workspace_bytes = m->ws.scratch_bytes);
-        if (st == TR_OK)
-            st = TR_RUN(m, logprobs, err, .rows = &p->rows, .i_head = i, .n_rows = n,
-                        .n_vocab = vocab, .logits = m->ws.logits, .ld = (size_t)vocab,
-                        .slots = m->slots, .token_out = s->token, .logprob = s->logprob,
-                        .rank = s->rank, .top_token = s->top_token, .top_logprob = s->top_logprob);
+        plan = tr_part_rows(m->part);
     }
+    st = m->ops->upload(m->device, TR_LANE_MAIN, s->plan, plan, plan->bytes);
+    if (st != TR_OK) return tr_fail(err, st, "plan upload: %s", m->ops->error(m->device));
+    s->rows.max_context = s->head_rows.max_context = plan->max_context;
+    *p = (tr_pass){.plan = plan, .rows = s->rows, .n = plan->n_rows};
+    st = TR_RUN(m, plan_apply, err, .plan = s->plan, .slots = m->slots, .rows = s->rows);
+    if (m->part && st == TR_OK)
+        st = TR_RUN(m, plan_apply, err, .plan = s->head_plan, .slots = m->slots,
+                    .rows = s->head_rows, .rows_only = 1);
+    for (int i = 0; i < m->weights->slice.layers.n && plan->n_copies > 0 && st == TR_OK; i++)
+        st = TR_RUN(m, pages_copy, err, .plan = s->plan, .kv = tr_cache_layer(m->cache, i));
     return st;
 }
 
@@ -290,45 +334,61 @@ static tr_status fetch(tr_model *m, tr_step *step, tr_err *err)
     return st == TR_OK ? TR_OK : tr_fail(err, st, "outputs: %s", m->ops->error(m->device));
 }
 
-/* embed, layers, final norm, head. */
-static tr_status network(tr_model *m, const tr_pass *p, tr_step *step, tr_err *err)
+/* The sum that is still to be made, and RMSNorm of it with `weight`. */
+static tr_status last_norm(tr_model *m, const tr_pass *p, const float *weight, tr_err *err)
 {
-    const tr_config *c = m->config;
-    const tr_slice *slice = &m->weights->slice;
-    const int d = c->hidden_size, last = slice->layers.begin + slice->layers.n - 1;
-    tr_status st = TR_RUN(m, embed, err, .rows = &p->rows, .table = m->weights->embed,
-                          .dtype = m->weights->embed_dtype, .first = 0, .n_table = c->vocab_size,
-                          .d = d, .out = m->ws.hidden);
-    if (st == TR_OK) tr_model_show(m, "embed", -1, 0, p->n, d, (size_t)d, m->ws.hidden);
+    const size_t d = (size_t)m->config->hidden_size;
+    return TR_RUN(m, norm, err, .n = p->rows.n, .n_max = m->max_rows, .d = (int)d,
+                  .add = m->ws.block_out, .ld_add = d, .residual = m->ws.hidden, .ld_residual = d,
+                  .weight = weight, .eps = (float)m->config->rms_norm_eps, .out = m->ws.normed,
+                  .ld_out = d);
+}
 
+/* ws.hidden of this stage's first layer. */
+static tr_status network_begin(tr_model *m, const tr_pass *p, tr_err *err)
+{
+    const int d = m->config->hidden_size;
+    if (!m->weights->slice.embed) return tr_stage_receive(m, p, err);
+    tr_status st = TR_RUN(m, embed, err, .rows = &p->rows, .table = m->weights->embed,
+                          .dtype = m->weights->embed_dtype, .first = 0,
+                          .n_table = m->config->vocab_size, .d = d, .out = m->ws.hidden);
+    if (st == TR_OK) tr_model_show(m, "embed", -1, 0, p->n, d, (size_t)d, m->ws.hidden);
+    return st;
+}
+
+static tr_status network_end(tr_model *m, const tr_pass *p, tr_step *step, tr_err *err)
+{
+    const tr_slice *slice = &m->weights->slice;
+    const int d = m->config->hidden_size, last = slice->layers.begin + slice->layers.n - 1;
+
+    if (!slice->head) { /* of the norm's two results the sum alone is wanted: the next stage has the weight */
+        tr_status st = last_norm(m, p, m->weights->layer[0].post_norm, err);
+        return st == TR_OK ? tr_stage_send(m, p, err) : st;
+    }
+    tr_region_begin(m->regions, m->region_head);
+    tr_status st = last_norm(m, p, m->weights->norm, err);
+    if (st == TR_OK) {
+        tr_model_show(m, "hidden", last, 0, p->n, d, (size_t)d, m->ws.hidden);
+        tr_model_show(m, "final", -1, 0, p->n, d, (size_t)d, m->ws.normed);
+        if (step->plan->n_head_rows > 0) st = tr_head_forward(m, p, step->memory, err);
+    }
+    tr_region_end(m->regions, 0, 0);
+    return st == TR_OK ? TR_OK : tr_within(err, "head");
+}
+
+/* embed or receive, layers, norm and head or send. */
+static tr_status network(tr_model *m, tr_pass *p, tr_step *step, tr_err *err)
+{
+    const tr_slice *slice = &m->weights->slice;
+    tr_status st = tr_moe_rounds(m, p, err);
+
+    if (st == TR_OK) st = network_begin(m, p, err);
     for (int i = 0; i < slice->layers.n && st == TR_OK; i++) {
         st =
             tr_layer_forward(m, p, i, slice->layers.begin + i, i > 0 ? m->ws.block_out : NULL, err);
         if (st != TR_OK) return tr_within(err, "layer %d", slice->layers.begin + i);
     }
-    if (st != TR_OK) return st;
-
-    tr_region_begin(m->regions, m->region_head);
-    const struct tr_norm_args norm = {.n = p->rows.n,
-                                      .n_max = m->max_rows,
-                                      .d = d,
-                                      .add = m->ws.block_out,
-                                      .ld_add = (size_t)d,
-                                      .residual = m->ws.hidden,
-                                      .ld_residual = (size_t)d,
-                                      .weight = m->weights->norm,
-                                      .eps = (float)c->rms_norm_eps,
-                                      .out = m->ws.normed,
-                                      .ld_out = (size_t)d};
-    tr_region_begin(m->regions, m->region_op[TR_OP_ID_norm]);
-    st = tr_model_ran(m, "norm", m->ops->norm(m->device, TR_LANE_MAIN, &norm), err);
-    if (st == TR_OK) {
-        tr_model_show(m, "hidden", last, 0, p->n, d, (size_t)d, m->ws.hidden);
-        tr_model_show(m, "final", -1, 0, p->n, d, (size_t)d, m->ws.normed);
-        st = head(m, p, step, err);
-    }
-    tr_region_end(m->regions, 0, 0);
-    return st == TR_OK ? TR_OK : tr_within(err, "head");
+    return st == TR_OK ? network_end(m, p, step, err) : st;
 }
 
 tr_status tr_model_forward(tr_model *model, tr_step *step, tr_err *err)
@@ -339,9 +399,10 @@ tr_status tr_model_forward(tr_model *model, tr_step *step, tr_err *err)
     step->out.n_head = 0;
     tr_region_begin(model->regions, model->region_step);
     st = make_rows(model, step, &pass, err);
-    if (st == TR_OK && pass.n > 0) {
+    /* A replica without rows still serves the others' with its experts. */
+    if (st == TR_OK && (step->plan->n_rows > 0 || model->moe_exchange)) {
         st = network(model, &pass, step, err);
-        if (st == TR_OK) st = fetch(model, step, err);
+        if (st == TR_OK && model->weights->slice.head) st = fetch(model, step, err);
     }
     step->ticket = model->ops->ticket(model->device, TR_LANE_MAIN);
     tr_region_end(model->regions, 0, 0);

@@ -3,18 +3,25 @@
 #ifndef TR_MODEL_MODEL_H
 #define TR_MODEL_MODEL_H
 
+#include <stdbool.h>
+
 #include "base/region.h"
 #include "kernels/kernels.h"
 #include "model/cache.h"
 #include "model/config.h"
+#include "model/layout.h"
 #include "model/plan.h"
 #include "model/weights.h"
 #include "mpi/comm.h"
 
-typedef struct tr_groups { /* communicators of this rank, borrowed; size 1: tr_comm_self() */
-    tr_comm *stage;        /* MoE and dense MLP sums */
-    tr_comm *attn_tp;      /* o_proj sums */
-    tr_comm *attn_cp;      /* keys and latents */
+/* Communicators of this rank (parallel.md 1.2), borrowed; size 1: tr_comm_self(). Attention uses attn_tp and attn_cp only, so
+ * that replicas with nothing to do cannot hold others up; moe is used by the experts alone. */
+typedef struct tr_groups {
+    tr_comm *attn_tp; /* same rows, other heads: sums of o_proj, dense MLP, experts; index rows; logits */
+    tr_comm *attn_cp; /* same requests, other rows of their prompts: keys, latents, head rows */
+    tr_comm *moe;     /* the EP x XT ranks that hold all experts between them, XT innermost */
+    tr_comm *pp;      /* the same place in every stage */
+    int n_xt;         /* ranks of moe that share each expert's width */
 } tr_groups;
 
 /* What a step leaves for the host; valid when ops->done(ticket). Arrays over head rows, in the order of the spans. */
@@ -39,8 +46,10 @@ typedef struct tr_model_options {
     int max_rows;       /* rows of one step: --max-batch-tokens + --max-sequences */
     int n_slots;        /* --max-sequences, plus what a fork needs */
     int max_model_len;  /* tokens of one sequence */
-    int n_pages;        /* 0: from memory_bytes */
+    int n_pages;        /* 0: from cache_bytes */
     size_t cache_bytes; /* budget for the cache when n_pages is 0 */
+    tr_cp_mode cp_mode; /* how prompt rows are dealt out to attn_cp */
+    bool no_overlap;       /* wait for every exchange where it begins (--no-overlap): the same results */
 } tr_model_options;
 
 /* For tests and --sync-check: called after every named intermediate with its rows; may change them. index scores come
@@ -70,7 +79,9 @@ size_t tr_model_cache_bytes(const tr_model *model), tr_model_workspace_bytes(con
 tr_status tr_step_create(tr_step *step, tr_model *model, tr_err *err);
 void tr_step_free(tr_step *step, tr_model *model);
 
-/* Enqueue one step: apply the plan, embed, this stage's layers, head, sample. step->plan is set by the caller. */
+/* Enqueue one step: apply the plan, embed (or receive from the stage before), this stage's layers, head and sample (or send to
+ * the next stage). step->plan is set by the caller. Every rank of a stage runs every step, with an idle plan if its replica has
+ * nothing to do: the collectives must match. A failure in here leaves the other ranks waiting: end the job. */
 tr_status tr_model_forward(tr_model *model, tr_step *step, tr_err *err);
 /* 1 when the step's outputs are on the host; never blocks. */
 int tr_step_done(const tr_model *model, const tr_step *step);

@@ -3,6 +3,7 @@
 #define TR_MODEL_MODEL_PRIV_H
 
 #include "model/model.h"
+#include "model/part.h"
 
 /* One id per operation, for its profiling region. */
 typedef enum tr_op_id {
@@ -39,9 +40,20 @@ typedef struct tr_workspace {
     int32_t *start;                  /* [local experts + 1] */
     int32_t *pair;                   /* [N * k] */
     float *expert_out;               /* [N * k, hidden] */
+    struct {                         /* rows to experts of other ranks (exchange.c); M rows may come at a time */
+        void *out, *in;              /* [n_out], [M] records */
+        int32_t *count, *origin;     /* [members], [n_out] */
+        int32_t *expert, *n;         /* [M, k]; one word */
+        float *weight, *y, *back;    /* [M, k], [M, hidden], [n_out, hidden] */
+    } moe;
+    float *handoff;                  /* [N, hidden] rows on their way to the next stage; changes places with hidden */
+    float *head_own, *head_all;      /* [N, hidden] head rows of this member, of all (context parallelism) */
     int32_t *n_head;                 /* one word: live rows of a head chunk */
     float *head_in;                  /* [n_head_chunk, hidden] */
-    float *logits;                   /* [n_head_chunk, vocab] */
+    float *logits;                   /* [n_head_chunk, this rank's vocab] */
+    float *logits_all;               /* [vocab]: one row, where the vocabulary is cut; */
+    void *part_own, *part_all;       /* [n_head_chunk] sample or logprob parts, of this member, of all; */
+    int32_t *better_own, *better_all; /* [n_head_chunk], of all */
     void *scratch;                   /* of the operation that runs */
     size_t scratch_bytes;
 } tr_workspace;
@@ -59,6 +71,13 @@ struct tr_model {
 
     int max_rows, n_stripe, n_head_chunk, max_model_len;
     int heads; /* this rank's */
+    int moe_rows, moe_share; /* rows that may come to the experts at a time; of one member */
+    bool moe_exchange; /* rows go to the experts' ranks; else all ranks of moe have the same rows */
+    bool no_overlap;
+    tr_part *part;         /* attn_cp of more than one: what of a plan is this member's */
+    int32_t *page_table;   /* host copy [n_slots, max_pages]; with part only */
+    tr_ticket sent;        /* the last send to the next stage */
+    bool sending;
     float attention_scale;
     tr_cache *cache;
     tr_share *share_key, *share_latent;
@@ -72,16 +91,17 @@ struct tr_model {
     size_t owned_bytes;
 
     int region_op[TR_N_OPS], region_step, region_attention, region_dense, region_moe, region_head,
-        region_comm;
+        region_comm, region_exchange, region_gather;
     double note_bytes,
         note_flops; /* what the next operation moves and computes; cleared when it ends */
 };
 
 /* The rows of the step that runs: live count on the host, for bytes and flops and for skipping what has nothing to do. */
 typedef struct tr_pass {
-    const tr_plan *plan;
+    const tr_plan *plan; /* this member's part */
     tr_rows rows;
-    int n; /* live rows */
+    int n;      /* live rows */
+    int rounds; /* of the exchange with the experts: the same on all its members */
 } tr_pass;
 
 /* Run an operation on the main lane as a region of its name; an error names it. */
@@ -96,7 +116,12 @@ tr_status tr_model_ran(tr_model *m, const char *op, tr_status st, tr_err *err);
 /* out = in w^T for all rows of the pass. */
 tr_status tr_model_linear(tr_model *m, const tr_pass *p, const tr_linear *w, const float *in,
                           float *out, tr_err *err);
-/* Sum of [n, hidden] over a group, begun and awaited. */
+/* A few words from the device, after everything enqueued so far: waits. */
+tr_status tr_model_fetch_words(tr_model *m, void *host, const void *dev, size_t bytes, tr_err *err);
+/* A collective that was begun: wait for it, as a region. */
+tr_status tr_model_await(tr_model *m, tr_comm *group, tr_status begun, tr_ticket ticket, double bytes,
+                         tr_err *err);
+/* Sum of [n, hidden] over a group, begun and awaited; nothing in a group of one. */
 tr_status tr_model_reduce(tr_model *m, const tr_pass *p, tr_comm *group, float *x, tr_err *err);
 /* Show a named intermediate to the probe, if there is one. */
 void tr_model_show(tr_model *m, const char *name, int layer, int i_row, int n_rows, int n_cols,
@@ -113,6 +138,35 @@ tr_status tr_attention_forward(tr_model *m, const tr_pass *p, const tr_attention
 tr_status tr_dense_forward(tr_model *m, const tr_pass *p, const tr_mlp_weights *w, tr_err *err);
 tr_status tr_moe_forward(tr_model *m, const tr_pass *p, const tr_moe_weights *w, int layer,
                          tr_err *err);
+
+/* exchange.c: out += what the experts of all ranks make of this rank's share of the rows of ws.normed (experts and weights are
+ * chosen). meanwhile: run once, while the first rows travel. */
+tr_status tr_moe_exchange(tr_model *m, const tr_pass *p, const tr_moe_weights *w, float *out,
+                          tr_status (*meanwhile)(tr_model *, const tr_pass *, const tr_moe_weights *,
+                                                 tr_err *),
+                          tr_err *err);
+/* The rounds of exchange this step needs: collective over moe. */
+tr_status tr_moe_rounds(tr_model *m, tr_pass *p, tr_err *err);
+
+/* stage.c: ws.hidden from the stage before, to the next one. */
+tr_status tr_stage_receive(tr_model *m, const tr_pass *p, tr_err *err);
+tr_status tr_stage_send(tr_model *m, const tr_pass *p, tr_err *err);
+
+/* head.c: logits of the rows that asked for them, and a token or a score of each. ws.normed: RMSNorm of the last layer. */
+tr_status tr_head_forward(tr_model *m, const tr_pass *p, struct tr_step_memory *s, tr_err *err);
+
+/* A step's own memory: plan and rows on the device, outputs on device and host. */
+struct tr_step_memory {
+    void *plan; /* device copy of the block; of this member's part */
+    tr_rows rows;
+    void *head_plan;        /* with parts: the whole plan's head rows, */
+    tr_rows head_rows;      /* each a row of its own */
+    int32_t *head_index;    /* [n_head] where each of them lies in ws.head_all */
+    int32_t *token, *rank, *top_token; /* device: [n_head_max] (x TR_MAX_LOGPROBS) */
+    float *logprob, *top_logprob;
+    void *owned[40];
+    int n_owned;
+};
 
 /* memory.c: everything a model allocates, at creation. */
 tr_status tr_model_allocate(tr_model *m, const tr_model_options *options, const uint32_t *has_token,

@@ -113,7 +113,8 @@ void tr_plan_begin(tr_plan_builder *b, uint64_t step, uint32_t flags)
 {
     memset(b->n, 0, sizeof b->n);
     b->step = step;
-    b->flags = flags & (TR_PLAN_STOP | TR_PLAN_IDLE | TR_PLAN_PROFILE | TR_PLAN_AFTER_TOKENS);
+    b->flags = flags & (TR_PLAN_STOP | TR_PLAN_IDLE | TR_PLAN_PROFILE | TR_PLAN_AFTER_TOKENS |
+                        TR_PLAN_HAS_SCORES);
     b->n_rows = b->n_head_rows = 0;
 }
 
@@ -273,7 +274,7 @@ static tr_status check_span(const tr_plan *p, int i, const tr_plan_limits *l, tr
     if (s->kind != TR_SPAN_PREFILL && s->kind != TR_SPAN_DECODE)
         return REFUSE("span %d: kind %d is not known", i, s->kind);
     if (s->owner != -1 && s->owner != 0) return REFUSE("span %d: owner %d", i, s->owner);
-    if (s->pad || (s->flags & ~(uint32_t)TR_SPAN_DENSE))
+    if (s->skip || s->begin || s->end || (s->flags & ~(uint32_t)TR_SPAN_DENSE))
         return REFUSE("span %d: flags %x", i, (unsigned)s->flags);
     if (!within(s->slot, 0, l->n_slots)) return REFUSE("span %d: slot %d", i, (int)s->slot);
     if (!within(s->n_rows, 1, (int64_t)l->n_rows_max + 1))
@@ -342,7 +343,8 @@ static tr_status check_spans(const tr_plan *p, const tr_plan_limits *l, tr_err *
                 : p->max_context != context)
         return REFUSE("largest context %d announced, %d there", (int)p->max_context, context);
 
-    const uint32_t given = TR_PLAN_STOP | TR_PLAN_IDLE | TR_PLAN_PROFILE | TR_PLAN_AFTER_TOKENS;
+    const uint32_t given = TR_PLAN_STOP | TR_PLAN_IDLE | TR_PLAN_PROFILE | TR_PLAN_AFTER_TOKENS |
+                           TR_PLAN_HAS_SCORES;
     if ((p->flags & ~given) != has_flags(span, p->n_spans, p->max_context, l->index_topk))
         return REFUSE("flags %x do not match the spans", (unsigned)p->flags);
     if (((p->flags & (TR_PLAN_STOP | TR_PLAN_IDLE)) != 0) != (p->n_spans == 0))

@@ -20,6 +20,11 @@ static tr_range uneven_part(int width, int i, int n)
     return (tr_range){.begin = begin, .n = end - begin};
 }
 
+tr_range tr_slice_vocab(const tr_config *config, int i, int n)
+{
+    return uneven_part(config->vocab_size, i, n);
+}
+
 int tr_slice_parts(int width, int n)
 {
     int best = 1;
@@ -86,8 +91,8 @@ tr_status tr_slice_make(tr_slice *out, const tr_config *config, const tr_grid *g
     out->dense_inner =
         cut_inner(config->intermediate_size, at->tp, n->tp, &out->dense_partial, &out->dense_adds);
     out->shared_inner = cut_inner(shared, at->tp, n->tp, &out->shared_partial, &out->shared_adds);
-    out->vocab = part(config->vocab_size, 0, 1);
-    out->vocab_part = uneven_part(config->vocab_size, at->tp, n->tp);
+    out->vocab = tr_slice_vocab(config, at->tp, n->tp);
+    out->head_partial = n->tp > 1;
     out->embed = at->pp == 0;
     out->head = at->pp == n->pp - 1;
     out->attention_partial = n->tp > 1;

@@ -29,9 +29,9 @@ typedef struct tr_slice {  /* what this rank holds */
     /* Of intermediate_size and of the shared expert's width: cut into the largest divisor of tp that stays on the grid of
      * 128 (parallel.md 1.3 rule 4), else whole. With fewer parts than members some members hold the same part. */
     tr_range dense_inner, shared_inner;
-    tr_range vocab; /* lm_head rows it loads: all, while every member samples from whole logits */
-    tr_range vocab_part;   /* its lm_head rows when logits are merged over ATTN_TP */
+    tr_range vocab;        /* lm_head rows */
     int embed, head;       /* this stage embeds; this stage has norm and lm_head */
+    int head_partial;      /* vocab is a part: the other members of ATTN_TP have the others */
     int attention_partial; /* o_proj's output is a partial sum over ATTN_TP */
     int dense_partial;     /* the dense MLP's output is a partial sum over ATTN_TP */
     int moe_partial;       /* the routed experts' is one over MOE, ep x moe-tp ranks */
@@ -43,6 +43,9 @@ typedef struct tr_slice {  /* what this rank holds */
 
 /* TR_E_USAGE: heads, experts, widths, layers or the vocabulary do not divide; every reason is named. */
 tr_status tr_slice_make(tr_slice *out, const tr_config *config, const tr_grid *grid, tr_err *err);
+
+/* lm_head rows of member i of an attention group of n. */
+tr_range tr_slice_vocab(const tr_config *config, int i, int n);
 
 /* The counts that the rules of mpi/grid.h ask for. */
 tr_grid_limits tr_slice_limits(const tr_config *config);

@@ -1,0 +1,88 @@
+#include <config.h>
+
+#include <string.h>
+
+#include "kernels/cpu/cpu_priv.h"
+
+/* Rows to the experts of other ranks and back (parallel.md 5.1): what lies between the router and the all-to-all, and between
+ * the all-to-all and the experts. Little more than copies; every order is fixed, so that sums do not depend on arrival. */
+
+/* The choices of row r that destination ep holds, into a record; how many there are. */
+static int pick(const struct tr_moe_dispatch_args *a, int r, int ep, int32_t *expert, float *weight)
+{
+    const int low = ep * a->n_local, high = low + a->n_local;
+    int n = 0;
+
+    for (int j = 0; j < a->k; j++) {
+        const int32_t e = a->expert[(size_t)r * (size_t)a->k + (size_t)j];
+        const int here = e >= low && e < high;
+        expert[j] = here ? e : -1;
+        weight[j] = here ? a->weight[(size_t)r * (size_t)a->k + (size_t)j] : 0;
+        n += here;
+    }
+    return n;
+}
+
+tr_status tr_cpu_moe_dispatch(tr_device *d, tr_lane lane, const struct tr_moe_dispatch_args *a)
+{
+    const size_t bytes = tr_dispatch_bytes(a->d, a->k), row_bytes = (size_t)a->d * sizeof(float);
+    const int n = *a->n;
+    char *record = a->record;
+    int at = 0;
+    (void)lane;
+
+    if (a->step < 1 || a->first < 0 || a->n_local < 1 || a->k < 1)
+        return tr_cpu_fail(d, TR_E_DEVICE, "rows %d, %d.. to experts in groups of %d", a->first,
+                           a->first + a->step, a->n_local);
+    for (int ep = 0; ep < a->n_ep; ep++) {
+        for (int xt = 0; xt < a->n_xt; xt++) {
+            const int begin = at;
+            for (int i = 0; i < a->n_rows && a->first + i * a->step < n; i++) {
+                const int r = a->first + i * a->step;
+                char *to = record + (size_t)at * bytes;
+                int32_t *expert = (int32_t *)(void *)(to + row_bytes);
+                float *weight = (float *)(void *)(to + row_bytes + (size_t)a->k * 4);
+                if (!pick(a, r, ep, expert, weight)) continue;
+                memcpy(to, a->x + (size_t)r * (size_t)a->d, row_bytes);
+                a->origin[at++] = r;
+            }
+            a->count[ep * a->n_xt + xt] = at - begin;
+        }
+    }
+    return TR_OK;
+}
+
+tr_status tr_cpu_moe_receive(tr_device *d, tr_lane lane, const struct tr_moe_receive_args *a)
+{
+    const size_t bytes = tr_dispatch_bytes(a->d, a->k), k = (size_t)a->k;
+    (void)d, (void)lane;
+
+    for (int i = 0; i < a->n_rows; i++) {
+        const char *from = (const char *)a->record + (size_t)i * bytes + (size_t)a->d * 4;
+        memcpy(a->expert + (size_t)i * k, from, k * 4);
+        memcpy(a->weight + (size_t)i * k, from + k * 4, k * 4);
+    }
+    *a->n_out = a->n_rows;
+    return TR_OK;
+}
+
+tr_status tr_cpu_moe_return(tr_device *d, tr_lane lane, const struct tr_moe_return_args *a)
+{
+    const size_t w = (size_t)a->d;
+    (void)d, (void)lane;
+
+    for (int i = 0; i < a->n_rows; i++) {
+        const float *y = a->y + (size_t)i * w;
+        float *out = a->out + (size_t)a->origin[i] * w;
+        for (size_t j = 0; j < w; j++)
+            out[j] += y[j];
+    }
+    return TR_OK;
+}
+
+tr_status tr_cpu_rows_zero(tr_device *d, tr_lane lane, const struct tr_rows_zero_args *a)
+{
+    (void)d, (void)lane;
+    memset(a->out, 0, (size_t)tr_live_rows(a->n, a->n_max) * (size_t)a->d * sizeof(float));
+    return TR_OK;
+}

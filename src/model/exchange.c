@@ -1,0 +1,137 @@
+/* Rows to the ranks that hold their experts, and back (parallel.md 2.4, 5.1): expert parallelism where the ranks of the MoE
+ * group have different rows (data or context parallelism).
+ *
+ * Ranks of one attention group have the same rows, so each takes every tp-th of them; the sum over the attention group, which
+ * the shared expert needs anyway, brings the shares together. A row goes once to every rank that holds one of its experts; what
+ * comes back is the weighted sum over that rank's experts, and the sums are added in the order of the ranks. Rows travel in
+ * rounds of a fixed size, so that the memory does not depend on how uneven the router is; the number of rounds is agreed once a
+ * step. */
+#include <config.h>
+
+#include "model/model_priv.h"
+
+enum { MOST_MEMBERS = 1024 };
+
+/* Records between all members: counts are [members], in records of `bytes`. */
+static tr_status travel(tr_model *m, const void *send, const int32_t *n_send, void *recv,
+                        const int32_t *n_recv, size_t bytes, tr_ticket *ticket, tr_err *err)
+{
+    size_t to[MOST_MEMBERS], from[MOST_MEMBERS];
+    const int n = tr_comm_size(m->groups.moe);
+    for (int i = 0; i < n; i++) {
+        to[i] = (size_t)n_send[i] * bytes;
+        from[i] = (size_t)n_recv[i] * bytes;
+    }
+    return tr_comm_all_to_all(m->groups.moe, send, to, recv, from, ticket, err);
+}
+
+static int sum(const int32_t *n, int members)
+{
+    int total = 0;
+    for (int i = 0; i < members; i++)
+        total += n[i];
+    return total;
+}
+
+static double bytes_of(const int32_t *n, int members, size_t bytes)
+{
+    return (double)sum(n, members) * (double)bytes;
+}
+
+/* This rank's rows of a round as records, and how many each member gets and gives. */
+static tr_status dispatch(tr_model *m, const tr_pass *p, const tr_moe_weights *w, int i_round,
+                          int32_t *n_send, int32_t *n_recv, tr_err *err)
+{
+    const tr_config *c = m->config;
+    const int members = tr_comm_size(m->groups.moe), tp = tr_comm_size(m->groups.attn_tp);
+    size_t word[MOST_MEMBERS];
+    tr_ticket ticket;
+
+    tr_status st =
+        TR_RUN(m, moe_dispatch, err, .n = p->rows.n,
+               .first = tr_comm_rank(m->groups.attn_tp) + i_round * m->moe_share * tp, .step = tp,
+               .n_rows = m->moe_share, .k = c->num_experts_per_tok, .d = c->hidden_size,
+               .n_local = w->n_local, .n_ep = members / m->groups.n_xt, .n_xt = m->groups.n_xt,
+               .expert = m->ws.expert, .weight = m->ws.weight, .x = m->ws.normed,
+               .record = m->ws.moe.out, .count = m->ws.moe.count, .origin = m->ws.moe.origin);
+    if (st == TR_OK)
+        st = tr_model_fetch_words(m, n_send, m->ws.moe.count, (size_t)members * sizeof *n_send,
+                                  err);
+    for (int i = 0; i < members; i++)
+        word[i] = sizeof *n_send;
+    if (st == TR_OK)
+        st = tr_comm_all_to_all(m->groups.moe, n_send, word, n_recv, word, &ticket, err);
+    return tr_model_await(m, m->groups.moe, st, ticket, 4.0 * members, err);
+}
+
+/* What came, through this rank's experts: y [n_in, hidden], weighted. */
+static tr_status experts(tr_model *m, const tr_moe_weights *w, int n_in, tr_err *err)
+{
+    const tr_config *c = m->config;
+    const int d = c->hidden_size, k = c->num_experts_per_tok;
+    const size_t ld = tr_dispatch_bytes(d, k) / sizeof(float);
+
+    tr_status st = TR_RUN(m, moe_receive, err, .record = m->ws.moe.in, .n_rows = n_in, .k = k,
+                          .d = d, .expert = m->ws.moe.expert, .weight = m->ws.moe.weight,
+                          .n_out = m->ws.moe.n);
+    if (st == TR_OK)
+        st = TR_RUN(m, moe_pack, err, .n = m->ws.moe.n, .n_max = m->moe_rows, .k = k,
+                    .e_first = w->e_first, .n_local = w->n_local, .expert = m->ws.moe.expert,
+                    .start = m->ws.start, .pair = m->ws.pair);
+    if (st == TR_OK)
+        st = TR_RUN(m, moe, err, .n = m->ws.moe.n, .n_max = m->moe_rows, .k = k,
+                    .n_local = w->n_local, .gate_up = &w->gate_up, .down = &w->down,
+                    .in = {.x = m->ws.moe.in, .ld = ld, .n_max = m->moe_rows, .d = d},
+                    .start = m->ws.start, .pair = m->ws.pair, .out = m->ws.expert_out,
+                    .workspace = m->ws.scratch, .workspace_bytes = m->ws.scratch_bytes);
+    if (st == TR_OK)
+        st = TR_RUN(m, moe_combine, err, .n = m->ws.moe.n, .n_max = m->moe_rows, .k = k, .d = d,
+                    .e_first = w->e_first, .n_local = w->n_local, .expert = m->ws.moe.expert,
+                    .weight = m->ws.moe.weight, .y = m->ws.expert_out, .out = m->ws.moe.y);
+    return st;
+}
+
+tr_status tr_moe_exchange(tr_model *m, const tr_pass *p, const tr_moe_weights *w, float *out,
+                          tr_status (*meanwhile)(tr_model *, const tr_pass *,
+                                                 const tr_moe_weights *, tr_err *),
+                          tr_err *err)
+{
+    const tr_config *c = m->config;
+    const int members = tr_comm_size(m->groups.moe);
+    const size_t record = tr_dispatch_bytes(c->hidden_size, c->num_experts_per_tok),
+                 row = (size_t)c->hidden_size * sizeof(float);
+    int32_t n_send[MOST_MEMBERS], n_recv[MOST_MEMBERS];
+    tr_status st = TR_OK;
+    tr_ticket ticket;
+
+    for (int i = 0; i < p->rounds && st == TR_OK; i++) {
+        st = dispatch(m, p, w, i, n_send, n_recv, err);
+        if (st != TR_OK) return st;
+        st = travel(m, m->ws.moe.out, n_send, m->ws.moe.in, n_recv, record, &ticket, err);
+        if (st == TR_OK && i == 0 && !m->no_overlap) st = meanwhile(m, p, w, err);
+        st = tr_model_await(m, m->groups.moe, st, ticket, bytes_of(n_send, members, record), err);
+        if (st == TR_OK && i == 0 && m->no_overlap) st = meanwhile(m, p, w, err);
+        if (st == TR_OK) st = experts(m, w, sum(n_recv, members), err);
+        if (st != TR_OK) return st;
+        st = travel(m, m->ws.moe.y, n_recv, m->ws.moe.back, n_send, row, &ticket, err);
+        st = tr_model_await(m, m->groups.moe, st, ticket, bytes_of(n_recv, members, row), err);
+        if (st == TR_OK)
+            st = TR_RUN(m, moe_return, err, .n_rows = sum(n_send, members), .d = c->hidden_size,
+                        .origin = m->ws.moe.origin, .y = m->ws.moe.back, .out = out);
+    }
+    return st;
+}
+
+tr_status tr_moe_rounds(tr_model *m, tr_pass *p, tr_err *err)
+{
+    const int tp = tr_comm_size(m->groups.attn_tp);
+    uint64_t most = (uint64_t)((p->n + tp - 1) / tp); /* member 0 of the attention group has most */
+    tr_ticket ticket;
+
+    p->rounds = 0;
+    if (!m->moe_exchange) return TR_OK;
+    tr_status st = tr_comm_all_max_u64(m->groups.moe, &most, 1, &ticket, err);
+    st = tr_model_await(m, m->groups.moe, st, ticket, 8, err);
+    p->rounds = (int)((most + (uint64_t)m->moe_share - 1) / (uint64_t)m->moe_share);
+    return st;
+}
