@@ -41,13 +41,8 @@ void tr_comm_free(tr_comm *comm);
 int tr_comm_rank(const tr_comm *), tr_comm_size(const tr_comm *);
 const char *tr_comm_name(const tr_comm *); /* "stage", "attn_tp", ...; "self" of the group of one */
 const char *tr_comm_op_name(tr_comm_op);   /* "all_reduce", ... */
-<<<<<<< HEAD
 /* In place. dtype TR_F32 so far; the sum of every element is ((x0 + x1) + x2) + ... over members in rank order, so that
  * it is the same on all members and in every run. */
-=======
-/* In place. dtype TR_F32 so far; the sum of every element is ((x0 + x1) + x2) + ... over members in rank order, so that it is
- * the same on all members and in every run. */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 tr_status tr_comm_all_reduce(tr_comm *, void *buf, size_t n, tr_dtype, tr_ticket *, tr_err *);
 /* bytes[size]: what each member gives; recv holds them in rank order. */
 tr_status tr_comm_all_gather(tr_comm *, const void *send, void *recv, const size_t *bytes,
@@ -83,13 +78,8 @@ uint64_t tr_comm_waited_ns(const tr_comm *, tr_comm_op);
  * gather, ready waits and puts the other members' rows into the cache where they belong. In the group of one there is
  * nothing to do and no plan is needed. Rows of a step that all members compute themselves are in nobody's list. */
 
-<<<<<<< HEAD
 /* Where a row lies in storage made of pages of TR_PAGE_TOKENS rows: piece i of row `page*64 + offset` is the `bytes`
  * bytes at page * page_bytes + at + offset * bytes. */
-=======
-/* Where a row lies in storage made of pages of TR_PAGE_TOKENS rows: piece i of row `page*64 + offset` is the `bytes` bytes at
- * page * page_bytes + at + offset * bytes. */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 enum { TR_RECORD_PIECES = 2 };
 typedef struct tr_record {
     size_t page_bytes;
@@ -109,15 +99,9 @@ tr_status tr_share_open_record(tr_share **, tr_comm *, const tr_record *, int ro
 /* Rows of row_bytes, one behind the other, in storage of any length. */
 tr_status tr_share_open(tr_share **, tr_comm *, size_t row_bytes, int rows_max, tr_err *);
 void tr_share_close(tr_share *);
-<<<<<<< HEAD
 /* n_rows[size]: rows each member writes (0 is good); write_row: their places page*64 + offset, member after member, -1:
  * a pad row that travels nowhere. The same on all members. Both are kept until the next plan, which must not come
  * between begin and ready. If no member writes anything the exchanges of this step send nothing. */
-=======
-/* n_rows[size]: rows each member writes (0 is good); write_row: their places page*64 + offset, member after member, -1: a pad row
- * that travels nowhere. The same on all members. Both are kept until the next plan, which must not come between begin and
- * ready. If no member writes anything the exchanges of this step send nothing. */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 tr_status tr_share_plan(tr_share *, const int *n_rows, const int64_t *write_row, tr_err *);
 /* dst: this rank's storage, of the layer that is being written. */
 tr_status tr_share_begin(tr_share *, const tr_rows *, void *dst, tr_push *push, tr_err *);

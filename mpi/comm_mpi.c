@@ -1,14 +1,8 @@
 /* Communicators over MPI.
  *
-<<<<<<< HEAD
  * An operation is a list of requests and a function that posts the next ones when all have finished: it is over when
  * that posts nothing. Progress tests the requests of every operation in flight, on every communicator of the world: a
  * reduction has two rounds, and a member that waits on one communicator must not keep others waiting on another.
-=======
- * An operation is a list of requests and a function that posts the next ones when all have finished: it is over when that
- * posts nothing. Progress tests the requests of every operation in flight, on every communicator of the world: a reduction
- * has two rounds, and a member that waits on one communicator must not keep others waiting on another.
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
  *
  * One tag per operation: messages of one operation between two members go in the order in which both post them, and
  * rounds of different operations, which members may reach in different order, cannot be taken for each other. */
@@ -84,11 +78,7 @@ static tr_comm_mpi *of(tr_comm *c)
     return (tr_comm_mpi *)c;
 }
 
-<<<<<<< HEAD
 /* ---- messages ---------------------------------------------------------------------------------------------------- */
-=======
-/* ---- messages ------------------------------------------------------------------------------------------------------ */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 
 static bool make_room(operation *o, int n)
 {
@@ -105,12 +95,8 @@ static bool make_room(operation *o, int n)
     return true;
 }
 
-<<<<<<< HEAD
 /* Both sides know the size, so that nothing is sent where there is nothing, and large messages fall into the same
  * pieces. */
-=======
-/* Both sides know the size, so that nothing is sent where there is nothing, and large messages fall into the same pieces. */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 static tr_status post(tr_comm_mpi *c, operation *o, bool receive, int peer, const void *buf,
                       size_t bytes, tr_err *err)
 {
@@ -163,11 +149,7 @@ static int other(const tr_comm_mpi *c, int d)
     return (c->base.rank + d) % c->base.size;
 }
 
-<<<<<<< HEAD
 /* ---- one operation ----------------------------------------------------------------------------------------------- */
-=======
-/* ---- one operation ------------------------------------------------------------------------------------------------- */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 
 static operation *new_operation(tr_comm_mpi *c, tr_comm_op op)
 {
@@ -258,13 +240,8 @@ static tr_status break_down(tr_comm_mpi *c, const operation *o)
     return c->broken.status;
 }
 
-<<<<<<< HEAD
 /* The first step, and into the list unless that was all. A failure leaves the communicator broken: other members may
  * already count on the messages. */
-=======
-/* The first step, and into the list unless that was all. A failure leaves the communicator broken: other members may already
- * count on the messages. */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 static tr_status begin(tr_comm_mpi *c, operation *o, size_t bytes, tr_err *err)
 {
     if (c->broken.status != TR_OK) {
@@ -341,11 +318,7 @@ static tr_status wait_for(tr_comm *base, tr_lane reader, tr_ticket ticket, tr_er
     return c->broken.status == TR_OK ? TR_OK : tr_fail(err, c->broken.status, "%s", c->broken.text);
 }
 
-<<<<<<< HEAD
 /* ---- reductions -------------------------------------------------------------------------------------------------- */
-=======
-/* ---- reductions ---------------------------------------------------------------------------------------------------- */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 
 static size_t element_bytes(const operation *o)
 {
@@ -358,13 +331,8 @@ static char *slot(const tr_comm_mpi *c, const operation *o, int i, size_t n)
     return o->scratch + (size_t)(i < c->base.rank ? i : i - 1) * n * element_bytes(o);
 }
 
-<<<<<<< HEAD
 /* out = ((x0 + x1) + x2) + ... over members in rank order (or the largest), n elements; own and out may be the same.
  * Block by block in the first-level cache; the adding itself is the library's, which uses the machine's widest
-=======
-/* out = ((x0 + x1) + x2) + ... over members in rank order (or the largest), n elements; own and out may be
- * the same. Block by block in the first-level cache; the adding itself is the library's, which uses the machine's widest
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
  * registers (plain loops in place of it: an all-reduce of 1 MiB by two ranks of a Xeon took 10 % longer, bench comm). */
 static tr_status combine(const tr_comm_mpi *c, const operation *o, char *out, const char *own,
                          size_t n, tr_err *err)
@@ -452,13 +420,8 @@ static tr_status post_results(tr_comm_mpi *c, operation *o, tr_err *err)
     return st;
 }
 
-<<<<<<< HEAD
 /* The terms of one window are here, and the results of the one before: reduce, hand on, and go on to the next window.
  * Both rounds are under way together. */
-=======
-/* The terms of one window are here, and the results of the one before: reduce, hand on, and go on to the next window. Both
- * rounds are under way together. */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 static tr_status step_reduce(tr_comm_mpi *c, operation *o, tr_err *err)
 {
     const size_t size = element_bytes(o), most = SCRATCH_MAX / size / (size_t)(c->base.size - 1);
@@ -517,11 +480,7 @@ static tr_status reduce_scatter(tr_comm *base, const void *send, void *recv, siz
     return begin_reduce(base, TR_COMM_REDUCE_SCATTER, send, recv, n, err);
 }
 
-<<<<<<< HEAD
 /* ---- the others -------------------------------------------------------------------------------------------------- */
-=======
-/* ---- the others ---------------------------------------------------------------------------------------------------- */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 
 /* All-to-all, and the gather, which sends the same bytes to everybody: one round. */
 static tr_status step_exchange(tr_comm_mpi *c, operation *o, tr_err *err)
@@ -636,11 +595,7 @@ static tr_status broadcast(tr_comm *base, int root, void *buf, size_t bytes, tr_
     return begin_single(base, TR_COMM_BROADCAST, root, buf, bytes, err);
 }
 
-<<<<<<< HEAD
 /* ---- creation ---------------------------------------------------------------------------------------------------- */
-=======
-/* ---- creation ------------------------------------------------------------------------------------------------------- */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 
 /* What is in flight is given up. Where MPI may still write into the scratch it is left to MPI. */
 static void give_up(operation *o)

@@ -1,12 +1,6 @@
-<<<<<<< HEAD
 /* The flight recorder: what this rank's main thread does, and its last 256 communications (parallel.md 10.2). The main
  * thread writes, the watchdog's thread reads: every function takes the recorder's lock, which nobody holds for long.
  * All functions take NULL for "no recorder" and then do nothing. */
-=======
-/* The flight recorder: what this rank's main thread does, and its last 256 communications (parallel.md 10.2). The main thread
- * writes, the watchdog's thread reads: every function takes the recorder's lock, which nobody holds for long. All functions
- * take NULL for "no recorder" and then do nothing. */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 #ifndef TR_MPI_FLIGHT_H
 #define TR_MPI_FLIGHT_H
 

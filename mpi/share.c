@@ -1,13 +1,7 @@
 /* Rows that every member writes a part of and every member reads whole (context parallelism, parallel.md 3.4). Over
-<<<<<<< HEAD
  * communicators without a push the rows travel as they lie in the cache, quantised: one gather of this step's rows from
  * a buffer in which each member packs its own and finds the others'. In the group of one the writer's rows are the
  * reader's: nobody is pushed to and nothing is awaited. */
-=======
- * communicators without a push the rows travel as they lie in the cache, quantised: one gather of this step's rows from a
- * buffer in which each member packs its own and finds the others'. In the group of one the writer's rows are the reader's:
- * nobody is pushed to and nothing is awaited. */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 #include <config.h>
 
 #include <stdbool.h>
@@ -57,12 +51,8 @@ tr_record tr_record_index(const tr_kv_layer *kv)
         .piece = {{.at = 0, .bytes = key}, {.at = key * TR_PAGE_TOKENS, .bytes = sizeof(float)}}};
 }
 
-<<<<<<< HEAD
 /* Pieces that leave their page, or sizes that do not fit, are an error of the caller's; told before it corrupts a
  * cache. */
-=======
-/* Pieces that leave their page, or sizes that do not fit, are an error of the caller's; told before it corrupts a cache. */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 static bool good_record(const tr_record *r, size_t *row_bytes)
 {
     *row_bytes = 0;

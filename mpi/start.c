@@ -3,32 +3,20 @@
 #include "mpi/start.h"
 
 #include <limits.h>
+#include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include <mpi.h>
 
-/* The text holds the call and the library's own message. */
-static tr_status mpi_failed(tr_err *err, const char *call, int code)
-{
-    char text[MPI_MAX_ERROR_STRING];
-    int n = 0;
+#include "base/clock.h"
+#include "mpi/flight.h"
+#include "mpi/mpi_priv.h"
 
-    if (MPI_Error_string(code, text, &n) != MPI_SUCCESS)
-        snprintf(text, sizeof text, "error %d", code);
-    return tr_fail(err, TR_E_COMM, "%s: %s", call, text);
-}
-
-/* Translated where it appears: sets st and leaves (style.md 3). */
-#define TR_MPI(call)                                                                               \
-    do {                                                                                           \
-        int tr_code = (call);                                                                      \
-        if (tr_code != MPI_SUCCESS) {                                                              \
-            st = mpi_failed(err, #call, tr_code);                                                  \
-            goto done;                                                                             \
-        }                                                                                          \
-    } while (0)
+enum { ABORT_PATIENCE_S = 5 }; /* parallel.md 10.2 */
 
 /* "node07" of "node07.cluster.example". */
 static void host_name(char *host, size_t n)
@@ -93,24 +81,109 @@ static void speak_for(char *out, size_t n, const tr_world *world, const char *te
              text + len - tail, behind);
 }
 
-tr_status tr_agree(const tr_world *world, tr_status mine, tr_err *err)
+/* MPI advances only when called. Others may want the core: after some tests in a row it is offered to them. until_ns 0:
+ * as long as it takes; the watchdog has its own opinion of that. */
+static tr_status finish(MPI_Request *request, uint64_t until_ns, tr_err *err)
 {
     tr_status st = TR_OK;
-    tr_err said = {.status = mine};
-    int failed = mine != TR_OK, lowest = failed ? world->rank : INT_MAX, n_failed = 0;
+    int finished = 0;
 
-    if (world->size == 1) return mine;
-    /* The way of every healthy step: one reduction, nothing else. */
-    TR_MPI(MPI_Allreduce(MPI_IN_PLACE, &lowest, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD));
-    if (lowest == INT_MAX) return TR_OK;
-    TR_MPI(MPI_Allreduce(&failed, &n_failed, 1, MPI_INT, MPI_SUM, MPI_COMM_WORLD));
-    if (world->rank == lowest)
-        speak_for(said.text, sizeof said.text, world, err ? err->text : "", n_failed);
-    TR_MPI(MPI_Bcast(&said, (int)sizeof said, MPI_BYTE, lowest, MPI_COMM_WORLD));
-    st = tr_fail(err, said.status, "%s", said.text);
+    for (int i = 0; !finished; i++) {
+        TR_MPI(MPI_Test(request, &finished, MPI_STATUS_IGNORE));
+        if (finished || i < 100) continue;
+        if (until_ns && tr_now_ns() > until_ns) {
+            st = tr_fail(err, TR_E_COMM, "the other ranks do not come to the agreement");
+            goto done;
+        }
+        sched_yield();
+    }
 
 done:
     return st;
+}
+
+/* What the calls of an agreement read and write. */
+typedef struct agreement {
+    int failed, first, lowest, n_failed;
+    tr_err said;
+} agreement;
+
+static tr_status agree(const tr_world *world, agreement *a, tr_status mine, uint64_t until_ns,
+                       tr_err *err)
+{
+    tr_status st = TR_OK;
+    MPI_Request request;
+
+    *a = (agreement){.failed = mine != TR_OK, .said.status = mine};
+    a->first = a->failed ? world->rank : INT_MAX;
+    /* The way of every healthy step: one reduction, nothing else. */
+    TR_MPI(MPI_Iallreduce(&a->first, &a->lowest, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD, &request));
+    st = finish(&request, until_ns, err);
+    if (st != TR_OK || a->lowest == INT_MAX) goto done;
+    TR_MPI(MPI_Iallreduce(&a->failed, &a->n_failed, 1, MPI_INT, MPI_SUM, MPI_COMM_WORLD, &request));
+    st = finish(&request, until_ns, err);
+    if (st != TR_OK) goto done;
+    if (world->rank == a->lowest)
+        speak_for(a->said.text, sizeof a->said.text, world, err ? err->text : "", a->n_failed);
+    TR_MPI(
+        MPI_Ibcast(&a->said, (int)sizeof a->said, MPI_BYTE, a->lowest, MPI_COMM_WORLD, &request));
+    st = finish(&request, until_ns, err);
+    if (st == TR_OK) st = tr_fail(err, a->said.status, "%s", a->said.text);
+
+done:
+    return st;
+}
+
+tr_status tr_agree(const tr_world *world, tr_status mine, tr_err *err)
+{
+    agreement a;
+
+    if (world->size == 1) return mine;
+    const uint64_t id = tr_flight_begin(world->flight, "world", "agree", 0, sizeof(int));
+    tr_flight_wait(world->flight, id);
+    tr_status st = agree(world, &a, mine, 0, err);
+    tr_flight_done(world->flight, id);
+    return st;
+}
+
+tr_status tr_agree_within(const tr_world *world, tr_status mine, double seconds, tr_err *err)
+{
+    if (world->size == 1) return mine;
+    const tr_err why = err ? *err : (tr_err){.status = mine};
+    agreement *a = malloc(sizeof *a);
+    if (!a) return tr_fail(err, TR_E_MEMORY, "out of memory");
+    const uint64_t until_ns = tr_now_ns() + (uint64_t)(seconds * 1e9);
+    tr_status st = agree(world, a, mine, until_ns, err);
+    if (tr_now_ns() <= until_ns) {
+        free(a);
+    } else if (st != TR_OK) { /* given up: MPI may still write into *a, so it stays */
+        char text[sizeof why.text];
+        speak_for(text, sizeof text, world, mine != TR_OK ? why.text : "all is well here", 1);
+        st = tr_fail(err, TR_E_COMM, "%s; the other ranks did not answer within %g s", text,
+                     seconds);
+    }
+    return st;
+}
+
+static void *exit_later(void *arg)
+{
+    const int *code = arg;
+
+    sleep(ABORT_PATIENCE_S);
+    _exit(*code);
+}
+
+_Noreturn void tr_world_abort(tr_status why)
+{
+    int code = tr_exit_code(why), begun = 0, ended = 0;
+    pthread_t thread;
+
+    /* MPI_Abort is known to hang where the network does. `code` lives as long as this call, which does not return. */
+    if (pthread_create(&thread, NULL, exit_later, &code) == 0) pthread_detach(thread);
+    MPI_Initialized(&begun);
+    MPI_Finalized(&ended);
+    if (begun && !ended) MPI_Abort(MPI_COMM_WORLD, code);
+    _exit(code);
 }
 
 void tr_mpi_version(char *text, size_t n)

@@ -28,20 +28,12 @@ void tr_world_finish(void);
  * "(and 5 more ranks)" behind. `mine` is TR_OK or err->status. Collective over the world. */
 tr_status tr_agree(const tr_world *world, tr_status mine, tr_err *err);
 
-<<<<<<< HEAD
 /* The same after something failed in the middle of a phase, where others may not come: TR_E_COMM when they have not
  * within `seconds`; then nothing but tr_world_abort may follow. */
 tr_status tr_agree_within(const tr_world *world, tr_status mine, double seconds, tr_err *err);
 
 /* Ends the whole job with the exit code of `why`, by MPI_Abort, and this process after 5 s if MPI does not. From any
  * thread. */
-=======
-/* The same after something failed in the middle of a phase, where others may not come: TR_E_COMM when they have not within
- * `seconds`; then nothing but tr_world_abort may follow. */
-tr_status tr_agree_within(const tr_world *world, tr_status mine, double seconds, tr_err *err);
-
-/* Ends the whole job with the exit code of `why`, by MPI_Abort, and this process after 5 s if MPI does not. From any thread. */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 _Noreturn void tr_world_abort(tr_status why);
 
 /* Versions for --version: "Open MPI v4.1.4, ..." on one line into text. */

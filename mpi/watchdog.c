@@ -27,13 +27,8 @@ enum { TEXT_WORDS = 16, HOST_BYTES = 64, LINE_BYTES = 4096 };
 #define PATIENCE_NS 2000000000u /* for the reports of the others before the job is ended */
 #define DEFAULT_S   60.0        /* reliability.md 4, row 15 */
 
-<<<<<<< HEAD
 /* What a rank shows the others of its host: written by its thread alone. Words, not text, so that a reader in another
  * process needs no lock; a text that changes meanwhile is mixed, which only a reader of the message could mind. */
-=======
-/* What a rank shows the others of its host: written by its thread alone. Words, not text, so that a reader in another process
- * needs no lock; a text that changes meanwhile is mixed, which only a reader of the message could mind. */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 typedef struct seat {
     _Atomic uint64_t rank, tick_ns, stage, waits;
     _Atomic uint64_t text[TEXT_WORDS]; /* "step 12, layer 4, attention" */
@@ -63,11 +58,7 @@ struct tr_watchdog {
     bool stop;
 };
 
-<<<<<<< HEAD
 /* ---- what the main thread says ----------------------------------------------------------------------------------- */
-=======
-/* ---- what the main thread says --------------------------------------------------------------------------------------- */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 
 void tr_watchdog_beat(tr_watchdog *wd, uint64_t step)
 {
@@ -94,11 +85,7 @@ void tr_watchdog_leave(tr_watchdog *wd)
     if (wd) tr_flight_leave(wd->flight);
 }
 
-<<<<<<< HEAD
 /* ---- texts ------------------------------------------------------------------------------------------------------- */
-=======
-/* ---- texts ------------------------------------------------------------------------------------------------------------- */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 
 __attribute__((format(printf, 3, 4))) static void add(char *text, size_t room, const char *fmt, ...)
 {
@@ -160,11 +147,7 @@ static bool is_silent(seat *s)
     return stage_of(s) == WATCHING && now > tick && now - tick > SILENT_NS;
 }
 
-<<<<<<< HEAD
 /* ---- the report -------------------------------------------------------------------------------------------------- */
-=======
-/* ---- the report -------------------------------------------------------------------------------------------------------- */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 
 static void report_path(const tr_watchdog *wd, int rank, const char *behind, char *path,
                         size_t room)
@@ -333,11 +316,7 @@ static _Noreturn void end_job(tr_watchdog *wd, const tr_flight_state *s, uint64_
     tr_world_abort(TR_E_COMM);
 }
 
-<<<<<<< HEAD
 /* ---- the thread -------------------------------------------------------------------------------------------------- */
-=======
-/* ---- the thread -------------------------------------------------------------------------------------------------------- */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 
 static bool somebody_reports(tr_watchdog *wd)
 {
@@ -378,13 +357,8 @@ static void *watch(void *arg)
         const uint64_t now_ns = tr_now_ns();
         const tr_flight_state s = tr_flight_look(wd->flight);
         if (now_ns - looked_ns > SILENT_NS) {
-<<<<<<< HEAD
             /* This process itself was stopped. Alone, and the others end the job because of it: nothing to add. With
              * all the others (a suspended job): the clock of the step begins anew. */
-=======
-            /* This process itself was stopped. Alone, and the others end the job because of it: nothing to add. With all the
-             * others (a suspended job): the clock of the step begins anew. */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
             if (somebody_reports(wd)) return NULL;
             awake_ns = now_ns;
         }
@@ -398,11 +372,7 @@ static void *watch(void *arg)
     return NULL;
 }
 
-<<<<<<< HEAD
 /* ---- start and stop ---------------------------------------------------------------------------------------------- */
-=======
-/* ---- start and stop ------------------------------------------------------------------------------------------------------ */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 
 static void *map_seats(const char *name, int flags, size_t bytes)
 {
@@ -416,13 +386,8 @@ static void *map_seats(const char *name, int flags, size_t bytes)
     return p == MAP_FAILED ? NULL : p;
 }
 
-<<<<<<< HEAD
 /* One seat for every rank of this host, in memory without a name once all have it. Where that is not to be had on every
  * rank of the host each has its own seat alone, and silent ranks are not named. */
-=======
-/* One seat for every rank of this host, in memory without a name once all have it. Where that is not to be had on every rank
- * of the host each has its own seat alone, and silent ranks are not named. */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 static tr_status open_seats(tr_watchdog *wd, tr_err *err)
 {
     tr_status st = TR_OK;

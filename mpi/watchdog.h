@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 /* The watchdog: a thread that looks at this rank's heartbeat every 250 ms and ends the job when a step takes longer
  * than it may (reliability.md 4, rows 15 and 16; parallel.md 10.2). The main thread says where it is: beat at every
  * step, enter and leave around stretches of it; the communicators (comm_mpi.h) note what they begin, wait for and
@@ -8,16 +7,6 @@
  * OUT.hang.rank%05d.json (the state and the last 256 collectives), prints one line with its step, layer, communicator
  * and collective number and with the ranks that do not respond or are not waiting, and ends the job with exit code 86.
  * Ranks of other hosts that left no OUT.hang file are named too.
-=======
-/* The watchdog: a thread that looks at this rank's heartbeat every 250 ms and ends the job when a step takes longer than it
- * may (reliability.md 4, rows 15 and 16; parallel.md 10.2). The main thread says where it is: beat at every step, enter and
- * leave around stretches of it; the communicators (comm_mpi.h) note what they begin, wait for and finish.
- *
- * Ranks of one host see each other's state in shared memory. When time is up every rank that still can writes
- * OUT.hang.rank%05d.json (the state and the last 256 collectives), prints one line with its step, layer, communicator and
- * collective number and with the ranks that do not respond or are not waiting, and ends the job with exit code 86. Ranks of
- * other hosts that left no OUT.hang file are named too.
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
  *
  * The thread makes no MPI call but MPI_Abort. */
 #ifndef TR_MPI_WATCHDOG_H
@@ -29,14 +18,9 @@
 
 typedef struct tr_watchdog tr_watchdog;
 
-<<<<<<< HEAD
 /* Collective over the world; world->flight is set until stop. timeout_s: --step-timeout; 0: the default, the larger of
  * 60 s and ten times what tr_watchdog_expect says. out_path: OUT; NULL: no files. An OUT.hang file of an earlier run is
  * removed. */
-=======
-/* Collective over the world; world->flight is set until stop. timeout_s: --step-timeout; 0: the default, the larger of 60 s and
- * ten times what tr_watchdog_expect says. out_path: OUT; NULL: no files. An OUT.hang file of an earlier run is removed. */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 tr_status tr_watchdog_start(tr_watchdog **out, tr_world *world, double timeout_s,
                             const char *out_path, tr_err *err);
 /* Not collective. Before the communicators are freed or after. NULL: nothing. */
@@ -50,12 +34,8 @@ void tr_watchdog_beat(tr_watchdog *wd, uint64_t step);
 void tr_watchdog_rest(tr_watchdog *wd);
 /* How long the step that begins should take, by the measured time per row. */
 void tr_watchdog_expect(tr_watchdog *wd, double seconds);
-<<<<<<< HEAD
 /* What the main thread does: a static string, shown as it is ("attention"), and the layer, -1 for none. They nest, four
  * deep. */
-=======
-/* What the main thread does: a static string, shown as it is ("attention"), and the layer, -1 for none. They nest, four deep. */
->>>>>>> 0efc7d7427e5961299451a891762d4379b9aa618
 void tr_watchdog_enter(tr_watchdog *wd, const char *what, int layer);
 void tr_watchdog_leave(tr_watchdog *wd);
 

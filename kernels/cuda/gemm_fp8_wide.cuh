@@ -28,7 +28,7 @@ template <int WGS_, int W_ROWS_, int CW_, int CT_, bool GROUPED_, bool GATE_UP_>
     /* One product of the warpgroup: PN weight rows, PARTS of them. BATCH stages in flight where registers allow. */
     static constexpr int PARTS = W_ROWS == 256 ? 2 : 1, PN = W_ROWS / PARTS;
     static constexpr int BATCH = PN == 64 ? 4 : PN == 128 && PARTS == 1 ? 2 : 1;
-    static constexpr int MATH_REGISTERS = 232, LOAD_REGISTERS = 40;
+    static constexpr int MATH_REGISTERS = GATE_UP ? 240 : 232, LOAD_REGISTERS = GATE_UP ? 24 : 40;
     static_assert(SMEM_BYTES <= SMEM_BLOCK_MAX, "shared memory");
     static_assert(!GATE_UP || W_ROWS == 256, "a scale block of 128 is 256 rows of gate and up");
 };

@@ -111,31 +111,25 @@ __device__ __forceinline__ void receive(walk_shared *sh, uint32_t keys, int b, u
 }
 
 /* The values of a pair: the even block, then the odd one. p: of the warpgroup's own block. */
-__device__ __forceinline__ void take_pair(walk_shared *sh, uint32_t own, uint32_t others, int wg,
-                                          uint32_t parity, probs &p, float (&o)[128], state &s, int t)
+__device__ __forceinline__ void take_pair(walk_shared *sh, uint32_t tiles, int wg, uint32_t parity,
+                                          probs &p, float (&o)[128], state &s, int t)
 {
-    uint32_t column = (uint32_t)(wg * 4 * TILE);
+    uint32_t even = tiles + BLOCK, odd = tiles + 2 * BLOCK, column = (uint32_t)(wg * 4 * TILE);
     float keep[2];
-    probs other;
+    probs second;
 
-    give(sh, own, wg, p, t);
-    if (wg == 0) {
-        take_reference(s, p, 0, true, keep);
-        take_values(o, keep, p.p, own + column);
-        receive(sh, others, 1, parity, other, t);
-        take_reference(s, other, 1, false, keep);
-        wgmma_wait<0>();
-        warp_arrive(&sh->ring.free[0][0]);
-        take_values(o, keep, other.p, others + column);
-    } else {
-        receive(sh, others, 0, parity, other, t);
-        take_reference(s, other, 0, false, keep);
-        take_values(o, keep, other.p, others + column);
-        take_reference(s, p, 1, true, keep);
-        wgmma_wait<0>();
-        warp_arrive(&sh->ring.free[0][1]);
-        take_values(o, keep, p.p, own + column);
+    give(sh, wg ? odd : even, wg, p, t);
+    if (wg == 1) {
+        second = p;
+        receive(sh, even, 0, parity, p, t);
     }
+    take_reference(s, p, 0, wg == 0, keep);
+    take_values(o, keep, p.p, even + column);
+    if (wg == 0) receive(sh, odd, 1, parity, second, t);
+    take_reference(s, second, 1, wg == 1, keep);
+    wgmma_wait<0>();
+    warp_arrive(&sh->ring.free[0][wg]);
+    take_values(o, keep, second.p, odd + column);
     wgmma_wait<0>();
     warp_arrive(&sh->ring.free[1][wg]);
 }
@@ -172,7 +166,7 @@ __device__ __forceinline__ void math(const job &j, walk_shared *sh, uint32_t til
                                      int wg)
 {
     int t = threadIdx.x % 128, task = blockIdx.x, slot = 0;
-    uint32_t parity = 0, own = tiles + (uint32_t)((1 + wg) * BLOCK), others = tiles + (uint32_t)((2 - wg) * BLOCK);
+    uint32_t parity = 0;
     ring *ring = &sh->ring;
     work w;
 
@@ -195,7 +189,7 @@ __device__ __forceinline__ void math(const job &j, walk_shared *sh, uint32_t til
             float x[32];
             probs p;
             if (!SCORES && wg == 1) barrier_wait(&ring->turn, parity);
-            block_scores<FP8>(x, ring, tiles, own, wg, parity);
+            block_scores<FP8>(x, ring, tiles, tiles + (uint32_t)((1 + wg) * BLOCK), wg, parity);
             if (SCORES) {
                 warp_arrive(&ring->free[wg][0]);
                 warp_arrive(&ring->free[wg][1]);
@@ -207,7 +201,7 @@ __device__ __forceinline__ void math(const job &j, walk_shared *sh, uint32_t til
             if constexpr (SCORES)
                 probs_store(probs_at(j, w.row, w.group, 2 * pair + wg), p, t);
             else
-                take_pair(sh, own, others, wg, parity, p, o, s, t);
+                take_pair(sh, tiles, wg, parity, p, o, s, t);
         }
         if constexpr (!SCORES) finish<FP8>(j, w, sh, slot, wg, t, o, s);
     }

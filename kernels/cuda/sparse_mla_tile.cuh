@@ -37,8 +37,8 @@ enum {
 
 /* Two warpgroups compute; F = 128 or 256 threads fetch. Registers: 256 x 200 + 128 x 104 = 384 x 168, and
  * 256 x 192 + 256 x 64 = 512 x 128. Where the values fill the registers there is no room for 512 threads. */
-template <int F> constexpr int MATH_REGISTERS = F == 128 ? 216 : 192;
-template <int F> constexpr int FETCH_REGISTERS = F == 128 ? 72 : 64;
+template <int F> constexpr int MATH_REGISTERS = F == 128 ? 200 : 192;
+template <int F> constexpr int FETCH_REGISTERS = F == 128 ? 104 : 64;
 
 struct job { /* a launch */
     const int32_t *n;

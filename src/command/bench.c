@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "base/size.h"
+#include "command/bench_comm.h"
 #include "command/command.h"
 
 static const char help_text[] =
@@ -176,6 +177,7 @@ static tr_status parse(int argc, char **argv, tr_bench_options *o, const char **
 
 tr_status tr_command_bench(int argc, char **argv, tr_err *err)
 {
+    if (argc > 1 && strcmp(argv[1], "comm") == 0) return tr_bench_comm(argc - 1, argv + 1, err);
     tr_bench_options options;
     bool help;
     const char **overrides = tr_calloc((size_t)argc, sizeof *overrides);
