@@ -188,6 +188,11 @@ uint64_t tr_comm_waited_ns(const tr_comm *c, tr_comm_op op)
     return c->waited_ns[op];
 }
 
+uint64_t tr_comm_flown_ns(const tr_comm *c, tr_comm_op op)
+{
+    return c->flown_ns[op];
+}
+
 /* ---- the group of one: what a member would get is what it gives --------------------------------------------------- */
 
 static void copy(void *to, const void *from, size_t n)

@@ -66,6 +66,8 @@ void tr_comm_progress(tr_comm *);
 void tr_comm_counts(const tr_comm *, tr_comm_op, uint64_t *calls, uint64_t *bytes);
 /* Time spent in tr_comm_wait for operations of this kind: what was not hidden behind computation. */
 uint64_t tr_comm_waited_ns(const tr_comm *, tr_comm_op);
+/* Time between begin and end of operations of this kind, as far as it was noticed: MPI shows an end only to who looks. */
+uint64_t tr_comm_flown_ns(const tr_comm *, tr_comm_op);
 
 /* ---- shares: context parallelism's exchange (parallel.md 3.4, 3.5) -------------------------------------------------
  *

@@ -46,6 +46,7 @@ struct operation {
     uint64_t ticket, flight;
     tr_comm_op op;
     int tag, stage, root;
+    uint64_t begun_ns;
     bool direct; /* a reduction of one round: everybody gets all terms */
     tr_status (*step)(tr_comm_mpi *, operation *, tr_err *);
     int n_requests, room;
@@ -162,6 +163,7 @@ static operation *new_operation(tr_comm_mpi *c, tr_comm_op op)
     operation kept = *o;
     *o = (operation){.op = op,
                      .ticket = c->base.next_ticket,
+                     .begun_ns = tr_now_ns(),
                      .room = kept.room,
                      .request = kept.request,
                      .status = kept.status,
@@ -276,6 +278,7 @@ static void progress_one(tr_comm_mpi *c)
             continue;
         }
         tr_flight_done(c->world->flight, o->flight);
+        c->base.flown_ns[o->op] += tr_now_ns() - o->begun_ns;
         *at = o->next;
         if (!*at) c->last = at;
         o->next = c->idle;

@@ -11,6 +11,7 @@ struct tr_comm {
     uint64_t next_ticket;
     uint64_t calls[TR_COMM_N_OPS], bytes[TR_COMM_N_OPS];
     uint64_t waited_ns[TR_COMM_N_OPS]; /* by the implementation's wait */
+    uint64_t flown_ns[TR_COMM_N_OPS];  /* by the implementation, from begin to end */
 };
 
 /* Same arguments as the public functions; the public ones count, check the arguments and hand on. */

@@ -456,6 +456,14 @@ static tr_status read_stdin(tr_buf *text, tr_err *err)
     return text->failed ? tr_fail(err, TR_E_MEMORY, "out of memory") : TR_OK;
 }
 
+/* --verbose: where the time went on rank 0. */
+static void print_times(const tr_run *run)
+{
+    if (!run->o->verbose) return;
+    tr_regions_print(&run->opened.regions, stderr);
+    tr_model_print_overlap(run->opened.model, stderr);
+}
+
 bool tr_run_broken(const tr_run *run)
 {
     return run->engine && tr_engine_broken(run->engine);
@@ -495,6 +503,7 @@ tr_status tr_run_job(tr_run *run, tr_err *err)
         return st;
     }
     tr_status st = tr_job_run(&job, &counts, err);
+    print_times(run);
     tr_status changed = tr_input_check(run->input, &later);
     if (changed != TR_OK && (st == TR_OK || st == TR_E_STOP)) {
         st = changed;

@@ -22,6 +22,15 @@ static tr_status norm(tr_model *m, const tr_pass *p, const float *add, const flo
                   .ld_out = (size_t)d);
 }
 
+/* What the gathers of the context-parallel group have cost so far, less (-1) before a layer's attention, more (1) after. */
+static void note_gathers(tr_model *m, int i_layer, int sign)
+{
+    const tr_comm *cp = m->groups.attn_cp;
+    if (!m->overlap) return;
+    m->overlap[i_layer].gather_ns += (uint64_t)sign * tr_comm_flown_ns(cp, TR_COMM_ALL_GATHER);
+    m->overlap[i_layer].exposed_ns += (uint64_t)sign * tr_comm_waited_ns(cp, TR_COMM_ALL_GATHER);
+}
+
 tr_status tr_layer_forward(tr_model *m, const tr_pass *p, int i_layer, int layer, const float *add,
                            tr_err *err)
 {
@@ -38,7 +47,9 @@ tr_status tr_layer_forward(tr_model *m, const tr_pass *p, int i_layer, int layer
     if (st != TR_OK) return st;
 
     tr_region_begin(m->regions, m->region_attention);
+    note_gathers(m, i_layer, -1);
     st = tr_attention_forward(m, p, &w->attention, tr_cache_layer(m->cache, i_layer), layer, err);
+    note_gathers(m, i_layer, 1);
     if (st == TR_OK && m->weights->slice.attention_partial)
         st = tr_model_reduce(m, p, m->groups.attn_tp, m->ws.block_out, err);
     tr_region_end(m->regions, 0, 0);

@@ -128,7 +128,8 @@ tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weig
                                  tr_comm_size(groups->attn_cp));
         m->page_table = tr_calloc((size_t)limits.n_slots * (size_t)limits.max_pages,
                                   sizeof *m->page_table);
-        if (!m->part || !m->page_table) st = tr_fail(err, TR_E_MEMORY, "out of memory");
+        m->overlap = tr_calloc((size_t)m->weights->slice.layers.n, sizeof *m->overlap);
+        if (!m->part || !m->page_table || !m->overlap) st = tr_fail(err, TR_E_MEMORY, "out of memory");
     }
     if (st != TR_OK) goto done;
     *out = m;
@@ -146,6 +147,7 @@ void tr_model_free(tr_model *model)
     tr_share_close(model->share_latent);
     tr_part_free(model->part);
     free(model->page_table);
+    free(model->overlap);
     tr_cache_free(model->cache);
     tr_model_release(model);
     free(model);
@@ -407,6 +409,20 @@ tr_status tr_model_forward(tr_model *model, tr_step *step, tr_err *err)
     step->ticket = model->ops->ticket(model->device, TR_LANE_MAIN);
     tr_region_end(model->regions, 0, 0);
     return st;
+}
+
+void tr_model_print_overlap(const tr_model *model, FILE *out)
+{
+    if (!model->overlap) return;
+    fprintf(out, "%5s %12s %12s %12s %8s\n", "layer", "gather, ms", "exposed, ms", "hidden, ms",
+            "hidden");
+    for (int i = 0; i < model->weights->slice.layers.n; i++) {
+        const double gather = (double)model->overlap[i].gather_ns * 1e-6,
+                     exposed = (double)model->overlap[i].exposed_ns * 1e-6,
+                     hidden = gather > exposed ? gather - exposed : 0;
+        fprintf(out, "%5d %12.3f %12.3f %12.3f %7.1f%%\n", model->weights->slice.layers.begin + i,
+                gather, exposed, hidden, gather > 0 ? 100 * hidden / gather : 0);
+    }
 }
 
 int tr_step_done(const tr_model *model, const tr_step *step)

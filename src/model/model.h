@@ -4,6 +4,7 @@
 #define TR_MODEL_MODEL_H
 
 #include <stdbool.h>
+#include <stdio.h>
 
 #include "base/region.h"
 #include "kernels/kernels.h"
@@ -83,6 +84,9 @@ void tr_step_free(tr_step *step, tr_model *model);
  * the next stage). step->plan is set by the caller. Every rank of a stage runs every step, with an idle plan if its replica has
  * nothing to do: the collectives must match. A failure in here leaves the other ranks waiting: end the job. */
 tr_status tr_model_forward(tr_model *model, tr_step *step, tr_err *err);
+/* Context parallelism: for each layer how long the gathers of keys and latents took, how much of that was waited for (exposed)
+ * and how much was hidden behind the queries. Nothing in a group of one. */
+void tr_model_print_overlap(const tr_model *model, FILE *out);
 /* 1 when the step's outputs are on the host; never blocks. */
 int tr_step_done(const tr_model *model, const tr_step *step);
 

@@ -74,6 +74,9 @@ struct tr_model {
     int moe_rows, moe_share; /* rows that may come to the experts at a time; of one member */
     bool moe_exchange; /* rows go to the experts' ranks; else all ranks of moe have the same rows */
     bool no_overlap;
+    struct tr_overlap {
+        uint64_t gather_ns, exposed_ns;
+    } *overlap;            /* [this stage's layers]; with part only */
     tr_part *part;         /* attn_cp of more than one: what of a plan is this member's */
     int32_t *page_table;   /* host copy [n_slots, max_pages]; with part only */
     tr_ticket sent;        /* the last send to the next stage */
