@@ -407,6 +407,28 @@ struct tr_logprobs_args {
 
 enum { TR_PART_BEST = 64 };
 
+/* Greedy rows need 8 bytes: key[r] is this member's best id (changes and mask applied) as a number that is larger for a larger
+ * logit, then for a smaller id; 0: it has none that may be drawn; all ones: not finite. The largest of all members' keys tells. */
+struct tr_argmax_part_args {
+    const tr_rows *rows;
+    int i_head, n_rows, first, n_vocab; /* n_vocab: this member's */
+    const float *logits;                /* [n_rows, ld]: of this member's ids */
+    size_t ld;
+    const uint32_t *has_token; /* bit per id, of all ids */
+    const tr_plan *plan;
+    uint64_t *key; /* [n_rows] */
+    void *workspace;
+    size_t workspace_bytes; /* sample_workspace(...) */
+};
+/* token_out as sample gives it for greedy rows, from the largest keys. */
+struct tr_argmax_take_args {
+    const tr_rows *rows;
+    int i_head, n_rows;
+    const uint64_t *key; /* [n_rows] */
+    tr_slots slots;
+    int32_t *token_out; /* [n_head] */
+};
+
 /* What one member's ids [first, first + n_vocab) say of a head row to be sampled. */
 typedef struct tr_sample_part {
     uint64_t best[TR_PART_BEST]; /* its best ids, descending: ordered bits of the changed logit above, ~id below; 0: no more */
@@ -489,7 +511,7 @@ struct tr_logprob_merge_args {
     X(plan_apply) X(pages_copy) X(embed) X(norm) X(rows_gather) X(linear) X(swiglu) X(mla_query) X(kv_write) \
     X(index_query) X(index_logits) X(topk) X(sparse_mla) X(dense_mha) X(mla_value) X(router) X(moe_pack) X(moe) \
     X(moe_combine) X(moe_dispatch) X(moe_receive) X(moe_return) X(rows_zero) X(sample) X(logprobs) \
-    X(sample_part) X(sample_merge) X(logprob_part) X(logprob_rank) X(logprob_merge)
+    X(argmax_part) X(argmax_take) X(sample_part) X(sample_merge) X(logprob_part) X(logprob_rank) X(logprob_merge)
 /* clang-format on */
 #define TR_OP(name) tr_status (*name)(tr_device *, tr_lane, const struct tr_##name##_args *);
 

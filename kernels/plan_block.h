@@ -76,6 +76,7 @@ enum {                           /* tr_plan.flags */
            64, /* was planned with the previous step's tokens known on the host */
        TR_PLAN_HAS_SCORES =
            128, /* some slot wants log-probabilities: logprob, rank and top tokens are read */
+       TR_PLAN_GREEDY = 256, /* every sampled row's temperature is 0 */
 };
 
 typedef struct tr_plan { /* header; sections follow */

@@ -61,6 +61,50 @@ tr_status tr_cpu_sample_part(tr_device *d, tr_lane lane, const struct tr_sample_
     return TR_OK;
 }
 
+tr_status tr_cpu_argmax_part(tr_device *d, tr_lane lane, const struct tr_argmax_part_args *a)
+{
+    const int n = tr_chunk_rows(a->rows, a->i_head, a->n_rows);
+    const tr_sample_ids ids = {
+        .plan = a->plan, .has_token = a->has_token, .first = a->first, .n_vocab = a->n_vocab};
+    tr_choice_key *list = a->workspace;
+    (void)lane;
+
+    if (a->workspace_bytes < (size_t)a->n_vocab * sizeof *list)
+        return tr_cpu_fail(d, TR_E_MEMORY, "argmax_part: a workspace of %zu bytes for %d ids",
+                           a->workspace_bytes, a->n_vocab);
+    for (int r = 0; r < n; r++) {
+        const float *logits = a->logits + (size_t)r * a->ld;
+        a->key[r] = UINT64_MAX;
+        if (!tr_all_finite(logits, a->n_vocab)) continue;
+        const int n_ids = tr_sample_collect(&ids, a->i_head + r, logits, list);
+        a->key[r] = 0;
+        for (int i = 0; i < n_ids; i++)
+            if (list[i] > a->key[r]) a->key[r] = list[i];
+    }
+    return TR_OK;
+}
+
+tr_status tr_cpu_argmax_take(tr_device *d, tr_lane lane, const struct tr_argmax_take_args *a)
+{
+    const int n = tr_chunk_rows(a->rows, a->i_head, a->n_rows);
+    (void)d, (void)lane;
+
+    for (int r = 0; r < n; r++) {
+        const int h = a->i_head + r;
+        const uint64_t key = a->key[r];
+        if (key == UINT64_MAX)
+            a->token_out[h] = -2;
+        else if (a->rows->target[h] >= 0)
+            a->token_out[h] = -1;
+        else if (key == 0)
+            a->token_out[h] = -2;
+        else
+            a->slots.last_token[a->rows->slot[a->rows->head_row[h]]] = a->token_out[h] =
+                tr_key_id(key);
+    }
+    return TR_OK;
+}
+
 /* ---- all members' ---------------------------------------------------------------------------- */
 
 typedef struct merged { /* the members' best ids of one row, descending */

@@ -825,6 +825,7 @@ bool tr_engine_broken(const tr_engine *e)
 void tr_engine_watch(tr_engine *e, tr_watchdog *watch)
 {
     e->watch = watch;
+    tr_model_set_watch(e->model, watch);
 }
 
 tr_status tr_engine_run(tr_engine *e, tr_err *err)

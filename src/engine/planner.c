@@ -395,16 +395,19 @@ tr_status tr_scheduler_plan(tr_scheduler *s, const tr_plan **plan, tr_err *err)
         if (q->state == TR_SEQUENCE_RUNNING) i++;
     }
     admit(s);
-    bool scores = false;
+    bool scores = false, greedy = true;
     for (int i = 0; i < s->n_running; i++) {
         const tr_params *p = s->running[i]->group->params;
         n_rows += s->running[i]->n_rows;
-        if (s->running[i]->n_rows) scores = scores || p->n_logprobs >= 0 || p->n_prompt_logprobs >= 0;
+        if (!s->running[i]->n_rows) continue;
+        scores = scores || p->n_logprobs >= 0 || p->n_prompt_logprobs >= 0;
+        greedy = greedy && p->temperature < 1e-5f;
     }
     if (!n_rows) return TR_OK;
 
     tr_plan_begin(s->builder, s->step,
-                  (s->n_flight ? 0 : TR_PLAN_AFTER_TOKENS) | (scores ? TR_PLAN_HAS_SCORES : 0));
+                  (s->n_flight ? 0 : TR_PLAN_AFTER_TOKENS) | (scores ? TR_PLAN_HAS_SCORES : 0) |
+                      (greedy ? TR_PLAN_GREEDY : 0));
     f->n_head = f->n_written = f->n_prefill = f->n_decode = 0;
     for (int i = 0; i < s->n_running; i++) {
         tr_sequence *q = s->running[i];

@@ -100,6 +100,25 @@ static tr_status sample_gathered(tr_model *m, const chunk *c, int r, struct tr_s
                   .workspace_bytes = m->ws.scratch_bytes);
 }
 
+/* Every sampled row is greedy: 8 bytes a row tell the token. */
+static tr_status argmax(tr_model *m, const chunk *c, struct tr_step_memory *s, tr_err *err)
+{
+    const tr_range ids = m->weights->slice.vocab;
+    tr_ticket ticket;
+
+    tr_status st = TR_RUN(m, argmax_part, err, .rows = c->rows, .i_head = c->i, .n_rows = c->n,
+                          .first = ids.begin, .n_vocab = ids.n, .logits = m->ws.logits,
+                          .ld = (size_t)ids.n, .has_token = m->has_token, .plan = c->plan,
+                          .key = m->ws.part_own, .workspace = m->ws.scratch,
+                          .workspace_bytes = m->ws.scratch_bytes);
+    if (st == TR_OK)
+        st = tr_comm_all_max_u64(m->groups.attn_tp, m->ws.part_own, (size_t)c->n, &ticket, err);
+    st = tr_model_await(m, m->groups.attn_tp, st, ticket, 8.0 * c->n, err);
+    if (st != TR_OK) return st;
+    return TR_RUN(m, argmax_take, err, .rows = c->rows, .i_head = c->i, .n_rows = c->n,
+                  .key = m->ws.part_own, .slots = m->slots, .token_out = s->token);
+}
+
 /* Tokens from the parts of all members: nobody has a row's whole logits. */
 static tr_status sample_parts(tr_model *m, const chunk *c, struct tr_step_memory *s, tr_err *err)
 {
@@ -171,7 +190,13 @@ tr_status tr_head_forward(tr_model *m, const tr_pass *p, struct tr_step_memory *
                     .in = m->part ? m->ws.head_all : m->ws.normed, .out = m->ws.head_in,
                     .n_out = m->ws.n_head);
         if (st == TR_OK) st = logits(m, n, err);
-        if (st == TR_OK) st = cut ? sample_parts(m, &c, s, err) : sample_whole(m, &c, s, err);
+        if (st != TR_OK) return st;
+        if (!cut)
+            st = sample_whole(m, &c, s, err);
+        else if (p->plan->flags & TR_PLAN_GREEDY)
+            st = argmax(m, &c, s, err);
+        else
+            st = sample_parts(m, &c, s, err);
         if (st == TR_OK && cut && (p->plan->flags & TR_PLAN_HAS_SCORES))
             st = logprob_parts(m, &c, s, err);
     }

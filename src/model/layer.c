@@ -47,11 +47,13 @@ tr_status tr_layer_forward(tr_model *m, const tr_pass *p, int i_layer, int layer
     if (st != TR_OK) return st;
 
     tr_region_begin(m->regions, m->region_attention);
+    tr_watchdog_enter(m->watch, "attention", layer);
     note_gathers(m, i_layer, -1);
     st = tr_attention_forward(m, p, &w->attention, tr_cache_layer(m->cache, i_layer), layer, err);
     note_gathers(m, i_layer, 1);
     if (st == TR_OK && m->weights->slice.attention_partial)
         st = tr_model_reduce(m, p, m->groups.attn_tp, m->ws.block_out, err);
+    tr_watchdog_leave(m->watch);
     tr_region_end(m->regions, 0, 0);
     if (st != TR_OK) return st;
 
@@ -59,8 +61,10 @@ tr_status tr_layer_forward(tr_model *m, const tr_pass *p, int i_layer, int layer
     if (st != TR_OK) return st;
 
     tr_region_begin(m->regions, w->is_moe ? m->region_moe : m->region_dense);
+    tr_watchdog_enter(m->watch, w->is_moe ? "experts" : "dense", layer);
     st = w->is_moe ? tr_moe_forward(m, p, &w->moe, layer, err)
                    : tr_dense_forward(m, p, &w->mlp, err);
+    tr_watchdog_leave(m->watch);
     tr_region_end(m->regions, 0, 0);
     return st;
 }

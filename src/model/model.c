@@ -158,6 +158,11 @@ void tr_model_set_probe(tr_model *model, const tr_probe *probe)
     model->probe = probe;
 }
 
+void tr_model_set_watch(tr_model *model, tr_watchdog *watch)
+{
+    model->watch = watch;
+}
+
 tr_plan_limits tr_model_limits(const tr_model *model)
 {
     return (tr_plan_limits){.n_slots = model->slots.n_slots,

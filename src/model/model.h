@@ -14,6 +14,7 @@
 #include "model/plan.h"
 #include "model/weights.h"
 #include "mpi/comm.h"
+#include "mpi/watchdog.h"
 
 /* Communicators of this rank (parallel.md 1.2), borrowed; size 1: tr_comm_self(). Attention uses attn_tp and attn_cp only, so
  * that replicas with nothing to do cannot hold others up; moe is used by the experts alone. */
@@ -72,6 +73,7 @@ tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weig
                           tr_regions *regions, tr_err *err);
 void tr_model_free(tr_model *model);
 void tr_model_set_probe(tr_model *model, const tr_probe *probe); /* kept; NULL: none */
+void tr_model_set_watch(tr_model *model, tr_watchdog *watch);    /* kept; NULL: none */
 
 /* What plans for this model may hold. */
 tr_plan_limits tr_model_limits(const tr_model *model);

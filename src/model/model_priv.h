@@ -68,6 +68,7 @@ struct tr_model {
     tr_groups groups;
     tr_regions *regions;
     const tr_probe *probe;
+    tr_watchdog *watch;
 
     int max_rows, n_stripe, n_head_chunk, max_model_len;
     int heads; /* this rank's */

@@ -114,7 +114,7 @@ void tr_plan_begin(tr_plan_builder *b, uint64_t step, uint32_t flags)
     memset(b->n, 0, sizeof b->n);
     b->step = step;
     b->flags = flags & (TR_PLAN_STOP | TR_PLAN_IDLE | TR_PLAN_PROFILE | TR_PLAN_AFTER_TOKENS |
-                        TR_PLAN_HAS_SCORES);
+                        TR_PLAN_HAS_SCORES | TR_PLAN_GREEDY);
     b->n_rows = b->n_head_rows = 0;
 }
 
@@ -344,7 +344,7 @@ static tr_status check_spans(const tr_plan *p, const tr_plan_limits *l, tr_err *
         return REFUSE("largest context %d announced, %d there", (int)p->max_context, context);
 
     const uint32_t given = TR_PLAN_STOP | TR_PLAN_IDLE | TR_PLAN_PROFILE | TR_PLAN_AFTER_TOKENS |
-                           TR_PLAN_HAS_SCORES;
+                           TR_PLAN_HAS_SCORES | TR_PLAN_GREEDY;
     if ((p->flags & ~given) != has_flags(span, p->n_spans, p->max_context, l->index_topk))
         return REFUSE("flags %x do not match the spans", (unsigned)p->flags);
     if (((p->flags & (TR_PLAN_STOP | TR_PLAN_IDLE)) != 0) != (p->n_spans == 0))

@@ -4,6 +4,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -14,6 +16,8 @@
 #include "base/hash.h"
 #include "base/json.h"
 #include "base/size.h"
+
+enum { READERS_MAX = 16, PART_BYTES = 1 << 20 }; /* threads of one read; bytes that are worth one */
 
 struct tr_shard {
     char *path;
@@ -98,6 +102,75 @@ static tr_status check_size(const tr_shard *s, const char *what, tr_err *err)
     return TR_OK;
 }
 
+/* Rows [row, row_end) of `n` bytes, stride apart in the file from `begin` on, one behind the other in dst. */
+typedef struct read_part {
+    const tr_shard *s;
+    const char *what;
+    uint64_t begin, stride;
+    size_t n;
+    int64_t row, row_end;
+    char *dst;
+    pthread_t thread;
+    bool started;
+    tr_err err;
+    tr_status st;
+} read_part;
+
+static void read_rows(read_part *p)
+{
+    const uint64_t at = p->begin + (uint64_t)p->row * p->stride;
+    char *to = p->dst + (size_t)p->row * p->n;
+
+    p->st = TR_OK;
+    if (p->stride == p->n) { /* one run */
+        p->st = read_at(p->s, p->what, at, (size_t)(p->row_end - p->row) * p->n, to, &p->err);
+        return;
+    }
+    for (int64_t r = 0; r < p->row_end - p->row && p->st == TR_OK; r++)
+        p->st = read_at(p->s, p->what, at + (uint64_t)r * p->stride, p->n, to + (size_t)r * p->n,
+                        &p->err);
+}
+
+static void *read_main(void *part)
+{
+    read_rows(part);
+    return NULL;
+}
+
+/* CPUs that this process may use: a copy out of the page cache keeps one busy, and parallel file systems give several
+ * readers more than one. */
+static int reader_count(uint64_t bytes)
+{
+    cpu_set_t set;
+    int n = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+    uint64_t worth = bytes / PART_BYTES;
+    if (n > READERS_MAX) n = READERS_MAX;
+    return worth < (uint64_t)n ? (int)worth : n;
+}
+
+/* By several threads for as long as it takes; the caller reads what no thread could be started for. The first error of
+ * the file's order is the one that is told. */
+static tr_status read_parallel(const read_part *whole, int n, tr_err *err)
+{
+    read_part part[READERS_MAX];
+    tr_status st = TR_OK;
+
+    for (int i = 0; i < n; i++) {
+        part[i] = *whole;
+        part[i].row = whole->row_end / n * i;
+        if (i < n - 1) part[i].row_end = whole->row_end / n * (i + 1);
+        part[i].started = i > 0 && pthread_create(&part[i].thread, NULL, read_main, &part[i]) == 0;
+    }
+    for (int i = 0; i < n; i++)
+        if (!part[i].started) read_rows(&part[i]);
+    for (int i = 0; i < n; i++) {
+        if (part[i].started) pthread_join(part[i].thread, NULL);
+        if (st == TR_OK && part[i].st != TR_OK)
+            st = tr_fail(err, part[i].st, "%s", part[i].err.text);
+    }
+    return st;
+}
+
 tr_status tr_shard_read(const tr_shard *s, const tr_tensor *t, uint64_t begin, size_t n,
                         uint64_t stride, int64_t n_rows, void *dst, tr_err *err)
 {
@@ -109,12 +182,21 @@ tr_status tr_shard_read(const tr_shard *s, const tr_tensor *t, uint64_t begin, s
         return tr_fail(err, TR_E_INPUT, "%s: %s: read of %zu bytes at %ju outside its %ju", s->path,
                        t->name, n, (uintmax_t)begin, (uintmax_t)t->bytes);
     tr_status st = check_size(s, t->name, err);
-    if (st == TR_OK && stride == n) /* one run; end fits size_t because dst holds as much */
-        return read_at(s, t->name, t->offset + begin, (size_t)end, dst, err);
-    for (int64_t r = 0; r < n_rows && st == TR_OK; r++)
-        st = read_at(s, t->name, t->offset + begin + (uint64_t)r * stride, n,
-                     (char *)dst + (size_t)r * n, err);
-    return st;
+    if (st != TR_OK) return st;
+    read_part whole = {.s = s,
+                       .what = t->name,
+                       .begin = t->offset + begin,
+                       .stride = stride,
+                       .n = n,
+                       .row_end = n_rows,
+                       .dst = dst};
+    /* n n_rows cannot wrap: pieces lie side by side inside the tensor. Rows that overlap in the file (stride < n) would
+     * be as many bytes in memory, which the caller has. */
+    int n_readers = reader_count((uint64_t)n * (uint64_t)n_rows);
+    if (n_readers > n_rows) n_readers = (int)n_rows;
+    if (n_readers > 1) return read_parallel(&whole, n_readers, err);
+    read_rows(&whole);
+    return whole.st == TR_OK ? TR_OK : tr_fail(err, whole.st, "%s", whole.err.text);
 }
 
 /* ---- the header --------------------------------------------------------------------------------------------------- */
