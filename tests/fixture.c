@@ -120,13 +120,13 @@ int tr_fixture_run(tr_fixture *f, int slot, const int32_t *tokens, int position,
                               logprob_out ? logprob_out + early_logits : NULL);
     }
     const int dense = form == TR_FORM_AUTO && position + n <= k;
-    tr_plan_begin(f->builder, f->n_steps++, 0);
+    tr_plan_begin(f->builder, f->n_steps++, f->flags);
     const int i_token = tr_plan_add_tokens(f->builder, tokens, n);
     const tr_span span = {.slot = slot,
                           .n_rows = n,
                           .position = position,
                           .i_token = i_token,
-                          .kind = TR_SPAN_PREFILL,
+                          .kind = f->kind,
                           .owner = -1,
                           .n_logits = n_logits,
                           .flags = dense ? TR_SPAN_DENSE : 0};

@@ -22,6 +22,8 @@ typedef struct tr_fixture {
     tr_plan_builder *builder;
     uint32_t *has_token;
     uint64_t n_steps;
+    uint32_t flags; /* of the plans of tr_fixture_run, */
+    int16_t kind;   /* and of their spans */
     tr_err err;
 } tr_fixture;
 

@@ -22,7 +22,7 @@ enum { MODEL_LEN_MAX = 16384, SMALL_FILE_MAX = 16 << 20, N_FIELDS = 17, FIELD_MA
 struct tr_run {
     const tr_batch_options *o;
     tr_world *world;
-    bool leads; /* rank 0 */
+    bool leads;    /* rank 0 */
     int *reporter; /* [dp] */
     tr_watchdog *watchdog;
     tr_log *log;
@@ -427,8 +427,8 @@ tr_status tr_run_engine(tr_run *run, tr_err *err)
         .reporter = run->reporter,
     };
     if (st == TR_OK)
-        st = tr_engine_create(&run->engine, run->opened.model, run->tokenizer,
-                              run->opened.control, &options, run->log, &run->opened.regions, err);
+        st = tr_engine_create(&run->engine, run->opened.model, run->tokenizer, run->opened.control,
+                              &options, run->log, &run->opened.regions, err);
     if (st == TR_OK && run->world->size > 1) {
         st = tr_watchdog_start(&run->watchdog, run->world, (double)run->o->step_timeout,
                                run->o->input && strcmp(run->o->output, "-") ? run->o->output : NULL,

@@ -13,17 +13,23 @@
 #include "command/command.h"
 
 static const char help_text[] =
-    "Usage: trireme bench step -m MODEL [options]\n"
+    "Usage: trireme bench kernels [-m MODEL] [options]\n"
+    "       trireme bench step -m MODEL [options]\n"
     "       trireme bench load -m MODEL [options]\n"
     "\n"
-    "step: whole steps, decode of some sequences at a context and prefill of a prompt,\n"
-    "after the ceilings of this machine. load: a checkpoint into packed weights, after\n"
-    "a plain parallel read of the same bytes. Each prints a table and JSON lines.\n"
+    "kernels: every operation alone, at the sizes of MODEL (default: the 671B model's),\n"
+    "caches cold, beside the ceilings of this machine, a library's sgemm and an fp64\n"
+    "computation. step: whole steps, decode of some sequences at a context and prefill\n"
+    "of a prompt; a decoded context longer than 512 tokens repeats its first 512.\n"
+    "load: a checkpoint into packed weights, after a plain parallel read of the same\n"
+    "bytes. Each prints a table and JSON lines.\n"
     "\n"
-    "  -m, --model DIR           folder with config.json and safetensors\n"
+    "  -m, --model DIR           folder with config.json and, but for kernels, safetensors\n"
+    "      --only OP[,OP...]     of kernels: these operations alone\n"
     "      --context N[,N...]    tokens before the decoded ones (default 1000)\n"
     "      --sequences N[,N...]  sequences of a decode step (default 1,16)\n"
     "      --prefill N[,N...]    prompt lengths (default 512); 0: none\n"
+    "      --chunk N             rows of a prefill step (default 512)\n"
     "      --steps N             timed steps of each line (default 64)\n"
     "      --threads N           threads (default: as many as cores are given)\n"
     "      --isa NAME            plain, avx2 or avx512 (default: the best here)\n"
@@ -76,7 +82,9 @@ enum {
     O_LOAD,
     O_OVERRIDE,
     O_SEED,
-    O_REGIONS
+    O_REGIONS,
+    O_ONLY,
+    O_CHUNK
 };
 
 static tr_status one_option(int c, const char *arg, tr_bench_options *o, const char **overrides,
@@ -116,6 +124,11 @@ static tr_status one_option(int c, const char *arg, tr_bench_options *o, const c
         st = one_int("seed", arg, 0, 1 << 30, &seed, err);
         if (st == TR_OK) o->open.seed = (uint64_t)seed;
         return st;
+    case O_ONLY:
+        o->only = arg;
+        return TR_OK;
+    case O_CHUNK:
+        return one_int("chunk", arg, 1, 1 << 16, &o->chunk, err);
     case O_REGIONS:
         o->regions = true;
         return TR_OK;
@@ -140,6 +153,8 @@ static tr_status parse(int argc, char **argv, tr_bench_options *o, const char **
         {"load-format", required_argument, NULL, O_LOAD},
         {"override", required_argument, NULL, O_OVERRIDE},
         {"seed", required_argument, NULL, O_SEED},
+        {"only", required_argument, NULL, O_ONLY},
+        {"chunk", required_argument, NULL, O_CHUNK},
         {"regions", no_argument, NULL, O_REGIONS},
         {"help", no_argument, NULL, 'h'},
         {NULL, 0, NULL, 0},
@@ -152,6 +167,7 @@ static tr_status parse(int argc, char **argv, tr_bench_options *o, const char **
                             .prefill = {512},
                             .n_prefill = 1,
                             .steps = 64,
+                            .chunk = 512,
                             .kv_dtype = TR_E4M3,
                             .open = {.overrides = overrides}};
     *help = false;
@@ -166,11 +182,20 @@ static tr_status parse(int argc, char **argv, tr_bench_options *o, const char **
         if (st != TR_OK) return st;
     }
     const char *what = optind + 1 == argc ? argv[optind] : "";
-    o->load = strcmp(what, "load") == 0;
-    if (!o->load && strcmp(what, "step") != 0)
-        return tr_fail(err, TR_E_USAGE, "bench: say what: step or load; see trireme bench --help");
-    return o->open.model_dir ? TR_OK
-                             : tr_fail(err, TR_E_USAGE, "bench %s: -m MODEL is missing", what);
+    if (strcmp(what, "kernels") == 0)
+        o->what = TR_BENCH_KERNELS;
+    else if (strcmp(what, "step") == 0)
+        o->what = TR_BENCH_STEP;
+    else if (strcmp(what, "load") == 0)
+        o->what = TR_BENCH_LOAD;
+    else
+        return tr_fail(err, TR_E_USAGE,
+                       "bench: say what: kernels, step or load; see trireme bench --help");
+    if (o->only && o->what != TR_BENCH_KERNELS)
+        return tr_fail(err, TR_E_USAGE, "--only: an option of bench kernels");
+    if (!o->open.model_dir && o->what != TR_BENCH_KERNELS)
+        return tr_fail(err, TR_E_USAGE, "bench %s: -m MODEL is missing", what);
+    return TR_OK;
 }
 
 /* ---- the command ------------------------------------------------------------------------------------------------------- */
@@ -186,7 +211,9 @@ tr_status tr_command_bench(int argc, char **argv, tr_err *err)
     if (st == TR_OK && help)
         fputs(help_text, stdout);
     else if (st == TR_OK)
-        st = options.load ? tr_bench_load(&options, err) : tr_bench_step(&options, err);
+        st = options.what == TR_BENCH_KERNELS ? tr_bench_kernels(&options, err)
+             : options.what == TR_BENCH_LOAD  ? tr_bench_load(&options, err)
+                                              : tr_bench_step(&options, err);
     free(overrides);
     return st;
 }

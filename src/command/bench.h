@@ -11,14 +11,18 @@ typedef struct tr_bench_options {
     int context[TR_BENCH_LIST], n_contexts;
     int sequences[TR_BENCH_LIST], n_sequences;
     int prefill[TR_BENCH_LIST], n_prefill;
-    int steps;
+    int steps, chunk;
+    const char *only; /* bench kernels: operations, with commas; NULL: all */
     tr_dtype kv_dtype;
     bool regions;
-    bool load; /* bench load */
+    enum { TR_BENCH_STEP, TR_BENCH_LOAD, TR_BENCH_KERNELS } what;
 } tr_bench_options;
 
-/* Whole steps: bench_step.c. Loading: bench_load.c. Tables and JSON lines on stdout. */
+/* Single operations: bench_kernels.c. Whole steps: bench_step.c. Loading: bench_load.c. Tables and JSON lines on stdout. */
+tr_status tr_bench_kernels(const tr_bench_options *options, tr_err *err);
 tr_status tr_bench_step(const tr_bench_options *options, tr_err *err);
+/* The ceilings, as a line and as JSON. library: what it is, or why there is none (flops 0). bench_kernels.c */
+void tr_bench_print_ceilings(const tr_ceilings *c, double sgemm_flops_per_s, const char *library);
 tr_status tr_bench_load(const tr_bench_options *options, tr_err *err);
 
 #endif

@@ -8,11 +8,18 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <omp.h>
+
 #include "base/clock.h"
 #include "base/region.h"
 #include "base/size.h"
+#include "command/bench_blas.h"
+#include "kernels/work.h"
 
-enum { SLOT_SHIFT = 61 }; /* sequences differ, as in any real batch: they use different experts */
+enum {
+    SLOT_SHIFT = 61, /* sequences differ, as in any real batch: they use different experts */
+    FILL_ROWS = 8 * TR_PAGE_TOKENS, /* of a decoded context are computed, the rest is copies */
+};
 
 typedef struct bench {
     const tr_bench_options *options;
@@ -24,6 +31,8 @@ typedef struct bench {
     int32_t *tokens; /* [longest prompt + slots * SLOT_SHIFT]: slot s begins at s * SLOT_SHIFT */
     int *load;       /* [layers, experts] rows sent to each expert in the steps of one line */
     tr_probe probe;  /* the model keeps its address */
+    tr_ceilings ceilings;
+    double sgemm_flops_per_s; /* 0: no library */
 } bench;
 
 /* ---- how evenly experts are used ---------------------------------------------------------------------- */
@@ -128,7 +137,7 @@ static tr_status open_slots(bench *b, int n, int tokens, tr_err *err)
 static tr_status prefill(bench *b, int slot, int n, double *seconds, tr_err *err)
 {
     const int32_t *tokens = b->tokens + (size_t)slot * SLOT_SHIFT;
-    const int k = b->opened.config.index_topk, chunk = tr_model_limits(b->opened.model).n_rows_max;
+    const int k = b->opened.config.index_topk, chunk = b->options->chunk;
     tr_status st = TR_OK;
     *seconds = 0;
     for (int at = 0; at < n && st == TR_OK;) {
@@ -182,31 +191,143 @@ static int ascending(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-static void report(bench *b, const char *what, int sequences, int context, double tokens)
+/* Weights and cache that a step touches, of all timed steps. Experts by what a step of the warm-up hit where one step is
+ * a line (decode). */
+static double touched_bytes(const bench *b, bool decode)
+{
+    static const char *const op[] = {"linear",       "mla_query",  "mla_value", "kv_write",
+                                     "index_logits", "sparse_mla", "dense_mha", "moe"};
+    const tr_regions *r = &b->opened.regions;
+    const tr_config *c = &b->opened.config;
+    double bytes = 0;
+    for (int i = 0; i < r->n; i++)
+        for (size_t j = 0; j < sizeof op / sizeof *op; j++)
+            if (strcmp(r->total[i].name, op[j]) == 0 && (!decode || strcmp(op[j], "moe") != 0))
+                bytes += r->total[i].bytes;
+    for (int i = 0; i < c->num_hidden_layers && decode; i++) {
+        const tr_layer_weights *w = &b->opened.weights->layer[i];
+        double hit = 0;
+        if (!w->is_moe) continue;
+        for (int e = 0; e < c->n_routed_experts; e++)
+            hit += b->load[i * c->n_routed_experts + e] > 0;
+        bytes += tr_work_moe(0, hit, b->opened.ops, &w->moe.gate_up, &w->moe.down).bytes *
+                 b->options->steps;
+    }
+    return bytes;
+}
+
+/* Flops of all timed steps with attention counted in its multi-head form, whichever form ran: what the published
+ * architecture needs. `s`: the sums of all their rows. */
+static double useful_flops(const bench *b, const tr_row_sums *s)
+{
+    const tr_regions *r = &b->opened.regions;
+    const tr_config *c = &b->opened.config;
+    const double d_kv = (double)c->qk_nope_head_dim + c->v_head_dim;
+    double flops = 2.0 * c->num_attention_heads * c->num_hidden_layers *
+                   ((s->dense_pairs + s->selected) * (d_kv + c->qk_rope_head_dim) +
+                    s->n_dense * d_kv * c->kv_lora_rank); /* absorbed rows: mla_query, mla_value */
+    for (int i = 0; i < r->n; i++)
+        if (strcmp(r->total[i].name, "sparse_mla") != 0 &&
+            strcmp(r->total[i].name, "dense_mha") != 0)
+            flops += r->total[i].flops;
+    return flops;
+}
+
+static void report(bench *b, const char *what, int sequences, int context, double tokens,
+                   const tr_row_sums *sums)
 {
     const tr_bench_options *o = b->options;
     qsort(b->seconds, (size_t)o->steps, sizeof *b->seconds, ascending);
     const double median = b->seconds[o->steps / 2], low = b->seconds[0],
                  high = b->seconds[o->steps - 1];
     double hit, uneven;
+    const double bytes = touched_bytes(b, strcmp(what, "decode") == 0) / o->steps,
+                 flops = useful_flops(b, sums) / o->steps;
+    const double compute =
+        b->sgemm_flops_per_s > 0 ? b->sgemm_flops_per_s : b->ceilings.fma_flops_per_s;
     balance(b, &hit, &uneven);
-    printf("  %-8s %9d %9d %12.3f %12.3f %12.3f %12.1f %7.0f%% %8.2f\n", what, sequences, context,
-           median * 1e3, low * 1e3, high * 1e3, tokens / median, 100 * hit, uneven);
+    printf("  %-8s %9d %9d %12.3f %12.3f %12.3f %12.1f %7.0f%% %8.2f %8.2f %5.1f%% %9.2f %5.1f%%\n",
+           what, sequences, context, median * 1e3, low * 1e3, high * 1e3, tokens / median,
+           100 * hit, uneven, bytes / median * 1e-9,
+           100 * bytes / median / b->ceilings.read_bytes_per_s, flops / median * 1e-9,
+           100 * flops / median / compute);
     printf("{\"bench\": \"step\", \"kind\": \"%s\", \"sequences\": %d, \"context\": %d, \"steps\": "
            "%d, "
            "\"median_s\": %.9f, \"min_s\": %.9f, \"max_s\": %.9f, \"tokens_per_s\": %.3f, "
-           "\"experts_hit\": %.4f, \"max_over_mean_load\": %.3f}\n",
-           what, sequences, context, o->steps, median, low, high, tokens / median, hit, uneven);
+           "\"experts_hit\": %.4f, \"max_over_mean_load\": %.3f, \"bytes\": %.0f, \"flops\": %.0f, "
+           "\"read_fraction\": %.4f, \"fma_fraction\": %.4f",
+           what, sequences, context, o->steps, median, low, high, tokens / median, hit, uneven,
+           bytes, flops, bytes / median / b->ceilings.read_bytes_per_s,
+           flops / median / b->ceilings.fma_flops_per_s);
+    if (b->sgemm_flops_per_s > 0)
+        printf(", \"sgemm_fraction\": %.4f", flops / median / b->sgemm_flops_per_s);
+    printf("}\n");
     if (o->regions) tr_regions_print(&b->opened.regions, stdout);
     fflush(stdout);
+}
+
+/* Pages of all slots as copies of slot 0's first n tokens. A plan copies pages that are not full, as forks have them: a
+ * page's last token stays zero. */
+static tr_status copy_pages(bench *b, int sequences, int slot_pages, int n, int context,
+                            tr_err *err)
+{
+    const int n_slots = tr_model_limits(b->opened.model).n_slots;
+    const int from = (int)tr_ceil_div((size_t)n, TR_PAGE_TOKENS),
+              to = (int)tr_ceil_div((size_t)context, TR_PAGE_TOKENS);
+    tr_status st = TR_OK;
+    double unused;
+    int pending = 0;
+    for (int i = from; i < sequences * to && st == TR_OK; i++) {
+        /* the first slot's pages, then the next one's */
+        const int page = i / to * slot_pages + i % to;
+        if (pending == 0) tr_plan_begin(b->builder, b->n_steps++, TR_PLAN_IDLE);
+        if (tr_plan_add_copy(b->builder, (tr_page_copy){.from = i % to % from,
+                                                        .to = page,
+                                                        .n_rows = TR_PAGE_TOKENS - 1}) < 0)
+            return tr_fail(err, TR_E_USAGE, "bench: too many page copies");
+        if (++pending < n_slots && i + 1 < sequences * to) continue;
+        st = run(b, 0, &unused, err);
+        pending = 0;
+    }
+    return st;
+}
+
+/* A context to decode after. Its first FILL_ROWS tokens are computed once, the rest are copies of their cache pages: other
+ * memory with the same numbers, which costs a step what different numbers would. Last tokens are computed, and differ. */
+static tr_status fill(bench *b, int sequences, int context, tr_err *err)
+{
+    const int tokens = context + b->options->steps + 4, at = context - 1, sample = -1;
+    const int n = context < FILL_ROWS ? context : FILL_ROWS;
+    double unused;
+    tr_status st = open_slots(b, sequences, tokens, err);
+    if (st == TR_OK) st = prefill(b, 0, n, &unused, err);
+    if (st == TR_OK)
+        st = copy_pages(b, sequences, (int)tr_ceil_div((size_t)tokens, TR_PAGE_TOKENS), n, context,
+                        err);
+    if (st != TR_OK) return st;
+    tr_plan_begin(b->builder, b->n_steps++, 0);
+    for (int slot = 0; slot < sequences; slot++) {
+        const tr_span span = {.slot = slot,
+                              .n_rows = 1,
+                              .position = at,
+                              .i_token = tr_plan_add_tokens(
+                                  b->builder, b->tokens + (size_t)slot * SLOT_SHIFT + at, 1),
+                              .kind = TR_SPAN_PREFILL,
+                              .owner = -1,
+                              .n_logits = 1,
+                              .flags = at < b->opened.config.index_topk ? TR_SPAN_DENSE : 0};
+        if (span.i_token < 0 || tr_plan_add_span(b->builder, span) < 0 ||
+            tr_plan_add_targets(b->builder, &sample, 1) < 0)
+            return tr_fail(err, TR_E_USAGE, "bench: too many sequences");
+    }
+    return run(b, context, &unused, err);
 }
 
 static tr_status bench_decode(bench *b, int sequences, int context, tr_err *err)
 {
     double unused;
-    tr_status st = open_slots(b, sequences, context + b->options->steps + 4, err);
-    for (int slot = 0; slot < sequences && st == TR_OK; slot++)
-        st = prefill(b, slot, context, &unused, err);
+    tr_row_sums sums = {0};
+    tr_status st = fill(b, sequences, context, err);
     for (int i = 0; i < 3 && st == TR_OK; i++) { /* warm */
         watch(b, i == 2);
         st = decode(b, sequences, context + i, &unused, err);
@@ -215,13 +336,16 @@ static tr_status bench_decode(bench *b, int sequences, int context, tr_err *err)
     tr_regions_reset(&b->opened.regions);
     for (int i = 0; i < b->options->steps && st == TR_OK; i++)
         st = decode(b, sequences, context + 3 + i, &b->seconds[i], err);
-    if (st == TR_OK) report(b, "decode", sequences, context, sequences);
+    for (int i = 0; i < b->options->steps * sequences; i++)
+        tr_row_sums_add(&sums, context + 3 + i / sequences, 1, 0, b->opened.config.index_topk);
+    if (st == TR_OK) report(b, "decode", sequences, context, sequences, &sums);
     return st;
 }
 
 static tr_status bench_prefill(bench *b, int n, tr_err *err)
 {
     tr_status st = TR_OK;
+    tr_row_sums sums = {0};
     double unused;
     for (int i = -1; i < b->options->steps && st == TR_OK; i++) {
         st = open_slots(b, 1, n, err);
@@ -229,7 +353,11 @@ static tr_status bench_prefill(bench *b, int n, tr_err *err)
         if (i == 0) tr_regions_reset(&b->opened.regions);
         if (st == TR_OK) st = prefill(b, 0, n, i < 0 ? &unused : &b->seconds[i], err);
     }
-    if (st == TR_OK) report(b, "prefill", 1, n, n);
+    for (int i = 0, k = b->opened.config.index_topk; i < b->options->steps; i++) {
+        tr_row_sums_add(&sums, 0, n < k ? n : k, 1, k);
+        if (n > k) tr_row_sums_add(&sums, k, n - k, 0, k);
+    }
+    if (st == TR_OK) report(b, "prefill", 1, n, n, &sums);
     return st;
 }
 
@@ -257,7 +385,7 @@ static tr_status prepare(bench *b, tr_err *err)
                        b->opened.config.max_position_embeddings);
     st = tr_open_weights(&b->opened, &o->open, NULL, err);
     if (st != TR_OK) return st;
-    const int rows = sequences > 512 ? sequences : 512;
+    const int rows = sequences > o->chunk ? sequences : o->chunk;
     const tr_model_options model = {.kv_dtype = o->kv_dtype,
                                     .max_rows = rows,
                                     .n_slots = sequences,
@@ -284,14 +412,16 @@ static tr_status prepare(bench *b, tr_err *err)
 /* The ceilings of the device, measured in the same run as what is compared with them. */
 static tr_status print_ceilings(bench *b, tr_err *err)
 {
-    tr_ceilings c;
-    tr_status st = b->opened.ops->ceilings(b->opened.device, &c);
+    tr_status st = b->opened.ops->ceilings(b->opened.device, &b->ceilings);
     if (st != TR_OK)
         return tr_fail(err, st, "ceilings: %s", b->opened.ops->error(b->opened.device));
-    printf("# ceilings: reading %.1f GB/s, fp32 multiply-adds %.1f Gflop/s\n",
-           c.read_bytes_per_s * 1e-9, c.fma_flops_per_s * 1e-9);
-    printf("{\"bench\": \"ceilings\", \"read_bytes_per_s\": %.0f, \"fma_flops_per_s\": %.0f}\n",
-           c.read_bytes_per_s, c.fma_flops_per_s);
+    const char *why = NULL;
+    tr_blas *blas = tr_blas_open(
+        b->options->open.n_threads > 0 ? b->options->open.n_threads : omp_get_max_threads(), &why);
+    if (blas) b->sgemm_flops_per_s = tr_blas_flops_per_s(blas);
+    tr_bench_print_ceilings(&b->ceilings, b->sgemm_flops_per_s,
+                            blas ? tr_blas_describe(blas) : why);
+    tr_blas_close(blas);
     return TR_OK;
 }
 
@@ -305,8 +435,9 @@ tr_status tr_bench_step(const tr_bench_options *o, tr_err *err)
                o->open.model_dir, tr_device_describe(b.opened.device),
                (double)b.opened.weights->bytes * 1e-6,
                (double)tr_model_cache_bytes(b.opened.model) * 1e-6);
-        printf("# %-8s %9s %9s %12s %12s %12s %12s %8s %8s\n", "step", "sequences", "context",
-               "median ms", "min ms", "max ms", "tokens/s", "experts", "max/mean");
+        printf("# %-8s %9s %9s %12s %12s %12s %12s %8s %8s %8s %6s %9s %6s\n", "step", "sequences",
+               "context", "median ms", "min ms", "max ms", "tokens/s", "experts", "max/mean",
+               "GB/s", "read", "Gflop/s", b.sgemm_flops_per_s > 0 ? "sgemm" : "FMA");
     }
     for (int i = 0; i < o->n_contexts && st == TR_OK; i++)
         for (int j = 0; j < o->n_sequences && st == TR_OK; j++)

@@ -32,7 +32,7 @@ tr_status tr_open_checkpoint(tr_opened *o, const tr_open_options *options, tr_er
 static tr_status open_groups(tr_opened *o, tr_world *world, tr_err *err)
 {
     static const tr_grid_group group[] = {TR_GROUP_ATTN_TP, TR_GROUP_ATTN_CP, TR_GROUP_MOE,
-                                     TR_GROUP_PP};
+                                          TR_GROUP_PP};
     static const char *const name[] = {"attn_tp", "attn_cp", "moe", "pp"};
     tr_comm **to[] = {&o->groups.attn_tp, &o->groups.attn_cp, &o->groups.moe, &o->groups.pp};
     tr_status st = TR_OK;

@@ -24,11 +24,11 @@ typedef struct announcement {
 
 typedef struct slot { /* a place of the step ring */
     tr_step step;
-    char *staging;    /* [n_replicas * bytes_max] the plans' bytes as they came */
-    uint64_t *at;     /* [n_replicas] where each begins; step.plan is this rank's replica's */
-    bool *planned;    /* [n_replicas] leader: its scheduler has this step in flight */
-    char *report;     /* [report_bytes_max] what this rank tells the leader of the step */
-    tr_ticket told;   /* and that it is on its way */
+    char *staging;  /* [n_replicas * bytes_max] the plans' bytes as they came */
+    uint64_t *at;   /* [n_replicas] where each begins; step.plan is this rank's replica's */
+    bool *planned;  /* [n_replicas] leader: its scheduler has this step in flight */
+    char *report;   /* [report_bytes_max] what this rank tells the leader of the step */
+    tr_ticket told; /* and that it is on its way */
     bool telling;
     uint64_t begun_ns;
 } slot;
@@ -48,9 +48,10 @@ struct tr_engine {
 
     /* The main thread's alone. */
     tr_scheduler **scheduler; /* [options.n_replicas] leader only */
-    tr_step_output *heard;    /* [options.n_replicas] leader: what a step of another rank's replica sampled, in heard_text */
-    char **heard_text;        /* [report_bytes_max] each */
-    uint64_t n_steps; /* run here: the same number on every rank */
+    tr_step_output *
+        heard; /* [options.n_replicas] leader: what a step of another rank's replica sampled, in heard_text */
+    char **heard_text; /* [report_bytes_max] each */
+    uint64_t n_steps;  /* run here: the same number on every rank */
     bool broken;
     slot slot[MOST_RING];
     int i_slot, n_flight; /* the oldest step in flight, and how many */
@@ -187,8 +188,8 @@ tr_status tr_engine_create(tr_engine **out, tr_model *model, const tr_tokenizer 
         return tr_fail(err, TR_E_USAGE, "engine: ring of %d, %d sequences, queue of %d",
                        options->ring, options->max_sequences, options->queue_max);
     if (options->is_leader != (tr_comm_rank(control) == 0))
-        return tr_fail(err, TR_E_USAGE, "engine: rank %d cannot be %s",
-                       tr_comm_rank(control), options->is_leader ? "its leader" : "a follower");
+        return tr_fail(err, TR_E_USAGE, "engine: rank %d cannot be %s", tr_comm_rank(control),
+                       options->is_leader ? "its leader" : "a follower");
     tr_engine *e = calloc(1, sizeof *e);
     if (!e || !make_locks(e)) {
         free(e);
@@ -515,8 +516,8 @@ static tr_status tell(tr_engine *e, slot *s, tr_err *err)
         memcpy(to.top_token, out->top_token, n * TR_MAX_LOGPROBS);
         memcpy(to.top_logprob, out->top_logprob, n * TR_MAX_LOGPROBS);
     }
-    tr_status st = tr_comm_send(e->control, 0, s->report,
-                                report_bytes(plan->n_head_rows, scores), &s->told, err);
+    tr_status st = tr_comm_send(e->control, 0, s->report, report_bytes(plan->n_head_rows, scores),
+                                &s->told, err);
     s->telling = !st;
     return st;
 }
@@ -538,9 +539,8 @@ static tr_status hear(tr_engine *e, const slot *s, int d, tr_step_output *out, t
     }
     *out = report_parts(e->heard_text[d], plan->n_head_rows, has_scores(plan));
     if (!plan->n_head_rows) return TR_OK;
-    tr_status st =
-        tr_comm_recv(e->control, e->reporter[d], e->heard_text[d],
-                     report_bytes(plan->n_head_rows, has_scores(plan)), &ticket, err);
+    tr_status st = tr_comm_recv(e->control, e->reporter[d], e->heard_text[d],
+                                report_bytes(plan->n_head_rows, has_scores(plan)), &ticket, err);
     return st ? st : tr_comm_wait(e->control, TR_LANE_MAIN, ticket, err);
 }
 
@@ -805,8 +805,7 @@ static tr_status follow(tr_engine *e, tr_err *err)
     while (!st && !last) {
         /* What is done is told at once: the leader may be waiting for it. */
         while (e->n_flight && !st &&
-               (e->n_flight == e->options.ring ||
-                tr_step_done(e->model, &e->slot[e->i_slot].step)))
+               (e->n_flight == e->options.ring || tr_step_done(e->model, &e->slot[e->i_slot].step)))
             st = retire_oldest(e, err);
         if (!st) st = follow_step(e, &last, err);
         if (st && !last) e->broken = true;

@@ -55,8 +55,7 @@ static int budget_end(const tr_scheduler *s, const tr_sequence *q)
     if (n > 1 + s->rows_left) n = 1 + s->rows_left;
     if (scores_next(q) && n > 1 + s->head_left) n = 1 + s->head_left;
     if (n > 0 && samples_at(q, q->length + n)) {
-        bool must_wait =
-            q->n_flight > 0 && (s->options.n_micro > 1 || tr_sequence_needs_tokens(q));
+        bool must_wait = q->n_flight > 0 && (s->options.n_micro > 1 || tr_sequence_needs_tokens(q));
         if (must_wait || tr_sequence_changes_max(q, s->options.limits.n_vocab) > s->changes_left)
             n--;
     }

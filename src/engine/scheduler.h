@@ -30,7 +30,7 @@ typedef struct tr_scheduler_options {
     int max_batch_tokens; /* prompt rows (and rows computed again) of one step */
     int max_sequences; /* running choices; slots, head rows and rows of the limits must do for one row each */
     int max_model_len;
-    int ring;          /* steps in flight at most */
+    int ring; /* steps in flight at most */
     /* Pipeline stages. With more than one a choice's next token must be known before its row is planned, and a step takes only
      * its share of the choices that generate, so that every stage has some to work on. 0: one. */
     int n_micro;

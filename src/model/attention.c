@@ -11,6 +11,7 @@
 #include <config.h>
 
 #include "model/model_priv.h"
+#include "model/note.h"
 
 /* What this step's rows add to the cache, of all members of the context-parallel group. */
 typedef struct exchange {
@@ -43,6 +44,7 @@ static tr_status write_keys(tr_model *m, const tr_pass *p, const tr_attention_we
     if (st == TR_OK) st = tr_share_begin(m->share_key, &p->rows, kv.index, &push_key, err);
     if (st != TR_OK) return st;
 
+    tr_note(m, tr_work_kv_write(p->n, &kv, 0, 1));
     st = TR_RUN(m, kv_write, err, .rows = &p->rows, .index_k = m->ws.index_k,
                 .ld_index_k = (size_t)c->index_head_dim, .k_norm = w->index_k_norm,
                 .k_bias = w->index_k_bias, .rope = m->rope, .eps = (float)c->rms_norm_eps, .kv = kv,
@@ -51,6 +53,7 @@ static tr_status write_keys(tr_model *m, const tr_pass *p, const tr_attention_we
     if (st == TR_OK) st = tr_share_begin(m->share_latent, &p->rows, kv.latent, &push_latent, err);
     if (st != TR_OK) return st;
 
+    tr_note(m, tr_work_kv_write(p->n, &kv, 1, 0));
     st = TR_RUN(m, kv_write, err, .rows = &p->rows, .kv_a = m->ws.kv_a, .ld_kv_a = (size_t)d_kv,
                 .norm = w->kv_a_norm, .rope = m->rope, .eps = (float)c->rms_norm_eps, .kv = kv,
                 .push = push_latent);
@@ -67,13 +70,15 @@ static tr_status make_queries(tr_model *m, const tr_pass *p, const tr_attention_
 
     st = tr_model_linear(m, p, &w->q_a, m->ws.normed, m->ws.q_latent, err); /* [n, q_lora] */
     if (st != TR_OK) return st;
+    tr_note(m, tr_work_norm(p->n, d_q, 0));
     st = TR_RUN(m, norm, err, .n = p->rows.n, .n_max = m->max_rows, .d = d_q,
                 .residual = m->ws.q_latent, .ld_residual = (size_t)d_q, .weight = w->q_a_norm,
                 .eps = (float)c->rms_norm_eps, .out = m->ws.q_latent, .ld_out = (size_t)d_q);
     if (st == TR_OK) st = tr_model_linear(m, p, &w->q_b, m->ws.q_latent, m->ws.q, err);
     if (st != TR_OK) return st;
 
-    m->note_flops = 2.0 * p->n * heads * c->qk_nope_head_dim * c->kv_lora_rank;
+    tr_note(m, tr_work_heads(tr_pass_sums(m, p).n_absorbed, m->ops, &w->w_uk_t,
+                             (double)p->n * heads * c->qk_rope_head_dim));
     return TR_RUN(m, mla_query, err, .rows = &p->rows, .q = m->ws.q, .n_heads = heads,
                   .d_nope = c->qk_nope_head_dim, .d_rope = c->qk_rope_head_dim,
                   .d_latent = c->kv_lora_rank, .rope = m->rope, .w_uk_t = &w->w_uk_t,
@@ -85,7 +90,9 @@ static tr_status score(tr_model *m, const tr_pass *p, tr_kv_layer kv, int i, int
                        const int32_t *first, const int32_t *last, tr_await keys, tr_err *err)
 {
     const tr_config *c = m->config;
-    m->note_flops = 2.0 * n_row * p->plan->max_context * c->index_n_heads * c->index_head_dim;
+    const tr_row_sums sums = tr_pass_sums(m, p);
+    const double pairs = first ? 0 : sums.scored_pairs * n_row / p->n; /* all is the first part's */
+    tr_note(m, tr_work_index_logits(pairs, first ? 0 : sums.scored_keys, c->index_n_heads, &kv));
     return TR_RUN(m, index_logits, err, .rows = &p->rows, .q = m->ws.index_q8, .w = m->ws.index_w,
                   .n_heads = c->index_n_heads, .k = c->index_topk, .kv = kv, .first = first,
                   .last = last, .i_row = i, .n_row = n_row, .score = m->ws.score,
@@ -98,6 +105,8 @@ static tr_status select_rows(tr_model *m, const tr_pass *p, int scored, int i, i
     const size_t ld = (size_t)m->max_model_len;
     if (scored)
         tr_model_show(m, "index_logits", layer, i, n_row, p->plan->max_context, ld, m->ws.score);
+    tr_note(m, tr_work_topk(n_row, tr_pass_sums(m, p).scored_pairs * n_row / p->n,
+                            m->config->index_topk));
     return TR_RUN(m, topk, err, .rows = &p->rows, .score = scored ? m->ws.score : NULL, .ld = ld,
                   .k = m->config->index_topk, .i_row = i, .n_row = n_row,
                   .position = m->ws.top_position, .cache_row = m->ws.top_row,
@@ -157,6 +166,8 @@ static tr_status index_queries(tr_model *m, const tr_pass *p, const tr_attention
     tr_status st = tr_model_linear(m, p, &w->index_q, m->ws.q_latent, m->ws.index_q, err);
     if (st == TR_OK) st = tr_model_linear(m, p, &w->index_w, m->ws.normed, m->ws.index_w, err);
     if (st != TR_OK) return st;
+    tr_note(m, tr_work_index_query(p->n, c->index_n_heads, c->index_head_dim, c->qk_rope_head_dim,
+                                   kv.dtype));
     return TR_RUN(m, index_query, err, .rows = &p->rows, .q = m->ws.index_q, .w = m->ws.index_w,
                   .n_heads = c->index_n_heads, .d_index = c->index_head_dim,
                   .d_rope = c->qk_rope_head_dim, .cache_dtype = kv.dtype, .rope = m->rope,
@@ -170,14 +181,13 @@ static tr_status select_keys(tr_model *m, const tr_pass *p, const tr_attention_w
                              tr_kv_layer kv, exchange *x, int layer, tr_err *err)
 {
     const int scored = (p->plan->flags & TR_PLAN_HAS_SELECTION) != 0;
-    const int early = scored && m->part && !x->here;
+    const int early = scored && p->split && !x->here;
     int members;
     const int stripe = stripe_of(m, p, &members), me = tr_comm_rank(m->groups.attn_tp) % members;
     const int32_t *before = p->rows.begin;
     tr_status st = scored ? index_queries(m, p, w, kv, err) : TR_OK;
 
-    const int i_first = me * stripe,
-              n_first = p->n - i_first < stripe ? p->n - i_first : stripe;
+    const int i_first = me * stripe, n_first = p->n - i_first < stripe ? p->n - i_first : stripe;
     if (st == TR_OK && early && n_first > 0)
         st = score(m, p, kv, i_first, n_first, NULL, before, (tr_await){0}, err);
     if (st == TR_OK && !x->here) st = await_rows(m, m->share_key, &x->keys, err);
@@ -186,8 +196,7 @@ static tr_status select_keys(tr_model *m, const tr_pass *p, const tr_attention_w
     for (int i = 0; i < p->n && st == TR_OK; i += stripe * members) {
         const int own = i + me * stripe, n_row = p->n - own < stripe ? p->n - own : stripe;
         if (scored && n_row > 0)
-            st = score(m, p, kv, own, n_row, early && i == 0 ? before : NULL, NULL, x->keys,
-                       err);
+            st = score(m, p, kv, own, n_row, early && i == 0 ? before : NULL, NULL, x->keys, err);
         if (st == TR_OK && n_row > 0) st = select_rows(m, p, scored, own, n_row, layer, err);
         if (st == TR_OK && members > 1) st = gather_lists(m, p, i, stripe, err);
     }
@@ -203,17 +212,22 @@ static tr_status attend(tr_model *m, const tr_pass *p, const tr_attention_weight
 {
     const tr_config *c = m->config;
     const int heads = m->heads, d_latent = c->kv_lora_rank, d_v = c->v_head_dim;
+    const tr_row_sums sums = tr_pass_sums(m, p);
     tr_status st = x->here ? TR_OK : await_rows(m, m->share_latent, &x->latents, err);
 
     if (st == TR_OK && (p->plan->flags & TR_PLAN_HAS_ABSORBED)) {
+        tr_note(m, tr_work_sparse_mla(sums.selected, heads, &kv));
         st = TR_RUN(m, sparse_mla, err, .rows = &p->rows, .q = m->ws.q_absorbed, .n_heads = heads,
                     .scale = m->attention_scale, .cache_row = m->ws.top_row, .k = c->index_topk,
                     .kv = kv, .latents = x->latents, .out = m->ws.u, .workspace = m->ws.scratch,
                     .workspace_bytes = m->ws.scratch_bytes);
+        tr_note(m, tr_work_heads(sums.n_absorbed, m->ops, &w->w_uv, 0));
         if (st == TR_OK)
             st = TR_RUN(m, mla_value, err, .rows = &p->rows, .u = m->ws.u, .n_heads = heads,
                         .d_latent = d_latent, .d_v = d_v, .w_uv = &w->w_uv, .out = m->ws.attended);
     }
+    tr_note(m, tr_work_dense_mha(sums.dense_pairs, sums.dense_keys, m->ops, &w->w_uk, &w->w_uv,
+                                 c->qk_rope_head_dim, &kv));
     if (st == TR_OK && (p->plan->flags & TR_PLAN_HAS_DENSE))
         st = TR_RUN(m, dense_mha, err, .rows = &p->rows, .q = m->ws.q, .n_heads = heads,
                     .d_nope = c->qk_nope_head_dim, .d_rope = c->qk_rope_head_dim, .d_v = d_v,

@@ -285,27 +285,27 @@ int64_t tr_estimate_expert_rows(const tr_grid_sizes *sizes, const tr_step_shape 
     return (int64_t)r.rows * (r.block / r.share);
 }
 
-static tr_moe_form form_of(tr_moe_form form, const moe_rows *r)
+static tr_moe_form form_of(tr_moe_form form, const tr_grid_sizes *s)
 {
     if (form != TR_MOE_FORM_AUTO) return form;
-    if (r->share == r->block) return TR_MOE_FORM_REDUCE;
-    return r->block <= 8 ? TR_MOE_FORM_GATHER : TR_MOE_FORM_EXCHANGE;
+    return s->ep * s->xt == s->tp ? TR_MOE_FORM_REDUCE : TR_MOE_FORM_EXCHANGE;
 }
 
 static void moe_traffic(list *l, const tr_config *c, const tr_grid_sizes *s, const tr_wire *w,
                         const tr_step_shape *step, tr_moe_form form)
 {
     const moe_rows r = rows_of_block(s, step);
-    const double row = (double)c->hidden_size * w->act;
+    const double row = (double)c->hidden_size * w->act, own_rows = (double)r.rows / s->tp;
     const bool shared_partial =
         tr_slice_parts(c->n_shared_experts * c->moe_intermediate_size, s->tp) > 1;
     bool shared_summed = false;
 
-    switch (form_of(form, &r)) {
+    switch (form_of(form, s)) {
     case TR_MOE_FORM_AUTO:
     case TR_MOE_FORM_REDUCE:
-        add(l, "experts", TR_GROUP_MOE, TR_WIRE_ALL_REDUCE, r.block, r.rows * row);
-        shared_summed = r.block > 1 && r.block % s->tp == 0;
+        /* MOE is ATTN_TP: one sum for the experts' and the shared expert's parts. */
+        add(l, "experts", TR_GROUP_ATTN_TP, TR_WIRE_ALL_REDUCE, s->tp, r.rows * row);
+        shared_summed = true;
         break;
     case TR_MOE_FORM_GATHER:
         add(l, "rows to the experts", TR_GROUP_MOE, TR_WIRE_ALL_GATHER, r.block,
@@ -316,12 +316,14 @@ static void moe_traffic(list *l, const tr_config *c, const tr_grid_sizes *s, con
             r.brings * row);
         break;
     case TR_MOE_FORM_EXCHANGE:
+        /* Every member of ATTN_TP takes its part of the rows, and the sum over ATTN_TP brings the parts together, with
+         * the shared expert's (src/model/exchange.c). */
         add(l, "rows to the experts", TR_GROUP_MOE, TR_WIRE_ALL_TO_ALL, r.block,
-            r.brings * tr_estimate_distinct(c, s->ep) * s->xt * (w->row_out + w->row_ids));
+            own_rows * tr_estimate_distinct(c, s->ep) * s->xt * (w->row_out + w->row_ids));
         add(l, "sums back", TR_GROUP_MOE, TR_WIRE_ALL_TO_ALL, r.block,
-            r.brings * tr_estimate_distinct(c, s->ep) * s->xt * w->row_back);
-        add(l, "rows to those who share them", r.sharers, TR_WIRE_ALL_GATHER, r.share,
-            r.brings * row);
+            own_rows * tr_estimate_distinct(c, s->ep) * s->xt * w->row_back);
+        add(l, "experts", TR_GROUP_ATTN_TP, TR_WIRE_ALL_REDUCE, s->tp, r.rows * row);
+        shared_summed = true;
         break;
     }
     /* The shared expert's parts enter the routed experts' sum where all of its members are in it. */

@@ -179,8 +179,7 @@ double tr_estimate_head_seconds(const tr_config *config, const tr_grid_sizes *si
     for (int i = 0; i < n; i++) /* hand-offs between stages are not the head's */
         if (traffic[i].group == TR_GROUP_ATTN_CP || traffic[i].op == TR_WIRE_ALL_REDUCE)
             traffic[n_head++] = traffic[i];
-    return gemm(rates, step->sampled, (double)config->hidden_size * s.vocab.n, 2.0,
-                rates->bf16) +
+    return gemm(rates, step->sampled, (double)config->hidden_size * s.vocab.n, 2.0, rates->bf16) +
            4.0 * step->sampled * s.vocab.n / rates->read + 3.0 * rates->kernel_latency +
            traffic_seconds(traffic, n_head, &grid, rates);
 }

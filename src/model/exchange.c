@@ -55,8 +55,8 @@ static tr_status dispatch(tr_model *m, const tr_pass *p, const tr_moe_weights *w
                .expert = m->ws.expert, .weight = m->ws.weight, .x = m->ws.normed,
                .record = m->ws.moe.out, .count = m->ws.moe.count, .origin = m->ws.moe.origin);
     if (st == TR_OK)
-        st = tr_model_fetch_words(m, n_send, m->ws.moe.count, (size_t)members * sizeof *n_send,
-                                  err);
+        st =
+            tr_model_fetch_words(m, n_send, m->ws.moe.count, (size_t)members * sizeof *n_send, err);
     for (int i = 0; i < members; i++)
         word[i] = sizeof *n_send;
     if (st == TR_OK)
@@ -71,9 +71,9 @@ static tr_status experts(tr_model *m, const tr_moe_weights *w, int n_in, tr_err 
     const int d = c->hidden_size, k = c->num_experts_per_tok;
     const size_t ld = tr_dispatch_bytes(d, k) / sizeof(float);
 
-    tr_status st = TR_RUN(m, moe_receive, err, .record = m->ws.moe.in, .n_rows = n_in, .k = k,
-                          .d = d, .expert = m->ws.moe.expert, .weight = m->ws.moe.weight,
-                          .n_out = m->ws.moe.n);
+    tr_status st =
+        TR_RUN(m, moe_receive, err, .record = m->ws.moe.in, .n_rows = n_in, .k = k, .d = d,
+               .expert = m->ws.moe.expert, .weight = m->ws.moe.weight, .n_out = m->ws.moe.n);
     if (st == TR_OK)
         st = TR_RUN(m, moe_pack, err, .n = m->ws.moe.n, .n_max = m->moe_rows, .k = k,
                     .e_first = w->e_first, .n_local = w->n_local, .expert = m->ws.moe.expert,

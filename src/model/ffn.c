@@ -2,6 +2,7 @@
 #include <config.h>
 
 #include "model/model_priv.h"
+#include "model/note.h"
 
 /* down(silu(gate x) * up x): [n, hidden] -> [n, hidden]. */
 static tr_status mlp(tr_model *m, const tr_pass *p, const tr_mlp_weights *w, float *out,
@@ -9,6 +10,7 @@ static tr_status mlp(tr_model *m, const tr_pass *p, const tr_mlp_weights *w, flo
 {
     tr_status st =
         tr_model_linear(m, p, &w->gate_up, m->ws.normed, m->ws.gate_up, err); /* [n, 2 inner] */
+    tr_note(m, tr_work_swiglu(p->n, w->inner));
     if (st == TR_OK)
         st = TR_RUN(m, swiglu, err, .n = p->rows.n, .n_max = m->max_rows, .d = w->inner,
                     .gate_up = m->ws.gate_up, .out = m->ws.inner);
@@ -18,6 +20,7 @@ static tr_status mlp(tr_model *m, const tr_pass *p, const tr_mlp_weights *w, flo
 /* block_out = 0: another member of the attention group brings the same part into the sum. */
 static tr_status nothing(tr_model *m, const tr_pass *p, tr_err *err)
 {
+    tr_note(m, tr_work_rows_zero(p->n, m->config->hidden_size));
     return TR_RUN(m, rows_zero, err, .n = p->rows.n, .n_max = m->max_rows,
                   .d = m->config->hidden_size, .out = m->ws.block_out);
 }
@@ -40,6 +43,7 @@ static tr_status route(tr_model *m, const tr_pass *p, const tr_moe_weights *w, i
     const int k = c->num_experts_per_tok;
     tr_status st =
         tr_model_linear(m, p, &w->gate, m->ws.normed, m->ws.router, err); /* [n, experts], fp32 */
+    tr_note(m, tr_work_router(p->n, c->n_routed_experts, k));
     if (st == TR_OK)
         st = TR_RUN(m, router, err, .n = p->rows.n, .n_max = m->max_rows,
                     .n_experts = c->n_routed_experts, .n_group = c->n_group,
@@ -64,10 +68,13 @@ static tr_status shared(tr_model *m, const tr_pass *p, const tr_moe_weights *w, 
 static tr_status own_experts(tr_model *m, const tr_pass *p, const tr_moe_weights *w, tr_err *err)
 {
     const int d = m->config->hidden_size, k = m->config->num_experts_per_tok;
+    tr_note(m, tr_work_moe_pack(p->n, k));
     tr_status st = TR_RUN(m, moe_pack, err, .n = p->rows.n, .n_max = m->max_rows, .k = k,
                           .e_first = w->e_first, .n_local = w->n_local, .expert = m->ws.expert,
                           .start = m->ws.start, .pair = m->ws.pair);
-    m->note_flops = 6.0 * p->n * k * d * w->inner;
+    tr_note(m, tr_work_moe((double)p->n * k * w->n_local / m->config->n_routed_experts,
+                           tr_expected_hits(m->config, w->n_local, p->n), m->ops, &w->gate_up,
+                           &w->down));
     if (st == TR_OK)
         st = TR_RUN(m, moe, err, .n = p->rows.n, .n_max = m->max_rows, .k = k,
                     .n_local = w->n_local, .gate_up = &w->gate_up, .down = &w->down,
@@ -75,6 +82,7 @@ static tr_status own_experts(tr_model *m, const tr_pass *p, const tr_moe_weights
                     .start = m->ws.start, .pair = m->ws.pair, .out = m->ws.expert_out,
                     .workspace = m->ws.scratch, .workspace_bytes = m->ws.scratch_bytes);
     if (st == TR_OK) st = shared(m, p, w, err);
+    tr_note(m, tr_work_moe_combine(p->n, k, d));
     if (st == TR_OK)
         st = TR_RUN(m, moe_combine, err, .n = p->rows.n, .n_max = m->max_rows, .k = k, .d = d,
                     .e_first = w->e_first, .n_local = w->n_local, .expert = m->ws.expert,

@@ -106,11 +106,11 @@ static tr_status argmax(tr_model *m, const chunk *c, struct tr_step_memory *s, t
     const tr_range ids = m->weights->slice.vocab;
     tr_ticket ticket;
 
-    tr_status st = TR_RUN(m, argmax_part, err, .rows = c->rows, .i_head = c->i, .n_rows = c->n,
-                          .first = ids.begin, .n_vocab = ids.n, .logits = m->ws.logits,
-                          .ld = (size_t)ids.n, .has_token = m->has_token, .plan = c->plan,
-                          .key = m->ws.part_own, .workspace = m->ws.scratch,
-                          .workspace_bytes = m->ws.scratch_bytes);
+    tr_status st =
+        TR_RUN(m, argmax_part, err, .rows = c->rows, .i_head = c->i, .n_rows = c->n,
+               .first = ids.begin, .n_vocab = ids.n, .logits = m->ws.logits, .ld = (size_t)ids.n,
+               .has_token = m->has_token, .plan = c->plan, .key = m->ws.part_own,
+               .workspace = m->ws.scratch, .workspace_bytes = m->ws.scratch_bytes);
     if (st == TR_OK)
         st = tr_comm_all_max_u64(m->groups.attn_tp, m->ws.part_own, (size_t)c->n, &ticket, err);
     st = tr_model_await(m, m->groups.attn_tp, st, ticket, 8.0 * c->n, err);
@@ -132,8 +132,8 @@ static tr_status sample_parts(tr_model *m, const chunk *c, struct tr_step_memory
                           .plan = c->plan, .part = m->ws.part_own, .workspace = m->ws.scratch,
                           .workspace_bytes = m->ws.scratch_bytes);
     if (st == TR_OK)
-        st = gather_parts(m, m->ws.part_own, m->ws.part_all,
-                          (size_t)c->n * sizeof(tr_sample_part), err);
+        st = gather_parts(m, m->ws.part_own, m->ws.part_all, (size_t)c->n * sizeof(tr_sample_part),
+                          err);
     if (st == TR_OK)
         st = TR_RUN(m, sample_merge, err, .rows = c->rows, .i_head = c->i, .n_rows = c->n,
                     .n_members = tr_comm_size(m->groups.attn_tp), .part = m->ws.part_all,
@@ -157,8 +157,8 @@ static tr_status logprob_parts(tr_model *m, const chunk *c, struct tr_step_memor
                .first = ids.begin, .n_vocab = ids.n, .logits = m->ws.logits, .ld = (size_t)ids.n,
                .slots = m->slots, .token_out = s->token, .part = m->ws.part_own);
     if (st == TR_OK)
-        st = gather_parts(m, m->ws.part_own, m->ws.part_all,
-                          (size_t)c->n * sizeof(tr_logprob_part), err);
+        st = gather_parts(m, m->ws.part_own, m->ws.part_all, (size_t)c->n * sizeof(tr_logprob_part),
+                          err);
     if (st == TR_OK)
         st = TR_RUN(m, logprob_rank, err, .rows = c->rows, .i_head = c->i, .n_rows = c->n,
                     .first = ids.begin, .n_vocab = ids.n, .n_members = members,
@@ -177,17 +177,17 @@ static tr_status logprob_parts(tr_model *m, const chunk *c, struct tr_step_memor
 
 tr_status tr_head_forward(tr_model *m, const tr_pass *p, struct tr_step_memory *s, tr_err *err)
 {
-    const tr_rows *rows = m->part ? &s->head_rows : &p->rows;
-    const int n_head = m->part ? tr_part_head(m->part)->n_head_rows : p->plan->n_head_rows;
+    const tr_rows *rows = p->split ? &s->head_rows : &p->rows;
+    const int n_head = p->split ? tr_part_head(m->part)->n_head_rows : p->plan->n_head_rows;
     const int cut = m->weights->slice.head_partial;
-    tr_status st = m->part ? gather_rows(m, p, err) : TR_OK;
+    tr_status st = p->split ? gather_rows(m, p, err) : TR_OK;
 
     for (int i = 0; i < n_head && st == TR_OK; i += m->n_head_chunk) {
         const int n = n_head - i < m->n_head_chunk ? n_head - i : m->n_head_chunk;
-        const chunk c = {.rows = rows, .plan = m->part ? s->head_plan : s->plan, .i = i, .n = n};
-        st = TR_RUN(m, rows_gather, err, .index = m->part ? s->head_index : rows->head_row,
+        const chunk c = {.rows = rows, .plan = p->split ? s->head_plan : s->plan, .i = i, .n = n};
+        st = TR_RUN(m, rows_gather, err, .index = p->split ? s->head_index : rows->head_row,
                     .n_index = rows->n_head, .i0 = i, .n_rows = n, .d = m->config->hidden_size,
-                    .in = m->part ? m->ws.head_all : m->ws.normed, .out = m->ws.head_in,
+                    .in = p->split ? m->ws.head_all : m->ws.normed, .out = m->ws.head_in,
                     .n_out = m->ws.n_head);
         if (st == TR_OK) st = logits(m, n, err);
         if (st != TR_OK) return st;

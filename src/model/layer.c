@@ -10,12 +10,14 @@
 #include <config.h>
 
 #include "model/model_priv.h"
+#include "model/note.h"
 
 /* hidden += add; normed = RMSNorm(hidden) * weight. All [n, hidden_size]. */
 static tr_status norm(tr_model *m, const tr_pass *p, const float *add, const float *weight,
                       tr_err *err)
 {
     const int d = m->config->hidden_size;
+    tr_note(m, tr_work_norm(p->n, d, add != NULL));
     return TR_RUN(m, norm, err, .n = p->rows.n, .n_max = m->max_rows, .d = d, .add = add,
                   .ld_add = (size_t)d, .residual = m->ws.hidden, .ld_residual = (size_t)d,
                   .weight = weight, .eps = (float)m->config->rms_norm_eps, .out = m->ws.normed,

@@ -40,8 +40,8 @@ tr_status tr_model_fetch_words(tr_model *m, void *host, const void *dev, size_t 
     return TR_OK;
 }
 
-tr_status tr_model_await(tr_model *m, tr_comm *group, tr_status begun, tr_ticket ticket, double bytes,
-                         tr_err *err)
+tr_status tr_model_await(tr_model *m, tr_comm *group, tr_status begun, tr_ticket ticket,
+                         double bytes, tr_err *err)
 {
     if (begun != TR_OK) return begun;
     tr_region_begin(m->regions, m->region_exchange);
@@ -126,10 +126,11 @@ tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weig
         const tr_plan_limits limits = tr_model_limits(m);
         m->part = tr_part_create(&limits, options->cp_mode, tr_comm_rank(groups->attn_cp),
                                  tr_comm_size(groups->attn_cp));
-        m->page_table = tr_calloc((size_t)limits.n_slots * (size_t)limits.max_pages,
-                                  sizeof *m->page_table);
+        m->page_table =
+            tr_calloc((size_t)limits.n_slots * (size_t)limits.max_pages, sizeof *m->page_table);
         m->overlap = tr_calloc((size_t)m->weights->slice.layers.n, sizeof *m->overlap);
-        if (!m->part || !m->page_table || !m->overlap) st = tr_fail(err, TR_E_MEMORY, "out of memory");
+        if (!m->part || !m->page_table || !m->overlap)
+            st = tr_fail(err, TR_E_MEMORY, "out of memory");
     }
     if (st != TR_OK) goto done;
     *out = m;
@@ -255,7 +256,8 @@ tr_status tr_step_create(tr_step *step, tr_model *model, tr_err *err)
         {&s->head_rows.head_row, n_head * sizeof(int32_t)},
         {&s->head_rows.target, n_head * sizeof(int32_t)},
     };
-    for (size_t i = 0; model->part && i < sizeof wanted_too / sizeof *wanted_too && st == TR_OK; i++)
+    for (size_t i = 0; model->part && i < sizeof wanted_too / sizeof *wanted_too && st == TR_OK;
+         i++)
         st = step_take(s, model, wanted_too[i].bytes, wanted_too[i].out, err);
     s->rows.n_max = limits.n_rows_max;
     s->rows.n_head_max = limits.n_head_max;
@@ -291,7 +293,7 @@ static tr_status divide(tr_model *m, const tr_plan *plan, struct tr_step_memory 
 
     tr_status st = tr_share_plan(m->share_key, n_rows, write, err);
     if (st == TR_OK) st = tr_share_plan(m->share_latent, n_rows, write, err);
-    if (st != TR_OK) return st;
+    if (st != TR_OK || !tr_part_is_split(m->part)) return st;
     st = m->ops->upload(m->device, TR_LANE_MAIN, s->head_plan, head, head->bytes);
     if (st == TR_OK)
         st = m->ops->upload(m->device, TR_LANE_MAIN, s->head_index, tr_part_head_index(m->part),
@@ -304,19 +306,17 @@ static tr_status make_rows(tr_model *m, tr_step *step, tr_pass *p, tr_err *err)
 {
     struct tr_step_memory *s = step->memory;
     const tr_plan *plan = step->plan;
-    tr_status st = TR_OK;
+    tr_status st = m->part ? divide(m, plan, s, err) : TR_OK;
 
-    if (m->part) {
-        st = divide(m, plan, s, err);
-        if (st != TR_OK) return st;
-        plan = tr_part_rows(m->part);
-    }
+    if (st != TR_OK) return st;
+    const bool split = m->part && tr_part_is_split(m->part);
+    if (split) plan = tr_part_rows(m->part);
     st = m->ops->upload(m->device, TR_LANE_MAIN, s->plan, plan, plan->bytes);
     if (st != TR_OK) return tr_fail(err, st, "plan upload: %s", m->ops->error(m->device));
     s->rows.max_context = s->head_rows.max_context = plan->max_context;
-    *p = (tr_pass){.plan = plan, .rows = s->rows, .n = plan->n_rows};
+    *p = (tr_pass){.plan = plan, .rows = s->rows, .n = plan->n_rows, .split = split};
     st = TR_RUN(m, plan_apply, err, .plan = s->plan, .slots = m->slots, .rows = s->rows);
-    if (m->part && st == TR_OK)
+    if (split && st == TR_OK)
         st = TR_RUN(m, plan_apply, err, .plan = s->head_plan, .slots = m->slots,
                     .rows = s->head_rows, .rows_only = 1);
     for (int i = 0; i < m->weights->slice.layers.n && plan->n_copies > 0 && st == TR_OK; i++)
@@ -368,7 +368,8 @@ static tr_status network_end(tr_model *m, const tr_pass *p, tr_step *step, tr_er
     const tr_slice *slice = &m->weights->slice;
     const int d = m->config->hidden_size, last = slice->layers.begin + slice->layers.n - 1;
 
-    if (!slice->head) { /* of the norm's two results the sum alone is wanted: the next stage has the weight */
+    if (!slice
+             ->head) { /* of the norm's two results the sum alone is wanted: the next stage has the weight */
         tr_status st = last_norm(m, p, m->weights->layer[0].post_norm, err);
         return st == TR_OK ? tr_stage_send(m, p, err) : st;
     }

@@ -19,7 +19,8 @@
 /* Communicators of this rank (parallel.md 1.2), borrowed; size 1: tr_comm_self(). Attention uses attn_tp and attn_cp only, so
  * that replicas with nothing to do cannot hold others up; moe is used by the experts alone. */
 typedef struct tr_groups {
-    tr_comm *attn_tp; /* same rows, other heads: sums of o_proj, dense MLP, experts; index rows; logits */
+    tr_comm *
+        attn_tp; /* same rows, other heads: sums of o_proj, dense MLP, experts; index rows; logits */
     tr_comm *attn_cp; /* same requests, other rows of their prompts: keys, latents, head rows */
     tr_comm *moe;     /* the EP x XT ranks that hold all experts between them, XT innermost */
     tr_comm *pp;      /* the same place in every stage */
@@ -51,7 +52,7 @@ typedef struct tr_model_options {
     int n_pages;        /* 0: from cache_bytes */
     size_t cache_bytes; /* budget for the cache when n_pages is 0 */
     tr_cp_mode cp_mode; /* how prompt rows are dealt out to attn_cp */
-    bool no_overlap;       /* wait for every exchange where it begins (--no-overlap): the same results */
+    bool no_overlap; /* wait for every exchange where it begins (--no-overlap): the same results */
 } tr_model_options;
 
 /* For tests and --sync-check: called after every named intermediate with its rows; may change them. index scores come

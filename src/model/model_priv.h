@@ -40,21 +40,23 @@ typedef struct tr_workspace {
     int32_t *start;                  /* [local experts + 1] */
     int32_t *pair;                   /* [N * k] */
     float *expert_out;               /* [N * k, hidden] */
-    struct {                         /* rows to experts of other ranks (exchange.c); M rows may come at a time */
-        void *out, *in;              /* [n_out], [M] records */
-        int32_t *count, *origin;     /* [members], [n_out] */
-        int32_t *expert, *n;         /* [M, k]; one word */
-        float *weight, *y, *back;    /* [M, k], [M, hidden], [n_out, hidden] */
+    struct {            /* rows to experts of other ranks (exchange.c); M rows may come at a time */
+        void *out, *in; /* [n_out], [M] records */
+        int32_t *count, *origin;  /* [members], [n_out] */
+        int32_t *expert, *n;      /* [M, k]; one word */
+        float *weight, *y, *back; /* [M, k], [M, hidden], [n_out, hidden] */
     } moe;
-    float *handoff;                  /* [N, hidden] rows on their way to the next stage; changes places with hidden */
-    float *head_own, *head_all;      /* [N, hidden] head rows of this member, of all (context parallelism) */
-    int32_t *n_head;                 /* one word: live rows of a head chunk */
-    float *head_in;                  /* [n_head_chunk, hidden] */
-    float *logits;                   /* [n_head_chunk, this rank's vocab] */
-    float *logits_all;               /* [vocab]: one row, where the vocabulary is cut; */
-    void *part_own, *part_all;       /* [n_head_chunk] sample or logprob parts, of this member, of all; */
+    float
+        *handoff; /* [N, hidden] rows on their way to the next stage; changes places with hidden */
+    float *head_own,
+        *head_all;     /* [N, hidden] head rows of this member, of all (context parallelism) */
+    int32_t *n_head;   /* one word: live rows of a head chunk */
+    float *head_in;    /* [n_head_chunk, hidden] */
+    float *logits;     /* [n_head_chunk, this rank's vocab] */
+    float *logits_all; /* [vocab]: one row, where the vocabulary is cut; */
+    void *part_own, *part_all; /* [n_head_chunk] sample or logprob parts, of this member, of all; */
     int32_t *better_own, *better_all; /* [n_head_chunk], of all */
-    void *scratch;                   /* of the operation that runs */
+    void *scratch;                    /* of the operation that runs */
     size_t scratch_bytes;
 } tr_workspace;
 
@@ -71,16 +73,16 @@ struct tr_model {
     tr_watchdog *watch;
 
     int max_rows, n_stripe, n_head_chunk, max_model_len;
-    int heads; /* this rank's */
+    int heads;               /* this rank's */
     int moe_rows, moe_share; /* rows that may come to the experts at a time; of one member */
     bool moe_exchange; /* rows go to the experts' ranks; else all ranks of moe have the same rows */
     bool no_overlap;
     struct tr_overlap {
         uint64_t gather_ns, exposed_ns;
-    } *overlap;            /* [this stage's layers]; with part only */
-    tr_part *part;         /* attn_cp of more than one: what of a plan is this member's */
-    int32_t *page_table;   /* host copy [n_slots, max_pages]; with part only */
-    tr_ticket sent;        /* the last send to the next stage */
+    } * overlap;         /* [this stage's layers]; with part only */
+    tr_part *part;       /* attn_cp of more than one: what of a plan is this member's */
+    int32_t *page_table; /* host copy [n_slots, max_pages]; with part only */
+    tr_ticket sent;      /* the last send to the next stage */
     bool sending;
     float attention_scale;
     tr_cache *cache;
@@ -105,6 +107,7 @@ typedef struct tr_pass {
     const tr_plan *plan; /* this member's part */
     tr_rows rows;
     int n;      /* live rows */
+    bool split; /* the members of attn_cp have different ones */
     int rounds; /* of the exchange with the experts: the same on all its members */
 } tr_pass;
 
@@ -123,8 +126,8 @@ tr_status tr_model_linear(tr_model *m, const tr_pass *p, const tr_linear *w, con
 /* A few words from the device, after everything enqueued so far: waits. */
 tr_status tr_model_fetch_words(tr_model *m, void *host, const void *dev, size_t bytes, tr_err *err);
 /* A collective that was begun: wait for it, as a region. */
-tr_status tr_model_await(tr_model *m, tr_comm *group, tr_status begun, tr_ticket ticket, double bytes,
-                         tr_err *err);
+tr_status tr_model_await(tr_model *m, tr_comm *group, tr_status begun, tr_ticket ticket,
+                         double bytes, tr_err *err);
 /* Sum of [n, hidden] over a group, begun and awaited; nothing in a group of one. */
 tr_status tr_model_reduce(tr_model *m, const tr_pass *p, tr_comm *group, float *x, tr_err *err);
 /* Show a named intermediate to the probe, if there is one. */
@@ -146,8 +149,8 @@ tr_status tr_moe_forward(tr_model *m, const tr_pass *p, const tr_moe_weights *w,
 /* exchange.c: out += what the experts of all ranks make of this rank's share of the rows of ws.normed (experts and weights are
  * chosen). meanwhile: run once, while the first rows travel. */
 tr_status tr_moe_exchange(tr_model *m, const tr_pass *p, const tr_moe_weights *w, float *out,
-                          tr_status (*meanwhile)(tr_model *, const tr_pass *, const tr_moe_weights *,
-                                                 tr_err *),
+                          tr_status (*meanwhile)(tr_model *, const tr_pass *,
+                                                 const tr_moe_weights *, tr_err *),
                           tr_err *err);
 /* The rounds of exchange this step needs: collective over moe. */
 tr_status tr_moe_rounds(tr_model *m, tr_pass *p, tr_err *err);
@@ -163,9 +166,9 @@ tr_status tr_head_forward(tr_model *m, const tr_pass *p, struct tr_step_memory *
 struct tr_step_memory {
     void *plan; /* device copy of the block; of this member's part */
     tr_rows rows;
-    void *head_plan;        /* with parts: the whole plan's head rows, */
-    tr_rows head_rows;      /* each a row of its own */
-    int32_t *head_index;    /* [n_head] where each of them lies in ws.head_all */
+    void *head_plan;                   /* with parts: the whole plan's head rows, */
+    tr_rows head_rows;                 /* each a row of its own */
+    int32_t *head_index;               /* [n_head] where each of them lies in ws.head_all */
     int32_t *token, *rank, *top_token; /* device: [n_head_max] (x TR_MAX_LOGPROBS) */
     float *logprob, *top_logprob;
     void *owned[40];

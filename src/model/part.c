@@ -12,6 +12,7 @@ enum { PAGE_ROWS = 64 }; /* TR_PAGE_TOKENS of kernels.h */
 struct tr_part {
     tr_cp_mode mode;
     int member, n_members;
+    bool is_split;
     tr_layout_span *span;   /* [n_slots] */
     tr_layout_query *query; /* [n_slots] */
     tr_plan *rows, *head;   /* [tr_part_bytes_max] */
@@ -139,8 +140,7 @@ static void make_rows(tr_part *p, const tr_plan *plan, const tr_layout *l)
     const tr_span *span = tr_plan_spans(plan);
     tr_plan *b = p->rows;
     tr_span *out = (tr_span *)(void *)(b + 1); /* the first section */
-    const tr_layout_query *q = p->query,
-                          *q_end = q + tr_layout_queries(l, p->member, p->query);
+    const tr_layout_query *q = p->query, *q_end = q + tr_layout_queries(l, p->member, p->query);
     int n = 0;
 
     *b = *plan;
@@ -156,7 +156,8 @@ static void make_rows(tr_part *p, const tr_plan *plan, const tr_layout *l)
             n++;
         } else {
             const bool some = q < q_end && q->span == i;
-            const int n_runs = some ? runs_of(q, r) : 1; /* none: the slot's length must grow all the same */
+            const int n_runs =
+                some ? runs_of(q, r) : 1; /* none: the slot's length must grow all the same */
             for (int j = 0; j < n_runs; j++)
                 out[n++] = part_of(&span[i], r[j]);
         }
@@ -168,16 +169,15 @@ static void make_rows(tr_part *p, const tr_plan *plan, const tr_layout *l)
     b->n_spans = n;
     b->n_targets = b->n_head_rows;
     b->n_changes = 0;
-    section s[] = {{out, (size_t)n * sizeof *out, &b->at_spans},
-                   {tr_plan_tokens(plan), (size_t)plan->n_tokens * 4, &b->at_tokens},
-                   {tr_plan_page_sets(plan), (size_t)plan->n_page_sets * sizeof(tr_page_set),
-                    &b->at_page_sets},
-                   {tr_plan_copies(plan), (size_t)plan->n_copies * sizeof(tr_page_copy),
-                    &b->at_copies},
-                   {tr_plan_opens(plan), (size_t)plan->n_opens * sizeof(tr_slot_open),
-                    &b->at_opens},
-                   {NULL, (size_t)b->n_targets * 4, &b->at_targets},
-                   {NULL, 0, &b->at_changes}};
+    section s[] = {
+        {out, (size_t)n * sizeof *out, &b->at_spans},
+        {tr_plan_tokens(plan), (size_t)plan->n_tokens * 4, &b->at_tokens},
+        {tr_plan_page_sets(plan), (size_t)plan->n_page_sets * sizeof(tr_page_set),
+         &b->at_page_sets},
+        {tr_plan_copies(plan), (size_t)plan->n_copies * sizeof(tr_page_copy), &b->at_copies},
+        {tr_plan_opens(plan), (size_t)plan->n_opens * sizeof(tr_slot_open), &b->at_opens},
+        {NULL, (size_t)b->n_targets * 4, &b->at_targets},
+        {NULL, 0, &b->at_changes}};
     seal(b, s, sizeof s / sizeof *s);
     memset((char *)b + b->at_targets, 0xff, (size_t)b->n_targets * 4); /* -1: nobody samples here */
 }
@@ -203,14 +203,14 @@ static void make_head(tr_part *p, const tr_plan *plan)
     }
     b->n_spans = n;
     b->n_page_sets = b->n_copies = b->n_opens = 0;
-    section s[] = {{out, (size_t)n * sizeof *out, &b->at_spans},
-                   {tr_plan_tokens(plan), (size_t)plan->n_tokens * 4, &b->at_tokens},
-                   {NULL, 0, &b->at_page_sets},
-                   {NULL, 0, &b->at_copies},
-                   {NULL, 0, &b->at_opens},
-                   {tr_plan_targets(plan), (size_t)plan->n_targets * 4, &b->at_targets},
-                   {tr_plan_changes(plan), (size_t)plan->n_changes * sizeof(tr_logit_change),
-                    &b->at_changes}};
+    section s[] = {
+        {out, (size_t)n * sizeof *out, &b->at_spans},
+        {tr_plan_tokens(plan), (size_t)plan->n_tokens * 4, &b->at_tokens},
+        {NULL, 0, &b->at_page_sets},
+        {NULL, 0, &b->at_copies},
+        {NULL, 0, &b->at_opens},
+        {tr_plan_targets(plan), (size_t)plan->n_targets * 4, &b->at_targets},
+        {tr_plan_changes(plan), (size_t)plan->n_changes * sizeof(tr_logit_change), &b->at_changes}};
     seal(b, s, sizeof s / sizeof *s);
 }
 
@@ -228,8 +228,7 @@ static void walk_run(const tr_part *p, const tr_span *s, run r, int first_head,
 
     for (int j = 0; j < r.n; j++) {
         const int x = r.x + j * r.stride, position = s->position + x;
-        *w->write++ =
-            (int64_t)pages[position / PAGE_ROWS] * PAGE_ROWS + position % PAGE_ROWS;
+        *w->write++ = (int64_t)pages[position / PAGE_ROWS] * PAGE_ROWS + position % PAGE_ROWS;
         if (x >= first) p->head_index[first_head + x - first] = w->n_heads++;
     }
 }
@@ -270,6 +269,7 @@ void tr_part_make(tr_part *p, const tr_plan *plan, const int32_t *page_table, in
             .decode = span[i].kind != TR_SPAN_PREFILL || span[i].position < 0,
         };
     tr_layout_make(&l, p->mode, p->n_members, p->span, plan->n_spans);
+    p->is_split = l.split && l.n_split > 0;
     for (int c = 0; c < p->n_members; c++) {
         const int64_t *write = w.write;
         const int32_t n_heads = w.n_heads;
@@ -277,8 +277,14 @@ void tr_part_make(tr_part *p, const tr_plan *plan, const int32_t *page_table, in
         p->written[c] = (int)(w.write - write);
         p->heads[c] = w.n_heads - n_heads;
     }
+    if (!p->is_split) return;
     make_rows(p, plan, &l);
     make_head(p, plan);
+}
+
+bool tr_part_is_split(const tr_part *p)
+{
+    return p->is_split;
 }
 
 const tr_plan *tr_part_rows(const tr_part *p)

@@ -8,11 +8,11 @@
 #include "model/layout.h"
 #include "model/plan.h"
 
-typedef struct tr_part tr_part; /* one step's, for one member; memory for any plan within the limits */
+typedef struct tr_part
+    tr_part; /* one step's, for one member; memory for any plan within the limits */
 
 /* member of n_members > 1. NULL: out of memory. */
-tr_part *tr_part_create(const tr_plan_limits *limits, tr_cp_mode mode, int member,
-                        int n_members);
+tr_part *tr_part_create(const tr_plan_limits *limits, tr_cp_mode mode, int member, int n_members);
 void tr_part_free(tr_part *p);
 /* Bytes of a part at most, and at least those of a whole plan: what a device copy needs. */
 size_t tr_part_bytes_max(const tr_plan_limits *limits);
@@ -20,6 +20,10 @@ size_t tr_part_bytes_max(const tr_plan_limits *limits);
 /* Divide a checked plan, which must stay as long as the results are used. page_table [n_slots, max_pages]: the host's copy, with
  * the plan's page sets already in it. */
 void tr_part_make(tr_part *p, const tr_plan *plan, const int32_t *page_table, int max_pages);
+
+/* False: nothing of the plan is split (generated tokens alone, or prompts too short to be); every member runs the plan as it is,
+ * and rows, head, heads and head_index below are not made. */
+bool tr_part_is_split(const tr_part *p);
 
 /* The results. rows: the plan with this member's spans (TR_SPAN_PART), its head rows without targets or changes: the rows of
  * the network. head: the plan's head rows alone, all of them, in order, each a row of its own: what sampling needs. */
