@@ -550,7 +550,7 @@ typedef struct tr_ops {
 } tr_ops;
 
 /* Open a backend by name: "cpu" (later "cuda", "auto"). *ops is static. The device is closed by ops->close.
- * n_threads 0: what OpenMP would use. isa NULL: the best this CPU has; "plain", "avx2", "avx512": that one (tests,
+ * n_threads 0: what OpenMP would use. isa NULL: the best this CPU has; "plain", "avx2", "avx512", "amx": that one (tests,
  * bench), TR_E_USAGE where the CPU or the build lacks it. */
 typedef struct tr_device_options {
     const char *name;
@@ -562,5 +562,10 @@ tr_status tr_device_open(tr_device **out, const tr_ops **ops, const tr_device_op
 
 /* What the device is, for the start table: "cpu, 2 threads, avx512". */
 const char *tr_device_describe(const tr_device *device);
+
+/* Before anything is loaded: the CPU device's threads each go to a core of their own, inside the mask that the process
+ * was started with. n_share processes of this host have the same mask and take a share each, this one share i_share.
+ * *bound 0: there are fewer CPUs than threads, so they stay where the system puts them. */
+tr_status tr_device_bind(tr_device *device, int i_share, int n_share, int *bound, tr_err *err);
 
 #endif

@@ -10,8 +10,8 @@
 #include "kernels/kernels.h"
 #include "tests/attention_topk.h"
 
-enum { N_ISAS = 3, N_SLOTS = 7 };
-static const char *const isa_names[N_ISAS] = {"plain", "avx2", "avx512"};
+enum { N_ISAS = 4, N_SLOTS = 7 };
+static const char *const isa_names[N_ISAS] = {"plain", "avx2", "avx512", "amx"};
 
 typedef struct geometry {
     int n_heads, d_nope, d_rope, d_v, d_latent, n_index_heads, d_index, k;

@@ -16,8 +16,8 @@
 
 #include "kernels/kernels.h"
 
-static const char *const test_isas[] = {"plain", "avx2", "avx512"};
-enum { TEST_N_ISAS = 3 };
+static const char *const test_isas[] = {"plain", "avx2", "avx512", "amx"};
+enum { TEST_N_ISAS = 4 };
 
 typedef struct test_cpu {
     tr_device *d;

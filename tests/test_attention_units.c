@@ -19,8 +19,8 @@
 #include "tests/attention_topk.h"
 #include "tests/vectors.h"
 
-enum { N_ISAS = 3 };
-static const char *const isa_names[N_ISAS] = {"plain", "avx2", "avx512"};
+enum { N_ISAS = 4 };
+static const char *const isa_names[N_ISAS] = {"plain", "avx2", "avx512", "amx"};
 
 typedef struct fixture {
     json_t *unit;

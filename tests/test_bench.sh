@@ -11,11 +11,15 @@ model=$TR_SRCDIR/models/tiny
 
 "$TRIREME" bench step -m "$model" --context 70,140 --sequences 1,3 --prefill 130 --steps 3 --regions >"$dir/step" || exit 1
 "$TRIREME" bench load -m "$model" >"$dir/load" || exit 1
+"$TRIREME" bench kernels -m "$model" >"$dir/kernels" || exit 1
+"$TRIREME" bench kernels -m "$model" --only topk,norm >"$dir/only" || exit 1
+"$TRIREME" bench kernels -m "$model" --only topk,nothing >/dev/null 2>&1 && { echo "an unknown operation was accepted"; exit 1; }
+"$TRIREME" bench step -m "$model" --only norm >/dev/null 2>&1 && { echo "bench step accepted --only"; exit 1; }
 "$TRIREME" bench step >/dev/null 2>&1 && { echo "bench without a model was accepted"; exit 1; }
 "$TRIREME" bench nothing -m "$model" >/dev/null 2>&1 && { echo "an unknown bench was accepted"; exit 1; }
 
-"$python" - "$dir/step" "$dir/load" <<'PY'
-import json, sys
+"$python" - "$dir/step" "$dir/load" "$dir/kernels" "$dir/only" "$TR_SRCDIR/kernels/kernels.h" <<'PY'
+import json, re, sys
 
 def lines(path):
     return [json.loads(l) for l in open(path) if l.startswith("{")]
@@ -36,4 +40,27 @@ assert 0 < loaded["bytes"] <= plain["bytes"] and plain["bytes_per_s"] > 0 and lo
 text = open(sys.argv[1]).read()
 for op in "linear norm kv_write mla_query topk sparse_mla dense_mha router moe sample".split():
     assert "  %s " % op in text, op
+
+# Steps: bytes and flops of the same work, whatever its time; what a step touches is less than all weights and cache.
+step = {(l["kind"], l["sequences"], l["context"]): l for l in timed}
+for l in timed:
+    assert l["bytes"] > 0 and l["flops"] > 0 and l["read_fraction"] > 0 and l["fma_fraction"] > 0, l
+    assert abs(l["read_fraction"] * l["median_s"] * ceilings[0]["read_bytes_per_s"] / l["bytes"] - 1) < 0.01, l
+assert step["decode", 1, 140]["flops"] < step["decode", 3, 140]["flops"] < 3.01 * step["decode", 1, 140]["flops"]
+assert step["decode", 1, 70]["bytes"] < step["decode", 1, 140]["bytes"] < step["decode", 3, 140]["bytes"] < 30e6, step
+for line in text.splitlines():  # every region that is an operation says what it moved
+    f = line.split()
+    if len(f) == 6 and f[0] in ("linear", "norm", "embed", "swiglu", "router", "sample", "kv_write", "sparse_mla"):
+        assert f[4] != "-", line
+
+# Kernels: every operation of the table has lines, and what is looked at is right.
+ops = re.findall(r"X\((\w+)\)", re.search(r"#define TR_OPS\(X\)((?:.*\\\n)*.*)", open(sys.argv[5]).read()).group(1))
+kernels = [l for l in lines(sys.argv[3]) if l["bench"] == "kernel"]
+assert len(ops) > 20 and set(ops) == {l["op"] for l in kernels}, set(ops) ^ {l["op"] for l in kernels}
+for l in kernels:
+    assert l["reps"] >= 5 and 0 < l["min_s"] <= l["median_s"] and l["bytes"] > 0, l
+    assert l.get("error", 0) < 1e-5, l
+checked = {l["op"] for l in kernels if "error" in l}
+assert checked >= {"linear", "moe", "norm", "swiglu", "sparse_mla", "dense_mha", "index_logits", "topk", "mla_query", "mla_value"}
+assert {l["op"] for l in lines(sys.argv[4]) if l["bench"] == "kernel"} == {"topk", "norm"}
 PY

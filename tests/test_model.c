@@ -428,7 +428,7 @@ static void end_to_end_rounded(const char *set, tr_dtype dtype, const char *pref
 
 static void test_end_to_end_f32(void **state)
 {
-    static const char *const isas[] = {"plain", "avx2", "avx512"};
+    static const char *const isas[] = {"plain", "avx2", "avx512", "amx"};
     (void)state;
     for (size_t i = 0; i < sizeof isas / sizeof *isas; i++) {
         tr_device *device;

@@ -88,6 +88,60 @@ static void dots(float *out, tr_tile q, tr_tile k, int d)
         dots_block(out + last * TR_KEY_BLOCK + s, q.x + (size_t)last * q.ld, q.ld, 1, key + s, d);
 }
 
+static void turn(float *out, tr_tile k, int d)
+{
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i step = _mm256_mullo_epi32(lane, _mm256_set1_epi32((int)k.ld));
+
+    for (int s = 0; s < TR_KEY_BLOCK; s += 8) {
+        const float *from = k.x + (size_t)s * k.ld;
+        const __m256 m = _mm256_castsi256_ps(lanes(k.n - s));
+        for (int i = 0; i < d; i++) {
+            __m256 x =
+                _mm256_mask_i32gather_ps(_mm256_setzero_ps(), from + i, step, m, sizeof *from);
+            _mm256_storeu_ps(out + i * TR_KEY_BLOCK + s, x);
+        }
+    }
+}
+
+/* Up to 6 rows and 16 keys: 12 accumulators. */
+INLINE void scores_block(float *p, const float *q, size_t ld_q, int n_rows, const float *turned,
+                         int d)
+{
+    __m256 acc[6][2], key[2];
+
+    UNROLL for (int r = 0; r < n_rows; r++)
+    {
+        UNROLL for (int j = 0; j < 2; j++) acc[r][j] = _mm256_setzero_ps();
+    }
+    for (int i = 0; i < d; i++, turned += TR_KEY_BLOCK) {
+        UNROLL for (int j = 0; j < 2; j++) key[j] = _mm256_loadu_ps(turned + 8 * j);
+        UNROLL for (int r = 0; r < n_rows; r++)
+        {
+            __m256 x = _mm256_set1_ps(q[(size_t)r * ld_q + (size_t)i]);
+            UNROLL for (int j = 0; j < 2; j++) acc[r][j] = _mm256_fmadd_ps(x, key[j], acc[r][j]);
+        }
+    }
+    UNROLL for (int r = 0; r < n_rows; r++)
+    {
+        UNROLL for (int j = 0; j < 2; j++)
+            _mm256_storeu_ps(p + r * TR_KEY_BLOCK + 8 * j, acc[r][j]);
+    }
+}
+
+static void scores(float *p, tr_tile q, const float *turned, int d)
+{
+    for (int s = 0; s < TR_KEY_BLOCK; s += 16) {
+        int r = 0;
+        for (; r + 6 <= q.n; r += 6)
+            scores_block(p + r * TR_KEY_BLOCK + s, q.x + (size_t)r * q.ld, q.ld, 6, turned + s, d);
+        for (; r + 2 <= q.n; r += 2)
+            scores_block(p + r * TR_KEY_BLOCK + s, q.x + (size_t)r * q.ld, q.ld, 2, turned + s, d);
+        if (r < q.n)
+            scores_block(p + r * TR_KEY_BLOCK + s, q.x + (size_t)r * q.ld, q.ld, 1, turned + s, d);
+    }
+}
+
 /* Up to 4 rows by up to 16 columns; full: by 16. */
 INLINE void accumulate_block(float *y, size_t ld_y, const float *p, const float *keep,
                              const int *n_keys, int n_rows, const float *v, size_t ld_v, int width,
@@ -513,6 +567,8 @@ static void hadamard(float *x, int d)
 
 const struct tr_attention_kernels tr_attention_avx2 = {
     .dots = dots,
+    .turn = turn,
+    .scores = scores,
     .accumulate = accumulate,
     .scale_max = scale_max,
     .sum = sum,

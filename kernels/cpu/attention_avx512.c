@@ -109,6 +109,59 @@ static void dots(float *out, tr_tile q, tr_tile k, int d)
         dots_block(out + s, rest, q.ld, 1, 1, key + s, d);
 }
 
+static void turn(float *out, tr_tile k, int d)
+{
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i step = _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)k.ld));
+
+    for (int s = 0; s < TR_KEY_BLOCK; s += 16) {
+        const float *from = k.x + (size_t)s * k.ld;
+        for (int i = 0; i < d; i++) {
+            __m512 x = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes(k.n - s), step, from + i,
+                                                sizeof *from);
+            _mm512_storeu_ps(out + i * TR_KEY_BLOCK + s, x);
+        }
+    }
+}
+
+/* Up to 6 rows and all keys: 24 accumulators. */
+INLINE void scores_block(float *p, const float *q, size_t ld_q, int n_rows, const float *turned,
+                         int d)
+{
+    __m512 acc[6][4], key[4];
+
+    UNROLL for (int r = 0; r < n_rows; r++)
+    {
+        UNROLL for (int j = 0; j < 4; j++) acc[r][j] = _mm512_setzero_ps();
+    }
+    for (int i = 0; i < d; i++, turned += TR_KEY_BLOCK) {
+        UNROLL for (int j = 0; j < 4; j++) key[j] = _mm512_loadu_ps(turned + 16 * j);
+        UNROLL for (int r = 0; r < n_rows; r++)
+        {
+            __m512 x = _mm512_set1_ps(q[(size_t)r * ld_q + (size_t)i]);
+            UNROLL for (int j = 0; j < 4; j++) acc[r][j] = _mm512_fmadd_ps(x, key[j], acc[r][j]);
+        }
+    }
+    UNROLL for (int r = 0; r < n_rows; r++)
+    {
+        UNROLL for (int j = 0; j < 4; j++)
+            _mm512_storeu_ps(p + r * TR_KEY_BLOCK + 16 * j, acc[r][j]);
+    }
+}
+
+static void scores(float *p, tr_tile q, const float *turned, int d)
+{
+    int r = 0;
+
+    for (; r + 6 <= q.n; r += 6)
+        scores_block(p + r * TR_KEY_BLOCK, q.x + (size_t)r * q.ld, q.ld, 6, turned, d);
+    for (; r + 4 <= q.n; r += 4)
+        scores_block(p + r * TR_KEY_BLOCK, q.x + (size_t)r * q.ld, q.ld, 4, turned, d);
+    for (; r + 2 <= q.n; r += 2)
+        scores_block(p + r * TR_KEY_BLOCK, q.x + (size_t)r * q.ld, q.ld, 2, turned, d);
+    if (r < q.n) scores_block(p + r * TR_KEY_BLOCK, q.x + (size_t)r * q.ld, q.ld, 1, turned, d);
+}
+
 /* Masked loads cost a vector operation each: not where all 16 are there. */
 INLINE __m512 load(const float *x, int full, __mmask16 m)
 {
@@ -554,6 +607,8 @@ static void hadamard(float *x, int d)
 
 const struct tr_attention_kernels tr_attention_avx512 = {
     .dots = dots,
+    .turn = turn,
+    .scores = scores,
     .accumulate = accumulate,
     .scale_max = scale_max,
     .sum = sum,

@@ -38,6 +38,24 @@ static void dots(float *out, tr_tile q, tr_tile k, int d)
             out[r * TR_KEY_BLOCK + s] = dot(q.x + (size_t)r * q.ld, k.x + (size_t)s * k.ld, d);
 }
 
+static void turn(float *out, tr_tile k, int d)
+{
+    for (int i = 0; i < d; i++)
+        for (int s = 0; s < TR_KEY_BLOCK; s++)
+            out[i * TR_KEY_BLOCK + s] = s < k.n ? k.x[(size_t)s * k.ld + (size_t)i] : 0.0f;
+}
+
+static void scores(float *p, tr_tile q, const float *turned, int d)
+{
+    for (int r = 0; r < q.n; r++, p += TR_KEY_BLOCK) {
+        for (int s = 0; s < TR_KEY_BLOCK; s++)
+            p[s] = 0.0f;
+        for (int i = 0; i < d; i++)
+            for (int s = 0; s < TR_KEY_BLOCK; s++)
+                p[s] += q.x[(size_t)r * q.ld + (size_t)i] * turned[i * TR_KEY_BLOCK + s];
+    }
+}
+
 static void accumulate(float *y, size_t ld_y, const float *p, const float *keep, const int *n_keys,
                        int n_rows, const float *v, size_t ld_v, int d)
 {
@@ -170,6 +188,8 @@ static void round_bf16(float *x, int n)
 
 const struct tr_attention_kernels tr_attention_plain = {
     .dots = dots,
+    .turn = turn,
+    .scores = scores,
     .accumulate = accumulate,
     .scale_max = scale_max,
     .sum = sum,

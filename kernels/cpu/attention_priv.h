@@ -52,6 +52,11 @@ void tr_index_tile_codes(float *tile, int lanes, int d_index, int n, const uint8
 struct tr_attention_kernels {
     /* out[r, s] = q[r] . k[s], rows of out TR_KEY_BLOCK apart. Past k.n, up to a multiple of 16, out is undefined. */
     void (*dots)(float *out, tr_tile q, tr_tile k, int d);
+    /* Many rows and one block of keys: the keys turned on their side once, out[i, s] = k[s][i] for s < k.n and 0 up to
+     * TR_KEY_BLOCK, out [d, TR_KEY_BLOCK]; then p[r, s] = q[r] . k[s] for all TR_KEY_BLOCK of them, rows of p TR_KEY_BLOCK
+     * apart. Sums go along d in one chain, in ascending order. */
+    void (*turn)(float *out, tr_tile k, int d);
+    void (*scores)(float *p, tr_tile q, const float *turned, int d);
     /* y[r] = keep[r] y[r] + sum over s < n_keys[r], ascending, of p[r, s] v[s]. keep 0: y is not read.
      * y [n_rows, ld_y], p [n_rows, TR_KEY_BLOCK], d numbers per row of y and v. */
     void (*accumulate)(float *y, size_t ld_y, const float *p, const float *keep, const int *n_keys,

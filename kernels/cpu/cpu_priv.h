@@ -22,7 +22,7 @@
 
 enum { TR_PANEL = 16 }; /* output rows of one weight panel */
 
-typedef enum tr_isa { TR_ISA_PLAIN, TR_ISA_AVX2, TR_ISA_AVX512, TR_N_ISAS } tr_isa;
+typedef enum tr_isa { TR_ISA_PLAIN, TR_ISA_AVX2, TR_ISA_AVX512, TR_ISA_AMX, TR_N_ISAS } tr_isa;
 
 /* One matrix product on packed weights, whole panels: y[r, o] = sum_i x[row(r), i] w[i_mat][o, i] for outputs of panels
  * [panel_begin, panel_end), row(r) = row_index ? row_index[r] : r. Each output has one accumulator per 128-block of k and
@@ -43,8 +43,15 @@ typedef struct tr_gemm {
 typedef struct tr_cpu_kernels {
     /* One thread. */
     void (*gemm)(const tr_gemm *g, int panel_begin, int panel_end);
-    /* Where gemm wants code (lane, k) of an e4m3 group: byte order[lane * 4 + k % 4] of 64 (packed.h). */
+    /* Where gemm wants code (lane, k) of an e4m3 group: byte order[lane * 4 + k % 4] of 64 (packed.h); and whether the
+     * bits of a code (seeeemmm) are stored as eeeesmmm. */
     const uint8_t *e4m3_order;
+    int e4m3_sign_low;
+    /* The same for whole groups, in place: byte lane * 4 + k % 4 goes where it belongs. Returns a bit for every lane
+     * that holds a NaN code. */
+    unsigned (*e4m3_arrange)(uint8_t *groups, int n_groups);
+    /* out [n_words][16] words of 4 bytes: word w of row[lane] at [w][lane]. Rows need no alignment. */
+    void (*transpose)(uint8_t *out, const uint8_t *const row[TR_PANEL], int n_words);
     /* sum_i a[i] b[i] in a fixed order (of its own per instruction set). */
     float (*dot)(const float *a, const float *b, int n);
     /* y += a x */
@@ -75,6 +82,13 @@ struct tr_device {
     char error[256];
     char describe[64];
 };
+
+/* A code as it is packed. */
+static inline uint8_t tr_e4m3_packed(const tr_cpu_kernels *k, uint8_t code)
+{
+    if (!k->e4m3_sign_low) return code;
+    return (uint8_t)((code & 0x78) << 1 | (code >> 4 & 8) | (code & 7));
+}
 
 static inline int tr_n_panels(int n_out)
 {
@@ -113,8 +127,9 @@ void tr_cpu_gemm_all(tr_device *d, const tr_gemm *g);
 /* One thread: out = silu(gate) * up, n numbers; out may be gate. */
 void tr_swiglu_row(const tr_device *d, float *out, const float *gate, const float *up, int n);
 
-/* The tables of the instruction sets; the SIMD ones exist only where TR_HAVE_X86_SIMD is defined. */
-extern const tr_cpu_kernels tr_cpu_plain, tr_cpu_avx2, tr_cpu_avx512;
+/* The tables of the instruction sets; the SIMD ones exist only where TR_HAVE_X86_SIMD is defined, amx where TR_HAVE_AMX
+ * is. */
+extern const tr_cpu_kernels tr_cpu_plain, tr_cpu_avx2, tr_cpu_avx512, tr_cpu_amx;
 extern const struct tr_attention_kernels tr_attention_plain, tr_attention_avx2, tr_attention_avx512;
 
 /* The operations, defined across kernels/cpu, collected in cpu.c. */

@@ -11,22 +11,29 @@
 #include "kernels/cpu/attention_priv.h"
 
 enum {
-    GROUP_ROWS = 1024,   /* most rows of one group: their softmax state is on the stack */
+    GROUP_ROWS = 4096,   /* most rows of one group: their softmax state is on the stack */
     GROUP_ROWS_MIN = 64, /* smaller groups spend more on making keys than on using them */
     TASKS_PER_THREAD =
-        4, /* where heads do not divide evenly: late groups cost more than early ones */
+        4,          /* where heads do not divide evenly: late groups cost more than early ones */
+    PAGES_STEP = 4, /* pages that rows meet while they are at hand: queries and sums of many rows
+                     * lie far apart and come from beyond L2 */
 };
 
 typedef struct run { /* rows [begin, end) of one slot at consecutive positions */
     int begin, end;
 } run;
 
-typedef struct block { /* one head's view of the keys of a page */
-    float latent[TR_KEY_BLOCK * TR_D_KEY_MAX];
-    float key[TR_KEY_BLOCK * TR_D_HEAD_MAX];
+typedef struct block {                          /* one head's view of the keys of a page */
+    float turned[TR_KEY_BLOCK * TR_D_HEAD_MAX]; /* keys, [d_nope + d_rope, TR_KEY_BLOCK] */
     float value[TR_KEY_BLOCK * TR_D_HEAD_MAX];
     int n;
 } block;
+
+typedef struct scratch {
+    float latent[TR_KEY_BLOCK * TR_D_KEY_MAX];
+    float key[TR_KEY_BLOCK * TR_D_HEAD_MAX];
+    block page[PAGES_STEP];
+} scratch;
 
 static int is_live(const tr_rows *rows, int i)
 {
@@ -50,21 +57,23 @@ static int next_run(const tr_rows *rows, run *r)
 
 /* k = [W_UK c | k_pe] and v = W_UV c of head h, for the first b->n keys of a page. */
 static void block_make(const tr_device *d, const struct tr_dense_mha_args *a, int h, int page,
-                       block *b)
+                       scratch *to, block *b)
 {
     size_t d_latent = (size_t)a->kv.d_latent, d_rope = (size_t)a->d_rope, d_key = d_latent + d_rope;
     size_t d_q = (size_t)a->d_nope + d_rope;
-    tr_gemm g = {.x = b->latent, .ldx = d_key, .i_mat = h, .n_rows = b->n};
+    tr_gemm g = {.x = to->latent, .ldx = d_key, .i_mat = h, .n_rows = b->n};
 
     for (int s = 0; s < b->n; s++) {
-        float *row = b->latent + (size_t)s * d_key;
+        float *row = to->latent + (size_t)s * d_key;
         tr_latent_read(d, &a->kv, (int64_t)page * TR_PAGE_TOKENS + s, row);
-        memcpy(b->key + (size_t)s * d_q + a->d_nope, row + d_latent, d_rope * sizeof *row);
+        memcpy(to->key + (size_t)s * d_q + a->d_nope, row + d_latent, d_rope * sizeof *row);
     }
     g.w = a->w_uk;
-    g.y = b->key;
+    g.y = to->key;
     g.ldy = d_q;
     d->k.gemm(&g, 0, tr_n_panels(a->d_nope));
+    tr_tile key = {to->key, d_q, b->n};
+    tr_attention_of(d)->turn(b->turned, key, (int)d_q);
     g.w = a->w_uv;
     g.y = b->value;
     g.ldy = (size_t)a->d_v;
@@ -81,9 +90,8 @@ static void rows_step(const tr_device *d, const struct tr_dense_mha_args *a, int
     float keep[TR_ROW_BLOCK];
     int n_keys[TR_ROW_BLOCK];
     tr_tile q = {a->q + at * d_q, (size_t)a->n_heads * d_q, n};
-    tr_tile key = {b->key, d_q, n_first + n - 1 < b->n ? n_first + n - 1 : b->n};
 
-    k->dots(p, q, key, (int)d_q);
+    k->scores(p, q, b->turned, (int)d_q);
     for (int r = 0; r < n; r++) {
         n_keys[r] = n_first + r < b->n ? n_first + r : b->n;
         keep[r] = tr_softmax_step(d, p + r * TR_KEY_BLOCK, n_keys[r], a->scale, max + r, sum + r);
@@ -94,7 +102,7 @@ static void rows_step(const tr_device *d, const struct tr_dense_mha_args *a, int
 
 /* One head of the rows [r.begin, r.end), at most GROUP_ROWS; `out` is the accumulator. */
 static void group_attention(const tr_device *d, const struct tr_dense_mha_args *a, int h, run r,
-                            block *b)
+                            scratch *to)
 {
     const tr_rows *rows = a->rows;
     const int32_t *pages = rows->page_table + (size_t)rows->slot[r.begin] * rows->max_pages;
@@ -106,13 +114,21 @@ static void group_attention(const tr_device *d, const struct tr_dense_mha_args *
         max[i] = -INFINITY;
         sum[i] = 0.0f;
     }
-    for (int s = 0; s <= last; s += TR_KEY_BLOCK) {
-        b->n = last + 1 - s < TR_KEY_BLOCK ? last + 1 - s : TR_KEY_BLOCK;
-        block_make(d, a, h, pages[s / TR_KEY_BLOCK], b);
+    for (int s = 0; s <= last; s += PAGES_STEP * TR_KEY_BLOCK) {
+        int n_pages = (last - s) / TR_KEY_BLOCK + 1;
+        n_pages = n_pages < PAGES_STEP ? n_pages : PAGES_STEP;
+        for (int p = 0, at = s; p < n_pages; p++, at += TR_KEY_BLOCK) {
+            to->page[p].n = last + 1 - at < TR_KEY_BLOCK ? last + 1 - at : TR_KEY_BLOCK;
+            block_make(d, a, h, pages[at / TR_KEY_BLOCK], to, &to->page[p]);
+        }
         for (int i = s > position ? s - position : 0; i < r.end - r.begin; i += TR_ROW_BLOCK) {
-            int n = r.end - r.begin - i;
-            rows_step(d, a, h, r.begin + i, n < TR_ROW_BLOCK ? n : TR_ROW_BLOCK,
-                      position + i + 1 - s, b, max + i, sum + i);
+            int n = r.end - r.begin - i < TR_ROW_BLOCK ? r.end - r.begin - i : TR_ROW_BLOCK;
+            for (int p = 0, at = s; p < n_pages; p++, at += TR_KEY_BLOCK) {
+                int skip = at > position + i ? at - position - i : 0; /* rows before this page */
+                if (skip < n)
+                    rows_step(d, a, h, r.begin + i + skip, n - skip, position + i + skip + 1 - at,
+                              &to->page[p], max + i + skip, sum + i + skip);
+            }
         }
     }
     for (int i = 0; i < r.end - r.begin; i++) {
@@ -135,7 +151,7 @@ static int group_rows(const tr_device *d, const struct tr_dense_mha_args *a, run
     return n < GROUP_ROWS ? n : GROUP_ROWS;
 }
 
-static void run_attention(const tr_device *d, const struct tr_dense_mha_args *a, run r, block *b)
+static void run_attention(const tr_device *d, const struct tr_dense_mha_args *a, run r, scratch *to)
 {
     int n = group_rows(d, a, r), n_groups = (r.end - r.begin + n - 1) / n;
 
@@ -144,7 +160,7 @@ static void run_attention(const tr_device *d, const struct tr_dense_mha_args *a,
     for (int t = 0; t < n_groups * a->n_heads; t++) {
         run group = {r.begin + (n_groups - 1 - t / a->n_heads) * n, r.end};
         if (group.end - group.begin > n) group.end = group.begin + n;
-        group_attention(d, a, t % a->n_heads, group, b);
+        group_attention(d, a, t % a->n_heads, group, to);
     }
 }
 
@@ -177,9 +193,9 @@ tr_status tr_cpu_dense_mha(tr_device *d, tr_lane lane, const struct tr_dense_mha
     if (work == 0) return TR_OK;
 #pragma omp parallel num_threads(tr_threads_for(d, work))
     {
-        TR_SCRATCH block b __attribute__((aligned(64)));
+        TR_SCRATCH scratch to __attribute__((aligned(64)));
         for (run r = {0, 0}; next_run(rows, &r);)
-            run_attention(d, a, r, &b);
+            run_attention(d, a, r, &to);
     }
     return TR_OK;
 }

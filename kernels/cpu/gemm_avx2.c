@@ -206,9 +206,82 @@ static float fma_loop(long n)
     return sum;
 }
 
+/* In each half of a group the low words of its 8 lanes, then the high ones. */
+static unsigned e4m3_arrange(uint8_t *groups, int n_groups)
+{
+    const __m256i words = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15, 0,
+                                           1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    const __m256i magnitude = _mm256_set1_epi8(0x7f);
+    __m256i nan[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    unsigned lanes = 0;
+
+    for (int i = 0; i < 2 * n_groups; i++, groups += 32) {
+        __m256i *at = (__m256i *)(void *)groups, code = _mm256_loadu_si256(at);
+        __m256i is_nan = _mm256_cmpeq_epi8(_mm256_and_si256(code, magnitude), magnitude);
+        nan[i % 2] = _mm256_or_si256(nan[i % 2], is_nan);
+        code = _mm256_shuffle_epi8(code, words);
+        _mm256_storeu_si256(at, _mm256_permute4x64_epi64(code, 0xd8));
+    }
+    for (int half = 0; half < 2; half++) {
+        __m256i none = _mm256_cmpeq_epi32(nan[half], _mm256_setzero_si256());
+        unsigned some = ~(unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(none)) & 0xffu;
+        lanes |= some << 8 * half;
+    }
+    return lanes;
+}
+
+/* 8 rows of 8 words. Row r of `a` becomes column r. */
+static inline void transpose8(__m256i a[8])
+{
+    __m256i b[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+        a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+        b[c] = _mm256_permute2x128_si256(a[c], a[c + 4], 0x20);
+        b[c + 4] = _mm256_permute2x128_si256(a[c], a[c + 4], 0x31);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+        a[i] = b[i];
+}
+
+static void transpose(uint8_t *out, const uint8_t *const row[TR_PANEL], int n_words)
+{
+    int w = 0;
+    for (; w + 8 <= n_words; w += 8)
+        for (int half = 0; half < 2; half++) {
+            __m256i a[8];
+            uint8_t *to = out + w * TR_PACK_ALIGN + half * 32;
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++)
+                a[i] =
+                    _mm256_loadu_si256((const __m256i *)(const void *)(row[8 * half + i] + 4 * w));
+            transpose8(a);
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++)
+                _mm256_storeu_si256((__m256i *)(void *)(to + i * TR_PACK_ALIGN), a[i]);
+        }
+    for (; w < n_words; w++)
+        for (int lane = 0; lane < TR_PANEL; lane++)
+            memcpy(out + w * TR_PACK_ALIGN + 4 * lane, row[lane] + 4 * w, 4);
+}
+
 const tr_cpu_kernels tr_cpu_avx2 = {
     .gemm = gemm,
     .e4m3_order = order,
+    .e4m3_arrange = e4m3_arrange,
+    .transpose = transpose,
     .dot = dot,
     .axpy = axpy,
     .expand_e4m3 = expand_e4m3,

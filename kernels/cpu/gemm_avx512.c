@@ -197,9 +197,75 @@ static float fma_loop(long n)
     return _mm512_reduce_add_ps(acc[0]);
 }
 
+/* Low words of the 16 lanes, then the high ones. */
+static unsigned e4m3_arrange(uint8_t *groups, int n_groups)
+{
+    const __m512i low = _mm512_set_epi16(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0,
+                                         30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i from = _mm512_mask_add_epi16(low, 0xffff0000u, low, _mm512_set1_epi16(1));
+    const __m512i magnitude = _mm512_set1_epi8(0x7f);
+    __mmask64 nan = 0;
+    for (; n_groups > 0; n_groups--, groups += TR_PACK_ALIGN) {
+        __m512i code = _mm512_loadu_si512(groups);
+        nan |= _mm512_cmpeq_epi8_mask(_mm512_and_si512(code, magnitude), magnitude);
+        _mm512_storeu_si512(groups, _mm512_permutexvar_epi16(from, code));
+    }
+    __m512i bytes = _mm512_movm_epi8(nan);
+    return _mm512_test_epi32_mask(bytes, bytes);
+}
+
+/* 16 rows of 16 words: words, pairs and fours of words trade places. Row r of `a` becomes column r. */
+static inline void transpose16(__m512i a[16])
+{
+    __m512i b[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    /* a[4 q + c], 128 bits each: word 4 l + c of the rows 4 q ... 4 q + 3, in quarter l */
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+        __m512i even_low = _mm512_shuffle_i32x4(a[c], a[c + 4], 0x88);
+        __m512i odd_low = _mm512_shuffle_i32x4(a[c], a[c + 4], 0xdd);
+        __m512i even_high = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0x88);
+        __m512i odd_high = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0xdd);
+        b[c] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+        b[c + 4] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+        b[c + 8] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+        b[c + 12] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++)
+        a[i] = b[i];
+}
+
+static void transpose(uint8_t *out, const uint8_t *const row[TR_PANEL], int n_words)
+{
+    for (int w = 0; w < n_words; w += 16) {
+        const __mmask16 m = first(n_words - w);
+        __m512i a[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++)
+            a[i] = _mm512_maskz_loadu_epi32(m, row[i] + 4 * w);
+        transpose16(a);
+        for (int i = 0; i < 16 && w + i < n_words; i++, out += TR_PACK_ALIGN)
+            _mm512_storeu_si512(out, a[i]);
+    }
+}
+
 const tr_cpu_kernels tr_cpu_avx512 = {
     .gemm = gemm,
     .e4m3_order = order,
+    .e4m3_arrange = e4m3_arrange,
+    .transpose = transpose,
     .dot = dot,
     .axpy = axpy,
     .expand_e4m3 = expand_e4m3,

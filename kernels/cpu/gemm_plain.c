@@ -151,9 +151,32 @@ static float fma_loop(long n)
     return sum;
 }
 
+static unsigned e4m3_arrange(uint8_t *groups, int n_groups)
+{
+    unsigned nan = 0;
+    for (uint8_t *group = groups; n_groups-- > 0; group += TR_PACK_ALIGN) {
+        uint8_t old[TR_PACK_ALIGN];
+        memcpy(old, group, sizeof old);
+        for (int i = 0; i < TR_PACK_ALIGN; i++) {
+            group[order[i]] = old[i];
+            nan |= (unsigned)((old[i] & 0x7f) == 0x7f) << i / TR_K_GROUP;
+        }
+    }
+    return nan;
+}
+
+static void transpose(uint8_t *out, const uint8_t *const row[TR_PANEL], int n_words)
+{
+    for (int w = 0; w < n_words; w++)
+        for (int lane = 0; lane < TR_PANEL; lane++, out += 4)
+            memcpy(out, row[lane] + 4 * w, 4);
+}
+
 const tr_cpu_kernels tr_cpu_plain = {
     .gemm = gemm,
     .e4m3_order = order,
+    .e4m3_arrange = e4m3_arrange,
+    .transpose = transpose,
     .dot = dot,
     .axpy = axpy,
     .expand_e4m3 = expand_e4m3,

@@ -17,38 +17,120 @@ size_t tr_cpu_linear_bytes(tr_format format, int n_mats, int n_out, int n_in)
     return bytes;
 }
 
-static uint8_t *group_at(const tr_packed *m, uint8_t *block, int k)
+/* ---- packing ---- */
+
+/* A block of up to 16 lanes of one panel: n columns from column k, lanes [lane, lane_end), the first of them being row o
+ * of the piece. */
+typedef struct pack_block {
+    const tr_device *d;
+    const tr_packed *m;
+    tr_format format;
+    const tr_linear_src *s;
+    uint8_t *at;
+    int lane, lane_end, o, k, n;
+} pack_block;
+
+/* A transposed piece is turned into rows first, a row short of a 32-bit word is filled up with zeros: [16][128] numbers,
+ * whatever a number is. */
+typedef struct pack_rows {
+    uint8_t room[TR_PANEL * TR_K_BLOCK * 4];
+} pack_rows;
+
+static size_t source_at(const pack_block *b, int lane, int i)
 {
-    return block + m->scale_bytes + (size_t)(k / TR_K_GROUP) * (size_t)m->group_bytes;
+    size_t o = (size_t)(b->o + lane - b->lane), k = (size_t)(b->k + i);
+    return b->s->transposed ? k * b->s->ld + o : o * b->s->ld + k;
 }
 
-/* One lane of one block: n columns of row o of the piece, beginning with column k. */
-static void pack_lane(const tr_packed *m, tr_format format, const uint8_t *order, uint8_t *block,
-                      const tr_linear_src *s, int lane, int o, int k, int n)
-{
-    const int size = tr_format_bytes(format), per_word = 4 / size;
-    const size_t step = s->transposed ? s->ld : 1;
-    const char *from = (const char *)s->src;
-    size_t at = s->transposed ? (size_t)k * s->ld + (size_t)o : (size_t)o * s->ld + (size_t)k;
+#define GATHER_COLUMNS(type)                                                                       \
+    for (int i = 0; i < b->n; i++) {                                                               \
+        type *to = (type *)(void *)rows->room + i;                                                 \
+        const type *column = (const type *)b->s->src + source_at(b, b->lane, i);                   \
+        for (int l = b->lane; l < b->lane_end; l++)                                                \
+            to[l * TR_K_BLOCK] = column[l - b->lane];                                              \
+    }
 
-    if (format != TR_W_E4M3_B128) {
-        for (int i = 0; i < n; i++, at += step) {
-            int j = i % TR_K_GROUP;
-            uint8_t *to = group_at(m, block, i) + j / per_word * TR_PACK_ALIGN + lane * 4;
-            memcpy(to + j % per_word * size, from + at * (size_t)size, (size_t)size);
-        }
+/* Where the numbers of each lane stand in a row. Rows that are not in memory like that are put together in *rows. */
+static void find_rows(const pack_block *b, pack_rows *rows, const uint8_t *row[TR_PANEL])
+{
+    const int size = tr_format_bytes(b->format), row_bytes = TR_K_BLOCK * size;
+    const size_t bytes = (size_t)(b->n * size);
+
+    if (!b->s->transposed && bytes % 4 == 0) {
+        for (int l = b->lane; l < b->lane_end; l++)
+            row[l] = (const uint8_t *)b->s->src + source_at(b, l, 0) * (size_t)size;
         return;
     }
-    int has_nan = 0;
-    for (int i = 0; i < n; i++, at += step) {
-        uint8_t code = (uint8_t)from[at];
-        has_nan |= (code & 0x7f) == 0x7f;
-        group_at(m, block, i)[order[lane * TR_K_GROUP + i % TR_K_GROUP]] = code;
+    for (int l = b->lane; l < b->lane_end; l++) {
+        uint8_t *to = rows->room + l * row_bytes;
+        row[l] = to;
+        if (bytes % 4) memset(to + bytes / 4 * 4, 0, 4); /* columns that fill up the last word */
+        if (!b->s->transposed)
+            memcpy(to, (const uint8_t *)b->s->src + source_at(b, l, 0) * (size_t)size, bytes);
     }
-    size_t down = (size_t)(s->row0 + (s->transposed ? k : o)) / TR_K_BLOCK;
-    size_t right = (size_t)(s->col0 + (s->transposed ? o : k)) / TR_K_BLOCK;
-    float scale = has_nan ? NAN : s->scale[down * s->scale_ld + right];
-    memcpy(block + lane * (int)sizeof scale, &scale, sizeof scale);
+    if (!b->s->transposed) return;
+    if (size == 1) {
+        GATHER_COLUMNS(uint8_t)
+    } else if (size == 2) {
+        GATHER_COLUMNS(uint16_t)
+    } else {
+        GATHER_COLUMNS(uint32_t)
+    }
+}
+
+/* nan: a bit for every lane in which there is one. */
+static void pack_scales(const pack_block *b, unsigned nan)
+{
+    const tr_linear_src *s = b->s;
+    for (int l = b->lane; l < b->lane_end; l++) {
+        int o = b->o + l - b->lane;
+        size_t down = (size_t)(s->row0 + (s->transposed ? b->k : o)) / TR_K_BLOCK;
+        size_t right = (size_t)(s->col0 + (s->transposed ? o : b->k)) / TR_K_BLOCK;
+        float scale = nan >> l & 1 ? NAN : s->scale[down * s->scale_ld + right];
+        memcpy(b->at + l * (int)sizeof scale, &scale, sizeof scale);
+    }
+}
+
+/* Some lanes of a panel, beside others that are there already: word by word, or, e4m3, byte by byte. Returns the lanes
+ * with a NaN code. */
+static unsigned pack_lanes(const pack_block *b, const uint8_t *const row[TR_PANEL])
+{
+    const tr_cpu_kernels *k = &b->d->k;
+    const int n_words = (b->n * tr_format_bytes(b->format) + 3) / 4;
+    unsigned nan = 0;
+
+    for (int l = b->lane; l < b->lane_end; l++) {
+        uint8_t *group = b->at + b->m->scale_bytes;
+        for (int w = 0; w < n_words; w++, group += TR_PACK_ALIGN) {
+            const uint8_t *word = row[l] + 4 * w;
+            if (b->format != TR_W_E4M3_B128)
+                memcpy(group + 4 * l, word, 4);
+            else
+                for (int j = 0; j < TR_K_GROUP; j++) {
+                    group[k->e4m3_order[l * TR_K_GROUP + j]] = tr_e4m3_packed(k, word[j]);
+                    nan |= (unsigned)((word[j] & 0x7f) == 0x7f) << l;
+                }
+        }
+    }
+    return nan;
+}
+
+static void pack(const pack_block *b)
+{
+    const int n_words = (b->n * tr_format_bytes(b->format) + 3) / 4;
+    uint8_t *groups = b->at + b->m->scale_bytes;
+    const uint8_t *row[TR_PANEL] = {NULL};
+    TR_SCRATCH pack_rows rows;
+    unsigned nan = 0;
+
+    find_rows(b, &rows, row);
+    if (b->lane_end - b->lane < TR_PANEL) {
+        nan = pack_lanes(b, row);
+    } else {
+        b->d->k.transpose(groups, row, n_words);
+        if (b->format == TR_W_E4M3_B128) nan = b->d->k.e4m3_arrange(groups, n_words);
+    }
+    if (b->format == TR_W_E4M3_B128) pack_scales(b, nan);
 }
 
 static tr_status check_piece(tr_device *d, const tr_linear *w, const tr_linear_src *s)
@@ -66,8 +148,36 @@ static tr_status check_piece(tr_device *d, const tr_linear *w, const tr_linear_s
     return TR_OK;
 }
 
-/* Panels are packed by the threads that will read them in tr_cpu_gemm_all, so that first touch
- * places them. */
+typedef struct pack_work {
+    tr_device *d;
+    const tr_linear *dst;
+    const tr_linear_src *src;
+} pack_work;
+
+/* Panels are packed by the members that will read them in tr_cpu_gemm_all, so that first touch places them. */
+static void pack_member(void *ctx, int i, int n)
+{
+    const pack_work *w = ctx;
+    const tr_linear_src *s = w->src;
+    const tr_packed m = tr_packed_view(w->dst, s->i_mat);
+    const int o_end = s->o_begin + s->n_out, n_panels = tr_n_panels(w->dst->n_out);
+    const int end = tr_team_part(n_panels, i + 1, n);
+
+    for (int panel = tr_team_part(n_panels, i, n); panel < end; panel++) {
+        const int o = panel * TR_PANEL;
+        pack_block b = {.d = w->d, .m = &m, .format = w->dst->format, .s = s};
+        b.lane = o > s->o_begin ? 0 : s->o_begin - o;
+        b.lane_end = o_end - o < TR_PANEL ? o_end - o : TR_PANEL;
+        b.o = o + b.lane - s->o_begin;
+        b.at = m.panels + (size_t)panel * m.panel_bytes;
+        for (b.k = 0; b.lane < b.lane_end && b.k < m.n_in; b.k += b.n) {
+            b.n = tr_block_columns(&m, b.k);
+            pack(&b);
+            b.at += tr_block_bytes(&m, b.n);
+        }
+    }
+}
+
 tr_status tr_cpu_linear_pack(tr_device *d, tr_linear *dst, const tr_linear_src *src)
 {
     tr_status st = check_piece(d, dst, src);
@@ -83,30 +193,12 @@ tr_status tr_cpu_linear_pack(tr_device *d, tr_linear *dst, const tr_linear_src *
                            header->k_shift, k_shift);
     *header = (tr_pack_header){.magic = TR_PACK_MAGIC, .k_shift = k_shift};
 
-    tr_packed m = tr_packed_view(dst, src->i_mat);
-    const int o_begin = src->o_begin, o_end = src->o_begin + src->n_out;
-    const int n_panels = tr_n_panels(dst->n_out);
-#pragma omp parallel for num_threads(d->n_threads) schedule(static)
-    for (int panel = 0; panel < n_panels; panel++) {
-        int first = panel * TR_PANEL > o_begin ? panel * TR_PANEL : o_begin;
-        int last = (panel + 1) * TR_PANEL < o_end ? (panel + 1) * TR_PANEL : o_end;
-        uint8_t *block = m.panels + (size_t)panel * m.panel_bytes;
-        for (int k = 0, n; first < last && k < m.n_in; k += n, block += tr_block_bytes(&m, n)) {
-            n = tr_block_columns(&m, k);
-            for (int o = first; o < last; o++)
-                pack_lane(&m, dst->format, d->k.e4m3_order, block, src, o % TR_PANEL, o - o_begin,
-                          k, n);
-        }
-    }
+    pack_work w = {.d = d, .dst = dst, .src = src};
+    tr_device_run(d, (double)src->n_out * dst->n_in, pack_member, &w);
     return TR_OK;
 }
 
-/* Part i of n of [0, total), as schedule(static) cuts it. */
-static int part(int total, int i, int n)
-{
-    int small = total / n, more = total % n;
-    return i * small + (i < more ? i : more);
-}
+/* ---- products ---- */
 
 /* Thread i of n: panels are cut first; threads that are left over share the rows. */
 static void gemm_part(const tr_device *d, const tr_gemm *g, int i, int n)
@@ -118,8 +210,8 @@ static void gemm_part(const tr_device *d, const tr_gemm *g, int i, int n)
 
     if (i_row >= row_parts) return;
     tr_gemm mine = *g;
-    int r = part(g->n_rows, i_row, row_parts);
-    mine.n_rows = part(g->n_rows, i_row + 1, row_parts) - r;
+    int r = tr_team_part(g->n_rows, i_row, row_parts);
+    mine.n_rows = tr_team_part(g->n_rows, i_row + 1, row_parts) - r;
     if (g->row_index)
         mine.row_index += r;
     else
@@ -128,20 +220,26 @@ static void gemm_part(const tr_device *d, const tr_gemm *g, int i, int n)
         mine.out_index += r;
     else
         mine.y += (size_t)r * g->ldy;
-    d->k.gemm(&mine, part(n_panels, i_column, columns), part(n_panels, i_column + 1, columns));
+    d->k.gemm(&mine, tr_team_part(n_panels, i_column, columns),
+              tr_team_part(n_panels, i_column + 1, columns));
+}
+
+typedef struct gemm_work {
+    const tr_device *d;
+    const tr_gemm *g;
+} gemm_work;
+
+static void gemm_member(void *ctx, int i, int n)
+{
+    const gemm_work *w = ctx;
+    gemm_part(w->d, w->g, i, n);
 }
 
 void tr_cpu_gemm_all(tr_device *d, const tr_gemm *g)
 {
-    if (g->n_rows <= 0) return;
-    int n = tr_threads_for(d, (double)g->n_rows * g->w->n_out * g->w->n_in);
-    if (n == 1) {
-        d->k.gemm(g, 0, tr_n_panels(g->w->n_out));
-        return;
-    }
-#pragma omp parallel for num_threads(n) schedule(static, 1)
-    for (int i = 0; i < n; i++)
-        gemm_part(d, g, i, n);
+    gemm_work w = {d, g};
+    if (g->n_rows > 0)
+        tr_device_run(d, (double)g->n_rows * g->w->n_out * g->w->n_in, gemm_member, &w);
 }
 
 tr_status tr_cpu_linear(tr_device *d, tr_lane lane, const struct tr_linear_args *a)

@@ -1,97 +1,17 @@
-/* Multi-head latent attention in its absorbed form (model.md 3.4): the query's way into the latent space, attention over
- * the selected cache rows, and the way back out. */
+/* Multi-head latent attention in its absorbed form (model.md 3.4) over the selected cache rows. The query's way into the
+ * latent space and the way back out: mla_heads.c. */
 #include <config.h>
 
 #include <math.h>
 #include <string.h>
 
 #include "kernels/cpu/attention_priv.h"
-#include "kernels/cpu/rope_priv.h"
 
 enum {
     KEYS_STEP = 16,     /* keys that stay in L1 expanded; a multiple of 16 */
     HEADS_MAX = 128,    /* heads of one task: bounds its state on the stack */
     PREFETCH_KEYS = 16, /* rows lie anywhere: those so far ahead in the list are asked for */
 };
-
-void tr_gemm_heads(const tr_device *d, const tr_gemm *g, int n_heads, size_t x_step, size_t y_step)
-{
-    int n_panels = tr_n_panels(g->w->n_out), n_threads = d->n_threads;
-    int64_t n_all = (int64_t)n_panels * n_heads;
-    double work = (double)g->n_rows * g->w->n_out * g->w->n_in * n_heads;
-
-#pragma omp parallel for num_threads(tr_threads_for(d, work)) schedule(static)
-    for (int t = 0; t < n_threads; t++) {
-        int64_t end = n_all * (t + 1) / n_threads;
-        for (int64_t u = n_all * t / n_threads; u < end;) {
-            int h = (int)(u / n_panels), p = (int)(u % n_panels);
-            int p_end = end - u < n_panels - p ? p + (int)(end - u) : n_panels;
-            tr_gemm head = *g;
-            head.i_mat = h;
-            head.x += (size_t)h * x_step;
-            head.y += (size_t)h * y_step;
-            d->k.gemm(&head, p, p_end);
-            u += p_end - p;
-        }
-    }
-}
-
-/* The next run of absorbed rows from i on; 0 when there is none. */
-static int next_absorbed(const tr_rows *rows, int n, int *i, int *i_end)
-{
-    while (*i < n && rows->dense[*i])
-        ++*i;
-    for (*i_end = *i; *i_end < n && !rows->dense[*i_end];)
-        ++*i_end;
-    return *i < n;
-}
-
-tr_status tr_cpu_mla_query(tr_device *d, tr_lane lane, const struct tr_mla_query_args *a)
-{
-    const tr_rows *rows = a->rows;
-    int n = tr_live_rows(rows->n, rows->n_max), d_q = a->d_nope + a->d_rope,
-        d_key = a->d_latent + a->d_rope;
-    size_t ld_q = (size_t)a->n_heads * d_q, ld_key = (size_t)a->n_heads * d_key;
-    double work = 4.0 * n * a->n_heads * a->d_rope;
-
-    (void)lane;
-#pragma omp parallel for num_threads(tr_threads_for(d, work)) schedule(static)
-    for (int i = 0; i < n; i++)
-        for (int h = 0; h < a->n_heads; h++) {
-            float *pe = a->q + (size_t)i * ld_q + (size_t)h * d_q + a->d_nope;
-            if (!tr_row_is_pad(rows, i))
-                tr_rope_interleaved(pe, a->rope + (size_t)rows->position[i] * a->d_rope, a->d_rope);
-            if (!rows->dense[i])
-                memcpy(a->q_absorbed + (size_t)i * ld_key + (size_t)h * d_key + a->d_latent, pe,
-                       (size_t)a->d_rope * sizeof *pe);
-        }
-    for (int i = 0, i_end; next_absorbed(rows, n, &i, &i_end); i = i_end) {
-        tr_gemm g = {.w = a->w_uk_t, .n_rows = i_end - i};
-        g.x = a->q + (size_t)i * ld_q;
-        g.ldx = ld_q;
-        g.y = a->q_absorbed + (size_t)i * ld_key;
-        g.ldy = ld_key;
-        tr_gemm_heads(d, &g, a->n_heads, (size_t)d_q, (size_t)d_key);
-    }
-    return TR_OK;
-}
-
-tr_status tr_cpu_mla_value(tr_device *d, tr_lane lane, const struct tr_mla_value_args *a)
-{
-    int n = tr_live_rows(a->rows->n, a->rows->n_max);
-    size_t ld_u = (size_t)a->n_heads * a->d_latent, ld_out = (size_t)a->n_heads * a->d_v;
-
-    (void)lane;
-    for (int i = 0, i_end; next_absorbed(a->rows, n, &i, &i_end); i = i_end) {
-        tr_gemm g = {.w = a->w_uv, .n_rows = i_end - i};
-        g.x = a->u + (size_t)i * ld_u;
-        g.ldx = ld_u;
-        g.y = a->out + (size_t)i * ld_out;
-        g.ldy = ld_out;
-        tr_gemm_heads(d, &g, a->n_heads, (size_t)a->d_latent, (size_t)a->d_v);
-    }
-    return TR_OK;
-}
 
 float tr_softmax_step(const tr_device *d, float *p, int n, float scale, float *max, float *sum)
 {

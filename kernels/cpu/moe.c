@@ -3,14 +3,13 @@
 #include <math.h>
 #include <string.h>
 
-#include <omp.h>
-
+#include "base/size.h"
 #include "kernels/cpu/cpu_priv.h"
 
 /* Mixture of experts (model.md 6): which experts a row takes, the experts themselves, and their
  * weighted sum. */
 
-enum { EXPERTS_MAX = 1024, GROUPS_MAX = EXPERTS_MAX };
+enum { EXPERTS_MAX = 1024, GROUPS_MAX = EXPERTS_MAX, COMBINE_CHUNK = 1024 };
 
 /* ---- router ---- */
 
@@ -85,24 +84,28 @@ static void route_row(const struct tr_router_args *a, int r)
     }
 }
 
+typedef struct router_work {
+    const struct tr_router_args *a;
+    int n;
+} router_work;
+
+static void router_member(void *ctx, int i, int n)
+{
+    const router_work *w = ctx;
+    for (int r = tr_team_part(w->n, i, n); r < tr_team_part(w->n, i + 1, n); r++)
+        route_row(w->a, r);
+}
+
 tr_status tr_cpu_router(tr_device *d, tr_lane lane, const struct tr_router_args *a)
 {
-    int n = tr_live_rows(a->n, a->n_max);
+    router_work w = {a, tr_live_rows(a->n, a->n_max)};
     (void)lane;
     if (a->n_experts < 1 || a->n_experts > EXPERTS_MAX || a->k < 1 || a->k > a->n_experts ||
         a->n_group < 1 || a->n_experts % a->n_group != 0)
         return tr_cpu_fail(d, TR_E_USAGE,
                            "router: %d of %d experts in %d groups (at most %d experts)", a->k,
                            a->n_experts, a->n_group, EXPERTS_MAX);
-    int threads = tr_threads_for(d, (double)n * a->n_experts * (8 + a->k));
-    if (threads == 1) {
-        for (int r = 0; r < n; r++)
-            route_row(a, r);
-        return TR_OK;
-    }
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int r = 0; r < n; r++)
-        route_row(a, r);
+    tr_device_run(d, (double)w.n * a->n_experts * (8 + a->k), router_member, &w);
     return TR_OK;
 }
 
@@ -136,6 +139,7 @@ tr_status tr_cpu_moe_pack(tr_device *d, tr_lane lane, const struct tr_moe_pack_a
 /* Of one call: rows in the order of `pair`. gate_up [n_pairs, 2 inner]; silu(gate) * up replaces
  * gate. */
 typedef struct moe_work {
+    const tr_device *d;
     const struct tr_moe_args *a;
     int n_pairs, inner;
     int32_t *row; /* [n_pairs]: pair / k */
@@ -233,10 +237,18 @@ static void phase_part(const tr_device *d, const moe_work *w, expert_phase *phas
     }
 }
 
+static void moe_member(void *ctx, int i, int n)
+{
+    const moe_work *w = ctx;
+    phase_part(w->d, w, expert_inner, inner_units(w->inner), i, n);
+    tr_team_barrier(w->d->team);
+    phase_part(w->d, w, expert_down, tr_n_panels(w->a->down->n_out), i, n);
+}
+
 tr_status tr_cpu_moe(tr_device *d, tr_lane lane, const struct tr_moe_args *a)
 {
     const int d_model = a->down->n_out, n_pairs = a->start[a->n_local];
-    moe_work w = {.a = a, .n_pairs = n_pairs, .inner = a->gate_up->n_out / 2};
+    moe_work w = {.d = d, .a = a, .n_pairs = n_pairs, .inner = a->gate_up->n_out / 2};
     (void)lane;
 
     if (a->gate_up->n_out != 2 * a->down->n_in || a->gate_up->n_in != a->in.d)
@@ -250,54 +262,53 @@ tr_status tr_cpu_moe(tr_device *d, tr_lane lane, const struct tr_moe_args *a)
     for (int i = 0; i < n_pairs; i++)
         w.row[i] = a->pair[i] / a->k;
 
-    const int n_inner = inner_units(w.inner), n_down = tr_n_panels(d_model);
-    int threads = tr_threads_for(d, 3.0 * n_pairs * w.inner * d_model);
-    if (threads == 1) {
-        phase_part(d, &w, expert_inner, n_inner, 0, 1);
-        phase_part(d, &w, expert_down, n_down, 0, 1);
-        return TR_OK;
-    }
-#pragma omp parallel num_threads(threads)
-    {
-        /* The runtime may give fewer threads than asked for. */
-        int i = omp_get_thread_num(), n = omp_get_num_threads();
-        phase_part(d, &w, expert_inner, n_inner, i, n);
-#pragma omp barrier
-        phase_part(d, &w, expert_down, n_down, i, n);
-    }
+    tr_device_run(d, 3.0 * n_pairs * w.inner * d_model, moe_member, &w);
     return TR_OK;
 }
 
 /* ---- weighted sum ---- */
 
-static void combine_row(const tr_device *d, const struct tr_moe_combine_args *a, int r)
+typedef struct combine_work {
+    const tr_device *d;
+    const struct tr_moe_combine_args *a;
+    int n, n_chunks;
+} combine_work;
+
+/* Columns [begin, begin + width) of row r. */
+static void combine_row(const tr_device *d, const struct tr_moe_combine_args *a, int r,
+                        size_t begin, size_t width)
 {
-    const size_t width = (size_t)a->d;
-    float *out = a->out + (size_t)r * width;
+    float *out = a->out + (size_t)r * (size_t)a->d + begin;
 
     if (!a->shared)
         memset(out, 0, width * sizeof *out);
     else if (a->shared != a->out)
-        memcpy(out, a->shared + (size_t)r * width, width * sizeof *out);
+        memcpy(out, a->shared + (size_t)r * (size_t)a->d + begin, width * sizeof *out);
     for (int j = 0; j < a->k; j++) {
         size_t pair = (size_t)r * (size_t)a->k + (size_t)j;
         int e = a->expert[pair] - a->e_first;
-        if (e >= 0 && e < a->n_local) d->k.axpy(out, a->weight[pair], a->y + pair * width, a->d);
+        if (e >= 0 && e < a->n_local)
+            d->k.axpy(out, a->weight[pair], a->y + pair * (size_t)a->d + begin, (int)width);
+    }
+}
+
+static void combine_member(void *ctx, int i, int n)
+{
+    const combine_work *w = ctx;
+    const int end = tr_team_part(w->n * w->n_chunks, i + 1, n);
+
+    for (int u = tr_team_part(w->n * w->n_chunks, i, n); u < end; u++) {
+        int begin = u % w->n_chunks * COMBINE_CHUNK, left = w->a->d - begin;
+        combine_row(w->d, w->a, u / w->n_chunks, (size_t)begin,
+                    (size_t)(left < COMBINE_CHUNK ? left : COMBINE_CHUNK));
     }
 }
 
 tr_status tr_cpu_moe_combine(tr_device *d, tr_lane lane, const struct tr_moe_combine_args *a)
 {
-    int n = tr_live_rows(a->n, a->n_max);
-    int threads = tr_threads_for(d, (double)n * a->k * a->d);
+    combine_work w = {d, a, tr_live_rows(a->n, a->n_max),
+                      (int)tr_ceil_div((size_t)a->d, COMBINE_CHUNK)};
     (void)lane;
-    if (threads == 1) {
-        for (int r = 0; r < n; r++)
-            combine_row(d, a, r);
-        return TR_OK;
-    }
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int r = 0; r < n; r++)
-        combine_row(d, a, r);
+    tr_device_run(d, (double)w.n * a->k * a->d, combine_member, &w);
     return TR_OK;
 }

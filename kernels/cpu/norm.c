@@ -3,7 +3,10 @@
 #include <math.h>
 #include <string.h>
 
+#include "base/size.h"
 #include "kernels/cpu/cpu_priv.h"
+
+enum { SWIGLU_CHUNK = 1024 }; /* columns: a unit of work, so that one row is not one thread's */
 
 /* Row-wise operations: each row is one thread's, in one order, so rows cannot see each other. */
 
@@ -26,19 +29,24 @@ static void norm_row(const tr_device *d, const struct tr_norm_args *a, int r)
         out[i] = residual[i] * inverse * a->weight[i];
 }
 
+typedef struct norm_work {
+    const tr_device *d;
+    const struct tr_norm_args *a;
+    int n;
+} norm_work;
+
+static void norm_member(void *ctx, int i, int n)
+{
+    const norm_work *w = ctx;
+    for (int r = tr_team_part(w->n, i, n); r < tr_team_part(w->n, i + 1, n); r++)
+        norm_row(w->d, w->a, r);
+}
+
 tr_status tr_cpu_norm(tr_device *d, tr_lane lane, const struct tr_norm_args *a)
 {
-    int n = tr_live_rows(a->n, a->n_max);
-    int threads = tr_threads_for(d, (double)n * a->d);
+    norm_work w = {d, a, tr_live_rows(a->n, a->n_max)};
     (void)lane;
-    if (threads == 1) {
-        for (int r = 0; r < n; r++)
-            norm_row(d, a, r);
-        return TR_OK;
-    }
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int r = 0; r < n; r++)
-        norm_row(d, a, r);
+    tr_device_run(d, w.n > 1 ? (double)w.n * a->d : 0.0, norm_member, &w);
     return TR_OK;
 }
 
@@ -95,23 +103,32 @@ void tr_swiglu_row(const tr_device *d, float *out, const float *gate, const floa
     }
 }
 
+typedef struct swiglu_work {
+    const tr_device *d;
+    const struct tr_swiglu_args *a;
+    int n, n_chunks;
+} swiglu_work;
+
+static void swiglu_member(void *ctx, int i, int n)
+{
+    const swiglu_work *w = ctx;
+    const size_t width = (size_t)w->a->d;
+    const int end = tr_team_part(w->n * w->n_chunks, i + 1, n);
+
+    for (int u = tr_team_part(w->n * w->n_chunks, i, n); u < end; u++) {
+        int r = u / w->n_chunks, begin = u % w->n_chunks * SWIGLU_CHUNK, left = w->a->d - begin;
+        const float *gate = w->a->gate_up + (size_t)r * 2 * width + begin;
+        tr_swiglu_row(w->d, w->a->out + (size_t)r * width + begin, gate, gate + width,
+                      left < SWIGLU_CHUNK ? left : SWIGLU_CHUNK);
+    }
+}
+
 tr_status tr_cpu_swiglu(tr_device *d, tr_lane lane, const struct tr_swiglu_args *a)
 {
-    int n = tr_live_rows(a->n, a->n_max);
-    int threads = tr_threads_for(d, 4.0 * n * a->d); /* an exp is worth some products */
-    size_t width = (size_t)a->d;
+    swiglu_work w = {d, a, tr_live_rows(a->n, a->n_max),
+                     (int)tr_ceil_div((size_t)a->d, SWIGLU_CHUNK)};
     (void)lane;
-    if (threads == 1) {
-        for (int r = 0; r < n; r++) {
-            const float *gate = a->gate_up + (size_t)r * 2 * width;
-            tr_swiglu_row(d, a->out + (size_t)r * width, gate, gate + width, a->d);
-        }
-        return TR_OK;
-    }
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int r = 0; r < n; r++) {
-        const float *gate = a->gate_up + (size_t)r * 2 * width;
-        tr_swiglu_row(d, a->out + (size_t)r * width, gate, gate + width, a->d);
-    }
+    /* an exp is worth some products */
+    tr_device_run(d, 4.0 * w.n * a->d, swiglu_member, &w);
     return TR_OK;
 }

@@ -10,7 +10,8 @@
  * A block in which a lane holds a NaN code has NaN as that lane's scale, which is the same result at no cost.
  *
  * In a group, f32: number (lane, j) at [j][lane]. bf16: [j / 2][lane][j % 2], so that one 32-bit word holds two k of a
- * lane. e4m3: byte order[lane * 4 + j], as the instruction set's expansion likes it. */
+ * lane. e4m3: byte order[lane * 4 + j], as the instruction set's expansion likes it (and its bits: e4m3_sign_low). So
+ * but for e4m3's last step packing is the transposition of 16 rows of 32-bit words. */
 #ifndef TR_KERNELS_CPU_PACKED_H
 #define TR_KERNELS_CPU_PACKED_H
 

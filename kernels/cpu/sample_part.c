@@ -196,8 +196,7 @@ static int32_t draw(const struct tr_sample_merge_args *a, int r, const merged *m
         total = sum;
     }
 
-    const double mark =
-        total * tr_philox_uniform(s->key, (uint32_t)position + 1, TR_PHILOX_SAMPLE);
+    const double mark = total * tr_philox_uniform(s->key, (uint32_t)position + 1, TR_PHILOX_SAMPLE);
     int32_t id = -1;
     sum = 0;
     for (int i = 0; i < n && sum <= mark; i++) {
@@ -357,8 +356,8 @@ tr_status tr_cpu_logprob_merge(tr_device *d, tr_lane lane, const struct tr_logpr
             sum += p->sum * exp((double)p->best - best);
         }
         const double base = log(sum);
-        a->logprob[h] = (float)((double)token_logit(a->part, a->n_members, a->n_rows, r) - best -
-                                base);
+        a->logprob[h] =
+            (float)((double)token_logit(a->part, a->n_members, a->n_rows, r) - best - base);
         merge_tops(a, r, n_top, best, base, next);
     }
     free(next);

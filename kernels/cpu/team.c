@@ -44,7 +44,7 @@ struct tr_team {
     tr_team_fn *fn; /* of this run; NULL: leave */
     void *ctx;
     int n, n_running; /* members; of them in this run: all or 1 */
-    int caller_cpu; /* -1: anywhere */
+    int caller_cpu;   /* -1: anywhere */
     member member[];
 };
 

@@ -7,18 +7,14 @@ namespace
 
 using namespace tr;
 
-/* Weight rows x tokens; "/w2": two blocks share the tokens, "/t2": the weights. The first are weights by tokens
+/* Weight rows x tokens; "/w2": two blocks share the tokens, "/t2": the weights. The first three are weights by tokens
  * (gemm_fp8_kernel.cuh), the others tokens by weights (gemm_fp8_wide.cuh). */
 const gemm_kernel dense_kernels[] = {
-    describe<gemm_shape<1, 1, 8, 1, 1, false, false>>("64x8"),
-    describe<gemm_shape<1, 1, 16, 1, 1, false, false>>("64x16"),
-    describe<gemm_shape<1, 1, 32, 1, 1, false, false>>("64x32"),
-    describe<gemm_shape<1, 1, 64, 1, 1, false, false>>("64x64 narrow"),
+    describe<gemm_shape<1, 1, 8, false, false>>("64x8"),
+    describe<gemm_shape<1, 1, 16, false, false>>("64x16"),
+    describe<gemm_shape<1, 1, 32, false, false>>("64x32"),
     describe<wide_shape<1, 64, 1, 1, false, false>>("64x64"),
-    describe<wide_shape<1, 64, 2, 1, false, false>>("64x64/w2"),
-    describe<wide_shape<1, 64, 1, 2, false, false>>("64x64/t2"),
     describe<wide_shape<2, 64, 2, 1, false, false>>("64x128/w2"),
-    describe<wide_shape<2, 64, 4, 1, false, false>>("64x128/w4"),
     describe<wide_shape<2, 128, 1, 2, false, false>>("128x128/t2"),
     describe<wide_shape<2, 192, 1, 2, false, false>>("192x128/t2"),
     describe<wide_shape<2, 256, 1, 2, false, false>>("256x128/t2"),
@@ -30,16 +26,20 @@ typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, vo
                               const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
                               CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-/* [rows, columns] of elements of `bytes` bytes, rows `pitch` bytes apart, in boxes of box_rows x box_columns. */
+/* [rows, columns] of elements of `bytes` bytes (e4m3, bf16, fp32), rows `pitch` bytes apart, in boxes of box_rows x
+ * box_columns; a box wide in bytes is 128 and swizzled, but for scales. */
 bool encode_map(const tr_gemm_fp8 *g, CUtensorMap *map, const void *base, int bytes, size_t columns,
                 size_t rows, size_t pitch, int box_columns, int box_rows)
 {
+    const CUtensorMapDataType type = bytes == 1   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                     : bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                  : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
     const cuuint64_t size[2] = {columns, rows}, stride[1] = {pitch};
     const cuuint32_t box[2] = {(cuuint32_t)box_columns, (cuuint32_t)box_rows}, step[2] = {1, 1};
     const encode_fn encode = (encode_fn)g->encode;
-    return encode(map, bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-                  2, (void *)base, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                  bytes == 1 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+    return encode(map, type, 2, (void *)base, size, stride, box, step,
+                  CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  bytes < 4 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
@@ -63,6 +63,10 @@ cudaError_t gemm_launch(const ::tr_gemm_fp8 *g, const gemm_kernel &k, gemm_args 
         !encode_map(g, &a.x_scale, x->scale_d, 4, (size_t)x->n_max, (size_t)n_k,
                     (size_t)ld_scale * 4, k.nb, 1))
         return cudaErrorInvalidValue;
+    a.has_out_map = a.out && !a.out_f32 && !a.scatter && !a.start && a.ld_out % 8 == 0 &&
+                    (uintptr_t)a.out % 16 == 0 &&
+                    encode_map(g, &a.out_map, a.out, 2, (size_t)w->n_out, (size_t)x->n_max,
+                               a.ld_out * 2, 64, 16);
     a.w_scale = w->scale_d;
     a.w_scale_pitch = tr_fp8_scale_pitch(w->n_in);
     a.w_scale_rows = (w->n_out + 127) / 128;
@@ -133,24 +137,25 @@ cudaError_t tr_gemm_fp8_dense_as(const tr_gemm_fp8 *g, int shape, const tr_fp8_w
     return gemm_launch(g, k, a, w, x, w_tiles * t_tiles, stream);
 }
 
-/* Few rows: one tile of tokens, 64-row tiles of weights on as many SMs as there are. Many: the tile whose waves waste
- * least, counted in tile areas per SM; larger tiles win ties, they read L2 less. */
+/* Up to 32 rows: one tile of tokens. Beyond: the tile that costs least, by what bounds it: up to 128 rows the bytes an
+ * SM takes in, above the products; both in waves of tiles over the SMs. Larger tiles win near ties: they read L2 less.
+ * (One H200, bench_gemm_fp8 dense: 128 rows x 4096 x 7168: 64x64 18.3 us, 64x128/w2 21.8; x 7168 x 16384: 55.7, 43.9;
+ * 4096 rows x 2112 x 7168: 192x128/t2 107 us, 256x128/t2 135.) */
 int tr_gemm_fp8_pick(const tr_gemm_fp8 *g, int n_out, int n_max)
 {
     if (n_max <= 8) return 0;
     if (n_max <= 16) return 1;
     if (n_max <= 32) return 2;
-    if (n_max <= 64) return 5;
-    if (n_max <= 128) return 7;
-    int best = N_DENSE - 1;
+    const int from = n_max <= 128 ? 4 : N_DENSE - 1, to = n_max <= 128 ? 3 : 5;
+    int best = from;
     double least = 0;
-    for (int i = N_DENSE - 1; i >= N_DENSE - 3; i--) {
+    for (int i = from; i >= to; i--) {
         const gemm_kernel &k = dense_kernels[i];
-        const long clusters = (long)((n_out + k.w_rows - 1) / k.w_rows) *
-                              ((n_max + k.nb * k.ct - 1) / (k.nb * k.ct));
-        const long at_once = g->n_sms / k.ct, waves = (clusters + at_once - 1) / at_once;
-        const double cost = (double)waves * k.w_rows;
-        if (i == N_DENSE - 1 || cost < least * 0.97) {
+        const long tiles = (long)((n_out + k.w_rows * k.cw - 1) / (k.w_rows * k.cw)) *
+                           ((n_max + k.nb * k.ct - 1) / (k.nb * k.ct));
+        const long at_once = g->n_sms / (k.cw * k.ct), waves = (tiles + at_once - 1) / at_once;
+        const double cost = (double)waves * (n_max <= 128 ? k.w_rows + k.nb : k.w_rows);
+        if (i == from || cost < least * 0.97) {
             best = i;
             least = cost;
         }

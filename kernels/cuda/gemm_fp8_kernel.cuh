@@ -17,7 +17,7 @@ namespace tr
 {
 
 struct gemm_args {
-    CUtensorMap w, x, x_scale;
+    CUtensorMap w, x, x_scale, out_map; /* out_map: 16 x 64 bf16 in 128-byte swizzle, where has_out_map */
     const float *w_scale;
     int w_scale_pitch, w_scale_rows; /* rows: of one matrix */
     int n_out, n_k;                  /* n_k: stages */
@@ -28,7 +28,7 @@ struct gemm_args {
     const int32_t *scatter; /* output row of sorted row i, or NULL */
     void *out;
     size_t ld_out;
-    int out_f32;
+    int out_f32, has_out_map;
     uint8_t *q; /* gate_up: e4m3 [n_max, n_out / 2] and scales */
     float *q_scale;
     int ld_q_scale, ue8m0;
@@ -39,16 +39,14 @@ enum { SMEM_BLOCK_MAX = 232448 }; /* what a block may have on sm_90 */
 
 template <class S> struct math_group;
 
-template <int WGS_, int SUBS_, int NB_, int CW_, int CT_, bool GROUPED_, bool GATE_UP_>
-struct gemm_shape {
+template <int WGS_, int SUBS_, int NB_, bool GROUPED_, bool GATE_UP_> struct gemm_shape {
     using math = math_group<gemm_shape>;
-    static constexpr int WGS = WGS_, SUBS = SUBS_, NB = NB_, CW = CW_, CT = CT_;
+    static constexpr int WGS = WGS_, SUBS = SUBS_, NB = NB_, CW = 1, CT = 1;
     static constexpr bool GROUPED = GROUPED_, GATE_UP = GATE_UP_;
-    static constexpr int CLUSTER = CW * CT, THREADS = 128 * (WGS + 1);
+    static constexpr int CLUSTER = 1, THREADS = 128 * (WGS + 1);
     static constexpr int W_ROWS = 64 * WGS * SUBS;
-    /* Grouped and alone: the width follows the rows of the expert. */
-    static constexpr bool ADAPTIVE = GROUPED && CLUSTER == 1;
-    static constexpr int X_BOX = ADAPTIVE ? 16 : NB / CW;
+    static constexpr bool ADAPTIVE = GROUPED; /* the width follows the rows of the expert */
+    static constexpr int X_BOX = ADAPTIVE ? 16 : NB;
     static constexpr int W_BYTES = W_ROWS * 128, X_BYTES = NB * 128, S_BYTES = NB * 4;
     static constexpr int S_PITCH = NB < 32 ? 32 : NB; /* copies land on multiples of 128 bytes */
     static constexpr int W_BLOCKS = W_ROWS > 128 ? 2 : 1;
@@ -57,9 +55,8 @@ struct gemm_shape {
     static constexpr int FIT = (SMEM_BLOCK_MAX - STAGING_BYTES) / STAGE_BYTES;
     static constexpr int STAGES = FIT < 24 ? FIT : 24;
     static constexpr int SMEM_BYTES = STAGES * STAGE_BYTES + STAGING_BYTES;
-    /* 65536 are shared out in eights: two or three math warpgroups and the one that loads. */
-    static constexpr int MATH_REGISTERS = WGS == 3 ? 160 : 232;
-    static constexpr int LOAD_REGISTERS = WGS == 3 ? 32 : 40;
+    /* 65536 are shared out in eights to two math warpgroups and the one that loads. */
+    static constexpr int MATH_REGISTERS = 232, LOAD_REGISTERS = 40;
     static_assert(SMEM_BYTES <= SMEM_BLOCK_MAX, "shared memory");
     static_assert(!GATE_UP || W_ROWS == 256, "a scale block of 128 is 256 rows of gate and up");
 };
@@ -109,6 +106,12 @@ template <class S> struct gemm_walk {
         const int from = S::GROUPED ? begin & ~3 : 0;
         return begin == end ? 0 : (end - from + S::NB * S::CT - 1) / (S::NB * S::CT);
     }
+    /* Again after the products, so that they need not lie in registers meanwhile. */
+    __device__ void limits(gemm_tile &t) const
+    {
+        t.n_rows = (S::GROUPED ? end : live) - t.row0;
+        t.skip = S::GROUPED ? begin - t.row0 : 0;
+    }
     __device__ bool next(gemm_tile &t)
     {
         int w, m;
@@ -124,8 +127,6 @@ template <class S> struct gemm_walk {
             m = i % tiles;
             t.matrix = group - 1;
             t.row0 = (begin & ~3) + (m * S::CT + part_t()) * S::NB;
-            t.n_rows = end - t.row0;
-            t.skip = begin - t.row0;
         } else {
             if (index >= total) return false;
             const int tiles = token_tiles(), wide = 16 * w_tiles();
@@ -134,9 +135,8 @@ template <class S> struct gemm_walk {
             m = first + index % wide % width;
             t.matrix = 0;
             t.row0 = (m * S::CT + part_t()) * S::NB;
-            t.n_rows = live - t.row0;
-            t.skip = 0;
         }
+        limits(t);
         t.w0 = (w * S::CW + part_w()) * S::W_ROWS;
         index += (int)gridDim.x / S::CLUSTER;
         return true;
@@ -277,14 +277,15 @@ __device__ __forceinline__ float gate_times_up(float gate, float up)
     return __fmul_rn(__fdividef(gate, 1.0f + expf(-gate)), up);
 }
 
+/* 128 along k of the operands whose descriptors have these low words: p = m n^T. */
 template <int NB>
-__device__ __forceinline__ void issue_block(float (&p)[NB / 2], uint64_t w, uint64_t x)
+__device__ __forceinline__ void issue_block(float (&p)[NB / 2], uint32_t m, uint32_t n)
 {
 #pragma unroll
     for (int i = 0; i < NB / 2; i++) wgmma_touch(p[i]);
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < 4; i++) mma_e4m3<NB>(p, w + 2 * i, x + 2 * i, i > 0);
+    for (int i = 0; i < 4; i++) mma_e4m3<NB>(p, descriptor(m + 2 * i), descriptor(n + 2 * i), i > 0);
     wgmma_commit();
 }
 
@@ -305,6 +306,30 @@ __device__ __forceinline__ void promote(float (&acc)[NB / 2], float (&p)[NB / 2]
     }
 }
 
+/* A value the compiler knows nothing about: what is computed from it stays behind the products, instead of being hoisted
+ * out of the loop over tiles into registers that the products need. */
+__device__ __forceinline__ int opaque(int x)
+{
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+/* Eight outputs of a row from shared memory; at the right edge one by one. */
+__device__ __forceinline__ void store_piece(const gemm_args &a, const uint8_t *smem, int row,
+                                            int column)
+{
+    const uint4 piece = *reinterpret_cast<const uint4 *>(smem);
+    __nv_bfloat16 *dst = (__nv_bfloat16 *)a.out + (size_t)row * a.ld_out + column;
+    if (a.ld_out % 8 == 0 && column + 8 <= a.n_out) {
+        *reinterpret_cast<uint4 *>(dst) = piece;
+    } else {
+        const __nv_bfloat16 *e = reinterpret_cast<const __nv_bfloat16 *>(&piece);
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            if (column + i < a.n_out) dst[i] = e[i];
+    }
+}
+
 template <class S> struct math_group {
     const gemm_args &a;
     const gemm_smem<S> &m;
@@ -313,20 +338,20 @@ template <class S> struct math_group {
     int block;               /* the warpgroup's 128-row block of the tile */
     uint32_t w_desc, x_desc; /* of stage 0, the low words */
 
-    __device__ math_group(const gemm_args &args, const gemm_smem<S> &smem)
-        : a(args), m(smem), group((int)threadIdx.x / 128), warp((int)threadIdx.x / 32 % 4),
-          lane((int)threadIdx.x % 32)
+    /* i_warp: the same in all lanes, and known to be. */
+    __device__ math_group(const gemm_args &args, const gemm_smem<S> &smem, int i_warp)
+        : a(args), m(smem), group(i_warp / 4), warp(i_warp % 4), lane((int)threadIdx.x % 32)
     {
         w_desc = descriptor_low(smem_address(m.w) + group * S::SUBS * 8192);
         x_desc = descriptor_low(smem_address(m.x));
     }
-    __device__ __forceinline__ uint64_t w_at(int stage, int sub) const
+    __device__ __forceinline__ uint32_t w_at(int stage, int sub) const
     {
-        return descriptor(w_desc + ((stage * S::W_BYTES + sub * 8192) >> 4));
+        return w_desc + ((stage * S::W_BYTES + sub * 8192) >> 4);
     }
-    __device__ __forceinline__ uint64_t x_at(int stage) const
+    __device__ __forceinline__ uint32_t x_at(int stage) const
     {
-        return descriptor(x_desc + ((stage * S::X_BYTES) >> 4));
+        return x_desc + ((stage * S::X_BYTES) >> 4);
     }
     __device__ __forceinline__ const float *scale_at(int stage) const
     {
@@ -343,11 +368,7 @@ template <class S> struct math_group {
     __device__ __forceinline__ void release(int stage)
     {
         __syncwarp();
-        if (S::CLUSTER == 1) {
-            if (lane == 0) barrier_arrive(m.empty + stage);
-        } else {
-            if (lane < S::CLUSTER) barrier_arrive_partner(m.empty + stage, (uint32_t)lane);
-        }
+        if (lane == 0) barrier_arrive(m.empty + stage);
     }
 
     /* One set of partial sums: issue, wait, promote; the other warpgroups keep the tensor cores busy meanwhile. */
@@ -426,7 +447,7 @@ template <class S> struct math_group {
         /* Registers: sums and partial sums of 128 tokens fill 192 of a thread's; a second set fits only beside one
          * row group, and with at most two warpgroups. */
         constexpr int SETS = 128 / NB * (S::SUBS == 2 ? 1 : 2);
-        if constexpr (NB == 128 && (S::SUBS == 2 || S::WGS > 2))
+        if constexpr (NB == 128 && S::SUBS == 2)
             product_single<NB>(acc, 0);
         else
             product_batched<NB, (SETS > 4 ? 4 : SETS) / S::SUBS>(acc);
@@ -436,22 +457,29 @@ template <class S> struct math_group {
             store_rows<NB>(acc, t);
     }
 
-    __device__ __forceinline__ size_t out_row(const gemm_tile &t, int token) const
-    {
-        const int row = t.row0 + token;
-        return (size_t)(a.scatter ? __ldg(a.scatter + row) : row);
-    }
-
     template <int NB>
     __device__ __forceinline__ void store_rows(float (&acc)[S::SUBS][NB / 2], const gemm_tile &t)
     {
+        /* Output rows of the tokens this thread stores, all asked for at once; the sums of products are done with
+         * their registers. */
+        constexpr int MINE = (NB + 15) / 16;
+        const int thread = opaque((int)threadIdx.x % 128);
+        int to[MINE];
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            const int token = thread / 8 + 16 * i;
+            to[i] = -1;
+            if (token >= t.skip && token < min(NB, t.n_rows))
+                to[i] = S::GROUPED && a.scatter ? __ldg(a.scatter + t.row0 + token)
+                                                : t.row0 + token;
+        }
 #pragma unroll
         for (int i = 0; i < S::SUBS; i++) {
             const int column = t.w0 + (group * S::SUBS + i) * 64;
-            if (a.out_f32)
+            if (!S::GROUPED && a.out_f32)
                 store_f32<NB>(acc[i], t, column);
             else
-                store_bf16<NB>(acc[i], t, column);
+                store_bf16<NB>(acc[i], to, thread, column);
         }
     }
     /* Eight lanes write 32 bytes of one token. */
@@ -463,25 +491,27 @@ template <class S> struct math_group {
 #pragma unroll
         for (int e = 0; e < NB / 2; e++) {
             const int token = e / 4 * 8 + lane % 4 * 2 + e % 2, o = c + e % 4 / 2 * 8;
-            if (token >= t.skip && token < t.n_rows && o < a.n_out) out[out_row(t, token) * a.ld_out + o] = v[e];
+            if (token < t.n_rows && o < a.n_out)
+                out[(size_t)(t.row0 + token) * a.ld_out + o] = v[e];
         }
     }
     /* Through shared memory: [token][64 outputs] rows of 128 bytes, 16-byte pieces swizzled by the token. */
     template <int NB>
-    __device__ __forceinline__ void store_bf16(float (&v)[NB / 2], const gemm_tile &t, int column)
+    __device__ __forceinline__ void store_bf16(float (&v)[NB / 2], const int (&to)[(NB + 15) / 16],
+                                               int thread, int column)
     {
         uint8_t *staging = m.staging + group * S::NB * 128;
-        const int piece = warp * 2 + lane / 8 % 2;
+        const int l = thread % 32, piece = warp * 2 + l / 8 % 2;
         named_barrier(1 + group, 128); /* the last stores out of the staging area are done */
         if constexpr (NB == 8) {
-            const int token = lane % 8;
+            const int token = l % 8;
             store_matrix_x2_transposed(
                 smem_address(staging + token * 128 + ((piece ^ (token & 7)) * 16)),
                 pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
         } else {
 #pragma unroll
             for (int j = 0; j < NB / 8; j += 2) {
-                const int token = 8 * (j + lane / 16) + lane % 8;
+                const int token = 8 * (j + l / 16) + l % 8;
                 store_matrix_x4_transposed(
                     smem_address(staging + token * 128 + ((piece ^ (token & 7)) * 16)),
                     pack_bf16(v[4 * j], v[4 * j + 1]), pack_bf16(v[4 * j + 2], v[4 * j + 3]),
@@ -489,23 +519,13 @@ template <class S> struct math_group {
             }
         }
         named_barrier(1 + group, 128);
-        __nv_bfloat16 *out = (__nv_bfloat16 *)a.out;
-        const bool wide = a.ld_out % 8 == 0;
-        const int p = (int)threadIdx.x % 8, o = column + p * 8;
-#pragma unroll 2
-        for (int token = (int)threadIdx.x % 128 / 8; token < min(NB, t.n_rows); token += 16) {
-            if (token < t.skip) continue;
-            const uint4 piece16 =
-                *reinterpret_cast<const uint4 *>(staging + token * 128 + ((p ^ (token & 7)) * 16));
-            __nv_bfloat16 *dst = out + out_row(t, token) * a.ld_out + o;
-            if (wide && o + 8 <= a.n_out) {
-                *reinterpret_cast<uint4 *>(dst) = piece16;
-            } else {
-                const __nv_bfloat16 *e = reinterpret_cast<const __nv_bfloat16 *>(&piece16);
+        const int p = thread % 8;
 #pragma unroll
-                for (int i = 0; i < 8; i++)
-                    if (o + i < a.n_out) dst[i] = e[i];
-            }
+        for (int i = 0; i < (NB + 15) / 16; i++) {
+            const int token = thread / 8 + 16 * i;
+            if (to[i] < 0) continue;
+            store_piece(a, staging + token * 128 + ((p ^ (token & 7)) * 16), to[i],
+                        column + p * 8);
         }
     }
 
@@ -518,7 +538,7 @@ template <class S> struct math_group {
         if (t.w0 >= a.n_out) return; /* a partner past the last rows */
         float *most = reinterpret_cast<float *>(m.staging + S::NB * 128); /* [8][NB] */
         float *scale = most + 8 * S::NB;                                  /* [NB] */
-        const int g = lane / 4, c = lane % 4 * 2;
+        const int l = opaque(lane), g = l / 4, c = l % 4 * 2;
 #pragma unroll
         for (int j = 0; j < NB / 8; j++) {
 #pragma unroll
@@ -629,7 +649,7 @@ __global__ void __launch_bounds__(S::THREADS, 1)
             load_tiles<S, 3>(a, m);
     } else {
         if constexpr (S::WGS > 1) registers_raise<S::MATH_REGISTERS>();
-        typename S::math group(a, m);
+        typename S::math group(a, m, warp);
         group.all_tiles();
     }
     if (S::CLUSTER > 1) { /* a partner may still multicast here, or arrive at a barrier here */

@@ -7,19 +7,17 @@ namespace
 
 using namespace tr;
 
-/* 256 weight rows x up to 128 tokens. Adaptive: as wide as the expert's rows need, each block alone; the others are for
- * experts with hundreds of rows. */
+/* 256 weight rows x up to 128 tokens. Adaptive: as wide as the expert's rows need, each block alone; the other, in pairs
+ * that share tokens, is for experts with about 64 rows or more. */
 const gemm_kernel gate_up_kernels[] = {
-    describe<gemm_shape<2, 2, 128, 1, 1, true, true>>("256x16-128"),
+    describe<gemm_shape<2, 2, 128, true, true>>("256x16-128"),
     describe<wide_shape<2, 256, 2, 1, true, true>>("256x128/w2"),
-    describe<wide_shape<2, 256, 1, 2, true, true>>("256x128/t2"),
 };
 const gemm_kernel down_kernels[] = {
-    describe<gemm_shape<2, 2, 128, 1, 1, true, false>>("256x16-128"),
+    describe<gemm_shape<2, 2, 128, true, false>>("256x16-128"),
     describe<wide_shape<2, 256, 2, 1, true, false>>("256x128/w2"),
-    describe<wide_shape<2, 256, 1, 2, true, false>>("256x128/t2"),
 };
-enum { N_SHAPES = 3 };
+enum { N_SHAPES = 2 };
 
 enum { GATHER_THREADS = 128 };
 
@@ -39,10 +37,10 @@ __global__ void __launch_bounds__(GATHER_THREADS)
         scale[(size_t)j * ld_scale + i] = x_scale[(size_t)j * ld_x_scale + row];
 }
 
-/* Many rows per expert on average: blocks in pairs. */
+/* By the most rows per expert on average that there may be. */
 int pick(const tr_fp8_weight *w, const tr_fp8_rows *x)
 {
-    return x->n_max >= w->n_mats * 192 ? 2 : 0;
+    return x->n_max / w->n_mats >= 64;
 }
 
 /* Every expert may leave its last tile part empty. */

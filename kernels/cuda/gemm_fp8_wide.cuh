@@ -21,14 +21,15 @@ template <int WGS_, int W_ROWS_, int CW_, int CT_, bool GROUPED_, bool GATE_UP_>
     static constexpr int W_BYTES = W_ROWS * 128, X_BYTES = NB * 128, S_BYTES = NB * 4, S_PITCH = NB;
     static constexpr int W_BLOCKS = W_ROWS > 128 ? 2 : 1;
     static constexpr int STAGE_BYTES = W_BYTES + X_BYTES + S_PITCH * 4 + W_BLOCKS * 16 + 16;
-    static constexpr int STAGING_BYTES = WGS * 16384; /* two of [64][64] bf16 each */
+    static constexpr int BUFFERS = W_ROWS > 64 ? 2 : 1;      /* of [64][64] bf16 per warpgroup */
+    static constexpr int STAGING_BYTES = WGS * BUFFERS * 8192;
     static constexpr int FIT = (SMEM_BLOCK_MAX - STAGING_BYTES) / STAGE_BYTES;
     static constexpr int STAGES = FIT < 24 ? FIT : 24;
     static constexpr int SMEM_BYTES = STAGES * STAGE_BYTES + STAGING_BYTES;
     /* One product of the warpgroup: PN weight rows, PARTS of them. BATCH stages in flight where registers allow. */
     static constexpr int PARTS = W_ROWS == 256 ? 2 : 1, PN = W_ROWS / PARTS;
-    static constexpr int BATCH = PN == 64 ? 4 : PN == 128 && PARTS == 1 ? 2 : 1;
-    static constexpr int MATH_REGISTERS = GATE_UP ? 240 : 232, LOAD_REGISTERS = GATE_UP ? 24 : 40;
+    static constexpr int BATCH = PN == 64 ? (WGS == 1 ? 4 : 2) : PN == 128 && PARTS == 1 ? 2 : 1;
+    static constexpr int MATH_REGISTERS = 232, LOAD_REGISTERS = 40;
     static_assert(SMEM_BYTES <= SMEM_BLOCK_MAX, "shared memory");
     static_assert(!GATE_UP || W_ROWS == 256, "a scale block of 128 is 256 rows of gate and up");
 };
@@ -41,20 +42,19 @@ template <class S> struct math_group_wide {
     bool odd; /* the tile begins in the middle of a 128-row block (192-row tiles) */
     uint32_t w_desc, x_desc;
 
-    __device__ math_group_wide(const gemm_args &args, const gemm_smem<S> &smem)
-        : a(args), m(smem), group((int)threadIdx.x / 128), warp((int)threadIdx.x / 32 % 4),
-          lane((int)threadIdx.x % 32)
+    __device__ math_group_wide(const gemm_args &args, const gemm_smem<S> &smem, int i_warp)
+        : a(args), m(smem), group(i_warp / 4), warp(i_warp % 4), lane((int)threadIdx.x % 32)
     {
         w_desc = descriptor_low(smem_address(m.w));
         x_desc = descriptor_low(smem_address(m.x) + group * 8192);
     }
-    __device__ __forceinline__ uint64_t w_at(int stage, int part) const
+    __device__ __forceinline__ uint32_t w_at(int stage, int part) const
     {
-        return descriptor(w_desc + ((stage * S::W_BYTES + part * S::PN * 128) >> 4));
+        return w_desc + ((stage * S::W_BYTES + part * S::PN * 128) >> 4);
     }
-    __device__ __forceinline__ uint64_t x_at(int stage) const
+    __device__ __forceinline__ uint32_t x_at(int stage) const
     {
-        return descriptor(x_desc + ((stage * S::X_BYTES) >> 4));
+        return x_desc + ((stage * S::X_BYTES) >> 4);
     }
     __device__ __forceinline__ void release(int stage)
     {
@@ -125,11 +125,13 @@ template <class S> struct math_group_wide {
     template <int U>
     __device__ __forceinline__ void promote_all(float (&acc)[S::PN / 2],
                                                 float (&p)[S::BATCH][S::PN / 2],
-                                                const scales (&s)[S::BATCH])
+                                                const scales (&s)[S::BATCH],
+                                                const int (&stage)[S::BATCH])
     {
         wgmma_wait<S::BATCH - 1 - U>();
+        release(stage[U]);
         promote(acc, p[U], s[U], 0);
-        if constexpr (U + 1 < S::BATCH) promote_all<U + 1>(acc, p, s);
+        if constexpr (U + 1 < S::BATCH) promote_all<U + 1>(acc, p, s, stage);
     }
     __device__ __forceinline__ void product_batched(float (&acc)[S::PARTS][S::PN / 2])
     {
@@ -149,58 +151,60 @@ template <class S> struct math_group_wide {
 #pragma unroll
             for (int b = 0; b < S::BATCH; b++)
                 issue_block<S::PN>(p[b], x_at(stage[b]), w_at(stage[b], 0));
-            promote_all<0>(acc[0], p, s);
-#pragma unroll
-            for (int b = 0; b < S::BATCH; b++) release(stage[b]);
+            promote_all<0>(acc[0], p, s, stage);
         }
         product_single(acc, k);
     }
 
-    __device__ __forceinline__ size_t out_row(const gemm_tile &t, int token) const
-    {
-        const int row = t.row0 + token;
-        return (size_t)(a.scatter ? __ldg(a.scatter + row) : row);
-    }
     /* A warp's 16 tokens pass through its own part of shared memory: 64 columns are 128 bytes of a row, in 16-byte
      * pieces swizzled by the row. */
     __device__ __forceinline__ uint8_t *staging(int buffer) const
     {
-        return m.staging + (group * 2 + buffer) * 8192 + warp * 2048;
+        return m.staging + (group * S::BUFFERS + buffer) * 8192 + warp * 2048;
     }
 
-    /* 64 columns from `column` on; v: 8 groups of 8 columns. */
-    __device__ __forceinline__ void store_bf16(const float *v, const gemm_tile &t, int column,
-                                               int buffer) const
+    /* Output row of the token lane % 16 of this warp, -1: none. Read before the products, which hide the wait. */
+    __device__ __forceinline__ int output_row(const gemm_tile &t) const
+    {
+        const int token = group * 64 + warp * 16 + lane % 16, row = t.row0 + token;
+        if (token < t.skip || token >= t.n_rows) return -1;
+        return S::GROUPED && a.scatter ? __ldg(a.scatter + row) : row;
+    }
+
+    /* 64 columns from `column` on; v: 8 groups of 8 columns; l: the lane. Sixteen live rows in a row leave through the
+     * copy engine, behind the next tile's products; others row by row to where `to` says. */
+    __device__ __forceinline__ void store_bf16(const float *v, const gemm_tile &t, int to, int l,
+                                               int column, int buffer) const
     {
         uint8_t *rows = staging(buffer);
-        const int row = lane % 8 + lane / 8 % 2 * 8;
+        const int row = l % 8 + l / 8 % 2 * 8, first = group * 64 + warp * 16;
+        if (l == 0) bulk_wait_read<S::BUFFERS - 1>(); /* the buffer is free again */
+        __syncwarp();
 #pragma unroll
         for (int j = 0; j < 8; j += 2)
-            store_matrix_x4(smem_address(rows + row * 128 + (((j + lane / 16) ^ (row & 7)) * 16)),
+            store_matrix_x4(smem_address(rows + row * 128 + (((j + l / 16) ^ (row & 7)) * 16)),
                             pack_bf16(v[4 * j], v[4 * j + 1]),
                             pack_bf16(v[4 * j + 2], v[4 * j + 3]),
                             pack_bf16(v[4 * j + 4], v[4 * j + 5]),
                             pack_bf16(v[4 * j + 6], v[4 * j + 7]));
-        __syncwarp();
-        const int o = column + lane % 8 * 8;
-        const bool wide = a.ld_out % 8 == 0;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int r = i * 4 + lane / 8, token = group * 64 + warp * 16 + r;
-            if (token < t.skip || token >= t.n_rows) continue;
-            const uint4 piece =
-                *reinterpret_cast<const uint4 *>(rows + r * 128 + ((lane % 8 ^ (r & 7)) * 16));
-            __nv_bfloat16 *dst = (__nv_bfloat16 *)a.out + out_row(t, token) * a.ld_out + o;
-            if (wide && o + 8 <= a.n_out) {
-                *reinterpret_cast<uint4 *>(dst) = piece;
-            } else {
-                const __nv_bfloat16 *e = reinterpret_cast<const __nv_bfloat16 *>(&piece);
-#pragma unroll
-                for (int c = 0; c < 8; c++)
-                    if (o + c < a.n_out) dst[c] = e[c];
+        if (a.has_out_map && first + 16 <= t.n_rows) {
+            fence_async_shared();
+            __syncwarp();
+            if (l == 0) {
+                if (column < a.n_out) tensor_store(&a.out_map, rows, column, t.row0 + first);
+                bulk_commit();
             }
+            return;
         }
         __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int r = i * 4 + l / 8, dst = __shfl_sync(0xffffffffu, to, r);
+            if (dst < 0) continue;
+            store_piece(a, rows + r * 128 + ((l % 8 ^ (r & 7)) * 16), dst, column + l % 8 * 8);
+        }
+        __syncwarp();
+        if (l == 0) bulk_commit(); /* an empty group keeps the count of buffers */
     }
     __device__ __forceinline__ void store_f32(const float *v, const gemm_tile &t, int column) const
     {
@@ -209,22 +213,23 @@ template <class S> struct math_group_wide {
         for (int e = 0; e < 32; e++) {
             const int token = group * 64 + warp * 16 + lane / 4 + e % 4 / 2 * 8;
             const int o = column + e / 4 * 8 + lane % 4 * 2 + e % 2;
-            if (token >= t.skip && token < t.n_rows && o < a.n_out)
-                out[out_row(t, token) * a.ld_out + o] = v[e];
+            if (token < t.n_rows && o < a.n_out)
+                out[(size_t)(t.row0 + token) * a.ld_out + o] = v[e];
         }
     }
     __device__ __forceinline__ void store_rows(float (&acc)[S::PARTS][S::PN / 2],
-                                               const gemm_tile &t) const
+                                               const gemm_tile &t, int to) const
     {
+        const int l = opaque(lane);
 #pragma unroll
         for (int i = 0; i < S::PARTS; i++) {
 #pragma unroll
             for (int c = 0; c < S::PN; c += 64) {
                 const int column = t.w0 + i * S::PN + c;
-                if (a.out_f32)
+                if (!S::GROUPED && a.out_f32)
                     store_f32(acc[i] + c / 2, t, column);
                 else
-                    store_bf16(acc[i] + c / 2, t, column, c / 64 % 2);
+                    store_bf16(acc[i] + c / 2, t, to, l, column, c / 64 % S::BUFFERS);
             }
         }
     }
@@ -234,6 +239,7 @@ template <class S> struct math_group_wide {
                                                   const gemm_tile &t) const
     {
         if (t.w0 >= a.n_out) return; /* a partner past the last rows */
+        const int l = opaque(lane);
         float top[2] = {0, 0};
 #pragma unroll
         for (int i = 0; i < S::PARTS; i++) {
@@ -246,21 +252,21 @@ template <class S> struct math_group_wide {
             }
         }
         const int block = t.w0 / 256, d = a.n_out / 2;
-        const int token = group * 64 + warp * 16 + lane / 4;
+        const int token = group * 64 + warp * 16 + l / 4;
         uint8_t *rows = staging(0);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
             top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2));
             const float s = block_scale(top[r], a.ue8m0), inverse = __frcp_rn(s);
-            const int row = lane / 4 + 8 * r;
-            if (lane % 4 == 0 && token + 8 * r >= t.skip && token + 8 * r < t.n_rows)
+            const int row = l / 4 + 8 * r;
+            if (l % 4 == 0 && token + 8 * r >= t.skip && token + 8 * r < t.n_rows)
                 a.q_scale[(size_t)block * a.ld_q_scale + t.row0 + token + 8 * r] = s;
 #pragma unroll
             for (int i = 0; i < S::PARTS; i++) {
 #pragma unroll
                 for (int j = 0; j < S::PN / 8; j += 2) {
-                    const int o = i * 64 + j / 2 * 8 + lane % 4 * 2;
+                    const int o = i * 64 + j / 2 * 8 + l % 4 * 2;
                     *reinterpret_cast<uint16_t *>(rows + row * 128 +
                                                   ((o / 16 ^ (row & 7)) * 16) + o % 16) =
                         (uint16_t)to_e4m3x2(acc[i][4 * j + 2 * r] * inverse,
@@ -271,11 +277,11 @@ template <class S> struct math_group_wide {
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int r = i * 4 + lane / 8, tk = group * 64 + warp * 16 + r;
+            const int r = i * 4 + l / 8, tk = group * 64 + warp * 16 + r;
             if (tk < t.skip || tk >= t.n_rows) continue;
             *reinterpret_cast<uint4 *>(a.q + (size_t)(t.row0 + tk) * d + block * 128 +
-                                       lane % 8 * 16) =
-                *reinterpret_cast<const uint4 *>(rows + r * 128 + ((lane % 8 ^ (r & 7)) * 16));
+                                       l % 8 * 16) =
+                *reinterpret_cast<const uint4 *>(rows + r * 128 + ((l % 8 ^ (r & 7)) * 16));
         }
         __syncwarp();
     }
@@ -286,6 +292,7 @@ template <class S> struct math_group_wide {
         gemm_tile t;
         while (walk.next(t)) {
             odd = S::W_ROWS == 192 && t.w0 / 64 % 2;
+            const int to = S::GATE_UP ? 0 : output_row(t);
             float acc[S::PARTS][S::PN / 2];
 #pragma unroll
             for (int i = 0; i < S::PARTS; i++) {
@@ -296,11 +303,13 @@ template <class S> struct math_group_wide {
                 product_batched(acc);
             else
                 product_single(acc, 0);
+            walk.limits(t);
             if constexpr (S::GATE_UP)
                 store_gate_up(acc, t);
             else
-                store_rows(acc, t);
+                store_rows(acc, t, to);
         }
+        if (lane == 0) bulk_wait<0>();
     }
 };
 

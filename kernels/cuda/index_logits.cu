@@ -16,7 +16,9 @@ namespace tr
 namespace
 {
 
-constexpr int D_INDEX = 128, HEADS = 64, STAGES = 11, THREADS = 640, MATH_WARPS = 16;
+constexpr int D_INDEX = 128, HEADS = 64, THREADS = 640, MATH_WARPS = 16;
+constexpr int STAGES =
+    19; /* pages in flight count for more than room for a second set of queries */
 constexpr int MATH_GROUPS = 4, MATH_REGISTERS = 112, COPY_REGISTERS = 32;
 constexpr uint32_t KEY_BYTES = TR_PAGE_TOKENS * D_INDEX, SCALE_BYTES = TR_PAGE_TOKENS * 4;
 
@@ -25,12 +27,13 @@ struct index_group { /* what the copying warp tells the math warps; n_rows 0: th
     int high[GROUP_ROWS];
 };
 
-struct index_shared { /* at an address that is a multiple of 1024: the tiles are swizzled by 128 bytes */
-    uint8_t q[2][GROUP_ROWS][HEADS * D_INDEX];
+struct
+    index_shared { /* at an address that is a multiple of 1024: the tiles are swizzled by 128 bytes */
+    uint8_t q[GROUP_ROWS][HEADS * D_INDEX];
     uint8_t key[STAGES][KEY_BYTES];
-    float w[2][GROUP_ROWS][HEADS];
+    float w[GROUP_ROWS][HEADS];
     float key_scale[STAGES][TR_PAGE_TOKENS];
-    uint64_t full[STAGES], empty[STAGES], q_full[2], q_empty[2];
+    uint64_t full[STAGES], empty[STAGES], q_full, q_empty;
     index_group group[2];
     index_scan_space<THREADS> scan;
 };
@@ -68,32 +71,18 @@ __device__ __forceinline__ void load_pages(const index_params &p, const CUtensor
     }
 }
 
-/* Rows [row, row + count) as group number i: what the math warps need to know, queries and weights. One warp. */
-__device__ __forceinline__ void load_group(const index_params &p, const CUtensorMap *queries,
-                                           index_shared *s, int i, int row, int count,
-                                           const index_row &v, int page, int n_pages)
+/* Queries and weights of group number i, once the group before is done with. One warp. */
+__device__ __forceinline__ void load_queries(const index_params &p, const CUtensorMap *queries,
+                                             index_shared *s, int i)
 {
-    int lane = threadIdx.x & 31, stage = i & 1;
-    index_group *g = &s->group[stage];
-    uint64_t *full = &s->q_full[stage];
-
-    barrier_wait(&s->q_empty[stage], i / 2 % 2 ^ 1);
-    if (lane < GROUP_ROWS) g->high[lane] = lane < count ? v.high : 0;
-    if (lane == 0) {
-        g->row = row;
-        g->n_rows = count;
-        g->page = page;
-        g->n_pages = n_pages;
-        g->low = v.low;
-    }
-    __syncwarp();
-    if (lane == 0) {
-        barrier_expect(full, (uint32_t)(count * p.n_heads * (D_INDEX + 4)));
+    barrier_wait(&s->q_empty, i % 2 ^ 1);
+    if ((threadIdx.x & 31) == 0) {
+        int row = s->group[i % 2].row, n_rows = s->group[i % 2].n_rows;
+        barrier_expect(&s->q_full, (uint32_t)(n_rows * p.n_heads * (D_INDEX + 4)));
 #pragma unroll 1
-        for (int j = 0; j < count; j++) {
-            tensor_load(s->q[stage][j], queries, 0, 0, row + j, full);
-            bulk_load(s->w[stage][j], p.w + (size_t)(row + j) * p.n_heads, (uint32_t)p.n_heads * 4,
-                      full);
+        for (int j = 0; j < n_rows; j++, row++) {
+            tensor_load(s->q[j], queries, 0, 0, row, &s->q_full);
+            bulk_load(s->w[j], p.w + (size_t)row * p.n_heads, (uint32_t)p.n_heads * 4, &s->q_full);
         }
     }
     __syncwarp();
@@ -126,30 +115,39 @@ __device__ __forceinline__ void copy_warp(const index_params &p, const CUtensorM
         unsigned breaks = __ballot_sync(0xffffffffu, lane > 0 && !index_row_continues(up, v));
         int count = min(GROUP_ROWS, breaks ? __ffs(breaks) - 1 : 32);
         int low_page = __shfl_sync(0xffffffffu, v.low, 0) / TR_PAGE_TOKENS;
-        int pages = (__shfl_sync(0xffffffffu, v.high, count - 1) - 1) / TR_PAGE_TOKENS + 1 - low_page;
-        int cost = index_parts(count), page = ceil_div(begin, cost);
-        int n_pages = min(pages, ceil_div(end, cost)) - page;
-        begin -= pages * cost;
-        end -= pages * cost;
+        int pages =
+            (__shfl_sync(0xffffffffu, v.high, count - 1) - 1) / TR_PAGE_TOKENS + 1 - low_page;
+        int parts =
+            index_parts(count); /* the first page's worth of work is changing to the group */
+        int page = max(0, ceil_div(begin, parts) - 1);
+        int n_pages = min(pages, ceil_div(end, parts) - 1) - page;
+        begin -= index_work(pages, parts);
+        end -= index_work(pages, parts);
         row += count;
         if (n_pages <= 0) continue;
-        load_group(p, queries, s, i_group++, row - count, count, v, low_page + page, n_pages);
+        /* Of two descriptions one is free: the group before the last is done with. */
+        index_group *g = &s->group[i_group % 2];
+        if (lane < GROUP_ROWS) g->high[lane] = lane < count ? v.high : 0;
+        if (lane == 0) {
+            g->row = row - count;
+            g->n_rows = count;
+            g->page = low_page + page;
+            g->n_pages = n_pages;
+            g->low = v.low;
+        }
+        __syncwarp();
+        /* The queries' place is free once the last group is done, so the ring is filled before; not at the very start. */
         int at = __shfl_sync(0xffffffffu, v.slot, 0) * p.rows.max_pages + low_page + page;
-        load_pages(p, keys, s, at, n_pages, ring);
+        int n_first = i_group == 0 ? 0 : min(n_pages, STAGES);
+        load_pages(p, keys, s, at, n_first, ring);
+        load_queries(p, queries, s, i_group++);
+        load_pages(p, keys, s, at + n_first, n_pages - n_first, ring);
     }
     if (lane == 0) {
-        barrier_wait(&s->q_empty[i_group & 1], i_group / 2 % 2 ^ 1);
-        s->group[i_group & 1].n_rows = 0;
-        barrier_arrive(&s->q_full[i_group & 1]);
+        s->group[i_group % 2].n_rows = 0;
+        barrier_wait(&s->q_empty, i_group % 2 ^ 1);
+        barrier_arrive(&s->q_full);
     }
-}
-
-/* max(x, 0) that keeps a NaN. */
-__device__ __forceinline__ float relu(float x)
-{
-    float y;
-    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 __device__ __forceinline__ float add_other(float keep, float send, int lane_mask)
@@ -157,118 +155,132 @@ __device__ __forceinline__ float add_other(float keep, float send, int lane_mask
     return keep + __shfl_xor_sync(0xffffffffu, send, lane_mask);
 }
 
-/* One page against N queries (1 or 2): the score of this thread's key and query. A thread has two keys (its row of the warp
- * and the one 8 below: halves) and, of every query, 16 heads; four lanes have all 64. The sum over the lanes leaves lane
- * with half lane >> 1 & 1 of query lane & 1. */
-template <int N, int RELU>
-__device__ __forceinline__ float sum_heads(const float (&acc)[N * 32], const float (&w)[N * 16],
-                                           int lane)
+/* One term: x + |x| is 2 max(x, 0) exactly, keeps a NaN, and needs no other pipe than the sum; half_w are weights / 2. */
+__device__ __forceinline__ void add_head(const float (&acc)[64], const float (&half_w)[32],
+                                         int query, int half, int head, float &sum)
 {
-    float v[N][2];
-#pragma unroll
-    for (int q = 0; q < N; q++) {
-        v[q][0] = v[q][1] = 0.0f;
-#pragma unroll
-        for (int j = 0; j < (RELU == 2 ? 1 : 16); j++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) { /* one after the other: they share the weight */
-                float x = acc[q * 32 + (j / 2) * 4 + half * 2 + j % 2];
-                if (RELU == 0) x = relu(x);
-                if (RELU == 1) x = x + fabsf(x);
-                if (RELU == 4) x = __saturatef(x * 0x1p-25f);
-                v[q][half] = fmaf(w[q * 16 + j], x, v[q][half]);
-            }
-    }
+    float x = acc[query * 32 + head / 2 * 4 + half * 2 + head % 2];
+    sum = fmaf(half_w[query * 16 + head], x + fabsf(x), sum);
+}
+
+/* One page against 2 queries: the score of this thread's key and query. A thread has two keys (its row of the warp and the
+ * one 8 below: halves) and, of both queries, 16 heads; four lanes have all 64. The sum over the lanes leaves a lane half
+ * lane >> 1 & 1 of query lane & 1. single: the second query is not there. */
+__device__ __forceinline__ float sum_heads(const float (&acc)[64], const float (&half_w)[32],
+                                           int lane, bool single)
+{
+    float v[2][2];
     bool odd = lane & 1, high = lane & 2;
-    if (N == 1) {
-        float u = add_other(high ? v[0][1] : v[0][0], high ? v[0][0] : v[0][1], 2);
-        return add_other(u, u, 1);
+
+    v[0][0] = v[0][1] = v[1][0] = v[1][1] = 0.0f;
+    if (single) {
+#pragma unroll
+        for (int j = 0; j < 32; j++) /* halves one after the other: they share a weight */
+            add_head(acc, half_w, 0, j % 2, j / 2, v[0][j % 2]);
+    } else {
+#pragma unroll
+        for (int j = 0; j < 64; j++)
+            add_head(acc, half_w, j / 32, j % 2, j / 2 % 16, v[j / 32][j % 2]);
     }
     float u0 = add_other(high ? v[0][1] : v[0][0], high ? v[0][0] : v[0][1], 2);
-    float u1 = add_other(high ? v[N - 1][1] : v[N - 1][0], high ? v[N - 1][0] : v[N - 1][1], 2);
+    float u1 = add_other(high ? v[1][1] : v[1][0], high ? v[1][0] : v[1][1], 2);
     return add_other(odd ? u1 : u0, odd ? u0 : u1, 1);
 }
 
-/* The key of the page whose score this thread ends up with. Read anew each time: a register more would be spilled. */
-__device__ __forceinline__ int thread_key()
+/* threadIdx.x, read anew each time: kept, it would cost a register, and there is none left. */
+__device__ __forceinline__ int thread_now()
 {
     int thread;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
+/* The key of the page whose score the thread ends up with. */
+__device__ __forceinline__ int thread_key(int thread)
+{
     return (thread >> 5 & 3) * 16 + (thread >> 2 & 7) + 8 * (thread >> 1 & 1);
 }
 
-/* The whole group for one math warpgroup, N queries of it. `parts` warpgroups work on the same page. */
-template <int N, int RELU>
-__device__ __forceinline__ void math_group(const index_params &p, index_shared *s, int stage,
+/* The whole group for one math warpgroup, 2 queries of it. `parts` warpgroups work on the same page. */
+__device__ __forceinline__ void math_group(const index_params &p, index_shared *s, int i_group,
                                            int parts, ring_position<STAGES> &ring)
 {
-    constexpr float FACTOR = RELU == 0 ? 1.0f : RELU == 4 ? 0x1p25f : 0.5f;
-    const index_group &g = s->group[stage];
+    const index_group &g = s->group[i_group];
     int lane = threadIdx.x & 31, i_wg = threadIdx.x >> 7, i_query = i_wg % parts * 2;
     int my_query = i_query + (lane & 1);
-    int low = g.low, n_pages = g.n_pages, at = g.page * TR_PAGE_TOKENS + thread_key();
+    int low = g.low, at = g.page * TR_PAGE_TOKENS + thread_key(threadIdx.x);
     float *out = p.score + (size_t)(g.row - p.i_row + my_query) * p.ld + at;
     uint32_t n_keys = (uint32_t)max(0, g.high[my_query] - low); /* 0: a query that is not there */
-    uint64_t b_matrix = matrix_descriptor(smem_address(s->q[stage][i_query]), 16, 1024,
-                                          LAYOUT_SWIZZLE_128);
-    int turn_mask = MATH_GROUPS / parts - 1, my_turn = i_wg / parts;
-    float acc[N * 32], w[N * 16];
+    uint64_t b_matrix =
+        matrix_descriptor(smem_address(s->q[i_query]), 16, 1024, LAYOUT_SWIZZLE_128);
+    /* In one register, taken apart anew for every page (registers are short): whose pages, whether the group is one row (then
+     * half of the matrix is multiplied, and the other half of the sums goes nowhere), and how many pages are left. */
+    int state =
+        i_wg / parts | (MATH_GROUPS / parts - 1) << 4 | (g.n_rows == 1) << 8 | g.n_pages << 9;
+    float acc[64], half_w[32];
 
 #pragma unroll
-    for (int i = 0; i < N * 8; i++) {
+    for (int i = 0; i < 16; i++) {
         int head = i % 8 * 8 + (lane & 3) * 2;
-        float2 x = *(const float2 *)&s->w[stage][i_query + i / 8][head];
-        w[2 * i] = head < p.n_heads ? FACTOR * x.x : 0.0f;
-        w[2 * i + 1] = head < p.n_heads ? FACTOR * x.y : 0.0f;
+        float2 x = *(const float2 *)&s->w[i_query + i / 8][head];
+        half_w[2 * i] = head < p.n_heads ? 0.5f * x.x : 0.0f;
+        half_w[2 * i + 1] = head < p.n_heads ? 0.5f * x.y : 0.0f;
     }
     at -= low; /* key at is seen if it is one of the n_keys from low on */
 #pragma unroll 1
-    for (; n_pages > 0; n_pages--, at += TR_PAGE_TOKENS, out += TR_PAGE_TOKENS, ring.next()) {
+    for (; state >> 9; state -= 1 << 9, at += TR_PAGE_TOKENS, out += TR_PAGE_TOKENS, ring.next()) {
         int i = ring.stage;
-        barrier_wait(&s->full[i], ring.parity);
-        if ((i & turn_mask) != my_turn) {
-            if (lane == 0) barrier_arrive(&s->empty[i]);
+        barrier_wait(&s->full[i], ring.parity & 1);
+        asm volatile("" : "+r"(state));
+        if ((i & state >> 4 & 15) != (state & 15)) {
+            if (thread_now() % 32 == 0) barrier_arrive(&s->empty[i]);
             continue;
         }
         uint64_t a_matrix =
             matrix_descriptor(smem_address(s->key[i]), 16, 1024, LAYOUT_SWIZZLE_128);
         wgmma_fence();
+        if (state & 1 << 8) {
 #pragma unroll
-        for (int k = 0; k < D_INDEX / 32; k++)
-            index_mma(acc, a_matrix + 2 * k, b_matrix + 2 * k, k > 0);
-        wgmma_commit();
-        wgmma_wait<0>();
+            for (int k = 0; k < D_INDEX / 32; k++)
+                index_mma(*(float(*)[32]) & acc, a_matrix + 2 * k, b_matrix + 2 * k, k > 0);
+            wgmma_commit();
+            wgmma_wait<0>();
+        } else {
 #pragma unroll
-        for (int k = 0; k < N * 32; k++)
+            for (int k = 0; k < D_INDEX / 32; k++)
+                index_mma(acc, a_matrix + 2 * k, b_matrix + 2 * k, k > 0);
+            wgmma_commit();
+            wgmma_wait<0>();
+        }
+#pragma unroll
+        for (int k = 0; k < 64; k++)
             wgmma_touch(acc[k]);
-        float scale = s->key_scale[i][thread_key()];
+        int thread = thread_now();
+        float scale = s->key_scale[i][thread_key(thread)];
         __syncwarp();
-        if (lane == 0) barrier_arrive(&s->empty[i]);
+        if (thread % 32 == 0) barrier_arrive(&s->empty[i]);
 
-        float x = fmaf(sum_heads<N, RELU>(acc, w, lane), scale, 0.0f); /* -0 + +0 is +0 */
+        float x = fmaf(sum_heads(acc, half_w, thread % 32, state & 1 << 8), scale,
+                       0.0f); /* -0 + +0 is +0 */
         if ((uint32_t)at < n_keys) *out = x == x ? x : -INFINITY;
     }
 }
 
-template <int RELU>
 __device__ __forceinline__ void math_warpgroup(const index_params &p, index_shared *s)
 {
     ring_position<STAGES> ring;
 
-    for (int i = 0;; i++) {
-        barrier_wait(&s->q_full[i & 1], i / 2 % 2);
-        int n_rows = s->group[i & 1].n_rows;
+    for (;; ring.parity += 2) { /* bit 0 is the ring's; the bits above count groups */
+        int i = (int)(ring.parity >> 1);
+        barrier_wait(&s->q_full, i % 2);
+        int n_rows = s->group[i % 2].n_rows;
         if (n_rows == 0) break;
-        if (n_rows > 1)
-            math_group<2, RELU>(p, s, i & 1, index_parts(n_rows), ring);
-        else
-            math_group<1, RELU>(p, s, i & 1, 1, ring);
+        math_group(p, s, i % 2, index_parts(n_rows), ring);
         __syncwarp();
-        if ((threadIdx.x & 31) == 0) barrier_arrive(&s->q_empty[i & 1]);
+        if (threadIdx.x % 32 == 0) barrier_arrive(&s->q_empty);
     }
 }
 
-template <int RELU>
 __global__ void __launch_bounds__(THREADS, 1)
     index_logits_kernel(const __grid_constant__ index_params p,
                         const __grid_constant__ CUtensorMap queries,
@@ -284,14 +296,13 @@ __global__ void __launch_bounds__(THREADS, 1)
             barrier_init(&s->full[i], 1);
             barrier_init(&s->empty[i], MATH_WARPS);
         }
-        for (int i = 0; i < 2; i++) {
-            barrier_init(&s->q_full[i], 1);
-            barrier_init(&s->q_empty[i], MATH_WARPS);
-        }
+        barrier_init(&s->q_full, 1);
+        barrier_init(&s->q_empty, MATH_WARPS);
         barrier_init_fence();
     }
     index_find_share<THREADS>(p, n, (index_row *)s->q, &s->scan);
-    if (p.n_heads < HEADS) /* heads that are not there: no NaN may stand where their queries would be */
+    if (p.n_heads <
+        HEADS) /* heads that are not there: no NaN may stand where their queries would be */
 #pragma unroll 1
         for (int i = threadIdx.x; i < (int)(sizeof s->q / 16); i += THREADS)
             ((uint4 *)s->q)[i] = make_uint4(0, 0, 0, 0);
@@ -302,7 +313,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         if (threadIdx.x < MATH_WARPS * 32 + 32) copy_warp(p, &queries, &keys, s);
     } else {
         registers_raise<MATH_REGISTERS>();
-        math_warpgroup<RELU>(p, s);
+        math_warpgroup(p, s);
     }
 }
 
@@ -331,7 +342,7 @@ __global__ void index_logits_plain(const __grid_constant__ index_params p,
             float x = 0.0f;
             for (int i = 0; i < d; i++)
                 x = fmaf(query[i], (float)key[i], x);
-            sum = fmaf(p.w[at], relu(x), sum);
+            sum = fmaf(0.5f * p.w[at], x + fabsf(x), sum);
         }
         float x = fmaf(sum, scale, 0.0f);
         int at = page * TR_PAGE_TOKENS + (int)threadIdx.x;
@@ -364,21 +375,20 @@ bool aligned(const void *p)
     return ((uintptr_t)p & 15) == 0;
 }
 
-template <int RELU>
 cudaError_t launch(const struct tr_index_logits_args *a, const index_params &p, cudaStream_t stream)
 {
     int device, n_sms;
     CUtensorMap queries, keys;
-    cudaError_t st = make_map(&queries, a->q, a->rows->n_max, a->n_heads,
-                              (uint64_t)a->n_heads * D_INDEX);
+    cudaError_t st =
+        make_map(&queries, a->q, a->rows->n_max, a->n_heads, (uint64_t)a->n_heads * D_INDEX);
     if (st == cudaSuccess)
         st = make_map(&keys, a->kv.index, a->kv.n_pages, TR_PAGE_TOKENS, KEY_BYTES + SCALE_BYTES);
     if (st == cudaSuccess) st = cudaGetDevice(&device);
     if (st == cudaSuccess)
         st = cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
     if (st == cudaSuccess)
-        st = cudaFuncSetAttribute(index_logits_kernel<RELU>,
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
+        st = cudaFuncSetAttribute(index_logits_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  SHARED_BYTES);
     if (st != cudaSuccess) return st;
     for (int i = 0; i < a->n_row; i += LAUNCH_ROWS) {
         index_params part = p;
@@ -386,8 +396,7 @@ cudaError_t launch(const struct tr_index_logits_args *a, const index_params &p, 
         if (part.i_row >= p.row_end) break;
         part.row_end = min(p.row_end, part.i_row + LAUNCH_ROWS);
         part.score = p.score + (size_t)i * p.ld;
-        index_logits_kernel<RELU>
-            <<<n_sms, THREADS, SHARED_BYTES, stream>>>(part, queries, keys);
+        index_logits_kernel<<<n_sms, THREADS, SHARED_BYTES, stream>>>(part, queries, keys);
     }
     return cudaGetLastError();
 }
@@ -400,18 +409,19 @@ cudaError_t launch_plain(const struct tr_index_logits_args *a, const index_param
 
     if (pages < 1) return cudaSuccess;
     index_logits_plain<<<dim3((unsigned)pages, (unsigned)rows), TR_PAGE_TOKENS,
-                         (size_t)a->kv.d_index * sizeof(float), stream>>>(
-        p, a->kv, (const uint8_t *)a->q);
+                         (size_t)a->kv.d_index * sizeof(float), stream>>>(p, a->kv,
+                                                                          (const uint8_t *)a->q);
     return cudaGetLastError();
 }
 
-template <int RELU>
 cudaError_t index_logits(const struct tr_index_logits_args *a, cudaStream_t stream)
 {
     const tr_rows *rows = a->rows;
     int row_end = rows->n_max - a->i_row < a->n_row ? rows->n_max : a->i_row + a->n_row;
-    index_params p = {*rows,    a->w,  (const uint8_t *)a->kv.index, a->first, a->last,
-                      a->score, a->ld, a->n_heads, a->k,             a->i_row, row_end};
+    index_params p = {*rows,    a->w,       (const uint8_t *)a->kv.index,
+                      a->first, a->last,    a->score,
+                      a->ld,    a->n_heads, a->k,
+                      a->i_row, row_end};
 
     if (a->kv.dtype == TR_F32 || a->keys.n > 0) return cudaErrorNotSupported;
     if (a->i_row < 0 || a->n_heads < 1 || a->kv.d_index < 1 || !a->kv.index)
@@ -419,7 +429,7 @@ cudaError_t index_logits(const struct tr_index_logits_args *a, cudaStream_t stre
     if (row_end <= a->i_row) return cudaSuccess;
     if (a->kv.d_index == D_INDEX && a->n_heads % 16 == 0 && a->n_heads <= HEADS && aligned(a->q) &&
         aligned(a->w) && aligned(a->kv.index))
-        return launch<RELU>(a, p, stream);
+        return launch(a, p, stream);
     return launch_plain(a, p, stream);
 }
 
@@ -429,5 +439,5 @@ cudaError_t index_logits(const struct tr_index_logits_args *a, cudaStream_t stre
 extern "C" cudaError_t tr_cuda_index_logits(const struct tr_index_logits_args *a,
                                             cudaStream_t stream)
 {
-    return tr::index_logits<1>(a, stream);
+    return tr::index_logits(a, stream);
 }

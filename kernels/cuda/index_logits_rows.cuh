@@ -35,7 +35,8 @@ __device__ __forceinline__ index_row index_row_at(const index_params &p, int r, 
     index_row v = {-1, 0, 0};
     if (r < p.i_row || r >= p.row_end) return v;
     int position = p.rows.position[r], slot = p.rows.slot[r], low = 0, last = INT32_MAX;
-    bool skip = (p.rows.dense[r] != 0) | (p.rows.write[r] < 0); /* no load waits for another's value */
+    bool skip =
+        (p.rows.dense[r] != 0) | (p.rows.write[r] < 0); /* no load waits for another's value */
     if (p.first) low = max(p.first[r], 0);
     if (p.last) last = p.last[r];
     v.low = low;
@@ -59,6 +60,13 @@ __device__ __forceinline__ int index_pages(const index_row &last)
 __device__ __forceinline__ int index_parts(int group_rows)
 {
     return group_rows > 4 ? 4 : group_rows > 2 ? 2 : 1;
+}
+
+/* The work of a group: its pages, and as much as one more for changing to it (a chunk's first rows see few pages: the CTA
+ * that has many such groups would come last). */
+__device__ __forceinline__ int index_work(int n_pages, int parts)
+{
+    return (n_pages + 1) * parts;
 }
 
 /* A CTA's part [begin, end) of the work, in units of page cost, and the group that holds `begin`: its first row and the
@@ -115,9 +123,14 @@ __device__ __forceinline__ void index_find_share(const index_params &p, int n, i
     const index_row none = {-1, 0, 0};
 
     if (threadIdx.x == 0) s->n = n;
+    if (n_rows <= THREADS) {
+        if ((int)threadIdx.x < n_rows)
+            view[threadIdx.x] = index_row_at(p, p.i_row + (int)threadIdx.x, n);
+    } else {
 #pragma unroll 4
-    for (int i = threadIdx.x; i < n_rows; i += THREADS) /* all loads at once: the latency counts */
-        view[i] = index_row_at(p, p.i_row + i, n);
+        for (int i = threadIdx.x; i < n_rows; i += THREADS) /* many loads at once: latency counts */
+            view[i] = index_row_at(p, p.i_row + i, n);
+    }
     __syncthreads();
     index_row before = b > 0 && b < e ? view[b - 1] : none;
 #pragma unroll 1
@@ -138,15 +151,16 @@ __device__ __forceinline__ void index_find_share(const index_params &p, int n, i
             before = v;
             int j = (i - run) % GROUP_ROWS;
             if (v.slot < 0 || (j < GROUP_ROWS - 1 && index_row_continues(v, next))) continue;
-            int cost = index_pages(v) * index_parts(j + 1);
+            int cost = index_work(index_pages(v), index_parts(j + 1));
             if (units <= begin && begin < units + cost)
                 s->share = {begin, end, p.i_row + i - j, units};
             units += cost;
         }
         if (pass) break;
         units = block_scan<THREADS, false>(units, s->warp, &total);
-        begin = (int)((int64_t)total * blockIdx.x / gridDim.x);
-        end = (int)((int64_t)total * (blockIdx.x + 1) / gridDim.x);
+        int each = total / (int)gridDim.x, more = total % (int)gridDim.x, i = (int)blockIdx.x;
+        begin = each * i + min(i, more);
+        end = each * (i + 1) + min(i + 1, more);
         if (begin == end && threadIdx.x == 0) s->share = {begin, end, p.row_end, 0};
         if (begin == end) break;
     }

@@ -53,30 +53,25 @@ __device__ __forceinline__ void probs_load(const uint8_t *from, probs &b, int t)
 }
 
 /* Scores of 64 heads with the block in buffer b, in the order in which its tiles come. */
-template <bool FP8>
 __device__ __forceinline__ void block_scores(float (&s)[32], ring *ring, uint32_t queries,
                                              uint32_t keys, int b, uint32_t parity)
 {
+    uint64_t q = matrix_descriptor(queries, 16, 1024, LAYOUT_SWIZZLE_128);
+    uint64_t k = matrix_descriptor(keys, 16, 1024, LAYOUT_SWIZZLE_128);
     auto tiles = [&](int t, int n, bool first) {
 #pragma unroll
         for (int i = 0; i < 4 * n; i++) {
             uint32_t at = (uint32_t)((t + i / 4) * TILE + i % 4 * 32);
-            mma_scores(s, matrix_descriptor(queries + at, 16, 1024, LAYOUT_SWIZZLE_128),
-                       matrix_descriptor(keys + at, 16, 1024, LAYOUT_SWIZZLE_128), !first || i);
+            mma_scores(s, further(q, at), further(k, at), !first || i);
         }
     };
-    auto wait = [&](uint64_t *full) {
-        barrier_wait(full, parity);
-        if (!FP8) fence_async_shared(); /* the copies were the threads' own */
-    };
 
-    wait(&ring->full[b][0]);
+    wait_keys(&ring->full[b][0], parity);
     wgmma_fence();
     tiles(0, 4, true);
-    barrier_wait(&ring->rope_full[b], parity);
-    fence_async_shared();
+    wait_keys(&ring->rope_full[b], parity);
     tiles(ROPE_TILE, 1, false);
-    wait(&ring->full[b][1]);
+    wait_keys(&ring->full[b][1], parity);
     tiles(4, 4, false);
     wgmma_commit();
     wgmma_wait<0>();
@@ -180,16 +175,19 @@ __device__ __forceinline__ void math(const job &j, walk_shared *sh, uint32_t til
             o[i] = 0.0f;
         if (w.first < w.last) {
             named_barrier(2, 256); /* both warpgroups are done with the queries before */
-            load_queries<FP8>(j.q + ((size_t)w.row * j.n_heads + (size_t)w.group * HEADS) * D_KEY * 2,
-                              HEADS, HEADS, tiles, (int)threadIdx.x, 256);
+            load_queries<FP8, HEADS>(j.q + ((size_t)w.row * j.n_heads + (size_t)w.group * HEADS) *
+                                               D_KEY * 2,
+                                     HEADS, tiles);
             fence_async_shared();
             named_barrier(2, 256);
         }
         for (int pair = w.first; pair < w.last; pair++, parity ^= 1) {
             float x[32];
             probs p;
+#ifndef TR_NO_TURN
             if (!SCORES && wg == 1) barrier_wait(&ring->turn, parity);
-            block_scores<FP8>(x, ring, tiles, tiles + (uint32_t)((1 + wg) * BLOCK), wg, parity);
+#endif
+            block_scores(x, ring, tiles, tiles + (uint32_t)((1 + wg) * BLOCK), wg, parity);
             if (SCORES) {
                 warp_arrive(&ring->free[wg][0]);
                 warp_arrive(&ring->free[wg][1]);
@@ -249,8 +247,8 @@ template <int T> __host__ __device__ constexpr int stage_bytes()
 
 /* 256 threads bring [64 keys, 64 T latents] of one block after another. */
 template <bool FP8, int T>
-__device__ __forceinline__ void column_fetch(const job &j, column_shared *sh, uint32_t stages, int tile,
-                                             int n_blocks, int tid)
+__device__ __forceinline__ void column_fetch(const job &j, column_shared *sh, uint32_t stages,
+                                             int tile, int n_blocks, int tid)
 {
     enum { UNITS = FP8 ? T : 2 * T }; /* 16-byte loads of a thread and block */
     int row = FP8 ? tid / 4 : tid / 8, c = FP8 ? tid & 3 : tid & 7;
@@ -263,7 +261,8 @@ __device__ __forceinline__ void column_fetch(const job &j, column_shared *sh, ui
 #pragma unroll
         for (int u = 0; u < UNITS; u++) {
             int32_t x = key(i, u);
-            const uint8_t *p = j.latent + (size_t)(x < 0 ? 0 : x) * (FP8 ? RECORD_FP8 : RECORD_BF16);
+            const uint8_t *p =
+                j.latent + (size_t)(x < 0 ? 0 : x) * (FP8 ? RECORD_FP8 : RECORD_BF16);
             raw[slot][u] = load16(p + (FP8 ? 64 * (tile + u) : 128 * (tile + u / 2)) + 16 * c);
             if (FP8 && u == 0)
                 scale[slot] = __ldg((const float *)(const void *)(p + SCALES_AT + tile / 2 * 4));
@@ -296,7 +295,6 @@ __device__ __forceinline__ void column_fetch(const job &j, column_shared *sh, ui
             if (i0 + s >= n_blocks) break;
             barrier_wait(&sh->free[at.stage], at.parity ^ 1);
             store(s, i0 + s);
-            fence_async_shared();
             barrier_arrive(&sh->full[at.stage]);
             at.next();
             if (i0 + s + COLUMN_AHEAD < n_blocks) load(s, i0 + s + COLUMN_AHEAD);
@@ -306,8 +304,8 @@ __device__ __forceinline__ void column_fetch(const job &j, column_shared *sh, ui
 
 /* One thread brings the probabilities, which the kernel before makes. */
 template <int T>
-__device__ __forceinline__ void column_probs(const job &j, column_shared *sh, uint8_t *stages, int row,
-                                             int group, int n_blocks)
+__device__ __forceinline__ void column_probs(const job &j, column_shared *sh, uint8_t *stages,
+                                             int row, int group, int n_blocks)
 {
     ring_position<COLUMN_STAGES> at;
 
@@ -315,16 +313,16 @@ __device__ __forceinline__ void column_probs(const job &j, column_shared *sh, ui
     for (int i = 0; i < n_blocks; i++, at.next()) {
         barrier_wait(&sh->free[at.stage], at.parity ^ 1);
         barrier_expect(&sh->full[at.stage], PROBS_BYTES);
-        bulk_load(stages + at.stage * stage_bytes<T>() + T * TILE, probs_at(j, row, group, i), PROBS_BYTES,
-                  &sh->full[at.stage]);
+        bulk_load(stages + at.stage * stage_bytes<T>() + T * TILE, probs_at(j, row, group, i),
+                  PROBS_BYTES, &sh->full[at.stage]);
     }
 }
 
 /* 128 threads: columns [64 tile, 64 (tile + T)) of 64 heads, all keys in order. The next block's probabilities are made
  * ready while the tensor cores work on this one's. */
 template <bool FP8, int T>
-__device__ __forceinline__ void column_math(const job &j, column_shared *sh, uint8_t *stages, int row,
-                                            int group, int tile, int n_blocks)
+__device__ __forceinline__ void column_math(const job &j, column_shared *sh, uint8_t *stages,
+                                            int row, int group, int tile, int n_blocks)
 {
     int t = threadIdx.x;
     float o[32 * T], keep[2][2];
@@ -333,7 +331,7 @@ __device__ __forceinline__ void column_math(const job &j, column_shared *sh, uin
     ring_position<COLUMN_STAGES> at, ahead;
 
     auto ready = [&](int e, int i) {
-        barrier_wait(&sh->full[ahead.stage], ahead.parity);
+        wait_keys(&sh->full[ahead.stage], ahead.parity);
         probs_load(stages + ahead.stage * stage_bytes<T>() + T * TILE, p[e], t);
         take_reference(s, p[e], i & 1, true, keep[e]);
         ahead.next();
@@ -348,7 +346,8 @@ __device__ __forceinline__ void column_math(const job &j, column_shared *sh, uin
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             if (i0 + e >= n_blocks) break;
-            take_values(o, keep[e], p[e].p, smem_address(stages) + (uint32_t)(at.stage * stage_bytes<T>()));
+            take_values(o, keep[e], p[e].p,
+                        smem_address(stages) + (uint32_t)(at.stage * stage_bytes<T>()));
             if (i0 + e + 1 < n_blocks) ready(e ^ 1, i0 + e + 1);
             wgmma_wait<0>();
             warp_arrive(&sh->free[at.stage]);
@@ -373,16 +372,18 @@ __device__ __forceinline__ void column_math(const job &j, column_shared *sh, uin
 /* Block (row, group of heads, T tiles of columns): all keys of the row. 128 threads compute, 256 fetch keys, 1 fetches
  * probabilities. */
 template <bool FP8, int T>
-__global__ void __launch_bounds__(COLUMN_THREADS, 1) sparse_mla_columns(const __grid_constant__ job j)
+__global__ void __launch_bounds__(COLUMN_THREADS, 1)
+    sparse_mla_columns(const __grid_constant__ job j)
 {
     extern __shared__ uint8_t raw[];
     uint8_t *base = raw + (1024 - (smem_address(raw) & 1023)) % 1024;
     column_shared *sh = (column_shared *)(base + COLUMN_STAGES * stage_bytes<T>());
-    int n_columns = 8 / T, x = blockIdx.x, tile = x % n_columns * T, group = x / n_columns % j.n_groups;
+    int n_columns = 8 / T, x = blockIdx.x, tile = x % n_columns * T,
+        group = x / n_columns % j.n_groups;
     int row = x / n_columns / j.n_groups, n = *j.n, dense = j.dense ? j.dense[row] : 0;
 
     for (int i = threadIdx.x; i < j.k; i += COLUMN_THREADS) {
-        int32_t v = j.list[(size_t)row * j.k + i];
+        int32_t v = __ldg(j.list + (size_t)row * j.k + i);
         sh->list[i] = (uint32_t)v < j.n_latent ? v : -1;
     }
     for (int i = j.k + (int)threadIdx.x; i < (j.k + KEYS - 1) / KEYS * KEYS; i += COLUMN_THREADS)
@@ -410,14 +411,15 @@ __global__ void __launch_bounds__(COLUMN_THREADS, 1) sparse_mla_columns(const __
 /* Up to this many (row, 64 heads) the split way is the faster one: 64 of them take ... (measured: see the bench). */
 enum { SPLIT_MAX = 64 };
 
-template <bool FP8, bool SCORES> cudaError_t launch_walk(const job &j, int n_sm, cudaStream_t stream)
+template <bool FP8, bool SCORES>
+cudaError_t launch_walk(const job &j, int n_sm, cudaStream_t stream)
 {
     int64_t tasks = (int64_t)j.n_max * j.n_groups * j.n_slices;
     cudaError_t e = cudaFuncSetAttribute(sparse_mla_walk<FP8, SCORES>,
                                          cudaFuncAttributeMaxDynamicSharedMemorySize, WALK_BYTES);
     if (e != cudaSuccess) return e;
-    sparse_mla_walk<FP8, SCORES>
-        <<<(unsigned)(tasks < n_sm ? tasks : n_sm), 256 + WALK_FETCHERS<SCORES>, WALK_BYTES, stream>>>(j);
+    sparse_mla_walk<FP8, SCORES><<<(unsigned)(tasks < n_sm ? tasks : n_sm),
+                                   256 + WALK_FETCHERS<SCORES>, WALK_BYTES, stream>>>(j);
     return cudaGetLastError();
 }
 
@@ -450,7 +452,8 @@ template <bool FP8> cudaError_t launch_split(job j, int n_sm, cudaStream_t strea
     j.n_slices = (n_pairs + j.pairs - 1) / j.pairs;
     cudaError_t e = launch_walk<FP8, true>(j, n_sm, stream);
     if (e != cudaSuccess) return e;
-    return tasks * 8 <= n_sm ? launch_columns<FP8, 1>(j, stream) : launch_columns<FP8, 2>(j, stream);
+    return tasks * 8 <= n_sm ? launch_columns<FP8, 1>(j, stream)
+                             : launch_columns<FP8, 2>(j, stream);
 }
 
 template <bool FP8> cudaError_t launch(const job &j, int way, int n_sm, cudaStream_t stream)

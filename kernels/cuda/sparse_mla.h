@@ -28,7 +28,8 @@ cudaError_t tr_cuda_sparse_mla(const struct tr_sparse_mla_args *a, cudaStream_t 
 
 /* The ways to run, for the program that measures them; tr_cuda_sparse_mla chooses by n_max. */
 enum { TR_MLA_AUTO, TR_MLA_SPLIT, TR_MLA_WALK };
-cudaError_t tr_cuda_sparse_mla_way(const struct tr_sparse_mla_args *a, int way, cudaStream_t stream);
+cudaError_t tr_cuda_sparse_mla_way(const struct tr_sparse_mla_args *a, int way,
+                                   cudaStream_t stream);
 size_t tr_cuda_sparse_mla_workspace_way(int n_max, int n_heads, int way);
 
 #ifdef __cplusplus

@@ -10,7 +10,8 @@ namespace tr
 namespace mla
 {
 
-template <int N> struct few_shared { /* behind the tiles: two blocks of keys, queries [9][N][64], P [128 keys, N] */
+template <int N>
+struct few_shared { /* behind the tiles: two blocks of keys, queries [9][N][64], P [128 keys, N] */
     struct ring ring;
     float max[2][4][N], sum[2][4][N]; /* [warpgroup][warp][head] */
 };
@@ -63,7 +64,8 @@ __device__ __forceinline__ void store_four(const job &j, int row, int tile, int 
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         if (head + h >= j.n_heads) break;
-        uint32_t x = pack_bf16(__fmaf_rn(v[h], h ? f1 : f0, 0.0f), __fmaf_rn(v[2 + h], h ? f1 : f0, 0.0f));
+        uint32_t x =
+            pack_bf16(__fmaf_rn(v[h], h ? f1 : f0, 0.0f), __fmaf_rn(v[2 + h], h ? f1 : f0, 0.0f));
         if (FP8) {
             *(uint32_t *)(void *)(out + h * D_LATENT) = x;
         } else {
@@ -84,34 +86,27 @@ template <int N> struct few_places { /* shared addresses */
 };
 
 /* Scores [64 keys, N heads] of warpgroup wg's block; keys that are not there get -inf. */
-template <bool FP8, int N>
+template <int N>
 __device__ __forceinline__ void few_scores(float (&s)[N / 2], ring *ring, const few_places<N> &at,
                                            int wg, uint32_t parity)
 {
     uint32_t keys = at.keys + (uint32_t)(wg * BLOCK);
     int row = threadIdx.x % 128 / 32 * 16 + (threadIdx.x & 31) / 4;
+    uint64_t k = matrix_descriptor(keys, 16, 1024, LAYOUT_SWIZZLE_128);
+    uint64_t q = matrix_descriptor(at.queries, 16, 1024, LAYOUT_SWIZZLE_128);
     auto tiles = [&](int t, int n, bool first) {
 #pragma unroll
         for (int i = 0; i < 4 * n; i++)
-            mma_keys(s,
-                     matrix_descriptor(keys + (uint32_t)((t + i / 4) * TILE + i % 4 * 32), 16, 1024,
-                                       LAYOUT_SWIZZLE_128),
-                     matrix_descriptor(at.queries + (uint32_t)((t + i / 4) * N * 128 + i % 4 * 32),
-                                       16, 1024, LAYOUT_SWIZZLE_128),
-                     !first || i);
-    };
-    auto wait = [&](uint64_t *full) {
-        barrier_wait(full, parity);
-        if (!FP8) fence_async_shared();
+            mma_keys(s, further(k, (uint32_t)((t + i / 4) * TILE + i % 4 * 32)),
+                     further(q, (uint32_t)((t + i / 4) * N * 128 + i % 4 * 32)), !first || i);
     };
 
-    wait(&ring->full[wg][0]);
+    wait_keys(&ring->full[wg][0], parity);
     wgmma_fence();
     tiles(0, 4, true);
-    barrier_wait(&ring->rope_full[wg], parity);
-    fence_async_shared();
+    wait_keys(&ring->rope_full[wg], parity);
     tiles(ROPE_TILE, 1, false);
-    wait(&ring->full[wg][1]);
+    wait_keys(&ring->full[wg][1], parity);
     tiles(4, 4, false);
     wgmma_commit();
     wgmma_wait<0>();
@@ -167,8 +162,10 @@ __device__ __forceinline__ void few_softmax(float (&s)[N / 2], few_shared<N> *sh
 #pragma unroll
     for (int g = 0; g < N / 8; g++)
 #pragma unroll
-        for (int r = 0; r < 2; r++) { /* 8 keys x 8 heads are 128 bytes; N / 8 of those for each 8 keys */
-            uint32_t to = at.probs + (uint32_t)(((wg * 8 + warp * 2 + r) * (N / 8) + g) * 128 + lane * 4);
+        for (int r = 0; r < 2;
+             r++) { /* 8 keys x 8 heads are 128 bytes; N / 8 of those for each 8 keys */
+            uint32_t to =
+                at.probs + (uint32_t)(((wg * 8 + warp * 2 + r) * (N / 8) + g) * 128 + lane * 4);
             asm volatile("st.shared.u32 [%0], %1;" ::"r"(to),
                          "r"(pack_bf16(s[4 * g + 2 * r], s[4 * g + 2 * r + 1]))
                          : "memory");
@@ -188,18 +185,16 @@ __device__ __forceinline__ void few_softmax(float (&s)[N / 2], few_shared<N> *sh
 template <int N, int T>
 __device__ __forceinline__ void few_values(float (&o)[T][N / 2], const few_places<N> &at, int first)
 {
+    uint64_t v =
+        matrix_descriptor(at.keys + (uint32_t)(first * TILE), TILE, 1024, LAYOUT_SWIZZLE_128);
+    uint64_t p = matrix_descriptor(at.probs, N * 16, 128, LAYOUT_PLAIN);
     wgmma_fence();
 #pragma unroll
     for (int t = 0; t < T; t++)
 #pragma unroll
         for (int k = 0; k < 8; k++)
-            mma_latents(o[t],
-                        matrix_descriptor(at.keys + (uint32_t)(k / 4 * BLOCK + (first + t) * TILE +
-                                                               k % 4 * 2048),
-                                          TILE, 1024, LAYOUT_SWIZZLE_128),
-                        matrix_descriptor(at.probs + (uint32_t)(k * N * 32), N * 16, 128,
-                                          LAYOUT_PLAIN),
-                        k > 0);
+            mma_latents(o[t], further(v, (uint32_t)(k / 4 * BLOCK + t * TILE + k % 4 * 2048)),
+                        further(p, (uint32_t)(k * N * 32)), k > 0);
     wgmma_commit();
     wgmma_wait<0>();
 }
@@ -241,8 +236,7 @@ __device__ __forceinline__ void few_math(const job &j, few_shared<N> *sh, const 
         running r[N / 4];
         if (SPLIT && w.first >= w.last) continue;
         named_barrier(2, 256);
-        load_queries<FP8>(j.q + (size_t)w.row * j.n_heads * D_KEY * 2, j.n_heads, N, at.queries, tid,
-                          256);
+        load_queries<FP8, N>(j.q + (size_t)w.row * j.n_heads * D_KEY * 2, j.n_heads, at.queries);
         fence_async_shared();
         named_barrier(2, 256);
 #pragma unroll
@@ -252,7 +246,7 @@ __device__ __forceinline__ void few_math(const job &j, few_shared<N> *sh, const 
         for (int i = 0; i < 2 * N; i++)
             total[i / (N / 2)][i % (N / 2)] = 0.0f;
         for (int pair = w.first; pair < w.last; pair++, parity ^= 1) {
-            few_scores<FP8, N>(s, &sh->ring, at, wg, parity);
+            few_scores<N>(s, &sh->ring, at, wg, parity);
             few_softmax<N>(s, sh, at, wg, j.scale, reference, sum);
             if (!SPLIT) {
 #pragma unroll
@@ -278,7 +272,8 @@ __device__ __forceinline__ void few_math(const job &j, few_shared<N> *sh, const 
             float f0 = inverse(r[2 * g].sum), f1 = inverse(r[2 * g + 1].sum);
 #pragma unroll
             for (int t = 0; t < 4; t++)
-                store_four<FP8>(j, w.row, 4 * wg + t, tid % 128 / 32, head, &total[t][4 * g], f0, f1);
+                store_four<FP8>(j, w.row, 4 * wg + t, tid % 128 / 32, head, &total[t][4 * g], f0,
+                                f1);
             if (tid < 4) {
                 store_lse(j, w.row, head, r[2 * g]);
                 store_lse(j, w.row, head + 1, r[2 * g + 1]);
@@ -312,7 +307,8 @@ __global__ void __launch_bounds__(512, 1) sparse_mla_few(const __grid_constant__
 }
 
 /* Block (row, u): the u-th four values of every thread of the two warpgroups, over the row's chunks. */
-template <bool FP8, int N> __global__ void __launch_bounds__(256) sparse_mla_fold(const __grid_constant__ job j)
+template <bool FP8, int N>
+__global__ void __launch_bounds__(256) sparse_mla_fold(const __grid_constant__ job j)
 {
     int row = blockIdx.x / (N / 2), u = blockIdx.x % (N / 2), g = u % (N / 8);
     int tid = threadIdx.x, head = 8 * g + 2 * (tid & 3);
@@ -356,11 +352,12 @@ template <bool FP8, int N> __global__ void __launch_bounds__(256) sparse_mla_fol
 
 /* ---- launches ------------------------------------------------------------------------------------------------------------ */
 
-template <bool FP8, int N, bool SPLIT> cudaError_t launch_few_main(const job &j, int n_sm, cudaStream_t stream)
+template <bool FP8, int N, bool SPLIT>
+cudaError_t launch_few_main(const job &j, int n_sm, cudaStream_t stream)
 {
     int64_t tasks = (int64_t)j.n_max * j.n_slices;
-    cudaError_t e = cudaFuncSetAttribute(sparse_mla_few<FP8, N, SPLIT>,
-                                         cudaFuncAttributeMaxDynamicSharedMemorySize, few_bytes<N>());
+    cudaError_t e = cudaFuncSetAttribute(
+        sparse_mla_few<FP8, N, SPLIT>, cudaFuncAttributeMaxDynamicSharedMemorySize, few_bytes<N>());
     if (e != cudaSuccess) return e;
     sparse_mla_few<FP8, N, SPLIT>
         <<<(unsigned)(tasks < n_sm ? tasks : n_sm), 512, few_bytes<N>(), stream>>>(j);
@@ -389,7 +386,8 @@ template <bool FP8, int N> cudaError_t launch_few_way(job j, int way, int n_sm, 
     return cudaLaunchKernelEx(&config, sparse_mla_fold<FP8, N>, j);
 }
 
-template <bool FP8> cudaError_t launch_few_heads(const job &j, int way, int n_sm, cudaStream_t stream)
+template <bool FP8>
+cudaError_t launch_few_heads(const job &j, int way, int n_sm, cudaStream_t stream)
 {
     if (j.n_heads <= 8) return launch_few_way<FP8, 8>(j, way, n_sm, stream);
     if (j.n_heads <= 16) return launch_few_way<FP8, 16>(j, way, n_sm, stream);
@@ -398,7 +396,9 @@ template <bool FP8> cudaError_t launch_few_heads(const job &j, int way, int n_sm
 
 size_t few_workspace(int n_max, int n_heads)
 {
-    size_t chunk = n_heads <= 8 ? chunk_bytes<8>() : n_heads <= 16 ? chunk_bytes<16>() : chunk_bytes<32>();
+    size_t chunk = n_heads <= 8    ? chunk_bytes<8>()
+                   : n_heads <= 16 ? chunk_bytes<16>()
+                                   : chunk_bytes<32>();
     return (size_t)n_max * FEW_CHUNKS * chunk;
 }
 

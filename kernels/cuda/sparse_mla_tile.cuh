@@ -81,6 +81,20 @@ template <bool FP8, int F> __device__ __forceinline__ void ring_init(ring *r)
     barrier_init_fence();
 }
 
+/* The operand `bytes` further on than the one that d describes, in one addition: the high word is the layout. */
+__device__ __forceinline__ uint64_t further(uint64_t d, uint32_t bytes)
+{
+    return (d & 0xffffffff00000000ull) | ((uint32_t)d + (bytes >> 4));
+}
+
+/* Keys that the fetching threads have stored, or copied asynchronously, as the tensor cores will read them. The fence is
+ * the reader's: in the writer it would wait for the loads that are under way, too. */
+__device__ __forceinline__ void wait_keys(uint64_t *full, uint32_t parity)
+{
+    barrier_wait(full, parity);
+    fence_async_shared();
+}
+
 /* All lanes of a converged warp have done their part. */
 __device__ __forceinline__ void warp_arrive(uint64_t *b)
 {
@@ -93,7 +107,6 @@ __device__ __forceinline__ void warp_arrive(uint64_t *b)
 struct work {
     int row, group, first, last; /* pairs [first, last) of the row's list */
 };
-
 
 /* Blocks of 64 of a list: those whose first entry names a row. By all lanes of a warp. */
 __device__ __forceinline__ int count_blocks(const job &j, int row)
@@ -146,6 +159,14 @@ __device__ __forceinline__ float2 load8(const uint8_t *p)
 __device__ __forceinline__ void prefetch_l2(const uint8_t *p, uint32_t bytes)
 {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+}
+/* A row of `bytes` that may begin anywhere in a line: a lane's own, where prefetch_l2 would go through the lanes in turn. */
+template <int BYTES> __device__ __forceinline__ void prefetch_row(const uint8_t *p)
+{
+#pragma unroll
+    for (int i = 0; i < BYTES; i += 128)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(p + i));
+    if (BYTES % 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(p + BYTES - 16));
 }
 __device__ __forceinline__ void store16(uint32_t smem, uint32_t x, uint32_t y, uint32_t z,
                                         uint32_t w)
@@ -202,8 +223,7 @@ __device__ __forceinline__ void prefetch_first(const job &j)
     size_t row = (size_t)(t / j.n_slices);
     int heads = j.n_heads < HEADS ? j.n_heads : HEADS, at = (int)threadIdx.x * 32;
 
-    if (at < j.k)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(j.list + row * (size_t)j.k + at));
+    if (at < j.k) asm volatile("prefetch.global.L2 [%0];" ::"l"(j.list + row * (size_t)j.k + at));
     if (threadIdx.x == 128)
         prefetch_l2(j.q + (row * (size_t)j.n_heads + (size_t)group * HEADS) * D_KEY * 2,
                     (uint32_t)heads * D_KEY * 2);
@@ -220,17 +240,24 @@ __device__ __forceinline__ bool next_pair(const job &j, pair_cursor &c)
     while (++c.pair >= c.w.last) {
         if (!next_work(j, c.n_live, c.task, c.w)) return false;
         c.pair = c.w.first - 1;
-        if (threadIdx.x % 256 == 0) /* the queries will be wanted soon, too */
+        if (threadIdx.x % 256 == 0) { /* the queries and the list will be wanted soon, too */
+            if (j.k % 4 == 0)
+                prefetch_l2((const uint8_t *)(j.list + (size_t)c.w.row * j.k), (uint32_t)j.k * 4);
             prefetch_l2(j.q + ((size_t)c.w.row * j.n_heads + (size_t)c.w.group * HEADS) * D_KEY * 2,
                         (uint32_t)(j.n_heads < HEADS ? j.n_heads : HEADS) * D_KEY * 2);
+        }
     }
     return true;
 }
 
+/* Entry i of the cursor's pair, as it stands in the list: looked at (by `valid_row`) only when a later pair's turn comes. */
 __device__ __forceinline__ int32_t entry(const job &j, const pair_cursor &c, int i)
 {
     int at = c.pair * 2 * KEYS + i;
-    int32_t x = at < j.k ? __ldg(j.list + (size_t)c.w.row * j.k + at) : -1;
+    return at < j.k ? __ldg(j.list + (size_t)c.w.row * j.k + at) : -1;
+}
+__device__ __forceinline__ int32_t valid_row(const job &j, int32_t x)
+{
     return (uint32_t)x < j.n_latent ? x : -1;
 }
 
@@ -246,7 +273,8 @@ __device__ __forceinline__ void produce_fp8(const job &j, ring *ring, uint32_t k
     constexpr int R = 256 / F, STEP = KEYS / R; /* keys of a thread, and how far apart */
     int tid = threadIdx.x % F, row = tid / 4, q = tid & 3;
     uint32_t line = keys + (uint32_t)(row * 128);
-    uint32_t even = (uint32_t)((2 * q) ^ (row & 7)) << 4, odd = (uint32_t)((2 * q + 1) ^ (row & 7)) << 4;
+    uint32_t even = (uint32_t)((2 * q) ^ (row & 7)) << 4, odd = (uint32_t)((2 * q + 1) ^ (row & 7))
+                                                                << 4;
     pair_cursor c = {(int)blockIdx.x, n_live, -1, {0, 0, 0, 0}};
     int32_t now[2][R], soon[2][R]; /* [block] of this pair and of the next */
     uint32_t parity = 1;           /* a fresh barrier counts as freed before */
@@ -261,7 +289,7 @@ __device__ __forceinline__ void produce_fp8(const job &j, ring *ring, uint32_t k
     auto prefetch = [&](const int32_t(&x)[2][R]) {
         int32_t mine = q & 1 ? x[1][0] : x[0][0];
         if (R == 2 && q & 2) mine = q & 1 ? x[1][R - 1] : x[0][R - 1];
-        if (q < 2 * R && mine >= 0) prefetch_l2(record_fp8(j, mine), RECORD_FP8);
+        if (q < 2 * R && mine >= 0) prefetch_row<RECORD_FP8>(record_fp8(j, mine));
     };
     auto rope = [&](int b, const int32_t(&x)[R]) {
         barrier_wait(&ring->rope_free[b], parity);
@@ -295,12 +323,18 @@ __device__ __forceinline__ void produce_fp8(const job &j, ring *ring, uint32_t k
                 raw[r][t] = load16(p + 64 * t);
             }
         }
-        fence_async_shared();
         barrier_arrive(&ring->full[b][h]);
+    };
+
+    auto validate = [&](int32_t(&x)[2][R]) {
+#pragma unroll
+        for (int i = 0; i < 2 * R; i++)
+            x[i / R][i % R] = valid_row(j, x[i / R][i % R]);
     };
 
     bool have = next_pair(j, c);
     entries(now, have);
+    validate(now);
     prefetch(now);
 #pragma unroll
     for (int r = 0; r < R; r++) {
@@ -315,8 +349,9 @@ __device__ __forceinline__ void produce_fp8(const job &j, ring *ring, uint32_t k
         entries(soon, more);
         rope(0, now[0]);
         half(0, 0, now[0], now[0], 1);
-        prefetch(soon);
         half(0, 1, now[0], now[1], 0);
+        validate(soon); /* the list has had the time of two halves to come, the keys have another */
+        prefetch(soon);
         rope(1, now[1]);
         half(1, 0, now[1], now[1], 1);
         half(1, 1, now[1], soon[0], 0);
@@ -335,7 +370,7 @@ __device__ __forceinline__ void produce_bf16(const job &j, ring *ring, uint32_t 
     constexpr int R = 512 / F, STEP = KEYS / R;
     int g = threadIdx.x % F / 8, chunk = threadIdx.x & 7;
     pair_cursor c = {(int)blockIdx.x, n_live, -1, {0, 0, 0, 0}};
-    int32_t now[2][R], soon[2][R]; /* [block][row] */
+    int32_t now[2][R], soon[2][R]; /* [block][row] of this pair and of the next */
     uint32_t parity = 1, line = keys + (uint32_t)(g * 128) + ((uint32_t)(chunk ^ (g & 7)) << 4);
 
     auto entries = [&](int32_t(&x)[2][R], bool any) {
@@ -348,18 +383,24 @@ __device__ __forceinline__ void produce_bf16(const job &j, ring *ring, uint32_t 
 #pragma unroll
         for (int i = 0; i < 2 * R; i++)
             mine = chunk == i ? x[i / R][i % R] : mine;
-        if (mine >= 0) prefetch_l2(j.latent + (size_t)mine * RECORD_BF16, RECORD_BF16);
+        if (mine >= 0) prefetch_row<RECORD_BF16>(j.latent + (size_t)mine * RECORD_BF16);
     };
-    auto copy = [&](int b, int t, int n, const int32_t(&x)[R]) { /* tiles [t, t + n) */
+    auto copy =
+        [&](int b, int t, int n,
+            const int32_t(&x)[R]) { /* tiles [t, t + n) */
 #pragma unroll
-        for (int r = 0; r < R; r++) {
-            const uint8_t *p = j.latent + (size_t)(x[r] < 0 ? 0 : x[r]) * RECORD_BF16 + 16 * chunk;
+                                    for (int r = 0; r < R; r++) {
+                                        const uint8_t *p =
+                                            j.latent + (size_t)(x[r] < 0 ? 0 : x[r]) * RECORD_BF16 +
+                                            16 * chunk;
 #pragma unroll
-            for (int i = 0; i < n; i++)
-                async_copy16(line + (uint32_t)(b * BLOCK + (t + i) * TILE + r * STEP * 128),
-                             p + 128 * (t + i), x[r] < 0 ? 0 : 16);
-        }
-    };
+                                        for (int i = 0; i < n; i++)
+                                            async_copy16(line +
+                                                             (uint32_t)(b * BLOCK + (t + i) * TILE +
+                                                                        r * STEP * 128),
+                                                         p + 128 * (t + i), x[r] < 0 ? 0 : 16);
+                                    }
+        };
     auto half = [&](int b, int h, const int32_t(&x)[R]) {
         barrier_wait(&ring->free[b][h], parity);
         if (h == 0) {
@@ -377,15 +418,22 @@ __device__ __forceinline__ void produce_bf16(const job &j, ring *ring, uint32_t 
         }
     };
 
+    auto validate = [&](int32_t(&x)[2][R]) {
+#pragma unroll
+        for (int i = 0; i < 2 * R; i++)
+            x[i / R][i % R] = valid_row(j, x[i / R][i % R]);
+    };
+
     bool have = next_pair(j, c);
     entries(now, have);
-    prefetch(now);
+    validate(now);
     while (have) {
         bool more = next_pair(j, c);
         entries(soon, more);
         half(0, 0, now[0]);
-        prefetch(soon);
         half(0, 1, now[0]);
+        validate(soon);
+        prefetch(soon);
         half(1, 0, now[1]);
         half(1, 1, now[1]);
         parity ^= 1;
@@ -405,29 +453,40 @@ __device__ __forceinline__ void produce(const job &j, ring *ring, uint32_t keys,
         produce_bf16<F>(j, ring, keys, n_live);
 }
 
-/* n_rows query rows of 576 from global memory into tiles, by `threads` threads; rows after them are zeros. */
-template <bool FP8>
-__device__ __forceinline__ void load_queries(const uint8_t *q, int n_rows, int n_tile_rows,
-                                             uint32_t tiles, int tid, int threads)
+/* n_rows query rows of 576 from global memory into tiles of ROWS rows, by threads 0..255; rows after them are zeros. All
+ * loads are under way before the first store. */
+template <bool FP8, int ROWS>
+__device__ __forceinline__ void load_queries(const uint8_t *q, int n_rows, uint32_t tiles)
 {
-    for (int i = tid; i < n_tile_rows * 36; i += threads) { /* 36 pieces of 16 numbers a row */
-        int row = i / 36, at = i - row * 36, c = 2 * (at & 3);
-        uint4 a = {0, 0, 0, 0}, b = a;
-        if (row < n_rows) {
-            const uint8_t *p = q + (size_t)row * (D_KEY * 2) + 32 * at;
-            a = load16(p);
-            b = load16(p + 16);
+    constexpr int PIECES = ROWS * 36, N = (PIECES + 255) / 256; /* 36 pieces of 16 numbers a row */
+    uint4 a[N], b[N];
+
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        int i = (int)threadIdx.x + 256 * n, row = i / 36;
+        a[n] = b[n] = {0, 0, 0, 0};
+        if (i < PIECES && row < n_rows) {
+            const uint8_t *p = q + (size_t)row * (D_KEY * 2) + 32 * (i - row * 36);
+            a[n] = load16(p);
+            b[n] = load16(p + 16);
         }
-        uint32_t to = tiles + (uint32_t)(at / 4 * (n_tile_rows * 128) + row * 128);
-        uint32_t even = to + ((uint32_t)(c ^ (row & 7)) << 4), odd = to + ((uint32_t)((c + 1) ^ (row & 7)) << 4);
+    }
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        int i = (int)threadIdx.x + 256 * n, row = i / 36, at = i - row * 36, c = 2 * (at & 3);
+        if (i >= PIECES) continue;
+        uint4 x = a[n], y = b[n];
+        uint32_t to = tiles + (uint32_t)(at / 4 * (ROWS * 128) + row * 128);
+        uint32_t even = to + ((uint32_t)(c ^ (row & 7)) << 4);
+        uint32_t odd = to + ((uint32_t)((c + 1) ^ (row & 7)) << 4);
         if (FP8 && at < 32) { /* the order that expand16 leaves latents in */
-            store16(even, __byte_perm(a.x, a.y, 0x5410), __byte_perm(a.z, a.w, 0x5410),
-                    __byte_perm(b.x, b.y, 0x5410), __byte_perm(b.z, b.w, 0x5410));
-            store16(odd, __byte_perm(a.x, a.y, 0x7632), __byte_perm(a.z, a.w, 0x7632),
-                    __byte_perm(b.x, b.y, 0x7632), __byte_perm(b.z, b.w, 0x7632));
+            store16(even, __byte_perm(x.x, x.y, 0x5410), __byte_perm(x.z, x.w, 0x5410),
+                    __byte_perm(y.x, y.y, 0x5410), __byte_perm(y.z, y.w, 0x5410));
+            store16(odd, __byte_perm(x.x, x.y, 0x7632), __byte_perm(x.z, x.w, 0x7632),
+                    __byte_perm(y.x, y.y, 0x7632), __byte_perm(y.z, y.w, 0x7632));
         } else {
-            store16(even, a.x, a.y, a.z, a.w);
-            store16(odd, b.x, b.y, b.z, b.w);
+            store16(even, x.x, x.y, x.z, x.w);
+            store16(odd, y.x, y.y, y.z, y.w);
         }
     }
 }
@@ -554,11 +613,11 @@ __device__ __forceinline__ void take_values(float (&o)[R], const float (&keep)[2
             o[i + 3] *= keep[1];
         }
     }
+    uint64_t d = matrix_descriptor(v, TILE, 1024, LAYOUT_SWIZZLE_128);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; k++)
-        mma_values(o, p + 4 * k,
-                   matrix_descriptor(v + (uint32_t)(k * 2048), TILE, 1024, LAYOUT_SWIZZLE_128));
+        mma_values(o, p + 4 * k, further(d, (uint32_t)(k * 2048)));
     wgmma_commit();
 }
 
@@ -580,7 +639,8 @@ __device__ __forceinline__ void store_values(uint8_t *out, const float (&o)[R], 
         uint8_t *to = out + (size_t)r * 8 * D_LATENT * 2;
         float f = r ? f1 : f0;
 #pragma unroll
-        for (int g = 0; g < R / 4; g += 2) { /* + 0: no negative zeros, which would tell padding apart */
+        for (int g = 0; g < R / 4;
+             g += 2) { /* + 0: no negative zeros, which would tell padding apart */
             const float *a = o + 4 * g + 2 * r, *b = a + 4;
             float x0 = __fmaf_rn(a[0], f, 0.0f), x1 = __fmaf_rn(a[1], f, 0.0f);
             float y0 = __fmaf_rn(b[0], f, 0.0f), y1 = __fmaf_rn(b[1], f, 0.0f);

@@ -37,6 +37,7 @@ __device__ __forceinline__ float topk_float(uint32_t key)
 
 __device__ __forceinline__ uint32_t warp_prefix(uint32_t x, int lane) /* inclusive */
 {
+#pragma unroll
     for (int d = 1; d < 32; d *= 2) {
         uint32_t y = __shfl_up_sync(ALL, x, d);
         if (lane >= d) x += y;
@@ -56,8 +57,7 @@ __device__ __forceinline__ int find_lane(uint32_t count, uint32_t want, int lane
 }
 
 /* Exclusive prefix sums over the block of two counts at once. space: one word pair per warp. */
-template <int THREADS>
-__device__ __forceinline__ uint2 block_prefix(uint2 x, uint2 *space)
+template <int THREADS> __device__ __forceinline__ uint2 block_prefix(uint2 x, uint2 *space)
 {
     int lane = threadIdx.x & 31, i_warp = threadIdx.x >> 5;
     uint2 end = {warp_prefix(x.x, lane), warp_prefix(x.y, lane)};
@@ -68,24 +68,6 @@ __device__ __forceinline__ uint2 block_prefix(uint2 x, uint2 *space)
     a = __shfl_sync(ALL, a, i_warp);
     b = __shfl_sync(ALL, b, i_warp);
     return make_uint2(a + end.x - x.x, b + end.y - x.y);
-}
-
-struct four_floats {
-    float x[4];
-};
-/* Elements [i, i + 4) of a row; those from n on are -inf. */
-__device__ __forceinline__ four_floats load_four(const float *row, int i, int n, bool aligned)
-{
-    four_floats v;
-    if (aligned && i + 4 <= n) {
-        float4 f = __ldcs((const float4 *)(row + i));
-        v.x[0] = f.x, v.x[1] = f.y, v.x[2] = f.z, v.x[3] = f.w;
-    } else {
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            v.x[j] = i + j < n ? row[i + j] : -INFINITY;
-    }
-    return v;
 }
 
 /* Writes the positions whose bits are set in `above`, and the first n_ties whose bits are set in `ties`, in ascending order
@@ -100,6 +82,7 @@ __device__ __forceinline__ void emit_bits(const uint32_t *above, const uint32_t 
     uint2 count = {0, 0};
 
     __syncthreads();
+#pragma unroll 1
     for (int i = b; i < e; i++) {
         count.x += (uint32_t)__popc(above[i]);
         count.y += (uint32_t)__popc(ties[i]);
@@ -107,15 +90,18 @@ __device__ __forceinline__ void emit_bits(const uint32_t *above, const uint32_t 
     uint2 at = block_prefix<THREADS>(count, space);
     uint32_t out = at.x + min(at.y, n_ties);
     uint32_t left = n_ties - min(at.y, n_ties); /* ties that may still be taken */
+#pragma unroll 1
     for (int i = b; i < e; i++) {
         uint32_t tie = ties[i], word = above[i];
         if ((uint32_t)__popc(tie) <= left) {
             word |= tie;
             left -= (uint32_t)__popc(tie);
         } else {
+#pragma unroll 1
             for (; left; left--, tie &= tie - 1)
                 word |= tie & (0u - tie);
         }
+#pragma unroll 1
         for (; word; word &= word - 1)
             chosen[out++] = first_position + i * 32 + __ffs(word) - 1;
     }
@@ -129,6 +115,7 @@ __device__ __forceinline__ void write_chosen(const topk_params &p, int r, int be
 {
     const int32_t *pages = p.rows.page_table + (size_t)p.rows.slot[r] * p.rows.max_pages;
     size_t to = (size_t)r * p.k + begin;
+#pragma unroll 2
     for (int i = threadIdx.x; i < n; i += THREADS) {
         int s = chosen[i];
         p.position[to + i] = s;
@@ -141,6 +128,7 @@ template <int THREADS>
 __device__ __forceinline__ void write_identity(const topk_params &p, int r, int n)
 {
     const int32_t *pages = p.rows.page_table + (size_t)p.rows.slot[r] * p.rows.max_pages;
+#pragma unroll 1
     for (int i = threadIdx.x; i < p.k; i += THREADS) {
         size_t to = (size_t)r * p.k + i;
         p.position[to] = i < n ? i : -1;
@@ -151,9 +139,11 @@ __device__ __forceinline__ void write_identity(const topk_params &p, int r, int 
 }
 
 /* Row r's entries of the page table into the L2: wanted at the end, when nothing else is left to wait for. */
-template <int THREADS> __device__ __forceinline__ void prefetch_pages(const topk_params &p, int r, int n)
+template <int THREADS>
+__device__ __forceinline__ void prefetch_pages(const topk_params &p, int r, int n)
 {
     const int32_t *pages = p.rows.page_table + (size_t)p.rows.slot[r] * p.rows.max_pages;
+#pragma unroll 1
     for (int i = threadIdx.x * 32; i < (n + TR_PAGE_TOKENS - 1) / TR_PAGE_TOKENS; i += THREADS * 32)
         asm volatile("prefetch.global.L2 [%0];" ::"l"(pages + i));
 }

@@ -343,10 +343,12 @@ struct grouped {
     {
         start.push_back(0);
         for (int c : count) start.push_back(start.back() + c);
-        /* A permutation of the pairs of ceil(n / k) rows, as far as there are pairs. */
+        /* A permutation of the pairs of ceil(n / k) rows, ascending inside an expert as tr_moe_pack leaves them. */
         for (int i = 0; i < n; i++) pair.push_back(i);
         for (int i = n - 1; i > 0; i--)
             std::swap(pair[i], pair[measure::mix(i) % (unsigned)(i + 1)]);
+        for (size_t e = 0; e < count.size(); e++)
+            std::sort(pair.begin() + start[e], pair.begin() + start[e + 1]);
         start_d.put(start);
         pair_d.put(pair);
         const int n_rows = (n + k - 1) / k;
@@ -393,7 +395,7 @@ void check_grouped(const tr_gemm_fp8 *g, const std::vector<int> &count, int d, i
     buffer<float> scale(t.inner.scale.n);
     buffer<__nv_bfloat16> out(t.out.n);
     check_gather(t);
-    for (int shape = 0; shape < 3; shape++) {
+    for (int shape = 0; shape < 2; shape++) {
         snprintf(name, sizeof name, "shape %d, %d rows of %d experts", shape, t.n,
                  (int)count.size());
         t.run(g, shape);
@@ -495,12 +497,10 @@ void time_cublas(measure::cold_timer &timer, const dense_case &c, const weight &
 /* Shapes worth timing at m rows. */
 bool worth(int shape, int m)
 {
-    const char *name = tr_gemm_fp8_shape_name(shape);
-    int rows_w = 0, nb = 0;
-    sscanf(name, "%dx%d", &rows_w, &nb);
-    if (m >= 256) return nb == 128 && strstr(name, "/t2") != nullptr;
-    if (m > 64) return nb >= 64 && rows_w <= 128;
-    return nb == (m < 8 ? 8 : m) || nb == 2 * m;
+    int w_rows = 0, nb = 0;
+    sscanf(tr_gemm_fp8_shape_name(shape), "%dx%d", &w_rows, &nb);
+    if (m > 128) return w_rows >= 128;
+    return w_rows == 64 && nb >= (m < 8 ? 8 : m > 64 ? 64 : m) && nb <= 2 * (m < 8 ? 4 : m);
 }
 
 void time_dense(const tr_gemm_fp8 *g, measure::cold_timer &timer, buffer<uint8_t> &workspace,
@@ -553,7 +553,7 @@ void time_grouped(const tr_gemm_fp8 *g, measure::cold_timer &timer, int each, bo
     grouped t(count, 7168, 2048);
     buffer<__nv_bfloat16> first(t.out.n);
     bool have = false;
-    for (int shape = 0; shape < 3; shape++) {
+    for (int shape = 0; shape < 2; shape++) {
         if ((shape > 0 && each < 64)) continue;
         char name[96];
         t.run(g, shape);

@@ -181,8 +181,9 @@ struct index_case {
 };
 
 /* One block per row: the scores of keys [low, high), and the sum of absolute terms, which bounds what rounding may do. */
-__global__ void reference(tr_rows rows, const uint8_t *q, const float *w, const uint8_t *pages, int heads,
-                          int d, const int2 *range, double *score, double *size, size_t ld)
+__global__ void reference(tr_rows rows, const uint8_t *q, const float *w, const uint8_t *pages,
+                          int heads, int d, const int2 *range, double *score, double *size,
+                          size_t ld)
 {
     int r = blockIdx.x;
     for (int s = range[r].x + threadIdx.x; s < range[r].y; s += blockDim.x) {
@@ -248,8 +249,8 @@ double compare(index_case &c, const std::vector<int2> &range, const std::vector<
 }
 
 /* Rows computed by themselves or in other company: the same bits. */
-void check_company(index_case &c, const std::vector<int2> &range, const std::vector<float> &together,
-                   const std::string &name)
+void check_company(index_case &c, const std::vector<int2> &range,
+                   const std::vector<float> &together, const std::string &name)
 {
     int n = (int)range.size();
     for (int width : {1, 2, 3, 5}) {
@@ -299,8 +300,8 @@ void check_logits(const std::string &name, const std::vector<row> &v, int n_slot
     std::vector<float> again = c.score.host();
     expect(memcmp(got.data(), again.data(), got.size() * 4) == 0, "two runs differ", name);
     if (v.size() <= 64) check_company(c, range, got, name);
-    printf("logits %-34s rows %4zu heads %2d d %3d k %4d error %.1e\n", name.c_str(), v.size(), heads,
-           d, k, error);
+    printf("logits %-34s rows %4zu heads %2d d %3d k %4d error %.1e\n", name.c_str(), v.size(),
+           heads, d, k, error);
 }
 
 std::vector<row> span(int slot, int position, int n)
@@ -338,8 +339,8 @@ void check_all_logits()
         check_logits("heads", holes, 8, 1024, heads, D, 64, false);
     check_logits("other width", mixed, 8, 1024, 4, 32, 64, false);
     check_logits("other heads", edges, 4, 192, 24, D, 0, false);
-    check_logits("at k", join({span(0, 2046, 4), span(1, 2047, 1), span(2, 2046, 1)}), 3, 4096, 64, D,
-                 2048, false);
+    check_logits("at k", join({span(0, 2046, 4), span(1, 2047, 1), span(2, 2046, 1)}), 3, 4096, 64,
+                 D, 2048, false);
     check_logits("chunk", span(0, 333, 700), 1, 1100, 64, D, 0, false);
     std::vector<row> many;
     for (int i = 0; i < 500; i++)
@@ -405,7 +406,8 @@ std::vector<int> best(const float *score, int n, int k)
     return order;
 }
 
-void compare_topk(topk_case &c, const std::vector<float> &score, int n_live, const std::string &name)
+void compare_topk(topk_case &c, const std::vector<float> &score, int n_live,
+                  const std::string &name)
 {
     std::vector<int32_t> position = c.position.host(), cache_row = c.cache_row.host(),
                          n_selected = c.n_selected.host(), table = c.s.table.host();
@@ -424,7 +426,8 @@ void compare_topk(topk_case &c, const std::vector<float> &score, int n_live, con
         for (int i = 0; i < c.k; i++) {
             int s = i < (int)want.size() ? want[i] : -1;
             ok = ok && position[r * c.k + i] == s;
-            int cache = s < 0 ? -1 : table[(size_t)v.slot * c.s.max_pages + s / PAGE] * PAGE + s % PAGE;
+            int cache =
+                s < 0 ? -1 : table[(size_t)v.slot * c.s.max_pages + s / PAGE] * PAGE + s % PAGE;
             ok_rows = ok_rows && cache_row[r * c.k + i] == cache;
         }
     }
@@ -474,7 +477,8 @@ float normal(int r, int i)
 
 void check_all_topk(bool small)
 {
-    std::vector<int> edges = {1, 63, 64, 65, 2047, 2048, 2049, 2050, 4095, 4097, 8191, 8192, 8193, 9295};
+    std::vector<int> edges = {1,    63,   64,   65,   2047, 2048, 2049,
+                              2050, 4095, 4097, 8191, 8192, 8193, 9295};
     std::vector<int> lengths = {163840, 131072, 131071, 32768, 70001, 12345};
     auto odd = [](float x) { return [x](int, int) { return x; }; };
     struct {
@@ -492,7 +496,9 @@ void check_all_topk(bool small)
          [](int r, int i) { return 1.0f + (float)(measure::mix(i + r) % 5000) * 0x1p-23f; }},
         {"two values", [](int r, int i) { return (float)(measure::mix(i + 9 * r) % 2); }},
         {"denormals",
-         [](int r, int i) { return ldexpf((float)((int)(measure::mix(i ^ r) % 4096) - 2048), -149); }},
+         [](int r, int i) {
+             return ldexpf((float)((int)(measure::mix(i ^ r) % 4096) - 2048), -149);
+         }},
         {"ascending", [](int, int i) { return (float)i; }},
         {"descending", [](int, int i) { return -(float)i; }},
         {"one huge", [](int r, int i) { return i == 17 ? 3e38f : normal(r, i) * 1e-20f; }},
@@ -530,11 +536,11 @@ __global__ void read_all(const uint4 *from, size_t n, uint32_t *out)
     if (x == 0x12345678u) *out = x;
 }
 
-void print_time(const char *what, const std::string &shape, double us, double amount, const char *unit,
-                double peer_us)
+void print_time(const char *what, const std::string &shape, double us, double amount,
+                const char *unit, double peer_us)
 {
-    printf("%-14s %-14s %9.1f us %8.2f %-7s peer %8.1f us  peer/ours %.2f\n", what, shape.c_str(), us,
-           amount / us, unit, peer_us, peer_us / us);
+    printf("%-14s %-14s %9.1f us %8.2f %-7s peer %8.1f us  peer/ours %.2f\n", what, shape.c_str(),
+           us, amount / us, unit, peer_us, peer_us / us);
 }
 
 void time_prefill(measure::cold_timer &timer, int n_rows, int context, double peer_tflops)

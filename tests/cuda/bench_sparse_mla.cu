@@ -61,7 +61,8 @@ __global__ void fill_cache(uint8_t *cache, size_t n_rows, int fp8, unsigned long
 }
 __global__ void fill_bf16(uint16_t *x, size_t n, float scale, unsigned long long seed)
 {
-    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x)
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n;
+         i += (size_t)gridDim.x * blockDim.x)
         x[i] = to_bf16(scale * measure::uniform(seed, i));
 }
 /* count[row] ascending rows of the region of row / per_region, about evenly spread; -1 behind them. */
@@ -72,8 +73,10 @@ __global__ void fill_lists(int32_t *list, const int32_t *count, int n, int per_r
     if (row >= n) return;
     int c = count ? count[row] : K;
     for (int i = (int)threadIdx.x; i < K; i += (int)blockDim.x) {
-        double step = c ? (double)context / c : 0, u = 0.5 + 0.5 * measure::uniform(seed, (size_t)row * K + i);
-        int at = step >= 1 ? (int)(step * (i + 0.999 * u)) : (int)(measure::mix(seed + i + row * K) % (unsigned)context);
+        double step = c ? (double)context / c : 0,
+               u = 0.5 + 0.5 * measure::uniform(seed, (size_t)row * K + i);
+        int at = step >= 1 ? (int)(step * (i + 0.999 * u))
+                           : (int)(measure::mix(seed + i + row * K) % (unsigned)context);
         list[(size_t)row * K + i] = i < c ? row / per_region % n_regions * context + at : -1;
     }
 }
@@ -112,7 +115,8 @@ __device__ static double block_max(double x, double *tmp)
     return x;
 }
 
-struct checked { /* of a (row, head): norm of the error and of the reference; worst element over its tolerance; lse error */
+struct
+    checked { /* of a (row, head): norm of the error and of the reference; worst element over its tolerance; lse error */
     double error, norm, worst, lse;
 };
 
@@ -151,7 +155,8 @@ __global__ void __launch_bounds__(256)
     for (int s = 0; s < K; s++)
         if (p[s] != 0)
             for (int e = 0; e < 2; e++)
-                ref[e] += p[s] * (double)key_value(cache + (size_t)l[s] * record, fp8, (int)threadIdx.x + 256 * e);
+                ref[e] += p[s] * (double)key_value(cache + (size_t)l[s] * record, fp8,
+                                                   (int)threadIdx.x + 256 * e);
     for (int e = 0; e < 2; e++) {
         ref[e] = sum == 0 ? 0 : ref[e] / sum;
         norm += ref[e] * ref[e];
@@ -169,7 +174,8 @@ __global__ void __launch_bounds__(256)
     worst = isnan(block_sum(worst, tmp)) ? NAN : block_max(worst, tmp);
     if (threadIdx.x == 0) {
         double want = sum == 0 ? -INFINITY : max + log(sum);
-        double off = !lse || lse[at] == want ? 0 : fabs((double)lse[at] - want) / fmax(1.0, fabs(want));
+        double off =
+            !lse || lse[at] == want ? 0 : fabs((double)lse[at] - want) / fmax(1.0, fabs(want));
         result[blockIdx.x] = {error, norm, worst, off};
     }
 }
@@ -211,12 +217,14 @@ static void make(setup &s, int n, int n_heads, int fp8, int n_regions, int conte
     s.count = allocate<int32_t>((size_t)n);
     CHECK_CUDA(cudaMemset(s.dense, 0, (size_t)n));
     CHECK_CUDA(cudaMemcpy(s.n, &n, 4, cudaMemcpyHostToDevice));
-    if (counts) CHECK_CUDA(cudaMemcpy(s.count, counts->data(), 4 * (size_t)n, cudaMemcpyHostToDevice));
+    if (counts)
+        CHECK_CUDA(cudaMemcpy(s.count, counts->data(), 4 * (size_t)n, cudaMemcpyHostToDevice));
     fill_bf16<<<1024, 256>>>(s.q, (size_t)n * n_heads * D_KEY, q_scale, 77);
     fill_lists<<<n, 256>>>(s.list, counts ? s.count : NULL, n, per_region, context, n_regions, 5);
     CHECK_CUDA(cudaGetLastError());
-    s.work_bytes = std::max(tr_cuda_sparse_mla_workspace_way(n <= 64 ? n : 1, n_heads, TR_MLA_SPLIT),
-                            tr_cuda_sparse_mla_workspace(n, n_heads, D_LATENT));
+    s.work_bytes =
+        std::max(tr_cuda_sparse_mla_workspace_way(n <= 64 ? n : 1, n_heads, TR_MLA_SPLIT),
+                 tr_cuda_sparse_mla_workspace(n, n_heads, D_LATENT));
     s.work = allocate<uint8_t>(s.work_bytes);
     s.rows.n_max = n;
     s.rows.n = s.n;
@@ -285,8 +293,8 @@ static double check(setup &s, const std::vector<int32_t> &rows, const std::strin
         if (h[i].norm > 0) relative = std::max(relative, sqrt(h[i].error / h[i].norm));
         if (h[i].norm == 0 && h[i].error != 0) worst = INFINITY;
         if (!(h[i].worst <= 1) && n_failed < 20)
-            printf("  row %d head %d: error %.3g of %.3g\n", rows[(size_t)(i / s.n_heads)], i % s.n_heads,
-                   sqrt(h[i].error), sqrt(h[i].norm));
+            printf("  row %d head %d: error %.3g of %.3g\n", rows[(size_t)(i / s.n_heads)],
+                   i % s.n_heads, sqrt(h[i].error), sqrt(h[i].norm));
         if (!(h[i].worst <= 1)) break;
     }
     if (!(worst <= 1) || !(lse <= 1e-4))
@@ -309,14 +317,15 @@ static void poison(setup &s)
 }
 
 /* Rows of every awkward count, a dense one, and one past the live rows; both ways; then bit equality. */
-static void check_shape(int n_heads, int fp8, uint8_t *cache, int n_regions, int context, float q_scale,
-                        const std::vector<int32_t> &counts, const char *name)
+static void check_shape(int n_heads, int fp8, uint8_t *cache, int n_regions, int context,
+                        float q_scale, const std::vector<int32_t> &counts, const char *name)
 {
     setup s;
     int n = (int)counts.size(), live = n - 1, dense_row = n / 2;
     std::vector<int32_t> rows;
     std::vector<uint16_t> first[2];
-    std::string what = std::string(name) + " h=" + std::to_string(n_heads) + (fp8 ? " fp8" : " bf16");
+    std::string what =
+        std::string(name) + " h=" + std::to_string(n_heads) + (fp8 ? " fp8" : " bf16");
     double relative[2];
     uint8_t one = 1;
 
@@ -360,21 +369,56 @@ static void check_shape(int n_heads, int fp8, uint8_t *cache, int n_regions, int
         poison(s);
         launch(a, TR_MLA_AUTO);
         std::vector<uint16_t> alone = fetch(s);
-        if (memcmp(alone.data(), &first[1][(size_t)i * n_heads * D_LATENT], 2u * n_heads * D_LATENT))
-            fail(what + ": bit equality: row " + std::to_string(i) + " alone differs from among others");
+        if (memcmp(alone.data(), &first[1][(size_t)i * n_heads * D_LATENT],
+                   2u * n_heads * D_LATENT))
+            fail(what + ": bit equality: row " + std::to_string(i) +
+                 " alone differs from among others");
     }
     printf("checked %-28s %d rows: relative error %.2e split, %.2e walk\n", what.c_str(), live,
            relative[0], relative[1]);
     unmake(s);
 }
 
+/* Rows of a step of 128, that walk, and the same rows alone, split. */
+static void check_among(int n_heads, int fp8, uint8_t *cache, int n_regions, int context)
+{
+    setup s;
+    std::vector<int32_t> counts(128);
+
+    for (int i = 0; i < 128; i++)
+        counts[(size_t)i] = i % 3 ? 2048 : (int)(measure::mix((unsigned)i) % 2049);
+    make(s, 128, n_heads, fp8, n_regions, context, 1, &counts, 0.25f, cache);
+    poison(s);
+    launch(s, TR_MLA_AUTO);
+    std::vector<uint16_t> all = fetch(s);
+    for (int i : {0, 1, 63, 66, 127}) {
+        setup a = s;
+        a.q += (size_t)i * n_heads * D_KEY, a.list += (size_t)i * K;
+        a.args.q = (const float *)(const void *)a.q, a.args.cache_row = a.list;
+        a.rows.n_max = 1;
+        for (int way : {TR_MLA_SPLIT, TR_MLA_WALK}) {
+            poison(s);
+            launch(a, way);
+            std::vector<uint16_t> alone = fetch(s);
+            if (memcmp(alone.data(), &all[(size_t)i * n_heads * D_LATENT], 2u * n_heads * D_LATENT))
+                fail("bit equality: row " + std::to_string(i) +
+                     " alone differs from among 128, h=" + std::to_string(n_heads));
+        }
+    }
+    printf("checked bit equality of rows alone and among 128, h=%d %s\n", n_heads,
+           fp8 ? "fp8" : "bf16");
+    unmake(s);
+}
+
 /* ---- timing ------------------------------------------------------------------------------------------------------------ */
 
 /* What the memory gives for this pattern: rows of a list, read once, 8 lanes... whole warps on a row. */
-__global__ void gather_rows(const uint8_t *cache, size_t record, const int32_t *list, int n, uint4 *sink)
+__global__ void gather_rows(const uint8_t *cache, size_t record, const int32_t *list, int n,
+                            uint4 *sink)
 {
     uint4 x = {0, 0, 0, 0};
-    for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x) / 32; i < n; i += (int)(gridDim.x * blockDim.x) / 32) {
+    for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x) / 32; i < n;
+         i += (int)(gridDim.x * blockDim.x) / 32) {
         const uint4 *row = (const uint4 *)(cache + (size_t)list[i] * record);
         for (size_t c = threadIdx.x & 31; c < record / 16; c += 32) {
             uint4 v = row[c];
@@ -386,15 +430,17 @@ __global__ void gather_rows(const uint8_t *cache, size_t record, const int32_t *
 __global__ void read_all(const uint4 *p, size_t n, uint4 *sink)
 {
     uint4 x = {0, 0, 0, 0};
-    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n;
+         i += (size_t)gridDim.x * blockDim.x) {
         uint4 v = p[i];
         x.x ^= v.x, x.y ^= v.y, x.z ^= v.z, x.w ^= v.w;
     }
     if ((x.x ^ x.y ^ x.z ^ x.w) == 0x12345u) *sink = x;
 }
 
-static void time_shape(measure::cold_timer &timer, const char *name, int n, int per_region, int n_heads,
-                       int fp8, int n_regions, int context, uint8_t *cache, double peer_us, int reps)
+static void time_shape(measure::cold_timer &timer, const char *name, int n, int per_region,
+                       int n_heads, int fp8, int n_regions, int context, uint8_t *cache,
+                       double peer_us, int reps)
 {
     setup s;
     double us[3] = {0, 0, 0}, flop = 2.0 * n_heads * K * (D_KEY + D_LATENT) * n;
@@ -411,13 +457,14 @@ static void time_shape(measure::cold_timer &timer, const char *name, int n, int 
         rows.push_back((int)((long long)(n - 1) * i / 3));
     double e = check(s, rows, name);
     printf("%-30s %9.1f %9.1f %9.1f %8.0f %8.2f %9.1f %7.2f  %.1e\n", name, us[0], us[1], us[2],
-           flop / us[0] * 1e-6, (double)n * K * (fp8 ? RECORD_FP8 : RECORD_BF16) / us[0] * 1e-6, peer_us,
-           peer_us / us[0], e);
+           flop / us[0] * 1e-6, (double)n * K * (fp8 ? RECORD_FP8 : RECORD_BF16) / us[0] * 1e-6,
+           peer_us, peer_us / us[0], e);
     fflush(stdout);
     unmake(s);
 }
 
-static void time_ceilings(measure::cold_timer &timer, uint8_t *cache, int fp8, int n_regions, int context)
+static void time_ceilings(measure::cold_timer &timer, uint8_t *cache, int fp8, int n_regions,
+                          int context)
 {
     size_t record = fp8 ? RECORD_FP8 : RECORD_BF16, bytes = (size_t)n_regions * context * record;
     int n = 128 * K;
@@ -425,11 +472,13 @@ static void time_ceilings(measure::cold_timer &timer, uint8_t *cache, int fp8, i
     uint4 *sink = allocate<uint4>(1);
 
     fill_lists<<<128, 256>>>(list, NULL, 128, 1, context, n_regions, 9);
-    double read = timer.median_us([&] { read_all<<<132 * 8, 512>>>((uint4 *)cache, bytes / 16, sink); }, 5);
-    double gather = timer.median_us([&] { gather_rows<<<132 * 4, 512>>>(cache, record, list, n, sink); }, 9);
+    double read =
+        timer.median_us([&] { read_all<<<132 * 8, 512>>>((uint4 *)cache, bytes / 16, sink); }, 5);
+    double gather =
+        timer.median_us([&] { gather_rows<<<132 * 4, 512>>>(cache, record, list, n, sink); }, 9);
     CHECK_CUDA(cudaGetLastError());
-    printf("ceilings: read %.2f TB/s, gather of %zu-byte rows %.2f TB/s\n", (double)bytes / read * 1e-6, record,
-           (double)n * (double)record / gather * 1e-6);
+    printf("ceilings: read %.2f TB/s, gather of %zu-byte rows %.2f TB/s\n",
+           (double)bytes / read * 1e-6, record, (double)n * (double)record / gather * 1e-6);
     cudaFree(list), cudaFree(sink);
 }
 
@@ -445,43 +494,59 @@ static void time_all()
     uint8_t *cache = make_cache((size_t)regions * context, 1);
 
     time_ceilings(timer, cache, 1, regions, context);
-    printf("%-30s %9s %9s %9s %8s %8s %9s %7s  error\n", "shape", "us", "split us", "walk us", "TFLOP/s",
-           "TB/s", "peer us", "speed");
+    printf("%-30s %9s %9s %9s %8s %8s %9s %7s  error\n", "shape", "us", "split us", "walk us",
+           "TFLOP/s", "TB/s", "peer us", "speed");
     const struct {
         const char *name;
         int n, per_region, n_heads;
         double peer;
     } shapes[] = {
-        {"fp8 h=128 b=1", 1, 1, 128, 20.4},         {"fp8 h=128 b=8", 8, 1, 128, 29.5},
-        {"fp8 h=128 b=32", 32, 1, 128, 65.9},       {"fp8 h=128 b=128", 128, 1, 128, 188.5},
-        {"fp8 h=128 b=1 x 2 rows", 2, 2, 128, 19.7},   {"fp8 h=128 b=8 x 2 rows", 16, 2, 128, 41.8},
-        {"fp8 h=128 b=32 x 2 rows", 64, 2, 128, 97.9}, {"fp8 h=128 b=128 x 2 rows", 256, 2, 128, 365.6},
-        {"fp8 h=64 b=1", 1, 1, 64, 20.7},           {"fp8 h=64 b=16", 16, 1, 64, 34.2},
-        {"fp8 h=64 b=48", 48, 1, 64, 0},            {"fp8 h=64 b=128", 128, 1, 64, 119.7},
-        {"fp8 h=16 b=1", 1, 1, 16, 0},              {"fp8 h=16 b=8", 8, 1, 16, 16.8},
-        {"fp8 h=16 b=32", 32, 1, 16, 0},            {"fp8 h=16 b=64", 64, 1, 16, 0},
-        {"fp8 h=16 b=128", 128, 1, 16, 0},          {"fp8 h=8 b=8", 8, 1, 8, 0},
-        {"fp8 h=32 b=8", 8, 1, 32, 0},              {"fp8 h=32 b=128", 128, 1, 32, 0},
+        {"fp8 h=128 b=1", 1, 1, 128, 20.4},
+        {"fp8 h=128 b=8", 8, 1, 128, 29.5},
+        {"fp8 h=128 b=32", 32, 1, 128, 65.9},
+        {"fp8 h=128 b=128", 128, 1, 128, 188.5},
+        {"fp8 h=128 b=1 x 2 rows", 2, 2, 128, 19.7},
+        {"fp8 h=128 b=8 x 2 rows", 16, 2, 128, 41.8},
+        {"fp8 h=128 b=32 x 2 rows", 64, 2, 128, 97.9},
+        {"fp8 h=128 b=128 x 2 rows", 256, 2, 128, 365.6},
+        {"fp8 h=64 b=1", 1, 1, 64, 20.7},
+        {"fp8 h=64 b=16", 16, 1, 64, 34.2},
+        {"fp8 h=64 b=48", 48, 1, 64, 0},
+        {"fp8 h=64 b=128", 128, 1, 64, 119.7},
+        {"fp8 h=16 b=1", 1, 1, 16, 0},
+        {"fp8 h=16 b=8", 8, 1, 16, 16.8},
+        {"fp8 h=16 b=32", 32, 1, 16, 0},
+        {"fp8 h=16 b=64", 64, 1, 16, 0},
+        {"fp8 h=16 b=128", 128, 1, 16, 0},
+        {"fp8 h=8 b=8", 8, 1, 8, 0},
+        {"fp8 h=32 b=8", 8, 1, 32, 0},
+        {"fp8 h=32 b=128", 128, 1, 32, 0},
     };
     for (const auto &x : shapes)
-        time_shape(timer, x.name, x.n, x.per_region, x.n_heads, 1, regions, context, cache, x.peer, 15);
+        time_shape(timer, x.name, x.n, x.per_region, x.n_heads, 1, regions, context, cache, x.peer,
+                   15);
     time_shape(timer, "fp8 prefill 4096 x 32K", 4096, 4096, 128, 1, 1, 32768, cache, 0, 5);
     time_shape(timer, "fp8 prefill 4096 x 128K", 4096, 4096, 128, 1, 1, 131072, cache, 0, 5);
     cudaFree(cache);
     cache = make_cache(131072, 0);
     time_ceilings(timer, cache, 0, 8, 16384);
     time_shape(timer, "bf16 h=128 b=8", 8, 1, 128, 0, 8, 16384, cache, 0, 15);
-    time_shape(timer, "bf16 prefill 4096 x 8K", 4096, 4096, 128, 0, 1, 8192, cache, prefill_us(680, 4096), 7);
-    time_shape(timer, "bf16 prefill 4096 x 32K", 4096, 4096, 128, 0, 1, 32768, cache, prefill_us(652, 4096), 7);
-    time_shape(timer, "bf16 prefill 4096 x 64K", 4096, 4096, 128, 0, 1, 65536, cache, prefill_us(609, 4096), 7);
-    time_shape(timer, "bf16 prefill 4096 x 128K", 4096, 4096, 128, 0, 1, 131072, cache, prefill_us(603, 4096), 7);
+    time_shape(timer, "bf16 prefill 4096 x 8K", 4096, 4096, 128, 0, 1, 8192, cache,
+               prefill_us(680, 4096), 7);
+    time_shape(timer, "bf16 prefill 4096 x 32K", 4096, 4096, 128, 0, 1, 32768, cache,
+               prefill_us(652, 4096), 7);
+    time_shape(timer, "bf16 prefill 4096 x 64K", 4096, 4096, 128, 0, 1, 65536, cache,
+               prefill_us(609, 4096), 7);
+    time_shape(timer, "bf16 prefill 4096 x 128K", 4096, 4096, 128, 0, 1, 131072, cache,
+               prefill_us(603, 4096), 7);
     cudaFree(cache);
 }
 
 int main(int argc, char **argv)
 {
     bool small = argc > 1 && !strcmp(argv[1], "check");
-    std::vector<int32_t> counts = {2048, 0, 1, 63, 64, 65, 127, 128, 129, 2047, 1984, 1985, 700, 3, 2048, 5};
+    std::vector<int32_t> counts = {2048, 0,    1,    63,   64,  65, 127,  128,
+                                   129,  2047, 1984, 1985, 700, 3,  2048, 5};
     if (small) counts = {200, 0, 1, 64, 65, 129, 5};
 
     for (int fp8 = 1; fp8 >= 0; fp8--) {
@@ -491,10 +556,12 @@ int main(int argc, char **argv)
             if (small && h != 128 && h != 16) continue;
             check_shape(h, fp8, cache, n_regions, context, 0.25f, counts, "random");
             if (small) continue;
+            check_among(h, fp8, cache, n_regions, context);
             check_shape(h, fp8, cache, n_regions, context, 0.0f, counts, "equal scores");
             check_shape(h, fp8, cache, n_regions, context, 8.0f, counts, "sharp");
         }
-        CHECK_CUDA(cudaMemset(cache, 0, (size_t)n_regions * context * (fp8 ? RECORD_FP8 : RECORD_BF16)));
+        CHECK_CUDA(
+            cudaMemset(cache, 0, (size_t)n_regions * context * (fp8 ? RECORD_FP8 : RECORD_BF16)));
         check_shape(128, fp8, cache, n_regions, context, 0.25f, counts, "zeros");
         cudaFree(cache);
     }

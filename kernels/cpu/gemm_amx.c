@@ -1,0 +1,511 @@
+/* The GEMM on matrix tiles (AMX-BF16), for weights of e4m3 and bf16. Activations stay fp32: a row is cut into three
+ * bf16 parts of 8 significant bits each, x = x1 + x2 + x3 exactly, and a weight is a bf16 as it is, so every product is
+ * exact in the fp32 that the tiles sum in. What differs from the other instruction sets is the order of the sums alone.
+ * (Parts and weights below 2^-126 count as zero.) Three tile products still are several times the fp32 multiply-adds
+ * that a core does; 16 rows of weights in memory cost no more than one.
+ *
+ * For one output, whatever the number of rows: in a block of k, c = 0, then for every 32 k the three parts, largest
+ * first, c += x_part w; after it total = c scale + total. */
+#include <config.h>
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "kernels/cpu/packed.h"
+
+enum {
+    STEP = 32, /* k of one tile product */
+    GROUPS = STEP / TR_K_GROUP,
+    TILE_BYTES = 1024,
+    N_STEPS = TR_K_BLOCK / STEP,
+    N_PARTS = 3,
+    TILE_ROWS = 16,
+    N_TILES = 8,      /* row tiles that meet an expanded block: 128 rows */
+    PANELS_MAX = 4,   /* tiles 0-3: sums; 4-6: parts of x; 7: weights */
+    PART_STEPS = 256, /* tiles of x parts, times N_PARTS: 768 KiB, a share of L2 */
+    AHEAD = 4096,     /* bytes between what is expanded and what is asked for */
+};
+
+/* A run of rows and of columns of k: the parts of x, in the order in which the tiles take them. */
+typedef struct strip {
+    const tr_gemm *g;
+    tr_packed m;
+    int i_row, n_rows, n_tiles;
+    int k, n_k;                    /* whole blocks */
+    size_t part_bytes, unit_bytes; /* of a part of a tile; of a tile, all parts */
+    uint8_t *parts;                /* [blocks][tiles][steps][3][rows][32] bf16 */
+} strip;
+
+typedef struct tile_config {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t column_bytes[16];
+    uint8_t rows[16];
+} tile_config;
+
+static void configure(int rows)
+{
+    tile_config c = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        c.column_bytes[i] = 64;
+        c.rows[i] = (uint8_t)(i == 7 ? 16 : rows);
+    }
+    _tile_loadconfig(&c);
+}
+
+/* ---- x in three parts ---- */
+
+/* The high halves of 32 numbers. */
+static inline __m512i high_halves(__m512i a, __m512i b)
+{
+    return _mm512_packus_epi32(_mm512_srli_epi32(a, 16), _mm512_srli_epi32(b, 16));
+}
+
+typedef struct parts16 {
+    __m512i part[N_PARTS];
+} parts16;
+
+/* Cut, not rounded: the rest is exact, and no part overflows. Inf and NaN are the first part's alone, and a NaN keeps
+ * a bit that says so. */
+static inline parts16 split16(__m512 x)
+{
+    const __m512i high = _mm512_set1_epi32((int)0xffff0000u);
+    __m512i bits = _mm512_and_si512(_mm512_castps_si512(x), high);
+    __m512 rest = _mm512_sub_ps(x, _mm512_castsi512_ps(bits));
+    const __mmask16 special =
+        _mm512_fpclass_ps_mask(x, 0x99); /* NaN of both kinds, Inf of both signs */
+    if (special) {
+        const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        bits = _mm512_mask_or_epi32(bits, nan, bits, _mm512_set1_epi32(0x400000));
+        rest = _mm512_mask_mov_ps(rest, special, _mm512_setzero_ps());
+    }
+    __m512i second = _mm512_and_si512(_mm512_castps_si512(rest), high);
+    __m512 third = _mm512_sub_ps(rest, _mm512_castsi512_ps(second));
+    return (parts16){{bits, second, _mm512_castps_si512(third)}};
+}
+
+/* 32 numbers; parts part_bytes apart. packus takes fours of one operand and of the other by turns. */
+static inline void split32(uint8_t *out, size_t part_bytes, __m512 x, __m512 y)
+{
+    const __m512i even = _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13);
+    const __m512i odd = _mm512_setr_epi64(2, 3, 6, 7, 10, 11, 14, 15);
+    const __m512d a = _mm512_castps_pd(x), b = _mm512_castps_pd(y);
+    parts16 p = split16(_mm512_castpd_ps(_mm512_permutex2var_pd(a, even, b)));
+    parts16 q = split16(_mm512_castpd_ps(_mm512_permutex2var_pd(a, odd, b)));
+#pragma GCC unroll 3
+    for (int i = 0; i < N_PARTS; i++, out += part_bytes)
+        _mm512_store_si512(out, high_halves(p.part[i], q.part[i]));
+}
+
+static inline __mmask16 first(int n)
+{
+    unsigned lanes = n >= 16 ? 0xffffu : n <= 0 ? 0u : (1u << n) - 1u;
+    return (__mmask16)lanes;
+}
+
+/* Row r of the strip; a block's last step is filled up with zeros. */
+static void split_row(const strip *s, int r)
+{
+    const tr_gemm *g = s->g;
+    const int from = g->row_index ? g->row_index[s->i_row + r] : s->i_row + r;
+    const float *x = g->x + (size_t)from * g->ldx;
+    uint8_t *block = s->parts + r % TILE_ROWS * 64;
+
+    for (int k = s->k, n; k < s->k + s->n_k; k += n) {
+        n = tr_block_columns(&s->m, k);
+        const size_t tile_bytes = (size_t)((n + STEP - 1) / STEP) * s->unit_bytes;
+        uint8_t *out = block + (size_t)(r / TILE_ROWS) * tile_bytes;
+        for (int i = 0; i < n; i += STEP, out += s->unit_bytes)
+            split32(out, s->part_bytes, _mm512_maskz_loadu_ps(first(n - i), x + k + i),
+                    _mm512_maskz_loadu_ps(first(n - i - 16), x + k + i + 16));
+        block += (size_t)s->n_tiles * tile_bytes;
+    }
+}
+
+/* ---- weights ---- */
+
+/* Codes are packed with their bits as eeee s mmm, so that the 4 low bits of a subnormal choose it. As bf16: the
+ * exponent e + 120 is e3, four times its complement, e2 e1 e0. */
+static inline __m512i high_bytes(__m512i code, __mmask64 subnormal)
+{
+    const __m512i table = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(0, 0x3b, 0x3b, 0x3b, 0x3c, 0x3c, 0x3c, 0x3c, (char)0x80, (char)0xbb,
+                      (char)0xbb, (char)0xbb, (char)0xbc, (char)0xbc, (char)0xbc, (char)0xbc));
+    __m512i h = _mm512_gf2p8affine_epi64_epi8(code, _mm512_set1_epi64(0x2040808080808008), 0x3c);
+    return _mm512_mask_shuffle_epi8(h, subnormal, table, code);
+}
+
+static inline __m512i low_bytes(__m512i code, __mmask64 subnormal)
+{
+    const __m512i table =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, (char)0x80, (char)0xc0, 0, 0x20, 0x40, 0x60, 0,
+                                             0, (char)0x80, (char)0xc0, 0, 0x20, 0x40, 0x60));
+    __m512i l = _mm512_gf2p8affine_epi64_epi8(code, _mm512_set1_epi64(0x01020410), 0);
+    return _mm512_mask_shuffle_epi8(l, subnormal, table, code);
+}
+
+/* A group, 4 k of 16 lanes, to two rows of a tile: [2 pairs of k][16 lanes][2] bf16. */
+static inline void expand_group(uint8_t *out, const uint8_t *group)
+{
+    __m512i code = _mm512_loadu_si512(group);
+    __mmask64 subnormal = _mm512_testn_epi8_mask(code, _mm512_set1_epi8((char)0xf0));
+    __m512i h = high_bytes(code, subnormal), l = low_bytes(code, subnormal);
+    _mm512_store_si512(out, _mm512_unpacklo_epi8(l, h));
+    _mm512_store_si512(out + 64, _mm512_unpackhi_epi8(l, h));
+}
+
+/* A step, up to 32 k, to a tile; columns past n_k are zeros. */
+static inline void expand_step(uint8_t *out, const uint8_t *group, int n_k)
+{
+    if (n_k >= STEP) {
+#pragma GCC unroll 8
+        for (int i = 0; i < GROUPS; i++) {
+            _mm_prefetch(group + i * TR_PACK_ALIGN + AHEAD, _MM_HINT_T0);
+            expand_group(out + 2 * i * TR_PACK_ALIGN, group + i * TR_PACK_ALIGN);
+        }
+        return;
+    }
+    const int n = (n_k + TR_K_GROUP - 1) / TR_K_GROUP;
+    for (int i = 0; i < n; i++)
+        expand_group(out + 2 * i * TR_PACK_ALIGN, group + i * TR_PACK_ALIGN);
+    memset(out + 2 * n * TR_PACK_ALIGN, 0, (size_t)(2 * (GROUPS - n) * TR_PACK_ALIGN));
+}
+
+/* The same of bf16, for the steps that are not in memory as they should be. */
+static void copy_step(uint8_t *out, const uint8_t *group, int n_k)
+{
+    const size_t bytes = (size_t)((n_k + TR_K_GROUP - 1) / TR_K_GROUP) * 2 * TR_PACK_ALIGN;
+    memcpy(out, group, bytes);
+    memset(out + bytes, 0, TILE_BYTES - bytes);
+}
+
+/* ---- a tile of rows meets a block of P panels ---- */
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* A tile of rows and a block of P panels. x: the tile's parts, a step after another. w: the panels' tiles, w_step
+ * bytes apart. total [n_rows, P, 16]. ahead: the panels' next block, of which every step asks for some lines: a burst
+ * of requests would stop the core. */
+typedef struct tile_work {
+    const uint8_t *x, *w, *ahead;
+    size_t part_bytes, w_step, panel_bytes;
+    float *total;
+    int n_rows, n_ahead;
+} tile_work;
+
+INLINE void sums_begin(const int P)
+{
+    _tile_zero(0);
+    if (P > 1) _tile_zero(1);
+    if (P > 2) _tile_zero(2);
+    if (P > 3) _tile_zero(3);
+}
+
+#define PANEL_PRODUCTS(p)                                                                          \
+    if (P > (p)) {                                                                                 \
+        _tile_loadd(7, t->w + (size_t)(p)*t->w_step, 64);                                          \
+        for (int i = 0; i < t->n_ahead; i++)                                                       \
+            _mm_prefetch(t->ahead + (size_t)(p)*t->panel_bytes + 64 * i, _MM_HINT_T0);             \
+        _tile_dpbf16ps(p, 4, 7);                                                                   \
+        _tile_dpbf16ps(p, 5, 7);                                                                   \
+        _tile_dpbf16ps(p, 6, 7);                                                                   \
+    }
+
+INLINE void step_products(const int P, tile_work *t)
+{
+    _tile_loadd(4, t->x, 64);
+    _tile_loadd(5, t->x + t->part_bytes, 64);
+    _tile_loadd(6, t->x + 2 * t->part_bytes, 64);
+    PANEL_PRODUCTS(0)
+    PANEL_PRODUCTS(1)
+    PANEL_PRODUCTS(2)
+    PANEL_PRODUCTS(3)
+    t->ahead += 64 * t->n_ahead;
+}
+
+/* scale [16], the next panel's scale_step floats on. */
+INLINE void sums_end(const int P, const tile_work *t, const float *scale, size_t scale_step)
+{
+    TR_SCRATCH float c[PANELS_MAX][TILE_ROWS * TR_PANEL] __attribute__((aligned(64)));
+
+    _tile_stored(0, c[0], 64);
+    if (P > 1) _tile_stored(1, c[1], 64);
+    if (P > 2) _tile_stored(2, c[2], 64);
+    if (P > 3) _tile_stored(3, c[3], 64);
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++) {
+        __m512 s = _mm512_loadu_ps(scale + (size_t)p * scale_step);
+        for (int r = 0; r < t->n_rows; r++) {
+            float *total = t->total + (r * P + p) * TR_PANEL;
+            __m512 sum = _mm512_load_ps(c[p] + r * TR_PANEL);
+            _mm512_store_ps(total, _mm512_fmadd_ps(sum, s, _mm512_load_ps(total)));
+        }
+    }
+}
+
+static const float one[TR_PANEL] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
+/* Where the strip's blocks lie in the first of P panels. */
+typedef struct walk {
+    const strip *s;
+    const uint8_t *block;
+    float *total;
+} walk;
+
+/* Lines of a block of one panel, spread over the steps of all tiles of rows. */
+static int lines_ahead(const strip *s)
+{
+    const int lines = TR_K_BLOCK / TR_K_GROUP * s->m.group_bytes / 64, n = s->n_tiles * N_STEPS;
+    return (lines + n - 1) / n;
+}
+
+/* bf16 weights are tiles where they lie, but for a last step that is short. */
+INLINE void panels_bf16(const int P, const walk *a)
+{
+    TR_SCRATCH uint8_t last[PANELS_MAX * TILE_BYTES] __attribute__((aligned(64)));
+    const strip *s = a->s;
+    const size_t panel_bytes = s->m.panel_bytes;
+    tile_work t = {.x = s->parts, .part_bytes = s->part_bytes, .panel_bytes = panel_bytes};
+
+    t.n_ahead = lines_ahead(s);
+    for (int k = s->k; k < s->k + s->n_k; k += TR_K_BLOCK) {
+        const int n = tr_block_columns(&s->m, k);
+        const uint8_t *block = a->block + (size_t)(k - s->k) * 2 * TR_PANEL;
+        t.ahead = block + tr_block_bytes(&s->m, n);
+        for (int r = 0; r < s->n_rows; r += TILE_ROWS) {
+            t.total = a->total + r * P * TR_PANEL;
+            t.n_rows = s->n_rows - r < TILE_ROWS ? s->n_rows - r : TILE_ROWS;
+            t.w = block;
+            t.w_step = panel_bytes;
+            sums_begin(P);
+            for (int i = 0; i < n; i += STEP, t.w += TILE_BYTES, t.x += s->unit_bytes) {
+                if (n - i < STEP) {
+                    for (int p = 0; p < P; p++)
+                        copy_step(last + p * TILE_BYTES, t.w + (size_t)p * panel_bytes, n - i);
+                    t.w = last;
+                    t.w_step = TILE_BYTES;
+                }
+                step_products(P, &t);
+            }
+            sums_end(P, &t, one, 0);
+        }
+    }
+}
+
+/* A step of a strip: columns [i, n) of the block at k. */
+typedef struct cursor {
+    const uint8_t *block;
+    int k, n, i;
+} cursor;
+
+/* 0: that was the last. */
+static inline int next_step(const strip *s, cursor *c)
+{
+    c->i += STEP;
+    if (c->i < c->n) return 1;
+    c->block += tr_block_bytes(&s->m, c->n);
+    c->k += c->n;
+    c->i = 0;
+    if (c->k >= s->k + s->n_k) return 0;
+    c->n = tr_block_columns(&s->m, c->k);
+    return 1;
+}
+
+INLINE void expand_panels(const int P, uint8_t *out, const cursor *c, size_t panel_bytes)
+{
+    const uint8_t *group = c->block + TR_PACK_ALIGN + (size_t)c->i / TR_K_GROUP * TR_PACK_ALIGN;
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++)
+        expand_step(out + p * TILE_BYTES, group + (size_t)p * panel_bytes, c->n - c->i);
+}
+
+/* e4m3 and one tile of rows: a step is expanded while the one before is multiplied. */
+INLINE void panels_direct(const int P, const walk *a)
+{
+    TR_SCRATCH uint8_t buffer[2][PANELS_MAX * TILE_BYTES] __attribute__((aligned(64)));
+    const strip *s = a->s;
+    const size_t panel_bytes = s->m.panel_bytes;
+    cursor next = {.block = a->block, .k = s->k, .n = tr_block_columns(&s->m, s->k)};
+    tile_work t = {.x = s->parts, .part_bytes = s->part_bytes, .w_step = TILE_BYTES};
+
+    t.total = a->total;
+    t.n_rows = s->n_rows;
+    expand_panels(P, buffer[0], &next, panel_bytes);
+    sums_begin(P);
+    for (int now = 0, more = 1; more; now = !now) {
+        const uint8_t *block = next.block;
+        more = next_step(s, &next);
+        if (more) expand_panels(P, buffer[!now], &next, panel_bytes);
+        t.w = buffer[now];
+        step_products(P, &t);
+        t.x += s->unit_bytes;
+        if (next.block == block) continue;
+        sums_end(P, &t, (const float *)(const void *)block, panel_bytes / sizeof(float));
+        sums_begin(P);
+    }
+}
+
+/* e4m3 and many rows: a block is expanded once and meets them tile by tile. */
+INLINE void panels_buffered(const int P, const walk *a)
+{
+    TR_SCRATCH uint8_t buffer[PANELS_MAX * N_STEPS * TILE_BYTES] __attribute__((aligned(64)));
+    const strip *s = a->s;
+    const size_t panel_bytes = s->m.panel_bytes;
+    const uint8_t *block = a->block;
+    tile_work t = {.x = s->parts, .part_bytes = s->part_bytes, .w_step = N_STEPS * TILE_BYTES};
+
+    t.panel_bytes = panel_bytes;
+    t.n_ahead = lines_ahead(s);
+    for (int k = s->k, n; k < s->k + s->n_k; k += n, block += tr_block_bytes(&s->m, n)) {
+        n = tr_block_columns(&s->m, k);
+        t.ahead = block + tr_block_bytes(&s->m, n);
+        for (int p = 0; p < P; p++) {
+            const uint8_t *group = block + TR_PACK_ALIGN + (size_t)p * panel_bytes;
+            uint8_t *to = buffer + p * N_STEPS * TILE_BYTES;
+            for (int i = 0; i < n; i += STEP, to += TILE_BYTES, group += TILE_BYTES / 2)
+                expand_step(to, group, n - i);
+        }
+        for (int r = 0; r < s->n_rows; r += TILE_ROWS) {
+            t.total = a->total + r * P * TR_PANEL;
+            t.n_rows = s->n_rows - r < TILE_ROWS ? s->n_rows - r : TILE_ROWS;
+            t.w = buffer;
+            sums_begin(P);
+            for (int i = 0; i < n; i += STEP, t.w += TILE_BYTES, t.x += s->unit_bytes)
+                step_products(P, &t);
+            sums_end(P, &t, (const float *)(const void *)block, panel_bytes / sizeof(float));
+        }
+    }
+}
+
+#define PANELS_FUNCTION(P)                                                                         \
+    static void panels_##P(const walk *a)                                                          \
+    {                                                                                              \
+        if (a->s->g->w->format == TR_W_BF16)                                                       \
+            panels_bf16(P, a);                                                                     \
+        else if (a->s->n_tiles == 1)                                                               \
+            panels_direct(P, a);                                                                   \
+        else                                                                                       \
+            panels_buffered(P, a);                                                                 \
+    }
+/* clang-format off */
+PANELS_FUNCTION(1) PANELS_FUNCTION(2) PANELS_FUNCTION(3) PANELS_FUNCTION(4)
+    /* clang-format on */
+    typedef void panels_function(const walk *a);
+static panels_function *const panels_functions[PANELS_MAX + 1] = {NULL, panels_1, panels_2,
+                                                                  panels_3, panels_4};
+
+/* ---- a strip meets panels ---- */
+
+/* Between total [n_rows, P, 16] and y. */
+static void move_totals(const strip *s, float *total, int panel, int P, int store)
+{
+    const tr_gemm *g = s->g;
+    const int o = panel * TR_PANEL;
+    const int n = g->w->n_out - o < P * TR_PANEL ? g->w->n_out - o : P * TR_PANEL;
+
+    for (int r = 0; r < s->n_rows; r++) {
+        int to = g->out_index ? g->out_index[s->i_row + r] : s->i_row + r;
+        float *y = g->y + (size_t)to * g->ldy + o, *t = total + r * P * TR_PANEL;
+        if (store)
+            memcpy(y, t, (size_t)n * sizeof *y);
+        else
+            memcpy(t, y, (size_t)n * sizeof *y);
+    }
+}
+
+/* at: where the strip's first block begins in a panel. */
+static void strip_panels(const strip *s, size_t at, int panel, int P)
+{
+    TR_SCRATCH float total[N_TILES * TILE_ROWS * PANELS_MAX * TR_PANEL]
+        __attribute__((aligned(64)));
+    const walk a = {s, s->m.panels + (size_t)panel * s->m.panel_bytes + at, total};
+
+    if (s->k == 0 || P * TR_PANEL > s->g->w->n_out - panel * TR_PANEL)
+        memset(total, 0, (size_t)(s->n_rows * P * TR_PANEL) * sizeof *total);
+    if (s->k > 0) move_totals(s, total, panel, P, 0);
+    panels_functions[P](&a);
+    move_totals(s, total, panel, P, 1);
+}
+
+/* Rows [i_row, i_row + n_rows), at most N_TILES tiles of them, through all of k. */
+static void gemm_rows(const tr_gemm *g, const tr_packed *m, int i_row, int n_rows, int panel_begin,
+                      int panel_end)
+{
+    TR_SCRATCH uint8_t parts[PART_STEPS * N_PARTS * TILE_BYTES] __attribute__((aligned(64)));
+    const int rows = n_rows < TILE_ROWS ? n_rows : TILE_ROWS;
+    strip s = {.g = g, .m = *m, .i_row = i_row, .n_rows = n_rows, .parts = parts};
+    size_t at = 0;
+
+    s.n_tiles = (n_rows + TILE_ROWS - 1) / TILE_ROWS;
+    s.part_bytes = (size_t)rows * 64;
+    s.unit_bytes = N_PARTS * s.part_bytes;
+    const int most = (int)(sizeof parts / ((size_t)s.n_tiles * s.unit_bytes)); /* steps */
+    configure(rows);
+    for (s.k = 0; s.k < m->n_in; s.k += s.n_k) {
+        size_t bytes = 0;
+        int n_steps = 0;
+        for (s.n_k = 0; s.k + s.n_k < m->n_in && n_steps + N_STEPS <= most; n_steps += N_STEPS) {
+            int n = tr_block_columns(m, s.k + s.n_k);
+            s.n_k += n;
+            bytes += tr_block_bytes(m, n);
+        }
+        for (int r = 0; r < n_rows; r++)
+            split_row(&s, r);
+        for (int panel = panel_begin, P; panel < panel_end; panel += P) {
+            P = panel_end - panel < PANELS_MAX ? panel_end - panel : PANELS_MAX;
+            strip_panels(&s, at, panel, P);
+        }
+        at += bytes;
+    }
+    _tile_release();
+}
+
+static void gemm(const tr_gemm *g, int panel_begin, int panel_end)
+{
+    if (g->w->format == TR_W_F32) {
+        tr_cpu_avx512.gemm(g, panel_begin, panel_end);
+        return;
+    }
+    tr_packed m = tr_packed_view(g->w, g->i_mat);
+    for (int r = 0; r < g->n_rows; r += N_TILES * TILE_ROWS) {
+        int left = g->n_rows - r;
+        gemm_rows(g, &m, r, left < N_TILES * TILE_ROWS ? left : N_TILES * TILE_ROWS, panel_begin,
+                  panel_end);
+    }
+}
+
+/* Bytes 16 q + w and 16 q + 8 + w: words 8 q + w of the tile rows of k 0, 1 and of k 2, 3; word 2 l + j is lane l's. */
+/* clang-format off */
+#define LANE(l) (l) / 4 * 16 + (l) % 4 * 2, (l) / 4 * 16 + (l) % 4 * 2 + 1, \
+                (l) / 4 * 16 + (l) % 4 * 2 + 8, (l) / 4 * 16 + (l) % 4 * 2 + 9
+static const uint8_t order[64] = {
+    LANE(0), LANE(1), LANE(2), LANE(3), LANE(4), LANE(5), LANE(6), LANE(7),
+    LANE(8), LANE(9), LANE(10), LANE(11), LANE(12), LANE(13), LANE(14), LANE(15),
+};
+/* clang-format on */
+
+static unsigned e4m3_arrange(uint8_t *groups, int n_groups)
+{
+    const __m512i pairs =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    /* eeeesmmm of seeeemmm: bits 6, 5, 4, 3, 7, 2, 1, 0 */
+    const __m512i bits = _mm512_set1_epi64(0x0102048008102040);
+    const __m512i magnitude = _mm512_set1_epi8(0x7f);
+    __mmask64 nan = 0;
+    for (; n_groups > 0; n_groups--, groups += TR_PACK_ALIGN) {
+        __m512i code = _mm512_loadu_si512(groups);
+        nan |= _mm512_cmpeq_epi8_mask(_mm512_and_si512(code, magnitude), magnitude);
+        code = _mm512_shuffle_epi8(code, pairs);
+        _mm512_storeu_si512(groups, _mm512_gf2p8affine_epi64_epi8(code, bits, 0));
+    }
+    __m512i bytes = _mm512_movm_epi8(nan);
+    return _mm512_test_epi32_mask(bytes, bytes);
+}
+
+/* The rest is AVX-512's. */
+const tr_cpu_kernels tr_cpu_amx = {
+    .gemm = gemm,
+    .e4m3_order = order,
+    .e4m3_sign_low = 1,
+    .e4m3_arrange = e4m3_arrange,
+};
