@@ -1,13 +1,15 @@
 /* FP8 products with block scales on Hopper (model.md 5.2): y[m,o] = sum_kb sa[m,kb] sw[o/128,kb] sum_k a[m,k] w[o,k].
  *
- * One kernel serves every number of rows, dense and grouped (gemm_fp8_kernel.cuh). Weights are the M operand of the
- * matrix instruction (64 rows of it), tokens the N operand (8..128), so few tokens waste nothing and a weight byte is
- * streamed once. Blocks of 128 along k are summed by the tensor core from zero, and promoted in ascending k into one
- * fp32 accumulator per output: acc = fma(block, sa * sw, acc). K is never split, so every tile shape gives the same
- * bits: a row does not see its neighbours, nor how many there are (architecture.md 4; bench_gemm_fp8 compares bits).
- * The missing split is paid for by rings of 150-200 KB in flight per SM: 33 SMs reading as fast as an SM can beat
- * 132 that meet again. Tile shapes differ only in how many 64-row groups a block takes, the width in tokens, and who
- * shares loads in a cluster of two or four: blocks with the same tokens (few rows) or the same weights (many).
+ * Blocks of 128 along k are summed by the tensor core from zero and promoted in ascending k into one fp32 accumulator per
+ * output: acc = fma(block, sa * sw, acc). K is never split, so every tile shape gives the same bits: a row does not see
+ * its neighbours, nor how many there are (architecture.md 4; bench_gemm_fp8 compares bits). The missing split is paid for
+ * by rings of 150-200 KB in flight per SM: 33 SMs that read as fast as an SM can beat 132 that meet again.
+ *
+ * Up to 32 tokens, weights are the M operand of the matrix instruction (64 rows of it) and tokens the N operand (8, 16,
+ * 32): few tokens waste nothing (gemm_fp8_kernel.cuh). From 33 on tokens are M and weights N: a promotion is then one
+ * multiply-add per output (gemm_fp8_wide.cuh). Both orientations give the same bits too. Blocks in a cluster share loads:
+ * the tokens (up to 128 rows, and experts) or the weights (many rows). Experts with few rows get a tile as wide as their
+ * rows need.
  *
  * Everything is enqueued on the stream and reads row counts from device memory. Nothing is allocated. */
 #ifndef TR_CUDA_GEMM_FP8_H

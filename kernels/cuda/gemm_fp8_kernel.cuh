@@ -17,7 +17,8 @@ namespace tr
 {
 
 struct gemm_args {
-    CUtensorMap w, x, x_scale, out_map; /* out_map: 16 x 64 bf16 in 128-byte swizzle, where has_out_map */
+    CUtensorMap w, x, x_scale,
+        out_map; /* out_map: 16 x 64 bf16 in 128-byte swizzle, where has_out_map */
     const float *w_scale;
     int w_scale_pitch, w_scale_rows; /* rows: of one matrix */
     int n_out, n_k;                  /* n_k: stages */
@@ -66,7 +67,7 @@ template <int WGS_, int SUBS_, int NB_, bool GROUPED_, bool GATE_UP_> struct gem
 struct gemm_tile {
     int matrix, w0;   /* first weight row of the block's part */
     int row0, n_rows; /* first token row; how many live ones: 0 or less in a partner without work */
-    int skip;         /* rows before these are another expert's: scales are copied from multiples of 4 */
+    int skip; /* rows before these are another expert's: scales are copied from multiples of 4 */
 };
 
 /* Dense: tokens in groups of 16 cluster tiles; inside, tokens run fastest, so that what runs at a time shares weights and
@@ -146,7 +147,8 @@ template <class S> struct gemm_walk {
 __device__ __forceinline__ int adaptive_width(int n_rows, int most)
 {
     int nb = 16;
-    while (nb < n_rows && nb < most) nb *= 2;
+    while (nb < n_rows && nb < most)
+        nb *= 2;
     return nb;
 }
 
@@ -194,7 +196,8 @@ __device__ __forceinline__ void load_weights(const gemm_args &a, const gemm_smem
             tensor_load(w, &a.w, kb * 128, row, m.full + stage);
     } else {
         uint16_t mask = 0;
-        for (int i = 0; i < S::CT; i++) mask |= (uint16_t)(1 << (i * S::CW + pw));
+        for (int i = 0; i < S::CT; i++)
+            mask |= (uint16_t)(1 << (i * S::CW + pw));
         tensor_load_multicast(w + pt * PART * 128, &a.w, kb * 128, row + pt * PART, m.full + stage,
                               mask);
     }
@@ -282,10 +285,12 @@ template <int NB>
 __device__ __forceinline__ void issue_block(float (&p)[NB / 2], uint32_t m, uint32_t n)
 {
 #pragma unroll
-    for (int i = 0; i < NB / 2; i++) wgmma_touch(p[i]);
+    for (int i = 0; i < NB / 2; i++)
+        wgmma_touch(p[i]);
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < 4; i++) mma_e4m3<NB>(p, descriptor(m + 2 * i), descriptor(n + 2 * i), i > 0);
+    for (int i = 0; i < 4; i++)
+        mma_e4m3<NB>(p, descriptor(m + 2 * i), descriptor(n + 2 * i), i > 0);
     wgmma_commit();
 }
 
@@ -295,7 +300,8 @@ __device__ __forceinline__ void promote(float (&acc)[NB / 2], float (&p)[NB / 2]
                                         const float *x_scale, float2 s)
 {
 #pragma unroll
-    for (int i = 0; i < NB / 2; i++) wgmma_touch(p[i]);
+    for (int i = 0; i < NB / 2; i++)
+        wgmma_touch(p[i]);
 #pragma unroll
     for (int j = 0; j < NB / 8; j++) {
         const float2 t = *reinterpret_cast<const float2 *>(x_scale + 8 * j);
@@ -392,10 +398,9 @@ template <class S> struct math_group {
     }
     /* Promote unit U of N in flight (BATCH stages of SUBS row groups), then the rest. */
     template <int NB, int N, int U>
-    __device__ __forceinline__ void promote_all(float (&acc)[S::SUBS][NB / 2],
-                                                float (&p)[N][NB / 2],
-                                                const float *const (&x_scale)[N / S::SUBS],
-                                                const float2 (&s)[N / S::SUBS])
+    __device__ __forceinline__ void
+    promote_all(float (&acc)[S::SUBS][NB / 2], float (&p)[N][NB / 2],
+                const float *const (&x_scale)[N / S::SUBS], const float2 (&s)[N / S::SUBS])
     {
         wgmma_wait<N - 1 - U>();
         promote<NB>(acc[U % S::SUBS], p[U], x_scale[U / S::SUBS], s[U / S::SUBS]);
@@ -429,7 +434,8 @@ template <class S> struct math_group {
                                 x_at(stage[u / S::SUBS]));
             promote_all<NB, N, 0>(acc, p, x_scale, s);
 #pragma unroll
-            for (int b = 0; b < BATCH; b++) release(stage[b]);
+            for (int b = 0; b < BATCH; b++)
+                release(stage[b]);
         }
         product_single<NB>(acc, k);
     }
@@ -442,7 +448,8 @@ template <class S> struct math_group {
 #pragma unroll
         for (int i = 0; i < S::SUBS; i++) {
 #pragma unroll
-            for (int j = 0; j < NB / 2; j++) acc[i][j] = 0;
+            for (int j = 0; j < NB / 2; j++)
+                acc[i][j] = 0;
         }
         /* Registers: sums and partial sums of 128 tokens fill 192 of a thread's; a second set fits only beside one
          * row group, and with at most two warpgroups. */
@@ -470,8 +477,8 @@ template <class S> struct math_group {
             const int token = thread / 8 + 16 * i;
             to[i] = -1;
             if (token >= t.skip && token < min(NB, t.n_rows))
-                to[i] = S::GROUPED && a.scatter ? __ldg(a.scatter + t.row0 + token)
-                                                : t.row0 + token;
+                to[i] =
+                    S::GROUPED && a.scatter ? __ldg(a.scatter + t.row0 + token) : t.row0 + token;
         }
 #pragma unroll
         for (int i = 0; i < S::SUBS; i++) {
@@ -524,16 +531,14 @@ template <class S> struct math_group {
         for (int i = 0; i < (NB + 15) / 16; i++) {
             const int token = thread / 8 + 16 * i;
             if (to[i] < 0) continue;
-            store_piece(a, staging + token * 128 + ((p ^ (token & 7)) * 16), to[i],
-                        column + p * 8);
+            store_piece(a, staging + token * 128 + ((p ^ (token & 7)) * 16), to[i], column + p * 8);
         }
     }
 
     /* 256 rows of gate and up are one block of 128 numbers per token: silu(gate) * up in registers, the largest over the
      * tile through shared memory, then e4m3 and its scale. */
     template <int NB>
-    __device__ __forceinline__ void store_gate_up(float (&acc)[S::SUBS][NB / 2],
-                                                  const gemm_tile &t)
+    __device__ __forceinline__ void store_gate_up(float (&acc)[S::SUBS][NB / 2], const gemm_tile &t)
     {
         if (t.w0 >= a.n_out) return; /* a partner past the last rows */
         float *most = reinterpret_cast<float *>(m.staging + S::NB * 128); /* [8][NB] */
@@ -562,7 +567,8 @@ template <class S> struct math_group {
         for (int token = (int)threadIdx.x; token < NB; token += 256) {
             float top = 0;
 #pragma unroll
-            for (int i = 0; i < 8; i++) top = fmaxf(top, most[i * NB + token]);
+            for (int i = 0; i < 8; i++)
+                top = fmaxf(top, most[i * NB + token]);
             const float s = block_scale(top, a.ue8m0);
             scale[token] = __frcp_rn(s); /* exact where s is a power of two */
             if (token >= t.skip && token < t.n_rows)
@@ -586,9 +592,11 @@ template <class S> struct math_group {
         named_barrier(1, 256);
         const int p = (int)threadIdx.x % 8;
         for (int token = (int)threadIdx.x / 8; token < min(NB, t.n_rows); token += 32)
-            if (token >= t.skip) *reinterpret_cast<uint4 *>(a.q + (size_t)(t.row0 + token) * d + block * 128 + p * 16) =
-                *reinterpret_cast<const uint4 *>(m.staging + token * 128 +
-                                                 ((p ^ (token & 7)) * 16));
+            if (token >= t.skip)
+                *reinterpret_cast<uint4 *>(a.q + (size_t)(t.row0 + token) * d + block * 128 +
+                                           p * 16) =
+                    *reinterpret_cast<const uint4 *>(m.staging + token * 128 +
+                                                     ((p ^ (token & 7)) * 16));
     }
 
     __device__ __forceinline__ void all_tiles()
@@ -669,22 +677,14 @@ struct gemm_kernel {
 };
 template <class S> constexpr gemm_kernel describe(const char *name)
 {
-    return {name,
-            gemm_fp8_kernel<S>,
-            S::W_ROWS,
-            S::NB,
-            S::CW,
-            S::CT,
-            S::W_ROWS / S::CT,
-            S::X_BOX,
-            S::THREADS,
-            S::SMEM_BYTES};
+    return {name,  gemm_fp8_kernel<S>, S::W_ROWS, S::NB,      S::CW,
+            S::CT, S::W_ROWS / S::CT,  S::X_BOX,  S::THREADS, S::SMEM_BYTES};
 }
 
 /* gemm_fp8.cu: maps and weights into a; launch with as many blocks as fit or as there may be tiles. */
 cudaError_t gemm_launch(const ::tr_gemm_fp8 *g, const gemm_kernel &k, gemm_args &a,
-                        const ::tr_fp8_weight *w, const ::tr_fp8_rows *x,
-                        long tiles_max, cudaStream_t stream);
+                        const ::tr_fp8_weight *w, const ::tr_fp8_rows *x, long tiles_max,
+                        cudaStream_t stream);
 /* gemm_fp8_moe.cu: raise the shared memory limits of the grouped kernels. */
 cudaError_t gemm_prepare_moe();
 

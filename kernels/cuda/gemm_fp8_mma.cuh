@@ -142,10 +142,10 @@ __device__ __forceinline__ void barrier_arrive_partner(uint64_t *b, uint32_t cta
 __device__ __forceinline__ void store_matrix_x4_transposed(uint32_t smem, uint32_t a, uint32_t b,
                                                            uint32_t c, uint32_t d)
 {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     smem),
-                 "r"(a), "r"(b), "r"(c), "r"(d)
-                 : "memory");
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem),
+        "r"(a), "r"(b), "r"(c), "r"(d)
+        : "memory");
 }
 __device__ __forceinline__ void store_matrix_x2_transposed(uint32_t smem, uint32_t a, uint32_t b)
 {

@@ -32,7 +32,8 @@ __global__ void __launch_bounds__(GATHER_THREADS)
     const int row = pair[i] / k;
     const uint4 *from = reinterpret_cast<const uint4 *>(x + (size_t)row * d);
     uint4 *to = reinterpret_cast<uint4 *>(q + (size_t)i * d);
-    for (int j = (int)threadIdx.x; j < d / 16; j += GATHER_THREADS) to[j] = from[j];
+    for (int j = (int)threadIdx.x; j < d / 16; j += GATHER_THREADS)
+        to[j] = from[j];
     for (int j = (int)threadIdx.x; j < (d + 127) / 128; j += GATHER_THREADS)
         scale[(size_t)j * ld_scale + i] = x_scale[(size_t)j * ld_x_scale + row];
 }

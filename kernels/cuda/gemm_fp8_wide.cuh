@@ -21,7 +21,8 @@ template <int WGS_, int W_ROWS_, int CW_, int CT_, bool GROUPED_, bool GATE_UP_>
     static constexpr int W_BYTES = W_ROWS * 128, X_BYTES = NB * 128, S_BYTES = NB * 4, S_PITCH = NB;
     static constexpr int W_BLOCKS = W_ROWS > 128 ? 2 : 1;
     static constexpr int STAGE_BYTES = W_BYTES + X_BYTES + S_PITCH * 4 + W_BLOCKS * 16 + 16;
-    static constexpr int BUFFERS = W_ROWS > 64 ? 2 : 1;      /* of [64][64] bf16 per warpgroup */
+    /* [64][64] bf16 per warpgroup for results on their way out; a tile uses each equally often. */
+    static constexpr int BUFFERS = W_ROWS == 192 ? 3 : W_ROWS > 64 ? 2 : 1;
     static constexpr int STAGING_BYTES = WGS * BUFFERS * 8192;
     static constexpr int FIT = (SMEM_BLOCK_MAX - STAGING_BYTES) / STAGE_BYTES;
     static constexpr int STAGES = FIT < 24 ? FIT : 24;
@@ -94,7 +95,8 @@ template <class S> struct math_group_wide {
                                             const scales &s, int part) const
     {
 #pragma unroll
-        for (int i = 0; i < S::PN / 2; i++) wgmma_touch(p[i]);
+        for (int i = 0; i < S::PN / 2; i++)
+            wgmma_touch(p[i]);
 #pragma unroll
         for (int j = 0; j < S::PN / 8; j++) {
             const float top = pick(s.top, part, j), bottom = pick(s.bottom, part, j);
@@ -123,10 +125,9 @@ template <class S> struct math_group_wide {
         }
     }
     template <int U>
-    __device__ __forceinline__ void promote_all(float (&acc)[S::PN / 2],
-                                                float (&p)[S::BATCH][S::PN / 2],
-                                                const scales (&s)[S::BATCH],
-                                                const int (&stage)[S::BATCH])
+    __device__ __forceinline__ void
+    promote_all(float (&acc)[S::PN / 2], float (&p)[S::BATCH][S::PN / 2],
+                const scales (&s)[S::BATCH], const int (&stage)[S::BATCH])
     {
         wgmma_wait<S::BATCH - 1 - U>();
         release(stage[U]);
@@ -182,11 +183,10 @@ template <class S> struct math_group_wide {
         __syncwarp();
 #pragma unroll
         for (int j = 0; j < 8; j += 2)
-            store_matrix_x4(smem_address(rows + row * 128 + (((j + l / 16) ^ (row & 7)) * 16)),
-                            pack_bf16(v[4 * j], v[4 * j + 1]),
-                            pack_bf16(v[4 * j + 2], v[4 * j + 3]),
-                            pack_bf16(v[4 * j + 4], v[4 * j + 5]),
-                            pack_bf16(v[4 * j + 6], v[4 * j + 7]));
+            store_matrix_x4(
+                smem_address(rows + row * 128 + (((j + l / 16) ^ (row & 7)) * 16)),
+                pack_bf16(v[4 * j], v[4 * j + 1]), pack_bf16(v[4 * j + 2], v[4 * j + 3]),
+                pack_bf16(v[4 * j + 4], v[4 * j + 5]), pack_bf16(v[4 * j + 6], v[4 * j + 7]));
         if (a.has_out_map && first + 16 <= t.n_rows) {
             fence_async_shared();
             __syncwarp();
@@ -229,7 +229,7 @@ template <class S> struct math_group_wide {
                 if (!S::GROUPED && a.out_f32)
                     store_f32(acc[i] + c / 2, t, column);
                 else
-                    store_bf16(acc[i] + c / 2, t, to, l, column, c / 64 % S::BUFFERS);
+                    store_bf16(acc[i] + c / 2, t, to, l, column, (i * S::PN + c) / 64 % S::BUFFERS);
             }
         }
     }
@@ -267,8 +267,8 @@ template <class S> struct math_group_wide {
 #pragma unroll
                 for (int j = 0; j < S::PN / 8; j += 2) {
                     const int o = i * 64 + j / 2 * 8 + l % 4 * 2;
-                    *reinterpret_cast<uint16_t *>(rows + row * 128 +
-                                                  ((o / 16 ^ (row & 7)) * 16) + o % 16) =
+                    *reinterpret_cast<uint16_t *>(rows + row * 128 + ((o / 16 ^ (row & 7)) * 16) +
+                                                  o % 16) =
                         (uint16_t)to_e4m3x2(acc[i][4 * j + 2 * r] * inverse,
                                             acc[i][4 * j + 2 * r + 1] * inverse);
                 }
@@ -279,8 +279,7 @@ template <class S> struct math_group_wide {
         for (int i = 0; i < 4; i++) {
             const int r = i * 4 + l / 8, tk = group * 64 + warp * 16 + r;
             if (tk < t.skip || tk >= t.n_rows) continue;
-            *reinterpret_cast<uint4 *>(a.q + (size_t)(t.row0 + tk) * d + block * 128 +
-                                       l % 8 * 16) =
+            *reinterpret_cast<uint4 *>(a.q + (size_t)(t.row0 + tk) * d + block * 128 + l % 8 * 16) =
                 *reinterpret_cast<const uint4 *>(rows + r * 128 + ((l % 8 ^ (r & 7)) * 16));
         }
         __syncwarp();
@@ -297,7 +296,8 @@ template <class S> struct math_group_wide {
 #pragma unroll
             for (int i = 0; i < S::PARTS; i++) {
 #pragma unroll
-                for (int j = 0; j < S::PN / 2; j++) acc[i][j] = 0;
+                for (int j = 0; j < S::PN / 2; j++)
+                    acc[i][j] = 0;
             }
             if constexpr (S::BATCH > 1)
                 product_batched(acc);

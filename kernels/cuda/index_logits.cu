@@ -16,9 +16,7 @@ namespace tr
 namespace
 {
 
-constexpr int D_INDEX = 128, HEADS = 64, THREADS = 640, MATH_WARPS = 16;
-constexpr int STAGES =
-    19; /* pages in flight count for more than room for a second set of queries */
+constexpr int D_INDEX = 128, HEADS = 64, STAGES = 11, THREADS = 640, MATH_WARPS = 16;
 constexpr int MATH_GROUPS = 4, MATH_REGISTERS = 112, COPY_REGISTERS = 32;
 constexpr uint32_t KEY_BYTES = TR_PAGE_TOKENS * D_INDEX, SCALE_BYTES = TR_PAGE_TOKENS * 4;
 
@@ -29,11 +27,11 @@ struct index_group { /* what the copying warp tells the math warps; n_rows 0: th
 
 struct
     index_shared { /* at an address that is a multiple of 1024: the tiles are swizzled by 128 bytes */
-    uint8_t q[GROUP_ROWS][HEADS * D_INDEX];
+    uint8_t q[2][GROUP_ROWS][HEADS * D_INDEX];
     uint8_t key[STAGES][KEY_BYTES];
-    float w[GROUP_ROWS][HEADS];
+    float w[2][GROUP_ROWS][HEADS];
     float key_scale[STAGES][TR_PAGE_TOKENS];
-    uint64_t full[STAGES], empty[STAGES], q_full, q_empty;
+    uint64_t full[STAGES], empty[STAGES], q_full[2], q_empty[2];
     index_group group[2];
     index_scan_space<THREADS> scan;
 };
@@ -71,18 +69,32 @@ __device__ __forceinline__ void load_pages(const index_params &p, const CUtensor
     }
 }
 
-/* Queries and weights of group number i, once the group before is done with. One warp. */
-__device__ __forceinline__ void load_queries(const index_params &p, const CUtensorMap *queries,
-                                             index_shared *s, int i)
+/* Rows [row, row + count) as group number i: what the math warps need to know, queries and weights. One warp. */
+__device__ __forceinline__ void load_group(const index_params &p, const CUtensorMap *queries,
+                                           index_shared *s, int i, int row, int count,
+                                           const index_row &v, int page, int n_pages)
 {
-    barrier_wait(&s->q_empty, i % 2 ^ 1);
-    if ((threadIdx.x & 31) == 0) {
-        int row = s->group[i % 2].row, n_rows = s->group[i % 2].n_rows;
-        barrier_expect(&s->q_full, (uint32_t)(n_rows * p.n_heads * (D_INDEX + 4)));
+    int lane = threadIdx.x & 31, stage = i & 1;
+    index_group *g = &s->group[stage];
+    uint64_t *full = &s->q_full[stage];
+
+    barrier_wait(&s->q_empty[stage], i / 2 % 2 ^ 1);
+    if (lane < GROUP_ROWS) g->high[lane] = lane < count ? v.high : 0;
+    if (lane == 0) {
+        g->row = row;
+        g->n_rows = count;
+        g->page = page;
+        g->n_pages = n_pages;
+        g->low = v.low;
+    }
+    __syncwarp();
+    if (lane == 0) {
+        barrier_expect(full, (uint32_t)(count * p.n_heads * (D_INDEX + 4)));
 #pragma unroll 1
-        for (int j = 0; j < n_rows; j++, row++) {
-            tensor_load(s->q[j], queries, 0, 0, row, &s->q_full);
-            bulk_load(s->w[j], p.w + (size_t)row * p.n_heads, (uint32_t)p.n_heads * 4, &s->q_full);
+        for (int j = 0; j < count; j++) {
+            tensor_load(s->q[stage][j], queries, 0, 0, row + j, full);
+            bulk_load(s->w[stage][j], p.w + (size_t)(row + j) * p.n_heads, (uint32_t)p.n_heads * 4,
+                      full);
         }
     }
     __syncwarp();
@@ -125,28 +137,14 @@ __device__ __forceinline__ void copy_warp(const index_params &p, const CUtensorM
         end -= index_work(pages, parts);
         row += count;
         if (n_pages <= 0) continue;
-        /* Of two descriptions one is free: the group before the last is done with. */
-        index_group *g = &s->group[i_group % 2];
-        if (lane < GROUP_ROWS) g->high[lane] = lane < count ? v.high : 0;
-        if (lane == 0) {
-            g->row = row - count;
-            g->n_rows = count;
-            g->page = low_page + page;
-            g->n_pages = n_pages;
-            g->low = v.low;
-        }
-        __syncwarp();
-        /* The queries' place is free once the last group is done, so the ring is filled before; not at the very start. */
+        load_group(p, queries, s, i_group++, row - count, count, v, low_page + page, n_pages);
         int at = __shfl_sync(0xffffffffu, v.slot, 0) * p.rows.max_pages + low_page + page;
-        int n_first = i_group == 0 ? 0 : min(n_pages, STAGES);
-        load_pages(p, keys, s, at, n_first, ring);
-        load_queries(p, queries, s, i_group++);
-        load_pages(p, keys, s, at + n_first, n_pages - n_first, ring);
+        load_pages(p, keys, s, at, n_pages, ring);
     }
     if (lane == 0) {
-        s->group[i_group % 2].n_rows = 0;
-        barrier_wait(&s->q_empty, i_group % 2 ^ 1);
-        barrier_arrive(&s->q_full);
+        barrier_wait(&s->q_empty[i_group & 1], i_group / 2 % 2 ^ 1);
+        s->group[i_group & 1].n_rows = 0;
+        barrier_arrive(&s->q_full[i_group & 1]);
     }
 }
 
@@ -202,17 +200,17 @@ __device__ __forceinline__ int thread_key(int thread)
 }
 
 /* The whole group for one math warpgroup, 2 queries of it. `parts` warpgroups work on the same page. */
-__device__ __forceinline__ void math_group(const index_params &p, index_shared *s, int i_group,
+__device__ __forceinline__ void math_group(const index_params &p, index_shared *s, int stage,
                                            int parts, ring_position<STAGES> &ring)
 {
-    const index_group &g = s->group[i_group];
+    const index_group &g = s->group[stage];
     int lane = threadIdx.x & 31, i_wg = threadIdx.x >> 7, i_query = i_wg % parts * 2;
     int my_query = i_query + (lane & 1);
     int low = g.low, at = g.page * TR_PAGE_TOKENS + thread_key(threadIdx.x);
     float *out = p.score + (size_t)(g.row - p.i_row + my_query) * p.ld + at;
     uint32_t n_keys = (uint32_t)max(0, g.high[my_query] - low); /* 0: a query that is not there */
     uint64_t b_matrix =
-        matrix_descriptor(smem_address(s->q[i_query]), 16, 1024, LAYOUT_SWIZZLE_128);
+        matrix_descriptor(smem_address(s->q[stage][i_query]), 16, 1024, LAYOUT_SWIZZLE_128);
     /* In one register, taken apart anew for every page (registers are short): whose pages, whether the group is one row (then
      * half of the matrix is multiplied, and the other half of the sums goes nowhere), and how many pages are left. */
     int state =
@@ -222,7 +220,7 @@ __device__ __forceinline__ void math_group(const index_params &p, index_shared *
 #pragma unroll
     for (int i = 0; i < 16; i++) {
         int head = i % 8 * 8 + (lane & 3) * 2;
-        float2 x = *(const float2 *)&s->w[i_query + i / 8][head];
+        float2 x = *(const float2 *)&s->w[stage][i_query + i / 8][head];
         half_w[2 * i] = head < p.n_heads ? 0.5f * x.x : 0.0f;
         half_w[2 * i + 1] = head < p.n_heads ? 0.5f * x.y : 0.0f;
     }
@@ -272,12 +270,12 @@ __device__ __forceinline__ void math_warpgroup(const index_params &p, index_shar
 
     for (;; ring.parity += 2) { /* bit 0 is the ring's; the bits above count groups */
         int i = (int)(ring.parity >> 1);
-        barrier_wait(&s->q_full, i % 2);
-        int n_rows = s->group[i % 2].n_rows;
+        barrier_wait(&s->q_full[i & 1], i / 2 % 2);
+        int n_rows = s->group[i & 1].n_rows;
         if (n_rows == 0) break;
-        math_group(p, s, i % 2, index_parts(n_rows), ring);
+        math_group(p, s, i & 1, index_parts(n_rows), ring);
         __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(&s->q_empty);
+        if (threadIdx.x % 32 == 0) barrier_arrive(&s->q_empty[ring.parity >> 1 & 1]);
     }
 }
 
@@ -296,8 +294,10 @@ __global__ void __launch_bounds__(THREADS, 1)
             barrier_init(&s->full[i], 1);
             barrier_init(&s->empty[i], MATH_WARPS);
         }
-        barrier_init(&s->q_full, 1);
-        barrier_init(&s->q_empty, MATH_WARPS);
+        for (int i = 0; i < 2; i++) {
+            barrier_init(&s->q_full[i], 1);
+            barrier_init(&s->q_empty[i], MATH_WARPS);
+        }
         barrier_init_fence();
     }
     index_find_share<THREADS>(p, n, (index_row *)s->q, &s->scan);

@@ -35,14 +35,17 @@ __global__ void __launch_bounds__(THREADS)
     }
     float amax = 0;
 #pragma unroll
-    for (int i = 0; i < 8; i++) amax = fmaxf(amax, fabsf(v[i]));
+    for (int i = 0; i < 8; i++)
+        amax = fmaxf(amax, fabsf(v[i]));
     const unsigned mask = 0xffffu << (threadIdx.x & 16);
 #pragma unroll
-    for (int s = 8; s; s /= 2) amax = fmaxf(amax, __shfl_xor_sync(mask, amax, s));
+    for (int s = 8; s; s /= 2)
+        amax = fmaxf(amax, __shfl_xor_sync(mask, amax, s));
 
     const float sc = tr::block_scale(amax, ue8m0), inverse = 1.0f / sc;
 #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = tr::block_divide(v[i], sc, inverse, ue8m0);
+    for (int i = 0; i < 8; i++)
+        v[i] = tr::block_divide(v[i], sc, inverse, ue8m0);
     if (column < d) {
         uint2 out;
         out.x = tr::to_e4m3x2(v[0], v[1]) | tr::to_e4m3x2(v[2], v[3]) << 16;

@@ -2,8 +2,7 @@
  *
  * walk (many rows): a block of threads takes 64 heads of a row through all of the row's keys. Two warpgroups each own half of
  * the 512 output columns, in registers; warpgroup w makes the probabilities of the blocks w, w + 2, ... and hands them
- * to the other. Warpgroup 1 follows half a step behind, so that one's softmax hides behind the other's matrix
- * instructions; both take the blocks in order.
+ * to the other; both take the blocks in order.
  *
  * split (few rows): the probabilities of all blocks are made side by side (a block's depend on nothing else), then groups of
  * columns walk over all keys side by side, in the same order. No sum is ever cut, so nothing needs combining. */
@@ -184,16 +183,11 @@ __device__ __forceinline__ void math(const job &j, walk_shared *sh, uint32_t til
         for (int pair = w.first; pair < w.last; pair++, parity ^= 1) {
             float x[32];
             probs p;
-#ifndef TR_NO_TURN
-            if (!SCORES && wg == 1) barrier_wait(&ring->turn, parity);
-#endif
             block_scores(x, ring, tiles, tiles + (uint32_t)((1 + wg) * BLOCK), wg, parity);
             if (SCORES) {
                 warp_arrive(&ring->free[wg][0]);
                 warp_arrive(&ring->free[wg][1]);
                 warp_arrive(&ring->rope_free[wg]);
-            } else if (wg == 0) {
-                warp_arrive(&ring->turn);
             }
             softmax(x, ring->valid[parity][wg], j.scale, p);
             if constexpr (SCORES)
@@ -408,8 +402,9 @@ __global__ void __launch_bounds__(COLUMN_THREADS, 1)
 
 /* ---- launches ------------------------------------------------------------------------------------------------------------ */
 
-/* Up to this many (row, 64 heads) the split way is the faster one: 64 of them take ... (measured: see the bench). */
-enum { SPLIT_MAX = 64 };
+/* Up to this many (row, 64 heads) the split way is the faster one. bench_sparse_mla on an H200, fp8: 16 of them take 37 us
+ * split and 98 us walking, 32 take 54 and 97, 64 take 102 and 100. */
+enum { SPLIT_MAX = 32 };
 
 template <bool FP8, bool SCORES>
 cudaError_t launch_walk(const job &j, int n_sm, cudaStream_t stream)

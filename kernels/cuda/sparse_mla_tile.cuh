@@ -61,7 +61,7 @@ struct job { /* a launch */
 /* Barriers of a pair in flight. Buffer b's latents come in halves (0: latents 0..255); each half is freed by the warpgroup
  * that owns those columns of the output, the rope tile by whoever reads it last. */
 struct ring {
-    uint64_t full[2][2], rope_full[2], free[2][2], rope_free[2], given[2], turn;
+    uint64_t full[2][2], rope_full[2], free[2][2], rope_free[2], given[2];
     uint8_t valid[2][2][KEYS]; /* [parity of the pair][buffer] */
 };
 
@@ -77,7 +77,6 @@ template <bool FP8, int F> __device__ __forceinline__ void ring_init(ring *r)
         barrier_init(&r->rope_free[b], 4);
         barrier_init(&r->given[b], 4);
     }
-    barrier_init(&r->turn, 4);
     barrier_init_fence();
 }
 

@@ -9,6 +9,7 @@
 #include <config.h>
 
 #include "model/model_priv.h"
+#include "model/note.h"
 
 enum { MOST_MEMBERS = 1024 };
 
@@ -47,6 +48,7 @@ static tr_status dispatch(tr_model *m, const tr_pass *p, const tr_moe_weights *w
     size_t word[MOST_MEMBERS];
     tr_ticket ticket;
 
+    tr_note(m, tr_work_moe_dispatch(m->moe_share, c->hidden_size, c->num_experts_per_tok));
     tr_status st =
         TR_RUN(m, moe_dispatch, err, .n = p->rows.n,
                .first = tr_comm_rank(m->groups.attn_tp) + i_round * m->moe_share * tp, .step = tp,
@@ -71,19 +73,25 @@ static tr_status experts(tr_model *m, const tr_moe_weights *w, int n_in, tr_err 
     const int d = c->hidden_size, k = c->num_experts_per_tok;
     const size_t ld = tr_dispatch_bytes(d, k) / sizeof(float);
 
+    tr_note(m, tr_work_moe_pack(n_in, 2 * k));
     tr_status st =
         TR_RUN(m, moe_receive, err, .record = m->ws.moe.in, .n_rows = n_in, .k = k, .d = d,
                .expert = m->ws.moe.expert, .weight = m->ws.moe.weight, .n_out = m->ws.moe.n);
+    tr_note(m, tr_work_moe_pack(n_in, k));
     if (st == TR_OK)
         st = TR_RUN(m, moe_pack, err, .n = m->ws.moe.n, .n_max = m->moe_rows, .k = k,
                     .e_first = w->e_first, .n_local = w->n_local, .expert = m->ws.moe.expert,
                     .start = m->ws.start, .pair = m->ws.pair);
+    /* one pair a row: how many of its choices are here, the device knows */
+    tr_note(m, tr_work_moe(n_in, tr_expected_hits(m->config, w->n_local, n_in), m->ops, &w->gate_up,
+                           &w->down));
     if (st == TR_OK)
         st = TR_RUN(m, moe, err, .n = m->ws.moe.n, .n_max = m->moe_rows, .k = k,
                     .n_local = w->n_local, .gate_up = &w->gate_up, .down = &w->down,
                     .in = {.x = m->ws.moe.in, .ld = ld, .n_max = m->moe_rows, .d = d},
                     .start = m->ws.start, .pair = m->ws.pair, .out = m->ws.expert_out,
                     .workspace = m->ws.scratch, .workspace_bytes = m->ws.scratch_bytes);
+    tr_note(m, tr_work_moe_combine(n_in, k, d));
     if (st == TR_OK)
         st = TR_RUN(m, moe_combine, err, .n = m->ws.moe.n, .n_max = m->moe_rows, .k = k, .d = d,
                     .e_first = w->e_first, .n_local = w->n_local, .expert = m->ws.moe.expert,
@@ -115,6 +123,7 @@ tr_status tr_moe_exchange(tr_model *m, const tr_pass *p, const tr_moe_weights *w
         if (st != TR_OK) return st;
         st = travel(m, m->ws.moe.y, n_recv, m->ws.moe.back, n_send, row, &ticket, err);
         st = tr_model_await(m, m->groups.moe, st, ticket, bytes_of(n_recv, members, row), err);
+        tr_note(m, tr_work_moe_return(sum(n_send, members), c->hidden_size));
         if (st == TR_OK)
             st = TR_RUN(m, moe_return, err, .n_rows = sum(n_send, members), .d = c->hidden_size,
                         .origin = m->ws.moe.origin, .y = m->ws.moe.back, .out = out);

@@ -5,6 +5,7 @@
 #include <config.h>
 
 #include "model/model_priv.h"
+#include "model/note.h"
 
 enum { MOST_MEMBERS = 1024 };
 
@@ -17,6 +18,7 @@ static tr_status gather_rows(tr_model *m, const tr_pass *p, tr_err *err)
     tr_status st = TR_OK;
     tr_ticket ticket;
 
+    tr_note(m, tr_work_rows_gather(own, d));
     if (own > 0)
         st = TR_RUN(m, rows_gather, err, .index = p->rows.head_row, .n_index = p->rows.n_head,
                     .i0 = 0, .n_rows = own, .d = d, .in = m->ws.normed, .out = m->ws.head_own,
@@ -35,8 +37,7 @@ static tr_status logits(tr_model *m, int n, tr_err *err)
     const tr_linear *w = &m->weights->head;
     const int d = m->config->hidden_size;
 
-    m->note_bytes = (double)m->ops->linear_bytes(w->format, 1, w->n_out, d);
-    m->note_flops = 2.0 * n * w->n_out * d;
+    tr_note(m, tr_work_linear(n, m->ops, w));
     return TR_RUN(m, linear, err, .n = m->ws.n_head, .n_max = m->n_head_chunk, .w = w,
                   .in = {.x = m->ws.head_in, .ld = (size_t)d, .n_max = m->n_head_chunk, .d = d},
                   .out = m->ws.logits, .ld_out = (size_t)w->n_out, .out_f32 = 1);
@@ -53,11 +54,13 @@ static tr_status sample_whole(tr_model *m, const chunk *c, struct tr_step_memory
 {
     const int vocab = m->config->vocab_size;
     tr_model_show(m, "logits", -1, c->i, c->n, vocab, (size_t)vocab, m->ws.logits);
+    tr_note(m, tr_work_logits(c->n, vocab));
     tr_status st =
         TR_RUN(m, sample, err, .rows = c->rows, .i_head = c->i, .n_rows = c->n, .n_vocab = vocab,
                .logits = m->ws.logits, .ld = (size_t)vocab, .has_token = m->has_token,
                .slots = m->slots, .plan = c->plan, .token_out = s->token,
                .workspace = m->ws.scratch, .workspace_bytes = m->ws.scratch_bytes);
+    tr_note(m, (tr_work){8.0 * c->n, 0}); /* which rows want them, the device knows */
     if (st == TR_OK)
         st = TR_RUN(m, logprobs, err, .rows = c->rows, .i_head = c->i, .n_rows = c->n,
                     .n_vocab = vocab, .logits = m->ws.logits, .ld = (size_t)vocab,
@@ -93,6 +96,7 @@ static tr_status sample_gathered(tr_model *m, const chunk *c, int r, struct tr_s
                                       m->ws.logits_all, bytes, &ticket, err);
     st = tr_model_await(m, m->groups.attn_tp, st, ticket, (double)width * sizeof(float), err);
     if (st != TR_OK) return st;
+    tr_note(m, tr_work_logits(1, vocab));
     return TR_RUN(m, sample, err, .rows = c->rows, .i_head = c->i + r, .n_rows = 1,
                   .n_vocab = vocab, .logits = m->ws.logits_all, .ld = (size_t)vocab,
                   .has_token = m->has_token, .slots = m->slots, .plan = c->plan,
@@ -106,6 +110,7 @@ static tr_status argmax(tr_model *m, const chunk *c, struct tr_step_memory *s, t
     const tr_range ids = m->weights->slice.vocab;
     tr_ticket ticket;
 
+    tr_note(m, tr_work_logits(c->n, ids.n));
     tr_status st =
         TR_RUN(m, argmax_part, err, .rows = c->rows, .i_head = c->i, .n_rows = c->n,
                .first = ids.begin, .n_vocab = ids.n, .logits = m->ws.logits, .ld = (size_t)ids.n,
@@ -115,6 +120,7 @@ static tr_status argmax(tr_model *m, const chunk *c, struct tr_step_memory *s, t
         st = tr_comm_all_max_u64(m->groups.attn_tp, m->ws.part_own, (size_t)c->n, &ticket, err);
     st = tr_model_await(m, m->groups.attn_tp, st, ticket, 8.0 * c->n, err);
     if (st != TR_OK) return st;
+    tr_note(m, tr_work_parts(c->n, 1, sizeof(uint64_t)));
     return TR_RUN(m, argmax_take, err, .rows = c->rows, .i_head = c->i, .n_rows = c->n,
                   .key = m->ws.part_own, .slots = m->slots, .token_out = s->token);
 }
@@ -126,6 +132,7 @@ static tr_status sample_parts(tr_model *m, const chunk *c, struct tr_step_memory
     enum { SAMPLE_FROM_WHOLE = -3, AT_A_TIME = 64 };
     int32_t token[AT_A_TIME];
 
+    tr_note(m, tr_work_logits(c->n, ids.n));
     tr_status st = TR_RUN(m, sample_part, err, .rows = c->rows, .i_head = c->i, .n_rows = c->n,
                           .first = ids.begin, .n_vocab = ids.n, .logits = m->ws.logits,
                           .ld = (size_t)ids.n, .has_token = m->has_token, .slots = m->slots,
@@ -134,6 +141,7 @@ static tr_status sample_parts(tr_model *m, const chunk *c, struct tr_step_memory
     if (st == TR_OK)
         st = gather_parts(m, m->ws.part_own, m->ws.part_all, (size_t)c->n * sizeof(tr_sample_part),
                           err);
+    tr_note(m, tr_work_parts(c->n, tr_comm_size(m->groups.attn_tp), sizeof(tr_sample_part)));
     if (st == TR_OK)
         st = TR_RUN(m, sample_merge, err, .rows = c->rows, .i_head = c->i, .n_rows = c->n,
                     .n_members = tr_comm_size(m->groups.attn_tp), .part = m->ws.part_all,
@@ -152,6 +160,7 @@ static tr_status logprob_parts(tr_model *m, const chunk *c, struct tr_step_memor
     const tr_range ids = m->weights->slice.vocab;
     const int members = tr_comm_size(m->groups.attn_tp);
 
+    tr_note(m, tr_work_logits(c->n, ids.n));
     tr_status st =
         TR_RUN(m, logprob_part, err, .rows = c->rows, .i_head = c->i, .n_rows = c->n,
                .first = ids.begin, .n_vocab = ids.n, .logits = m->ws.logits, .ld = (size_t)ids.n,
@@ -159,6 +168,7 @@ static tr_status logprob_parts(tr_model *m, const chunk *c, struct tr_step_memor
     if (st == TR_OK)
         st = gather_parts(m, m->ws.part_own, m->ws.part_all, (size_t)c->n * sizeof(tr_logprob_part),
                           err);
+    tr_note(m, tr_work_logits(c->n, ids.n));
     if (st == TR_OK)
         st = TR_RUN(m, logprob_rank, err, .rows = c->rows, .i_head = c->i, .n_rows = c->n,
                     .first = ids.begin, .n_vocab = ids.n, .n_members = members,
@@ -167,6 +177,7 @@ static tr_status logprob_parts(tr_model *m, const chunk *c, struct tr_step_memor
     if (st == TR_OK)
         st = gather_parts(m, m->ws.better_own, m->ws.better_all, (size_t)c->n * sizeof(int32_t),
                           err);
+    tr_note(m, tr_work_parts(c->n, members, sizeof(tr_logprob_part)));
     if (st == TR_OK)
         st = TR_RUN(m, logprob_merge, err, .rows = c->rows, .i_head = c->i, .n_rows = c->n,
                     .n_members = members, .slots = m->slots, .token_out = s->token,
@@ -185,6 +196,7 @@ tr_status tr_head_forward(tr_model *m, const tr_pass *p, struct tr_step_memory *
     for (int i = 0; i < n_head && st == TR_OK; i += m->n_head_chunk) {
         const int n = n_head - i < m->n_head_chunk ? n_head - i : m->n_head_chunk;
         const chunk c = {.rows = rows, .plan = p->split ? s->head_plan : s->plan, .i = i, .n = n};
+        tr_note(m, tr_work_rows_gather(n, m->config->hidden_size));
         st = TR_RUN(m, rows_gather, err, .index = p->split ? s->head_index : rows->head_row,
                     .n_index = rows->n_head, .i0 = i, .n_rows = n, .d = m->config->hidden_size,
                     .in = p->split ? m->ws.head_all : m->ws.normed, .out = m->ws.head_in,

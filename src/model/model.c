@@ -8,6 +8,7 @@
 
 #include "base/size.h"
 #include "model/model_priv.h"
+#include "model/note.h"
 
 /* ---- running operations ------------------------------------------------------------------------------------------- */
 
@@ -22,8 +23,7 @@ tr_status tr_model_ran(tr_model *m, const char *op, tr_status st, tr_err *err)
 tr_status tr_model_linear(tr_model *m, const tr_pass *p, const tr_linear *w, const float *in,
                           float *out, tr_err *err)
 {
-    m->note_bytes = (double)m->ops->linear_bytes(w->format, w->n_mats, w->n_out, w->n_in);
-    m->note_flops = 2.0 * p->n * w->n_out * w->n_in;
+    tr_note(m, tr_work_linear(p->n, m->ops, w));
     return TR_RUN(
         m, linear, err, .n = p->rows.n, .n_max = m->max_rows, .w = w,
         .in = {.x = (void *)in, .ld = (size_t)w->n_in, .n_max = m->max_rows, .d = w->n_in},
@@ -315,12 +315,17 @@ static tr_status make_rows(tr_model *m, tr_step *step, tr_pass *p, tr_err *err)
     if (st != TR_OK) return tr_fail(err, st, "plan upload: %s", m->ops->error(m->device));
     s->rows.max_context = s->head_rows.max_context = plan->max_context;
     *p = (tr_pass){.plan = plan, .rows = s->rows, .n = plan->n_rows, .split = split};
+    tr_note(m, tr_work_plan_apply(plan->bytes));
     st = TR_RUN(m, plan_apply, err, .plan = s->plan, .slots = m->slots, .rows = s->rows);
+    tr_note(m, tr_work_plan_apply(plan->bytes));
     if (split && st == TR_OK)
         st = TR_RUN(m, plan_apply, err, .plan = s->head_plan, .slots = m->slots,
                     .rows = s->head_rows, .rows_only = 1);
-    for (int i = 0; i < m->weights->slice.layers.n && plan->n_copies > 0 && st == TR_OK; i++)
-        st = TR_RUN(m, pages_copy, err, .plan = s->plan, .kv = tr_cache_layer(m->cache, i));
+    for (int i = 0; i < m->weights->slice.layers.n && plan->n_copies > 0 && st == TR_OK; i++) {
+        const tr_kv_layer kv = tr_cache_layer(m->cache, i);
+        tr_note(m, tr_work_pages_copy((double)plan->n_copies * TR_PAGE_TOKENS, &kv));
+        st = TR_RUN(m, pages_copy, err, .plan = s->plan, .kv = kv);
+    }
     return st;
 }
 
@@ -345,6 +350,7 @@ static tr_status fetch(tr_model *m, tr_step *step, tr_err *err)
 static tr_status last_norm(tr_model *m, const tr_pass *p, const float *weight, tr_err *err)
 {
     const size_t d = (size_t)m->config->hidden_size;
+    tr_note(m, tr_work_norm(p->n, (double)d, 1));
     return TR_RUN(m, norm, err, .n = p->rows.n, .n_max = m->max_rows, .d = (int)d,
                   .add = m->ws.block_out, .ld_add = d, .residual = m->ws.hidden, .ld_residual = d,
                   .weight = weight, .eps = (float)m->config->rms_norm_eps, .out = m->ws.normed,
@@ -356,6 +362,7 @@ static tr_status network_begin(tr_model *m, const tr_pass *p, tr_err *err)
 {
     const int d = m->config->hidden_size;
     if (!m->weights->slice.embed) return tr_stage_receive(m, p, err);
+    tr_note(m, tr_work_embed(p->n, d, m->weights->embed_dtype));
     tr_status st = TR_RUN(m, embed, err, .rows = &p->rows, .table = m->weights->embed,
                           .dtype = m->weights->embed_dtype, .first = 0,
                           .n_table = m->config->vocab_size, .d = d, .out = m->ws.hidden);

@@ -149,7 +149,8 @@ __global__ void compare(tr_fp8_weight w, tr_fp8_rows x, int pitch, int n, const 
         const int r = (int)(at / w.n_out), o = (int)(at % w.n_out);
         int m = 0;
         if (start)
-            while (start[m + 1] <= r) m++;
+            while (start[m + 1] <= r)
+                m++;
         const size_t to = (size_t)(scatter ? scatter[r] : r) * ld_out + o;
         const double ref = product(w, x, pitch, m, o, o / 128, r);
         const double got = out_f32 ? ((const float *)out)[to]
@@ -194,7 +195,8 @@ __global__ void compare_gate_up(tr_fp8_weight w, tr_fp8_rows x, int pitch, const
     const int d = w.n_out / 2, r = (int)blockIdx.y, b = (int)blockIdx.x, i = (int)threadIdx.x;
     const int inner = b * 128 + i, ld = (n + 3) / 4 * 4;
     int m = 0;
-    while (start[m + 1] <= r) m++;
+    while (start[m + 1] <= r)
+        m++;
     const int row = inner / 8 * 16 + inner % 8;
     const double g = product(w, x, pitch, m, row, inner / 128, r);
     const double u = product(w, x, pitch, m, row + 8, (d + inner) / 128, r);
@@ -332,19 +334,22 @@ struct grouped {
     static int sum(const std::vector<int> &c)
     {
         int s = 0;
-        for (int v : c) s += v;
+        for (int v : c)
+            s += v;
         return s;
     }
     grouped(const std::vector<int> &count, int d_, int d_inner_)
-        : n(sum(count)), d(d_), d_inner(d_inner_), k(8),
-          up((int)count.size(), 2 * d_inner, d, 21), down((int)count.size(), d, d_inner, 23),
-          sorted(n, n, d, 25, false), inner(n, n, d_inner, 27, false), start_d(count.size() + 1),
-          pair_d((size_t)n), out((size_t)n * d)
+        : n(sum(count)), d(d_), d_inner(d_inner_), k(8), up((int)count.size(), 2 * d_inner, d, 21),
+          down((int)count.size(), d, d_inner, 23), sorted(n, n, d, 25, false),
+          inner(n, n, d_inner, 27, false), start_d(count.size() + 1), pair_d((size_t)n),
+          out((size_t)n * d)
     {
         start.push_back(0);
-        for (int c : count) start.push_back(start.back() + c);
+        for (int c : count)
+            start.push_back(start.back() + c);
         /* A permutation of the pairs of ceil(n / k) rows, ascending inside an expert as tr_moe_pack leaves them. */
-        for (int i = 0; i < n; i++) pair.push_back(i);
+        for (int i = 0; i < n; i++)
+            pair.push_back(i);
         for (int i = n - 1; i > 0; i--)
             std::swap(pair[i], pair[measure::mix(i) % (unsigned)(i + 1)]);
         for (size_t e = 0; e < count.size(); e++)
@@ -434,7 +439,8 @@ void check_small(const tr_gemm_fp8 *g)
         int n_out, n_in, n_max, n;
     } dense[] = {{576, 384, 300, 257}, {64, 128, 1, 1},     {40, 144, 3, 2},  {2112, 512, 130, 129},
                  {129, 256, 64, 63},   {200, 4352, 65, 65}, {256, 128, 9, 0}, {1000, 640, 17, 16}};
-    for (const auto &p : dense) check_dense(g, p.n_out, p.n_in, p.n_max, p.n, 0);
+    for (const auto &p : dense)
+        check_dense(g, p.n_out, p.n_in, p.n_max, p.n, 0);
     check_dense(g, 72, 256, 33, 33, 1);
     check_grouped(g, {0, 1, 17, 130, 64, 0, 300, 33}, 256, 128);
     check_grouped(g, {3}, 384, 256);
@@ -596,9 +602,8 @@ void time_quantise(measure::cold_timer &timer, int n, int d)
     char name[64];
     fill_bf16<<<1024, 256>>>(x.p, x.n, 3);
     snprintf(name, sizeof name, "quantise %d x %d", n, d);
-    const double us = timer.median_us([&] {
-        CHECK_CUDA(tr_quantise_rows(x.p, (size_t)d, q.n.p, n, d, 1, q.q.p, q.scale.p, 0));
-    });
+    const double us = timer.median_us(
+        [&] { CHECK_CUDA(tr_quantise_rows(x.p, (size_t)d, q.n.p, n, d, 1, q.q.p, q.scale.p, 0)); });
     line(name, us, 0, 3.03125 * n * d, 0, -1);
 }
 

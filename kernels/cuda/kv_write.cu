@@ -1,0 +1,262 @@
+/* Cache records and index queries. One warp per token (per head of a query): lane l holds values 4 l .. 4 l + 3 of every 128.
+ * Each step rounds as the CPU backend does (kernels/cpu/kv_write.c, indexer.c): products and sums apart, never fused; only the
+ * sums over a row are taken in another order. */
+#include "kernels/cuda/kv_write.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+
+namespace tr
+{
+namespace
+{
+
+constexpr int WARPS = 4, BLOCK = 128, D_LATENT_MAX = 512, D_ROPE_MAX = 64;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+struct four {
+    float x[4];
+};
+
+__device__ __forceinline__ float warp_sum(float x)
+{
+#pragma unroll
+    for (int d = 16; d; d /= 2)
+        x += __shfl_xor_sync(ALL_LANES, x, d);
+    return x;
+}
+
+__device__ __forceinline__ float bf16_round(float x)
+{
+    return __bfloat162float(__float2bfloat16_rn(x));
+}
+
+/* 2^ceil(log2(max(amax, 1e-4) / 448)), as tr_ue8m0_scale. */
+__device__ __forceinline__ float ue8m0_scale(float amax)
+{
+    uint32_t u = __float_as_uint(__fmul_rn(amax > 1e-4f ? amax : 1e-4f, 1.0f / 448.0f));
+    if (u & 0x7fffffu) u = (u & 0xff800000u) + 0x800000u;
+    return __uint_as_float(u);
+}
+
+/* One block of up to 128 values over the warp: four codes in a word, *scale. Lanes past the end hold zeros. */
+__device__ __forceinline__ uint32_t quantise(const four &v, float *scale)
+{
+    float amax = 0;
+    uint32_t codes = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        amax = fmaxf(amax, fabsf(v.x[i]));
+#pragma unroll
+    for (int d = 16; d; d /= 2)
+        amax = fmaxf(amax, __shfl_xor_sync(ALL_LANES, amax, d));
+    *scale = ue8m0_scale(amax);
+    float inverse = 1.0f / *scale;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        codes |= (uint32_t)__nv_cvt_float_to_fp8(v.x[i] * inverse, __NV_SATFINITE, __NV_E4M3)
+                 << (8 * i);
+    return codes;
+}
+
+__device__ __forceinline__ four load_four(const __nv_bfloat16 *from)
+{
+    four v;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        v.x[i] = __bfloat162float(from[i]);
+    return v;
+}
+
+/* Half-split rope of the first d_rope of a row of 128: value j pairs with j + d_rope / 2, which another lane has. */
+__device__ __forceinline__ void rope_half_split(four &v, const float *cos_sin, int d_rope)
+{
+    int lane = threadIdx.x & 31, j = lane * 4, half = d_rope / 2;
+    bool first = j < half, in = j < d_rope;
+    int other = first ? lane + half / 4 : lane - half / 4;
+
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float mate = __shfl_sync(ALL_LANES, v.x[i], other & 31);
+        int pair = first ? j + i : j + i - half;
+        if (!in) continue;
+        float c = cos_sin[2 * pair], s = cos_sin[2 * pair + 1];
+        v.x[i] = first ? __fsub_rn(__fmul_rn(v.x[i], c), __fmul_rn(mate, s))
+                       : __fadd_rn(__fmul_rn(mate, s), __fmul_rn(v.x[i], c));
+    }
+}
+
+/* H_d x / sqrt(d): the butterflies of tr_hadamard, the first two levels within a lane. */
+__device__ __forceinline__ void hadamard(four &v, int d)
+{
+    int lane = threadIdx.x & 31;
+    float a = v.x[0] + v.x[1], b = v.x[0] - v.x[1], c = v.x[2] + v.x[3], e = v.x[2] - v.x[3];
+
+    v.x[0] = a + c;
+    v.x[1] = b + e;
+    v.x[2] = a - c;
+    v.x[3] = b - e;
+    for (int half = 1; half < d / 4; half *= 2)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float mate = __shfl_xor_sync(ALL_LANES, v.x[i], half);
+            v.x[i] = lane & half ? mate - v.x[i] : v.x[i] + mate;
+        }
+    float factor = 1.0f / sqrtf((float)d);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        v.x[i] = __fmul_rn(v.x[i], factor);
+}
+
+/* Steps 3 and 4 of model.md 4 for a row of d values, zeros past them. */
+__device__ __forceinline__ uint32_t index_quantise(four &v, int d, float *scale)
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        v.x[i] = bf16_round(v.x[i]);
+    hadamard(v, d);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        v.x[i] = (threadIdx.x & 31) * 4 < d ? bf16_round(v.x[i]) : 0.0f;
+    return quantise(v, scale);
+}
+
+__device__ __forceinline__ void write_latent(const tr_kv_write_args &a, const tr_rows &rows, int r)
+{
+    const __nv_bfloat16 *in = (const __nv_bfloat16 *)(const void *)a.kv_a + (size_t)r * a.ld_kv_a;
+    int lane = threadIdx.x & 31, n = a.kv.d_latent, d_rope = a.kv.d_rope;
+    int n_blocks = (n + BLOCK - 1) / BLOCK;
+    bool codes = a.kv.dtype == TR_E4M3;
+    size_t bytes = codes ? (size_t)(n + 4 * n_blocks + 2 * d_rope) : 2 * (size_t)(n + d_rope);
+    uint8_t *to = (uint8_t *)a.kv.latent + (size_t)rows.write[r] * bytes;
+    four v[D_LATENT_MAX / BLOCK];
+    float sum = 0;
+
+#pragma unroll
+    for (int b = 0; b < D_LATENT_MAX / BLOCK; b++) {
+        int j = b * BLOCK + lane * 4;
+        v[b] = j < n ? load_four(in + j) : four{};
+        for (int i = 0; i < 4; i++)
+            sum = fmaf(v[b].x[i], v[b].x[i], sum);
+    }
+    float factor = 1.0f / sqrtf(warp_sum(sum) / (float)n + a.eps);
+#pragma unroll
+    for (int b = 0; b < D_LATENT_MAX / BLOCK; b++) {
+        int j = b * BLOCK + lane * 4;
+        float scale;
+        if (b >= n_blocks) break;
+        for (int i = 0; i < 4; i++)
+            v[b].x[i] = j < n ? __fmul_rn(__fmul_rn(v[b].x[i], factor), a.norm[j + i]) : 0.0f;
+        if (codes) {
+            uint32_t word = quantise(v[b], &scale);
+            if (j < n) *(uint32_t *)(to + j) = word;
+            if (lane == 0) *(float *)(to + n + 4 * b) = scale;
+        } else if (j < n) {
+            for (int i = 0; i < 4; i++)
+                ((__nv_bfloat16 *)to)[j + i] = __float2bfloat16_rn(v[b].x[i]);
+        }
+    }
+    if (2 * lane < d_rope) {
+        const float *cos_sin = a.rope + (size_t)rows.position[r] * d_rope + 2 * lane;
+        __nv_bfloat16 *half = (__nv_bfloat16 *)(to + (codes ? n + 4 * n_blocks : 2 * n)) + 2 * lane;
+        float x = __bfloat162float(in[n + 2 * lane]), y = __bfloat162float(in[n + 2 * lane + 1]);
+        float c = cos_sin[0], s = cos_sin[1];
+        half[0] = __float2bfloat16_rn(__fsub_rn(__fmul_rn(x, c), __fmul_rn(y, s)));
+        half[1] = __float2bfloat16_rn(__fadd_rn(__fmul_rn(x, s), __fmul_rn(y, c)));
+    }
+}
+
+__device__ __forceinline__ void write_index(const tr_kv_write_args &a, const tr_rows &rows, int r)
+{
+    const __nv_bfloat16 *in =
+        (const __nv_bfloat16 *)(const void *)a.index_k + (size_t)r * a.ld_index_k;
+    int n = a.kv.d_index, j = (threadIdx.x & 31) * 4;
+    int64_t page = rows.write[r] / TR_PAGE_TOKENS, slot = rows.write[r] % TR_PAGE_TOKENS;
+    uint8_t *base = (uint8_t *)a.kv.index + (size_t)page * TR_PAGE_TOKENS * (size_t)(n + 4);
+    four v = j < n ? load_four(in + j) : four{};
+    float sum = 0, scale;
+
+    float mean = warp_sum(v.x[0] + v.x[1] + (v.x[2] + v.x[3])) / (float)n;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        v.x[i] = j < n ? v.x[i] - mean : 0.0f;
+        sum = fmaf(v.x[i], v.x[i], sum);
+    }
+    float factor = 1.0f / sqrtf(warp_sum(sum) / (float)n + 1e-6f);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        if (j < n)
+            v.x[i] = bf16_round(
+                __fadd_rn(__fmul_rn(__fmul_rn(v.x[i], factor), a.k_norm[j + i]), a.k_bias[j + i]));
+    rope_half_split(v, a.rope + (size_t)rows.position[r] * a.kv.d_rope, a.kv.d_rope);
+    uint32_t word = index_quantise(v, n, &scale);
+    if (j < n) *(uint32_t *)(base + slot * n + j) = word;
+    if (j == 0) ((float *)(base + TR_PAGE_TOKENS * n))[slot] = scale;
+}
+
+__global__ void __launch_bounds__(WARPS * 32)
+    kv_write_kernel(const __grid_constant__ tr_kv_write_args a,
+                    const __grid_constant__ tr_rows rows)
+{
+    int r = (int)blockIdx.x * WARPS + (int)(threadIdx.x >> 5);
+    if (r >= min(*rows.n, rows.n_max) || rows.write[r] < 0) return;
+    if (blockIdx.y == 0 && a.kv_a && a.kv.latent) write_latent(a, rows, r);
+    if (blockIdx.y == 1 && a.index_k && a.kv.index) write_index(a, rows, r);
+}
+
+__global__ void __launch_bounds__(WARPS * 32)
+    index_query_kernel(const __grid_constant__ tr_index_query_args a,
+                       const __grid_constant__ tr_rows rows)
+{
+    int at = (int)blockIdx.x * WARPS + (int)(threadIdx.x >> 5), r = at / a.n_heads;
+    int n = a.d_index, j = (threadIdx.x & 31) * 4;
+    float scale;
+
+    if (r >= min(*rows.n, rows.n_max) || rows.write[r] < 0) return;
+    const __nv_bfloat16 *in = (const __nv_bfloat16 *)(const void *)a.q + (size_t)at * n;
+    four v = j < n ? load_four(in + j) : four{};
+    rope_half_split(v, a.rope + (size_t)rows.position[r] * a.d_rope, a.d_rope);
+    uint32_t word = index_quantise(v, n, &scale);
+    if (j < n) *(uint32_t *)((uint8_t *)a.out + (size_t)at * n + j) = word;
+    float constant = 1.0f / sqrtf((float)a.n_heads) / sqrtf((float)n);
+    if (j == 0) a.w[at] = __fmul_rn(__fmul_rn(a.w[at], constant), scale);
+}
+
+bool index_shape_ok(int d_index, int d_rope)
+{
+    return d_index >= 8 && d_index <= BLOCK && (d_index & (d_index - 1)) == 0 && d_rope >= 0 &&
+           d_rope <= d_index && d_rope % 8 == 0;
+}
+
+} // namespace
+} // namespace tr
+
+extern "C" cudaError_t tr_cuda_kv_write(const struct tr_kv_write_args *a, cudaStream_t stream)
+{
+    const tr_kv_layer *kv = &a->kv;
+    int n_blocks = (a->rows->n_max + tr::WARPS - 1) / tr::WARPS;
+
+    if (kv->dtype == TR_F32 || a->push.n_peers) return cudaErrorNotSupported;
+    if (a->kv_a && kv->latent &&
+        (kv->d_latent < 4 || kv->d_latent > tr::D_LATENT_MAX || kv->d_latent % 4 ||
+         kv->d_rope < 0 || kv->d_rope > tr::D_ROPE_MAX || kv->d_rope % 2))
+        return cudaErrorNotSupported;
+    if (a->index_k && kv->index && !tr::index_shape_ok(kv->d_index, kv->d_rope))
+        return cudaErrorNotSupported;
+    if (n_blocks < 1) return cudaSuccess;
+    tr::kv_write_kernel<<<dim3((unsigned)n_blocks, 2), tr::WARPS * 32, 0, stream>>>(*a, *a->rows);
+    return cudaGetLastError();
+}
+
+extern "C" cudaError_t tr_cuda_index_query(const struct tr_index_query_args *a, cudaStream_t stream)
+{
+    int64_t n = (int64_t)a->rows->n_max * a->n_heads;
+
+    if (a->cache_dtype == TR_F32 || !tr::index_shape_ok(a->d_index, a->d_rope))
+        return cudaErrorNotSupported;
+    if (n > INT32_MAX - tr::WARPS) return cudaErrorInvalidValue;
+    if (n < 1) return cudaSuccess;
+    tr::index_query_kernel<<<(unsigned)((n + tr::WARPS - 1) / tr::WARPS), tr::WARPS * 32, 0,
+                             stream>>>(*a, *a->rows);
+    return cudaGetLastError();
+}
