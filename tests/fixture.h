@@ -36,6 +36,8 @@ typedef struct tr_fixture_options {
     tr_grid_sizes grid;                   /* all 0: one rank */
     int rank;
     const tr_groups *groups; /* NULL: groups of one */
+    tr_cp_mode cp_mode;
+    bool no_overlap;
 } tr_fixture_options;
 
 int tr_fixture_open(tr_fixture *f, const tr_fixture_options *options);
