@@ -183,6 +183,7 @@ static void *run_rank(void *arg)
     if (!r->out || tr_fixture_open(&r->f, &options) != 0) return NULL;
     r->has_head = r->f.slice.head;
     r->weight_bytes = r->f.weights->bytes;
+    r->f.flags = TR_PLAN_HAS_SCORES;
     tr_model_set_probe(r->f.model, &probe);
     const int bad = run_steps(r);
     if (r->groups) {

@@ -12,6 +12,7 @@
 #include "base/clock.h"
 #include "base/size.h"
 #include "base/stop.h"
+#include "engine/report.h"
 #include "engine/scheduler.h"
 
 enum { POLL_MS = 100, MOST_RING = 64 };
@@ -70,8 +71,6 @@ struct tr_engine {
     bool closed, stopping, ended;
     tr_engine_stats stats;
 };
-
-static size_t report_bytes(int n_head, bool scores);
 
 /* ---- creation ----------------------------------------------------------------------------------- */
 
@@ -203,7 +202,7 @@ tr_status tr_engine_create(tr_engine **out, tr_model *model, const tr_tokenizer 
     if (st) goto done;
     e->limits = tr_model_limits(model);
     e->bytes_max = tr_plan_bytes_max(&e->limits);
-    e->report_bytes_max = report_bytes(e->limits.n_head_max, true);
+    e->report_bytes_max = tr_report_bytes_max(&e->limits);
     e->region_plan = tr_region_id(regions, "engine/plan");
     e->region_commit = tr_region_id(regions, "engine/commit");
     e->region_report = tr_region_id(regions, "engine/report");
@@ -467,31 +466,6 @@ static bool wait_for_work(tr_engine *e)
 
 /* ---- what a step sampled, from the rank that knows to the leader --------------------------------------- */
 
-static bool has_scores(const tr_plan *plan)
-{
-    return plan->flags & TR_PLAN_HAS_SCORES;
-}
-
-/* token of every head row; rank, logprob, top_token, top_logprob if anybody wants log-probabilities. */
-static size_t report_bytes(int n_head, bool scores)
-{
-    return (size_t)n_head * (scores ? 12 + 8 * TR_MAX_LOGPROBS : 4);
-}
-
-/* The parts of a report in `text`. */
-static tr_step_output report_parts(char *text, int n_head, bool scores)
-{
-    const size_t n = (size_t)n_head * 4;
-    return (tr_step_output){
-        .n_head = n_head,
-        .token = (int32_t *)(void *)text,
-        .rank = scores ? (int32_t *)(void *)(text + n) : NULL,
-        .logprob = scores ? (float *)(void *)(text + 2 * n) : NULL,
-        .top_token = scores ? (int32_t *)(void *)(text + 3 * n) : NULL,
-        .top_logprob = scores ? (float *)(void *)(text + (3 + TR_MAX_LOGPROBS) * n) : NULL,
-    };
-}
-
 static tr_status tell_wait(tr_engine *e, slot *s, tr_err *err)
 {
     if (!s->telling) return TR_OK;
@@ -502,22 +476,11 @@ static tr_status tell_wait(tr_engine *e, slot *s, tr_err *err)
 /* This rank's step is done: tell the leader. */
 static tr_status tell(tr_engine *e, slot *s, tr_err *err)
 {
-    const tr_plan *plan = s->step.plan;
-    const tr_step_output *out = &s->step.out;
-    const bool scores = has_scores(plan);
-    const size_t n = (size_t)plan->n_head_rows * 4;
+    const size_t bytes = tr_report_bytes(s->step.plan);
 
-    if (!s->report || !n) return TR_OK;
-    const tr_step_output to = report_parts(s->report, plan->n_head_rows, scores);
-    memcpy(to.token, out->token, n);
-    if (scores) {
-        memcpy(to.rank, out->rank, n);
-        memcpy(to.logprob, out->logprob, n);
-        memcpy(to.top_token, out->top_token, n * TR_MAX_LOGPROBS);
-        memcpy(to.top_logprob, out->top_logprob, n * TR_MAX_LOGPROBS);
-    }
-    tr_status st = tr_comm_send(e->control, 0, s->report, report_bytes(plan->n_head_rows, scores),
-                                &s->told, err);
+    if (!s->report || !bytes) return TR_OK;
+    tr_report_write(s->report, s->step.plan, &s->step.out);
+    tr_status st = tr_comm_send(e->control, 0, s->report, bytes, &s->told, err);
     s->telling = !st;
     return st;
 }
@@ -537,10 +500,10 @@ static tr_status hear(tr_engine *e, const slot *s, int d, tr_step_output *out, t
         *out = s->step.out;
         return TR_OK;
     }
-    *out = report_parts(e->heard_text[d], plan->n_head_rows, has_scores(plan));
-    if (!plan->n_head_rows) return TR_OK;
-    tr_status st = tr_comm_recv(e->control, e->reporter[d], e->heard_text[d],
-                                report_bytes(plan->n_head_rows, has_scores(plan)), &ticket, err);
+    *out = tr_report_read(e->heard_text[d], plan);
+    if (!tr_report_bytes(plan)) return TR_OK;
+    tr_status st = tr_comm_recv(e->control, e->reporter[d], e->heard_text[d], tr_report_bytes(plan),
+                                &ticket, err);
     return st ? st : tr_comm_wait(e->control, TR_LANE_MAIN, ticket, err);
 }
 
@@ -607,25 +570,6 @@ static void forget_oldest(tr_engine *e)
     e->n_flight--;
 }
 
-/* The plan of a replica that has nothing to do in this step. */
-static size_t put_idle(char *to)
-{
-    const uint32_t end = sizeof(tr_plan);
-    tr_plan idle = {.magic = TR_PLAN_MAGIC,
-                    .version = TR_PLAN_VERSION,
-                    .bytes = end,
-                    .flags = TR_PLAN_IDLE,
-                    .at_spans = end,
-                    .at_tokens = end,
-                    .at_page_sets = end,
-                    .at_copies = end,
-                    .at_opens = end,
-                    .at_targets = end,
-                    .at_changes = end};
-    memcpy(to, &idle, sizeof idle);
-    return sizeof idle;
-}
-
 /* Plans of all replicas into the slot's staging. *planned false: nobody has anything to do now. */
 static tr_status plan_step(tr_engine *e, slot *s, size_t *bytes, bool *planned, tr_err *err)
 {
@@ -641,7 +585,7 @@ static tr_status plan_step(tr_engine *e, slot *s, size_t *bytes, bool *planned, 
             *bytes += plan->bytes;
             *planned = true;
         } else {
-            *bytes += put_idle(s->staging + *bytes);
+            *bytes += tr_plan_idle(s->staging + *bytes);
         }
     }
     return TR_OK;

@@ -227,6 +227,24 @@ const tr_plan *tr_plan_seal(tr_plan_builder *b, int max_context)
     return b->block;
 }
 
+size_t tr_plan_idle(void *block)
+{
+    const uint32_t end = sizeof(tr_plan);
+
+    *(tr_plan *)block = (tr_plan){.magic = TR_PLAN_MAGIC,
+                                  .version = TR_PLAN_VERSION,
+                                  .bytes = end,
+                                  .flags = TR_PLAN_IDLE,
+                                  .at_spans = end,
+                                  .at_tokens = end,
+                                  .at_page_sets = end,
+                                  .at_copies = end,
+                                  .at_opens = end,
+                                  .at_targets = end,
+                                  .at_changes = end};
+    return end;
+}
+
 /* ---- checking ------------------------------------------------------------------------------- */
 
 #define REFUSE(...) tr_fail(err, TR_E_INPUT, "plan: " __VA_ARGS__)

@@ -38,6 +38,9 @@ size_t tr_plan_bytes_max(const tr_plan_limits *limits);
  * alone; what does not fit beside others is planned in a later step. */
 int tr_plan_changes_max(const tr_plan_limits *limits);
 
+/* The plan of a replica that has nothing to do in a step: a header alone. Returns its bytes. */
+size_t tr_plan_idle(void *block);
+
 /* A plan comes from another rank: checked in full, like a file: TR_E_INPUT, nothing outside the block is read. Lengths of
  * slots whose span says -1 are not known here, nor what the page tables hold. Verify and draft spans and owners other
  * than -1 and 0 are refused until their features come. */
