@@ -2,7 +2,7 @@
  *
  * Memory is the backend's. An operation takes a struct of named arguments, does one thing that the paper or the
  * specification names, and can be enqueued on a lane: on CUDA it goes to a stream and never synchronises; on the CPU it
- * runs at once, on an OpenMP team. Row counts are read from device memory (`*n`), `n_max` bounds them for launch
+ * runs at once, on the device's threads. Row counts are read from device memory (`*n`), `n_max` bounds them for launch
  * sizes. Argument structs are copied at the call; what their pointers name must stay until the lane has passed.
  *
  * Rows do not influence each other: an output row depends on its own inputs, bit for bit, whatever else is in the step
@@ -59,6 +59,9 @@ typedef struct tr_linear_src {
     int row0, col0;
     int i_mat, o_begin, n_out;
 } tr_linear_src;
+
+/* Rows [row, row + n) of a piece, one behind the other, to dst. Called by several threads at once. */
+typedef tr_status tr_rows_fn(void *ctx, int row, int n, void *dst);
 
 typedef struct
     tr_push { /* stores go to self and to every peer at the same offset; n_peers 0: self only */
@@ -541,6 +544,13 @@ typedef struct tr_ops {
     /* Weights, at load. linear_bytes is pure: `plan` uses it without a device. */
     size_t (*linear_bytes)(tr_format, int n_mats, int n_out, int n_in);
     tr_status (*linear_pack)(tr_device *, tr_linear *dst, const tr_linear_src *src);
+    /* The same by the device's threads, which read the rows themselves, a few at a time, each those that it will use; NULL
+     * where a backend wants whole pieces. linear_fill: a piece that is not transposed, its rows ld numbers long; src->src
+     * is not used. table_fill: rows of row_bytes, as they are. Both return what `rows` failed with. */
+    tr_status (*linear_fill)(tr_device *, tr_linear *dst, const tr_linear_src *src, tr_rows_fn *rows,
+                             void *ctx);
+    tr_status (*table_fill)(tr_device *, void *dst, size_t row_bytes, int n_rows, tr_rows_fn *rows,
+                            void *ctx);
     size_t (*moe_workspace)(int n_max, int k, int d, int d_inner);
     size_t (*sparse_mla_workspace)(int n_max, int n_heads, int d_latent);
     size_t (*sample_workspace)(int n_rows, int n_vocab);
@@ -550,7 +560,7 @@ typedef struct tr_ops {
 } tr_ops;
 
 /* Open a backend by name: "cpu" (later "cuda", "auto"). *ops is static. The device is closed by ops->close.
- * n_threads 0: what OpenMP would use. isa NULL: the best this CPU has; "plain", "avx2", "avx512", "amx": that one (tests,
+ * n_threads 0: tr_device_threads(). isa NULL: the best this CPU has; "plain", "avx2", "avx512", "amx": that one (tests,
  * bench), TR_E_USAGE where the CPU or the build lacks it. */
 typedef struct tr_device_options {
     const char *name;
@@ -560,12 +570,18 @@ typedef struct tr_device_options {
 tr_status tr_device_open(tr_device **out, const tr_ops **ops, const tr_device_options *options,
                          tr_err *err);
 
+/* Threads of a CPU device that is not told how many: OMP_NUM_THREADS, else as many as this process has CPUs in its mask. */
+int tr_device_threads(void);
+
 /* What the device is, for the start table: "cpu, 2 threads, avx512". */
 const char *tr_device_describe(const tr_device *device);
 
 /* Before anything is loaded: the CPU device's threads each go to a core of their own, inside the mask that the process
  * was started with. n_share processes of this host have the same mask and take a share each, this one share i_share.
- * *bound 0: there are fewer CPUs than threads, so they stay where the system puts them. */
+ * *bound 0: the smallest share has fewer CPUs than threads, so all processes' threads stay where the system puts them. */
 tr_status tr_device_bind(tr_device *device, int i_share, int n_share, int *bound, tr_err *err);
+
+/* Where the CPU device's threads are bound, as a list of the system's numbers: "0-15,32"; "" where they are not. */
+const char *tr_device_places(const tr_device *device);
 
 #endif

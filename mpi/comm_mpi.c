@@ -30,6 +30,7 @@ enum {
     PIECE_MAX = 1 << 30,   /* bytes of one message: MPI counts in int */
     SCRATCH_MAX = 1 << 20, /* bytes of the others' terms that one operation keeps */
     DIRECT_MAX = 32 << 10, /* bytes: a reduction up to here takes one round */
+    COPY_MAX = 4 << 20,    /* bytes: a broadcast up to here is handed on from a copy */
     TAG_LETTER = 0,        /* send and recv: in order */
     TAG_FIRST = 1,         /* of collectives */
     N_TAGS = 32767,        /* MPI promises tags up to 32767 */
@@ -48,6 +49,8 @@ struct operation {
     int tag, stage, root;
     uint64_t begun_ns;
     bool direct; /* a reduction of one round: everybody gets all terms */
+    bool
+        released; /* over for its caller, though messages from the scratch are still on their way */
     tr_status (*step)(tr_comm_mpi *, operation *, tr_err *);
     int n_requests, room;
     MPI_Request *request; /* [room] */
@@ -298,7 +301,7 @@ static operation *find(const tr_comm_mpi *c, uint64_t ticket)
 
     while (o && o->ticket != ticket)
         o = o->next;
-    return o;
+    return o && o->released ? NULL : o;
 }
 
 static tr_status wait_for(tr_comm *base, tr_lane reader, tr_ticket ticket, tr_err *err)
@@ -382,6 +385,15 @@ static part part_of(const tr_comm_mpi *c, const operation *o, int i)
     return (part){o->at + before, o->width - before < each ? o->width - before : each};
 }
 
+static bool make_scratch(operation *o, size_t bytes)
+{
+    if (bytes <= o->scratch_bytes) return true;
+    free(o->scratch);
+    o->scratch = malloc(bytes);
+    o->scratch_bytes = o->scratch ? bytes : 0;
+    return o->scratch != NULL;
+}
+
 /* Of this member's part: the terms of all others; of theirs: this member's terms. */
 static tr_status post_terms(tr_comm_mpi *c, operation *o, tr_err *err)
 {
@@ -389,12 +401,7 @@ static tr_status post_terms(tr_comm_mpi *c, operation *o, tr_err *err)
                  bytes = (size_t)(c->base.size - 1) * mine * size;
     tr_status st = TR_OK;
 
-    if (bytes > o->scratch_bytes) {
-        free(o->scratch);
-        o->scratch = malloc(bytes);
-        o->scratch_bytes = o->scratch ? bytes : 0;
-        if (!o->scratch) return tr_fail(err, TR_E_MEMORY, "out of memory");
-    }
+    if (!make_scratch(o, bytes)) return tr_fail(err, TR_E_MEMORY, "out of memory");
     for (int d = 1; d < c->base.size && st == TR_OK; d++) {
         const int from = other(c, c->base.size - d);
         st = post_recv(c, o, from, slot(c, o, from, mine), mine * size, err);
@@ -537,10 +544,12 @@ static tr_status all_to_all(tr_comm *base, const void *send, const size_t *n_sen
     return begin_exchange(base, TR_COMM_ALL_TO_ALL, send, n_send, recv, n_recv, err);
 }
 
-/* A binomial tree: counted from the root, member v gets it from v without its lowest set bit. */
+/* A binomial tree: counted from the root, member v gets it from v without its lowest set bit. Handed on from a copy, so that nobody
+ * waits for a member that is still busy with something else: the plans of a pipeline go ahead of its steps. */
 static tr_status step_broadcast(tr_comm_mpi *c, operation *o, tr_err *err)
 {
     const int size = c->base.size, v = (c->base.rank - o->root + size) % size;
+    const char *from = o->recv;
     int low = 1;
     tr_status st = TR_OK;
 
@@ -552,8 +561,14 @@ static tr_status step_broadcast(tr_comm_mpi *c, operation *o, tr_err *err)
     }
     if (o->stage == 2) return TR_OK;
     o->stage = 2;
+    if (low > 1 && o->n > 0 && o->n <= COPY_MAX) {
+        if (!make_scratch(o, o->n)) return tr_fail(err, TR_E_MEMORY, "out of memory");
+        from = memcpy(o->scratch, o->recv, o->n);
+    }
     for (int bit = low >> 1; bit && st == TR_OK; bit >>= 1)
-        if (v + bit < size) st = post_send(c, o, (v + bit + o->root) % size, o->recv, o->n, err);
+        if (v + bit < size) st = post_send(c, o, (v + bit + o->root) % size, from, o->n, err);
+    o->released = st == TR_OK && from != o->recv;
+    if (o->released) tr_flight_done(c->world->flight, o->flight);
     return st;
 }
 

@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdio.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -52,15 +53,6 @@ tr_status tr_world_start(tr_world *world, tr_err *err)
 done:
     if (local != MPI_COMM_NULL) MPI_Comm_free(&local);
     return st;
-}
-
-void tr_world_finish(void)
-{
-    int begun = 0, ended = 0;
-
-    MPI_Initialized(&begun);
-    MPI_Finalized(&ended);
-    if (begun && !ended) MPI_Finalize();
 }
 
 /* "rank 3 on node07: TEXT (and 5 more ranks)"; a text that is too long loses its middle, not its ends. */
@@ -165,21 +157,51 @@ tr_status tr_agree_within(const tr_world *world, tr_status mine, double seconds,
     return st;
 }
 
+tr_status tr_world_tell(const tr_world *world, void *data, int bytes, tr_err *err)
+{
+    tr_status st = TR_OK;
+    MPI_Request request;
+
+    if (world->size == 1) return TR_OK;
+    TR_MPI(MPI_Ibcast(data, bytes, MPI_BYTE, 0, MPI_COMM_WORLD, &request));
+    st = finish(&request, 0, err);
+
+done:
+    return st;
+}
+
+/* The code travels in the pointer: nothing has to outlive the caller. */
 static void *exit_later(void *arg)
 {
-    const int *code = arg;
-
     sleep(ABORT_PATIENCE_S);
-    _exit(*code);
+    _exit((int)(intptr_t)arg);
+}
+
+static void exit_in_time(int code)
+{
+    pthread_t thread;
+    if (pthread_create(&thread, NULL, exit_later, (void *)(intptr_t)code) == 0)
+        pthread_detach(thread);
+}
+
+void tr_world_finish(tr_status how)
+{
+    int begun = 0, ended = 0;
+
+    MPI_Initialized(&begun);
+    MPI_Finalized(&ended);
+    if (!begun || ended) return;
+    /* After a failure MPI_Finalize may wait for who will not come (once seen: for a thread of its own). */
+    if (how != TR_OK && how != TR_E_STOP) exit_in_time(tr_exit_code(how));
+    MPI_Finalize();
 }
 
 _Noreturn void tr_world_abort(tr_status why)
 {
-    int code = tr_exit_code(why), begun = 0, ended = 0;
-    pthread_t thread;
+    const int code = tr_exit_code(why);
+    int begun = 0, ended = 0;
 
-    /* MPI_Abort is known to hang where the network does. `code` lives as long as this call, which does not return. */
-    if (pthread_create(&thread, NULL, exit_later, &code) == 0) pthread_detach(thread);
+    exit_in_time(code); /* MPI_Abort is known to hang where the network does */
     MPI_Initialized(&begun);
     MPI_Finalized(&ended);
     if (begun && !ended) MPI_Abort(MPI_COMM_WORLD, code);

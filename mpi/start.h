@@ -20,8 +20,9 @@ typedef struct tr_world {
 /* TR_E_COMM when MPI gives less than MPI_THREAD_FUNNELED. */
 tr_status tr_world_start(tr_world *world, tr_err *err);
 
-/* MPI_Finalize, unless the world was never started. After it: no MPI call. Communicators are freed before. */
-void tr_world_finish(void);
+/* MPI_Finalize, unless the world was never started. After it: no MPI call. Communicators are freed before. how: the job's status;
+ * after a failure the process exits with its code 5 s later, should MPI not come to an end. */
+void tr_world_finish(tr_status how);
 
 /* All ranks say how a phase (open, load, a step) went; all return the same status: TR_OK if all were well, else the
  * status of the lowest failing rank, whose text every rank gets, "rank 3 on node07: " in front where size > 1 and
@@ -31,6 +32,9 @@ tr_status tr_agree(const tr_world *world, tr_status mine, tr_err *err);
 /* The same after something failed in the middle of a phase, where others may not come: TR_E_COMM when they have not
  * within `seconds`; then nothing but tr_world_abort may follow. */
 tr_status tr_agree_within(const tr_world *world, tr_status mine, double seconds, tr_err *err);
+
+/* Rank 0's bytes to all. Collective over the world. */
+tr_status tr_world_tell(const tr_world *world, void *data, int bytes, tr_err *err);
 
 /* Ends the whole job with the exit code of `why`, by MPI_Abort, and this process after 5 s if MPI does not. From any
  * thread. */

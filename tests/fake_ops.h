@@ -108,4 +108,54 @@ static const tr_ops fake_ops = {
     .linear_pack = fake_linear_pack,
 };
 
+/* A backend that reads rows itself, a few at a time, the last ones first. */
+static inline tr_status filling_linear(tr_device *d, tr_linear *dst, const tr_linear_src *s,
+                                       tr_rows_fn *rows, void *ctx)
+{
+    const size_t element = dst->format == TR_W_E4M3_B128 ? 1 : dst->format == TR_W_BF16 ? 2 : 4;
+    char *buffer = malloc(5 * s->ld * element);
+    tr_status st = TR_OK;
+
+    assert_non_null(buffer);
+    assert_int_equal(s->ld, dst->n_in);
+    assert_false(s->transposed);
+    for (int end = s->n_out, n; end > 0 && st == TR_OK; end -= n) {
+        n = end < 5 ? end : 5;
+        tr_linear_src piece = *s;
+        piece.src = buffer;
+        piece.n_out = n;
+        piece.o_begin += end - n;
+        piece.scale += s->scale ? (s->row0 + end - n) / 128 * (ptrdiff_t)s->scale_ld : 0;
+        piece.row0 = (s->row0 + end - n) % 128;
+        st = rows(ctx, end - n, n, buffer);
+        if (st == TR_OK) st = fake_linear_pack(d, dst, &piece);
+    }
+    free(buffer);
+    return st;
+}
+
+static inline tr_status filling_table(tr_device *d, void *dst, size_t row_bytes, int n_rows,
+                                      tr_rows_fn *rows, void *ctx)
+{
+    tr_status st = TR_OK;
+    (void)d;
+    for (int row = n_rows; row-- > 0 && st == TR_OK;)
+        st = rows(ctx, row, 1, (char *)dst + (size_t)row * row_bytes);
+    return st;
+}
+
+static const tr_ops filling_ops = {
+    .name = "filling",
+    .alloc = fake_alloc,
+    .release = fake_release,
+    .upload = fake_upload,
+    .ticket = fake_ticket,
+    .done = fake_done,
+    .error = fake_error,
+    .linear_bytes = fake_linear_bytes,
+    .linear_pack = fake_linear_pack,
+    .linear_fill = filling_linear,
+    .table_fill = filling_table,
+};
+
 #endif

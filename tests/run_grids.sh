@@ -201,6 +201,24 @@ job 4 overlapped in --tp 4 || { cat "$dir/log"; exit 1; }
 check exact overlapped 4 in --tp 4 --no-overlap
 check exact one-rank 4 in --pp 2 --cp 2 --ep 1 --no-overlap
 
+# SG#18280: the caches of the real model, quantised keys and scales gathered under cp. Still every bit.
+job 1 fp8 in --kv-dtype fp8 || { cat "$dir/log"; exit 1; }
+check exact fp8 2 in --cp 2 --ep 1 --kv-dtype fp8
+check exact fp8 3 in --cp 3 --ep 1 --kv-dtype fp8 --cp-mode in-seq-split
+check exact fp8 4 in --pp 2 --cp 2 --ep 1 --kv-dtype fp8
+job 1 bf16 in --kv-dtype bf16 || { cat "$dir/log"; exit 1; }
+check exact bf16 2 in --cp 2 --ep 1 --kv-dtype bf16
+
+# SG#23268: pages found in the prefix cache, and the rest of the prompt computed by several. That some were found is checked.
+for mode in round-robin-split in-seq-split; do
+    job 2 hit in --cp 2 --ep 1 --cp-mode "$mode" || { cat "$dir/log"; exit 1; }
+    if ! grep '"custom_id":"prefix-[1-3]"' "$dir/hit.jsonl" | grep -q '"cached_tokens":128'; then
+        echo "no prompt of --cp 2 --cp-mode $mode was found in the prefix cache"
+        failed=1
+    fi
+    check exact hit 2 in --cp 2 --ep 1 --cp-mode "$mode" --no-prefix-cache
+done
+
 # Uneven: one request among replicas, fewer than there are stages, one after the other.
 job 1 one-alone one || { cat "$dir/log"; exit 1; }
 check exact one-alone 3 one --dp 3 --ep 1

@@ -1,6 +1,6 @@
 #!/bin/sh
-# What make check-long (and, with --campaign, make check-campaign) runs, from Makefile.am, which sets TRIREME, TR_SRCDIR and
-# TR_BUILDDIR. Each step is one line on stdout; its output is in TR_BUILDDIR/long/STEP.log, its counts are in
+# What make check-long runs, from Makefile.am, which sets TRIREME, TR_SRCDIR and TR_BUILDDIR (the long campaigns are
+# run_campaign.sh's). Each step is one line on stdout; its output is in TR_BUILDDIR/long/STEP.log, its counts are in
 # TR_BUILDDIR/long/results as "STEP PASSED FAILED SKIPPED". Builds are kept there, so that a second run is short.
 # shellcheck disable=SC2317 # functions are called by name
 set -u
@@ -126,6 +126,24 @@ kill_step()
     "$TR_SRCDIR/tests/run_kill.sh" "$TRIREME" "$model" "$1"
 }
 
+# What several ranks give, on many grids, on two hosts, and when one of them is killed or stopped.
+compare=$TR_BUILDDIR/tests/compare_records
+
+grids_step()
+{
+    "$TR_SRCDIR/tests/run_grids.sh" "$TRIREME" "$model" "$compare"
+}
+
+two_hosts_step()
+{
+    COMPARE=$compare "$TR_SRCDIR/tests/run_two_hosts.sh" "$TRIREME" "$model"
+}
+
+rank_kill_step()
+{
+    COMPARE=$compare "$TR_SRCDIR/tests/run_rank_kill.sh" "$TRIREME" "$model" "$1"
+}
+
 faults_step()
 {
     "$TR_SRCDIR/tests/run_faults.sh" "$TRIREME" "$model"
@@ -148,19 +166,17 @@ distcheck_step()
     make -C "$TR_BUILDDIR" $parallel distcheck
 }
 
-if [ "${1-}" = --campaign ]; then
-    step kill-200 kill_step 200
-    step nth nth_step
-else
-    step style style_step
-    step kill-20 kill_step 20
-    step faults faults_step
-    step nth nth_step --quick
-    step fuzz fuzz_step
-    step clang clang_step
-    step address address_step
-    step thread thread_step
-    step plain plain_step
-    step distcheck distcheck_step
-fi
+step style style_step
+step kill-20 kill_step 20
+step grids grids_step
+step two-hosts two_hosts_step
+step rank-kill-3 rank_kill_step 3
+step faults faults_step
+step nth nth_step --quick
+step fuzz fuzz_step
+step clang clang_step
+step address address_step
+step thread thread_step
+step plain plain_step
+step distcheck distcheck_step
 exit "$all_good"

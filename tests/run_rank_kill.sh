@@ -24,10 +24,12 @@ if [ "$(id -u)" -eq 0 ]; then
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 fi
 dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-rank-kill.XXXXXX") || exit 1
-trap 'rm -rf "$dir"' EXIT
+job=
+trap '[ -z "$job" ] || kill "$job" 2>/dev/null; rm -rf "$dir"' EXIT
+trap 'exit 1' HUP INT TERM
 timeout_s=5 kill_limit_ms=10000 stop_limit_ms=10000
 # Where the members of an attention group share out rows for the experts (tp beside dp or cp) a row's place among the others
-# decides in which order its sum is made: there 1e-5 is what a record may differ by.
+# decides in which order its sum is made: there 1e-4 is what a record may differ by, as between grids.
 grids=('near --tp 2 --dp 2' 'exact --pp 2 --cp 2 --ep 1' 'exact --pp 2 --tp 2' 'exact --dp 4' 'near --cp 2 --tp 2 --cp-mode in-seq-split')
 
 awk 'function next_id() { seed = (seed * 1103515245 + 12345) % 2147483648; return int(seed / 65536) }
@@ -91,7 +93,7 @@ await_end() {
 
 check_whole() { # OUT GRID
     local tolerance=
-    [ "${grids[$2]%% *}" = exact ] || tolerance='-t 1e-5'
+    [ "${grids[$2]%% *}" = exact ] || tolerance='-t 1e-4'
     # shellcheck disable=SC2086 # two words or none
     "$COMPARE" $tolerance "$dir/whole.$2" "$1" >"$dir/said" || { cat "$dir/said"; fail "$what: the records are not those of an uninterrupted run"; }
 }

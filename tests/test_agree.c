@@ -108,7 +108,7 @@ int main(void)
         return 1;
     }
     int n_failed = cmocka_run_group_tests(tests, NULL, NULL);
-    tr_world_finish();
-    tr_world_finish(); /* once more is harmless */
+    tr_world_finish(TR_OK);
+    tr_world_finish(TR_OK); /* once more is harmless */
     return n_failed ? 1 : 0;
 }

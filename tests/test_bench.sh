@@ -34,9 +34,9 @@ for l in timed:
     assert 0 < l["min_s"] <= l["median_s"] <= l["max_s"], l
     tokens = l["context"] if l["kind"] == "prefill" else l["sequences"]
     assert abs(l["tokens_per_s"] * l["median_s"] / tokens - 1) < 1e-3, l
-plain, loaded = load
-assert (plain["kind"], loaded["kind"]) == ("plain read", "load"), load
-assert 0 < loaded["bytes"] <= plain["bytes"] and plain["bytes_per_s"] > 0 and loaded["bytes_per_s"] > 0, load
+plain, kept, loaded = load
+assert [l["kind"] for l in load] == ["read, one buffer", "read, new memory", "load"], load
+assert 0 < loaded["bytes"] <= plain["bytes"] == kept["bytes"] and all(l["bytes_per_s"] > 0 for l in load), load
 text = open(sys.argv[1]).read()
 for op in "linear norm kv_write mla_query topk sparse_mla dense_mha router moe sample".split():
     assert "  %s " % op in text, op

@@ -356,6 +356,71 @@ static void indexed_rows(void **state)
     free(x);
 }
 
+typedef struct source { /* for linear_fill and table_fill */
+    const char *data;
+    size_t row_bytes;
+    int bad; /* this row cannot be read */
+} source;
+
+static tr_status read_source(void *ctx, int row, int n, void *dst)
+{
+    const source *s = ctx;
+    if (row <= s->bad && s->bad < row + n) return TR_E_IO;
+    memcpy(dst, s->data + (size_t)row * s->row_bytes, (size_t)n * s->row_bytes);
+    return TR_OK;
+}
+
+/* Rows that the threads read themselves: the bits that linear_pack writes, pieces that begin inside panels and scale blocks
+ * included, and panels larger than what is read at once. */
+static void filled_matrices(void **state)
+{
+    static const struct {
+        int rows, columns, row0, col0, o_begin, n_out;
+    } pieces[] = {{100, 150, 0, 0, 0, 100}, {331, 200, 57, 70, 5, 340}, {70, 9000, 3, 1, 16, 90}};
+    static const tr_format formats[] = {TR_W_E4M3_B128, TR_W_BF16, TR_W_F32};
+    uint64_t seed = 11;
+    (void)state;
+    for (int k = 0; k < 27; k++) {
+        const int threads = k % 3 + 1, p = k / 3 % 3;
+        const tr_format format = formats[k / 9];
+        test_cpu cpu;
+        if (!test_cpu_open(&cpu, TEST_N_ISAS - 1, threads) && !test_cpu_open(&cpu, 0, threads))
+            continue;
+        stored s = make_stored(&seed, format, pieces[p].rows, pieces[p].columns, pieces[p].row0,
+                               pieces[p].col0);
+        tr_linear packed = make_linear(&cpu, format, 2, pieces[p].n_out, pieces[p].columns);
+        tr_linear filled = make_linear(&cpu, format, 2, pieces[p].n_out, pieces[p].columns);
+        const size_t bytes = cpu.ops->linear_bytes(format, 2, pieces[p].n_out, pieces[p].columns);
+        pack(&cpu, &packed, &s, 0, 1, pieces[p].o_begin, pieces[p].rows);
+        tr_linear_src src = {.ld = (size_t)s.columns,
+                             .scale = s.scale,
+                             .scale_ld = (size_t)s.scale_ld,
+                             .row0 = s.row0,
+                             .col0 = s.col0,
+                             .i_mat = 1,
+                             .o_begin = pieces[p].o_begin,
+                             .n_out = pieces[p].rows};
+        const size_t element = format == TR_W_E4M3_B128 ? 1 : format == TR_W_BF16 ? 2 : 4;
+        source from = {(const char *)s.data, (size_t)s.columns * element, -1};
+        assert_int_equal(cpu.ops->linear_fill(cpu.d, &filled, &src, read_source, &from), TR_OK);
+        assert_memory_equal(filled.data, packed.data, bytes);
+        char *table = test_alloc((size_t)s.rows, from.row_bytes);
+        assert_int_equal(
+            cpu.ops->table_fill(cpu.d, table, from.row_bytes, s.rows, read_source, &from), TR_OK);
+        assert_memory_equal(table, s.data, (size_t)s.rows * from.row_bytes);
+        from.bad = s.rows / 2;
+        assert_int_equal(cpu.ops->linear_fill(cpu.d, &filled, &src, read_source, &from), TR_E_IO);
+        assert_int_equal(
+            cpu.ops->table_fill(cpu.d, table, from.row_bytes, s.rows, read_source, &from), TR_E_IO);
+        src.transposed = 1;
+        assert_int_equal(cpu.ops->linear_fill(cpu.d, &filled, &src, read_source, &from),
+                         TR_E_USAGE);
+        free(table);
+        free_stored(&s);
+        cpu.ops->close(cpu.d);
+    }
+}
+
 /* Small inputs meet the smallest weights: no product may fall to zero or lose bits on the way. */
 static void small_products(void **state)
 {
@@ -504,11 +569,12 @@ static void devices(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(shapes),         cmocka_unit_test(offsets),
-        cmocka_unit_test(pieces),         cmocka_unit_test(rows_do_not_depend_on_each_other),
-        cmocka_unit_test(many_rows),      cmocka_unit_test(indexed_rows),
-        cmocka_unit_test(small_products), cmocka_unit_test(nan_codes),
-        cmocka_unit_test(refusals),       cmocka_unit_test(devices),
+        cmocka_unit_test(shapes),          cmocka_unit_test(offsets),
+        cmocka_unit_test(pieces),          cmocka_unit_test(rows_do_not_depend_on_each_other),
+        cmocka_unit_test(many_rows),       cmocka_unit_test(indexed_rows),
+        cmocka_unit_test(filled_matrices), cmocka_unit_test(small_products),
+        cmocka_unit_test(nan_codes),       cmocka_unit_test(refusals),
+        cmocka_unit_test(devices),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -416,6 +416,43 @@ static void nothing_to_draw(void **state)
         assert_int_equal(w->parts.token[i], -2);
 }
 
+/* Greedy rows by their 8 bytes, as the largest over all members: the same as from whole rows, targets, masks, NaN and all. */
+static void greedy_rows_by_key(void **state)
+{
+    world *w = *state;
+    uint64_t key[ROWS], most[ROWS];
+
+    for (int n_members = 1; n_members <= MEMBERS_MAX; n_members++) {
+        make_rows(w);
+        cut(w, n_members);
+        for (int i = 0; i < ROWS; i++)
+            w->sampling[i].temperature = 0;
+        if (n_members == 4) memset(w->has_token, 0, sizeof w->has_token);
+        forget(w, &w->whole);
+        for (int i = 0; i < ROWS; i += CHUNK)
+            from_whole(w, i, CHUNK, &w->whole);
+        memcpy(w->whole.last, w->last_token, sizeof w->last_token);
+        forget(w, &w->parts);
+        for (int i = 0; i < ROWS; i += CHUNK) {
+            const int n = ROWS - i < CHUNK ? ROWS - i : CHUNK;
+            memset(most, 0, sizeof most);
+            for (int m = 0; m < n_members; m++) {
+                RUN(w, argmax_part, .rows = &w->rows, .i_head = i, .n_rows = n,
+                    .first = w->first[m], .n_vocab = w->first[m + 1] - w->first[m],
+                    .logits = w->logits[i] + w->first[m], .ld = VOCAB, .has_token = w->has_token,
+                    .plan = &w->plan.head, .key = key, .workspace = w->workspace,
+                    .workspace_bytes = w->workspace_bytes);
+                for (int r = 0; r < n; r++)
+                    most[r] = key[r] > most[r] ? key[r] : most[r];
+            }
+            RUN(w, argmax_take, .rows = &w->rows, .i_head = i, .n_rows = n, .key = most,
+                .slots = w->slots, .token_out = w->parts.token);
+        }
+        assert_memory_equal(w->parts.token, w->whole.token, sizeof w->whole.token);
+        assert_memory_equal(w->last_token, w->whole.last, sizeof w->whole.last);
+    }
+}
+
 static void too_small_a_workspace(void **state)
 {
     world *w = *state;
@@ -440,7 +477,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(same_as_from_whole_rows), cmocka_unit_test(whole_rows_are_rare),
         cmocka_unit_test(ties_across_members),     cmocka_unit_test(nothing_to_draw),
-        cmocka_unit_test(too_small_a_workspace),
+        cmocka_unit_test(greedy_rows_by_key),      cmocka_unit_test(too_small_a_workspace),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }

@@ -319,6 +319,6 @@ int main(void)
     int n_failed = world.size == 1 ? cmocka_run_group_tests(alone, NULL, NULL)
                                    : cmocka_run_group_tests(together, NULL, NULL);
     if (n_failed && world.size > 1) tr_world_abort(TR_E_COMM);
-    tr_world_finish();
+    tr_world_finish(TR_OK);
     return n_failed ? 1 : 0;
 }

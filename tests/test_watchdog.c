@@ -213,7 +213,7 @@ static int run_rank(tr_world *w, const char *how, const char *out)
     if (st == TR_OK && w->rank == 0) puts("finished");
     tr_watchdog_stop(wd);
     tr_comm_free(c);
-    tr_world_finish();
+    tr_world_finish(TR_OK);
     return st != TR_OK;
 }
 
@@ -234,6 +234,6 @@ int main(int argc, char **argv)
     }
     if (argc == 3) return run_rank(&world, argv[1], argv[2]);
     int n_failed = cmocka_run_group_tests(tests, NULL, NULL);
-    tr_world_finish();
+    tr_world_finish(TR_OK);
     return n_failed ? 1 : 0;
 }

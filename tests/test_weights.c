@@ -50,17 +50,23 @@ static tr_slice slice_of(const tr_config *c, tr_grid_sizes n, int rank)
 
 static const tr_grid_sizes single = {1, 1, 1, 1, 1, 1, 1};
 
-static void load(loaded *m, const tr_config *config, const tr_checkpoint *checkpoint,
-                 tr_grid_sizes n, int rank)
+static void load_by(const tr_ops *ops, loaded *m, const tr_config *config,
+                    const tr_checkpoint *checkpoint, tr_grid_sizes n, int rank)
 {
     tr_err err = {0};
     *m = (loaded){.config = *config};
     m->slice = slice_of(config, n, rank);
     tr_status st = tr_weights_load(&m->weights, config, &m->slice, checkpoint,
                                    checkpoint ? TR_LOAD_SAFETENSORS : TR_LOAD_DUMMY, 7, &m->device,
-                                   &fake_ops, NULL, &m->regions, &err);
+                                   ops, NULL, &m->regions, &err);
     if (st != TR_OK) fail_msg("%s", err.text);
     assert_int_equal(m->weights->bytes, m->device.bytes);
+}
+
+static void load(loaded *m, const tr_config *config, const tr_checkpoint *checkpoint,
+                 tr_grid_sizes n, int rank)
+{
+    load_by(&fake_ops, m, config, checkpoint, n, rank);
 }
 
 static void unload(loaded *m)
@@ -263,8 +269,7 @@ static void check_all(const loaded *m)
     assert_int_equal(w->norm != NULL, m->slice.head);
     if (m->slice.head) {
         same_vector(m, w->norm, "model.norm.weight");
-        same_matrix(m, &w->head, 0, 0, "lm_head.weight", m->slice.vocab,
-                    whole(c->hidden_size), 0);
+        same_matrix(m, &w->head, 0, 0, "lm_head.weight", m->slice.vocab, whole(c->hidden_size), 0);
     }
     assert_int_equal(w->mtp != NULL, mtp);
     if (!mtp) return;
@@ -324,6 +329,34 @@ static void whole_models_are_what_is_stored(void **state)
         assert_int_equal(m.regions.n, 2);
         assert_true(m.regions.total[read].bytes == (double)m.weights->bytes_read);
         assert_true(m.regions.total[pack].calls > 0);
+        unload(&m);
+        tr_checkpoint_close(checkpoint);
+    }
+}
+
+/* Where the device's threads read: the same weights, every byte once. */
+static void filled_weights_are_the_same(void **state)
+{
+    static const tr_grid_sizes halves = {
+        .pp = 1, .dp = 1, .cp = 1, .tp = 2, .mdp = 1, .ep = 1, .xt = 2};
+    char path[512];
+    (void)state;
+    for (int i = 0; i < 4; i++) {
+        const tr_grid_sizes *sizes = i < 2 ? &single : &halves;
+        tr_config c;
+        tr_checkpoint *checkpoint;
+        loaded m, packed;
+        open_model(tr_vector_path(path, sizeof path, "model/tiny"), &c, &checkpoint);
+        load_by(&filling_ops, &m, &c, i ? checkpoint : NULL, *sizes, i / 3);
+        load(&packed, &c, i ? checkpoint : NULL, *sizes, i / 3);
+        assert_int_equal(m.regions.n, 3);
+        assert_int_equal(m.weights->bytes_read, packed.weights->bytes_read);
+        const tr_linear *a = &m.weights->layer[1].attention.o;
+        assert_memory_equal(a->data, packed.weights->layer[1].attention.o.data,
+                            fake_linear_bytes(a->format, 1, a->n_out, a->n_in));
+        m.checkpoint = checkpoint;
+        if (i) check_all(&m);
+        unload(&packed);
         unload(&m);
         tr_checkpoint_close(checkpoint);
     }
@@ -392,8 +425,8 @@ static void assert_halves_make_whole(const loaded *all, const loaded half[2])
 
 static bool is_replicated(const char *name)
 {
-    static const char *const cut[] = {"q_b_proj",     "kv_b_proj",     "o_proj",
-                                      "mlp.experts.", "mlp.gate_proj", "mlp.up_proj",
+    static const char *const cut[] = {"q_b_proj",      "kv_b_proj",     "o_proj",
+                                      "mlp.experts.",  "mlp.gate_proj", "mlp.up_proj",
                                       "mlp.down_proj", "lm_head"};
     for (size_t i = 0; i < sizeof cut / sizeof *cut; i++)
         if (strstr(name, cut[i])) return false;
@@ -748,6 +781,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(whole_models_are_what_is_stored),
+        cmocka_unit_test(filled_weights_are_the_same),
         cmocka_unit_test(slices_are_their_part_of_the_whole),
         cmocka_unit_test(two_ranks_hold_and_read_it_all),
         cmocka_unit_test(dummy_weights_do_not_depend_on_the_grid),

@@ -109,17 +109,55 @@ static void dots(float *out, tr_tile q, tr_tile k, int d)
         dots_block(out + s, rest, q.ld, 1, 1, key + s, d);
 }
 
+/* Row i of the result is lane i of the rows. */
+INLINE void transpose_16(__m512 x[16])
+{
+    __m512 t[16], u[16];
+
+    UNROLL for (int i = 0; i < 16; i += 2)
+    {
+        t[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 16; i += 4)
+    {
+        UNROLL for (int j = 0; j < 2; j++)
+        {
+            __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
+            u[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            u[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    }
+    /* Quarter l of u[4 r + c] holds lane 4 l + c of rows 4 r to 4 r + 3. */
+    UNROLL for (int c = 0; c < 4; c++)
+    {
+        __m512 even = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88);
+        __m512 odd = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xdd);
+        __m512 even_2 = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0x88);
+        __m512 odd_2 = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0xdd);
+        x[c] = _mm512_shuffle_f32x4(even, even_2, 0x88);
+        x[4 + c] = _mm512_shuffle_f32x4(odd, odd_2, 0x88);
+        x[8 + c] = _mm512_shuffle_f32x4(even, even_2, 0xdd);
+        x[12 + c] = _mm512_shuffle_f32x4(odd, odd_2, 0xdd);
+    }
+}
+
 static void turn(float *out, tr_tile k, int d)
 {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i step = _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)k.ld));
-
-    for (int s = 0; s < TR_KEY_BLOCK; s += 16) {
-        const float *from = k.x + (size_t)s * k.ld;
-        for (int i = 0; i < d; i++) {
-            __m512 x = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes(k.n - s), step, from + i,
-                                                sizeof *from);
-            _mm512_storeu_ps(out + i * TR_KEY_BLOCK + s, x);
+    for (int s = 0; s < TR_KEY_BLOCK; s += 16, out += 16) {
+        for (int i = 0; i < d; i += 16) {
+            __m512 x[16];
+            UNROLL for (int j = 0; j < 16; j++)
+            {
+                x[j] = s + j < k.n
+                           ? _mm512_maskz_loadu_ps(lanes(d - i), k.x + (size_t)(s + j) * k.ld + i)
+                           : _mm512_setzero_ps();
+            }
+            transpose_16(x);
+            UNROLL for (int j = 0; j < 16; j++)
+            {
+                if (i + j < d) _mm512_storeu_ps(out + (size_t)(i + j) * TR_KEY_BLOCK, x[j]);
+            }
         }
     }
 }
@@ -168,12 +206,12 @@ INLINE __m512 load(const float *x, int full, __mmask16 m)
     return full ? _mm512_loadu_ps(x) : _mm512_maskz_loadu_ps(m, x);
 }
 
-/* Up to 4 rows by up to 64 columns; full: by 64. */
+/* Up to 6 rows by up to 64 columns; full: by 64. */
 INLINE void accumulate_block(float *y, size_t ld_y, const float *p, const float *keep,
                              const int *n_keys, int n_rows, const float *v, size_t ld_v, int width,
                              int full)
 {
-    __m512 acc[4][4], x[4];
+    __m512 acc[6][4], x[4];
     __mmask16 m[4];
     int s = 0, common = n_keys[0];
 
@@ -222,11 +260,14 @@ static void accumulate(float *y, size_t ld_y, const float *p, const float *keep,
                        int n_rows, const float *v, size_t ld_v, int d)
 {
     for (int i = 0; i < d; i += 64) /* these columns of v stay in L1 while all rows pass */
-        for (int r = 0; r < n_rows; r += 4) {
+        for (int r = 0, step = 4; r < n_rows; r += step) {
             float *to = y + (size_t)r * ld_y + i;
             const float *pr = p + r * TR_KEY_BLOCK;
             int n = n_rows - r;
-            if (n >= 4 && d - i >= 64)
+            step = n >= 6 && d - i >= 64 ? 6 : 4;
+            if (step == 6)
+                accumulate_block(to, ld_y, pr, keep + r, n_keys + r, 6, v + i, ld_v, 64, 1);
+            else if (n >= 4 && d - i >= 64)
                 accumulate_block(to, ld_y, pr, keep + r, n_keys + r, 4, v + i, ld_v, 64, 1);
             else if (n >= 4)
                 accumulate_block(to, ld_y, pr, keep + r, n_keys + r, 4, v + i, ld_v, d - i, 0);

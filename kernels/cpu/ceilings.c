@@ -1,59 +1,89 @@
 /* What this machine can do at most, with the device's threads and instruction set: the yardstick of `trireme bench`. */
 #include <config.h>
 
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include <sys/mman.h>
 
 #include "base/clock.h"
 #include "kernels/cpu/cpu_priv.h"
 
-enum { BLOCK_BYTES = 256 << 20, ROUNDS = 5 };
+enum { BLOCK_BYTES = 256 << 20, HUGE_PAGE = 2 << 20, ROUNDS = 5 };
+
+enum {
+    FMA_ROUNDS = 250000
+}; /* half a millisecond: less than what the system gives others between two */
+
+/* Each member's own part of the block; what it saw goes where the compiler cannot leave it out. */
+typedef struct ceiling_work {
+    const tr_device *d;
+    char *block;
+    size_t part;
+    atomic_uint_fast64_t seen;
+} ceiling_work;
+
+static void touch_member(void *ctx, int i, int n)
+{
+    const ceiling_work *w = ctx;
+    (void)n;
+    /* by the thread that reads it: first touch */
+    memset(w->block + (size_t)i * w->part, i + 1, w->part);
+}
+
+static void read_member(void *ctx, int i, int n)
+{
+    ceiling_work *w = ctx;
+    (void)n;
+    atomic_fetch_add(&w->seen, w->d->k.read_sum(w->block + (size_t)i * w->part, w->part));
+}
+
+static void fma_member(void *ctx, int i, int n)
+{
+    ceiling_work *w = ctx;
+    (void)n;
+    atomic_fetch_add(&w->seen, w->d->k.fma_loop(FMA_ROUNDS + i) > 0.0f);
+}
 
 /* Best of some rounds: a ceiling is what is possible, not what is usual. */
-static tr_status read_ceiling(tr_device *d, double *bytes_per_s)
+static uint64_t best_of(tr_device *d, int n_rounds, tr_team_fn *fn, ceiling_work *w)
 {
-    const int n = d->n_threads;
-    const size_t part = (size_t)BLOCK_BYTES / (size_t)n / 4096 * 4096, all = part * (size_t)n;
-    uint64_t best = UINT64_MAX, seen = 0;
-    char *block = aligned_alloc(4096, all);
+    uint64_t best = UINT64_MAX;
 
-    if (!block) return tr_cpu_fail(d, TR_E_MEMORY, "out of memory: %zu bytes to read", all);
-#pragma omp parallel for num_threads(n) schedule(static, 1)
-    for (int i = 0; i < n; i++)
-        memset(block + (size_t)i * part, i + 1,
-               part); /* by the thread that reads it: first touch */
-    for (int r = 0; r < ROUNDS; r++) {
+    for (int r = 0; r < n_rounds; r++) {
         uint64_t begun = tr_now_ns();
-#pragma omp parallel for num_threads(n) schedule(static, 1) reduction(+ : seen)
-        for (int i = 0; i < n; i++)
-            seen += d->k.read_sum(block + (size_t)i * part, part);
+        tr_team_run(d->team, fn, w);
         uint64_t took = tr_now_ns() - begun;
         if (took < best) best = took;
     }
-    free(block);
-    d->ticket += seen & 1; /* the sum is used, so that the reads cannot be left out */
-    *bytes_per_s = (double)all / (double)best * 1e9;
+    d->ticket += atomic_load(&w->seen) & 1; /* used, so that the work cannot be left out */
+    return best;
+}
+
+/* Huge pages, as the weights have. */
+static tr_status read_ceiling(tr_device *d, double *bytes_per_s)
+{
+    const int n = d->n_threads;
+    const size_t part = (size_t)BLOCK_BYTES / (size_t)n / HUGE_PAGE * HUGE_PAGE;
+    ceiling_work w = {.d = d, .part = part ? part : HUGE_PAGE};
+    const size_t all = w.part * (size_t)n;
+
+    w.block = aligned_alloc(HUGE_PAGE, all);
+    if (!w.block) return tr_cpu_fail(d, TR_E_MEMORY, "out of memory: %zu bytes to read", all);
+    madvise(w.block, all, MADV_HUGEPAGE); /* a wish */
+    tr_team_run(d->team, touch_member, &w);
+    *bytes_per_s = (double)all / (double)best_of(d, ROUNDS, read_member, &w) * 1e9;
+    free(w.block);
     return TR_OK;
 }
 
 static void fma_ceiling(tr_device *d, double *flops_per_s)
 {
-    const long rounds =
-        250000; /* half a millisecond: less than what the system gives others between two */
-    const int n = d->n_threads;
-    uint64_t best = UINT64_MAX;
-    double seen = 0;
+    ceiling_work w = {.d = d};
+    const double flops = 2.0 * (double)FMA_ROUNDS * d->k.fma_width * d->n_threads;
 
-    for (int r = 0; r < 8 * ROUNDS; r++) {
-        uint64_t begun = tr_now_ns();
-#pragma omp parallel for num_threads(n) schedule(static, 1) reduction(+ : seen)
-        for (int i = 0; i < n; i++)
-            seen += (double)d->k.fma_loop(rounds + i);
-        uint64_t took = tr_now_ns() - begun;
-        if (took < best) best = took;
-    }
-    d->ticket += seen > 0;
-    *flops_per_s = 2.0 * (double)rounds * d->k.fma_width * n / (double)best * 1e9;
+    *flops_per_s = flops / (double)best_of(d, 8 * ROUNDS, fma_member, &w) * 1e9;
 }
 
 tr_status tr_cpu_ceilings(tr_device *d, tr_ceilings *out)

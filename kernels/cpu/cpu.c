@@ -7,12 +7,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include <omp.h>
+#include <sched.h>
 #include <sys/mman.h>
+#include <unistd.h>
 #ifdef TR_HAVE_X86_SIMD
 #include <cpuid.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 #include "base/size.h"
@@ -172,6 +172,8 @@ static const tr_ops cpu_ops = {
     .close = cpu_close,
     .linear_bytes = tr_cpu_linear_bytes,
     .linear_pack = tr_cpu_linear_pack,
+    .linear_fill = tr_cpu_linear_fill,
+    .table_fill = tr_cpu_table_fill,
     .moe_workspace = tr_cpu_moe_workspace,
     .sparse_mla_workspace = tr_cpu_sparse_mla_workspace,
     .sample_workspace = tr_cpu_sample_workspace,
@@ -284,6 +286,21 @@ static tr_cpu_kernels merge(tr_isa isa)
 
 /* ---- opening ---- */
 
+/* The name is OpenMP's: what batch scripts set for every program. Of a list ("4,2") the first counts. A mask that is
+ * too wide for a cpu_set_t cannot be read: then it is the host. */
+int tr_device_threads(void)
+{
+    enum { MOST = 4096 };
+    const char *said = getenv("OMP_NUM_THREADS");
+    const long wanted = said ? strtol(said, NULL, 10) : 0;
+    cpu_set_t set;
+
+    if (wanted > 0) return wanted < MOST ? (int)wanted : MOST;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+    const long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n < 1 ? 1 : n < MOST ? (int)n : MOST;
+}
+
 /* A backend that lacks an operation is refused here, not found out in a step. */
 static tr_status check_ops(const tr_ops *ops, tr_err *err)
 {
@@ -324,7 +341,7 @@ tr_status tr_device_open(tr_device **out, const tr_ops **ops, const tr_device_op
 
     tr_device *d = calloc(1, sizeof *d);
     if (!d) return tr_fail(err, TR_E_MEMORY, "out of memory");
-    d->n_threads = options->n_threads > 0 ? options->n_threads : omp_get_max_threads();
+    d->n_threads = options->n_threads > 0 ? options->n_threads : tr_device_threads();
     if ((st = tr_team_create(&d->team, d->n_threads, NULL, err)) != TR_OK) {
         free(d);
         return st;

@@ -81,6 +81,7 @@ struct tr_device {
     struct tr_cpu_block *blocks; /* everything alloc gave and release has not taken back */
     char error[256];
     char describe[64];
+    char places[64]; /* the CPUs its threads are bound to; a long list is cut */
 };
 
 /* A code as it is packed. */
@@ -139,6 +140,10 @@ TR_OPS(TR_CPU_OP)
 
 size_t tr_cpu_linear_bytes(tr_format format, int n_mats, int n_out, int n_in);
 tr_status tr_cpu_linear_pack(tr_device *d, tr_linear *dst, const tr_linear_src *src);
+tr_status tr_cpu_linear_fill(tr_device *d, tr_linear *dst, const tr_linear_src *src,
+                             tr_rows_fn *rows, void *ctx);
+tr_status tr_cpu_table_fill(tr_device *d, void *dst, size_t row_bytes, int n_rows, tr_rows_fn *rows,
+                            void *ctx);
 tr_status tr_cpu_ceilings(tr_device *d, tr_ceilings *out);
 size_t tr_cpu_moe_workspace(int n_max, int k, int d, int d_inner);
 size_t tr_cpu_sparse_mla_workspace(int n_max, int n_heads, int d_latent);

@@ -151,16 +151,32 @@ static int group_rows(const tr_device *d, const struct tr_dense_mha_args *a, run
     return n < GROUP_ROWS ? n : GROUP_ROWS;
 }
 
-static void run_attention(const tr_device *d, const struct tr_dense_mha_args *a, run r, scratch *to)
-{
-    int n = group_rows(d, a, r), n_groups = (r.end - r.begin + n - 1) / n;
+typedef struct mha_work {
+    const tr_device *d;
+    const struct tr_dense_mha_args *a;
+} mha_work;
 
-    /* The latest group, with the most keys, first. */
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int t = 0; t < n_groups * a->n_heads; t++) {
-        run group = {r.begin + (n_groups - 1 - t / a->n_heads) * n, r.end};
-        if (group.end - group.begin > n) group.end = group.begin + n;
-        group_attention(d, a, t % a->n_heads, group, to);
+/* Tasks are numbered through all runs, so that nobody waits between two: a member walks the runs and takes a new number
+ * when it has done the task of its last one. */
+static void mha_member(void *ctx, int i, int n_members)
+{
+    const mha_work *w = ctx;
+    const struct tr_dense_mha_args *a = w->a;
+    tr_team *team = w->d->team;
+    int first = 0, mine = tr_team_next(team);
+    TR_SCRATCH scratch to __attribute__((aligned(64)));
+
+    (void)i, (void)n_members;
+    for (run r = {0, 0}; next_run(a->rows, &r);) {
+        int n = group_rows(w->d, a, r), n_groups = (r.end - r.begin + n - 1) / n;
+        /* The latest group, with the most keys, first. */
+        for (; mine - first < n_groups * a->n_heads; mine = tr_team_next(team)) {
+            int t = mine - first;
+            run group = {r.begin + (n_groups - 1 - t / a->n_heads) * n, r.end};
+            if (group.end - group.begin > n) group.end = group.begin + n;
+            group_attention(w->d, a, t % a->n_heads, group, &to);
+        }
+        first += n_groups * a->n_heads;
     }
 }
 
@@ -191,11 +207,7 @@ tr_status tr_cpu_dense_mha(tr_device *d, tr_lane lane, const struct tr_dense_mha
             memset(a->out + (size_t)i * row, 0, row * sizeof *a->out);
     }
     if (work == 0) return TR_OK;
-#pragma omp parallel num_threads(tr_threads_for(d, work))
-    {
-        TR_SCRATCH scratch to __attribute__((aligned(64)));
-        for (run r = {0, 0}; next_run(rows, &r);)
-            run_attention(d, a, r, &to);
-    }
+    mha_work w = {d, a};
+    tr_device_run(d, work, mha_member, &w);
     return TR_OK;
 }

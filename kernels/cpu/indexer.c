@@ -55,10 +55,38 @@ float tr_index_quantise(const tr_device *d, uint8_t *out, float *x, int d_index)
     return tr_quantise(k, out, x, d_index);
 }
 
+typedef struct query_work {
+    const tr_device *d;
+    const struct tr_index_query_args *a;
+    int n_rows;
+} query_work;
+
+static void query_member(void *ctx, int i, int n)
+{
+    const query_work *work = ctx;
+    const struct tr_index_query_args *a = work->a;
+    const int d_index = a->d_index, total = work->n_rows * a->n_heads;
+    const float constant = 1.0f / sqrtf((float)a->n_heads) / sqrtf((float)d_index);
+
+    for (int t = tr_team_part(total, i, n); t < tr_team_part(total, i + 1, n); t++) {
+        const int row = t / a->n_heads;
+        const size_t at = (size_t)t;
+        TR_SCRATCH float x[TR_D_INDEX_MAX];
+        float scale = 1.0f;
+        if (tr_row_is_pad(a->rows, row)) continue;
+        memcpy(x, a->q + at * d_index, (size_t)d_index * sizeof *x);
+        tr_rope_half_split(x, a->rope + (size_t)a->rows->position[row] * a->d_rope, a->d_rope);
+        if (a->cache_dtype == TR_F32)
+            memcpy((float *)a->out + at * d_index, x, (size_t)d_index * sizeof *x);
+        else
+            scale = tr_index_quantise(work->d, (uint8_t *)a->out + at * d_index, x, d_index);
+        a->w[at] = a->w[at] * constant * scale;
+    }
+}
+
 tr_status tr_cpu_index_query(tr_device *d, tr_lane lane, const struct tr_index_query_args *a)
 {
     int n = tr_live_rows(a->rows->n, a->rows->n_max), d_index = a->d_index;
-    float constant = 1.0f / sqrtf((float)a->n_heads) / sqrtf((float)d_index);
     double work = 16.0 * n * a->n_heads * d_index;
     tr_kv_layer like = {.index = a->out, .dtype = a->cache_dtype, .d_index = d_index};
     tr_status st = tr_attention_check_kv(d, "index_query", &like);
@@ -67,20 +95,8 @@ tr_status tr_cpu_index_query(tr_device *d, tr_lane lane, const struct tr_index_q
     if (st != TR_OK) return st;
     if (a->d_rope > d_index)
         return tr_cpu_fail(d, TR_E_USAGE, "index_query: queries narrower than their rope");
-#pragma omp parallel for collapse(2) num_threads(tr_threads_for(d, work)) schedule(static)
-    for (int i = 0; i < n; i++)
-        for (int h = 0; h < a->n_heads; h++) {
-            size_t at = (size_t)i * a->n_heads + h;
-            float x[TR_D_INDEX_MAX], scale = 1.0f;
-            if (tr_row_is_pad(a->rows, i)) continue;
-            memcpy(x, a->q + at * d_index, (size_t)d_index * sizeof *x);
-            tr_rope_half_split(x, a->rope + (size_t)a->rows->position[i] * a->d_rope, a->d_rope);
-            if (a->cache_dtype == TR_F32)
-                memcpy((float *)a->out + at * d_index, x, (size_t)d_index * sizeof *x);
-            else
-                scale = tr_index_quantise(d, (uint8_t *)a->out + at * d_index, x, d_index);
-            a->w[at] = a->w[at] * constant * scale;
-        }
+    query_work w = {d, a, n};
+    tr_device_run(d, work, query_member, &w);
     return TR_OK;
 }
 
@@ -162,6 +178,32 @@ static void page_scores(const tr_device *d, const struct tr_index_logits_args *a
         if (needs_scores(a, r)) row_scores(d, a, r, s, tile, key_scale, &ahead);
 }
 
+typedef struct logits_work {
+    const tr_device *d;
+    const struct tr_index_logits_args *a;
+    int end; /* rows [a->i_row, end) */
+} logits_work;
+
+/* Every member walks the runs of rows that share a slot, and takes its share of each run's pages. */
+static void logits_member(void *ctx, int member, int n_members)
+{
+    const logits_work *work = ctx;
+    const struct tr_index_logits_args *a = work->a;
+    const tr_rows *rows = a->rows;
+    TR_SCRATCH float tile[TR_INDEX_TILE] __attribute__((aligned(64)));
+
+    for (int i = a->i_row, i_end; i < work->end; i = i_end) {
+        int n_pages = 0;
+        for (i_end = i; i_end < work->end && rows->slot[i_end] == rows->slot[i]; i_end++)
+            if (needs_scores(a, i_end) && rows->position[i_end] / TR_PAGE_TOKENS >= n_pages)
+                n_pages = rows->position[i_end] / TR_PAGE_TOKENS + 1;
+        for (int p = tr_team_part(n_pages, member, n_members),
+                 p_end = tr_team_part(n_pages, member + 1, n_members);
+             p < p_end; p++)
+            page_scores(work->d, a, i, i_end, p, n_pages, tile);
+    }
+}
+
 tr_status tr_cpu_index_logits(tr_device *d, tr_lane lane, const struct tr_index_logits_args *a)
 {
     const tr_rows *rows = a->rows;
@@ -176,19 +218,7 @@ tr_status tr_cpu_index_logits(tr_device *d, tr_lane lane, const struct tr_index_
         if (needs_scores(a, i)) work += (double)rows->position[i] * a->n_heads * a->kv.d_index;
     if (work == 0) return TR_OK;
 
-        /* Every thread walks the runs of rows that share a slot, and shares out each run's pages. */
-#pragma omp parallel num_threads(tr_threads_for(d, work))
-    {
-        TR_SCRATCH float tile[TR_INDEX_TILE] __attribute__((aligned(64)));
-        for (int i = a->i_row, i_end; i < end; i = i_end) {
-            int n_pages = 0;
-            for (i_end = i; i_end < end && rows->slot[i_end] == rows->slot[i]; i_end++)
-                if (needs_scores(a, i_end) && rows->position[i_end] / TR_PAGE_TOKENS >= n_pages)
-                    n_pages = rows->position[i_end] / TR_PAGE_TOKENS + 1;
-#pragma omp for schedule(static) nowait
-            for (int p = 0; p < n_pages; p++)
-                page_scores(d, a, i, i_end, p, n_pages, tile);
-        }
-    }
+    logits_work w = {d, a, end};
+    tr_device_run(d, work, logits_member, &w);
     return TR_OK;
 }

@@ -69,7 +69,7 @@ static void latent_write(const tr_device *d, const struct tr_kv_write_args *a, i
     int n = kv->d_latent, n_all = kv->d_latent + kv->d_rope;
     char *to = (char *)kv->latent +
                (size_t)a->rows->write[i] * tr_kv_row_bytes(kv->dtype, kv->d_latent, kv->d_rope);
-    float x[TR_D_KEY_MAX];
+    TR_SCRATCH float x[TR_D_KEY_MAX];
 
     latent_prepare(d, a, i, x);
     if (kv->dtype == TR_F32) {
@@ -123,7 +123,7 @@ static void index_write(const tr_device *d, const struct tr_kv_write_args *a, in
     const tr_kv_layer *kv = &a->kv;
     const float *in = a->index_k + (size_t)i * a->ld_index_k;
     int n = kv->d_index, exact = kv->dtype == TR_F32;
-    float x[TR_D_INDEX_MAX];
+    TR_SCRATCH float x[TR_D_INDEX_MAX];
 
     float mean = k->sum(in, n) / (float)n;
 #pragma omp simd
@@ -185,6 +185,25 @@ void tr_latent_prefetch(const tr_kv_layer *kv, int64_t i_row)
     __builtin_prefetch(at + bytes - 1, 0, 2);
 }
 
+typedef struct write_work {
+    const tr_device *d;
+    const struct tr_kv_write_args *a;
+    int n_rows, latent, index;
+} write_work;
+
+static void write_member(void *ctx, int i, int n)
+{
+    const write_work *w = ctx;
+    const struct tr_kv_write_args *a = w->a;
+
+    for (int r = tr_team_part(w->n_rows, i, n); r < tr_team_part(w->n_rows, i + 1, n); r++) {
+        if (tr_row_is_pad(a->rows, r)) continue;
+        assert(a->rows->write[r] < (int64_t)a->kv.n_pages * TR_PAGE_TOKENS);
+        if (w->latent) latent_write(w->d, a, r);
+        if (w->index) index_write(w->d, a, r);
+    }
+}
+
 tr_status tr_cpu_kv_write(tr_device *d, tr_lane lane, const struct tr_kv_write_args *a)
 {
     int n = tr_live_rows(a->rows->n, a->rows->n_max);
@@ -198,12 +217,7 @@ tr_status tr_cpu_kv_write(tr_device *d, tr_lane lane, const struct tr_kv_write_a
         return tr_cpu_fail(d, TR_E_USAGE, "kv_write: this backend has no peers to push to");
     if (index && a->kv.d_rope > a->kv.d_index)
         return tr_cpu_fail(d, TR_E_USAGE, "kv_write: index keys narrower than their rope");
-#pragma omp parallel for num_threads(tr_threads_for(d, work)) schedule(static)
-    for (int i = 0; i < n; i++) {
-        if (tr_row_is_pad(a->rows, i)) continue;
-        assert(a->rows->write[i] < (int64_t)a->kv.n_pages * TR_PAGE_TOKENS);
-        if (latent) latent_write(d, a, i);
-        if (index) index_write(d, a, i);
-    }
+    write_work w = {d, a, n, latent, index};
+    tr_device_run(d, n < 2 ? 0.0 : work, write_member, &w);
     return TR_OK;
 }

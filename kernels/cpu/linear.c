@@ -1,6 +1,8 @@
 #include <config.h>
 
 #include <math.h>
+#include <stdatomic.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "base/size.h"
@@ -148,37 +150,57 @@ static tr_status check_piece(tr_device *d, const tr_linear *w, const tr_linear_s
     return TR_OK;
 }
 
+/* What lies of a piece in a panel; `first`: the row of the piece that stands at src. */
+static void pack_panel(tr_device *d, const tr_linear *dst, const tr_packed *m,
+                       const tr_linear_src *s, int panel, int first)
+{
+    const int o = panel * TR_PANEL, o_end = s->o_begin + s->n_out;
+    pack_block b = {.d = d, .m = m, .format = dst->format, .s = s};
+
+    b.lane = o > s->o_begin ? 0 : s->o_begin - o;
+    b.lane_end = o_end - o < TR_PANEL ? o_end - o : TR_PANEL;
+    b.o = o + b.lane - s->o_begin - first;
+    b.at = m->panels + (size_t)panel * m->panel_bytes;
+    for (b.k = 0; b.lane < b.lane_end && b.k < m->n_in; b.k += b.n) {
+        b.n = tr_block_columns(m, b.k);
+        pack(&b);
+        b.at += tr_block_bytes(m, b.n);
+    }
+}
+
 typedef struct pack_work {
     tr_device *d;
     const tr_linear *dst;
     const tr_linear_src *src;
+    tr_rows_fn *rows; /* fill: where rows come from */
+    void *ctx;
+    atomic_int status;
 } pack_work;
 
-/* Panels are packed by the members that will read them in tr_cpu_gemm_all, so that first touch places them. */
+/* Panels that the piece has a part in and that member i of n owns: those that it will read in tr_cpu_gemm_all, so that
+ * first touch places them. */
+static void own_panels(const pack_work *w, int i, int n, int *begin, int *end)
+{
+    const tr_linear_src *s = w->src;
+    const int n_panels = tr_n_panels(w->dst->n_out), last = tr_n_panels(s->o_begin + s->n_out);
+
+    *begin = tr_team_part(n_panels, i, n);
+    *end = tr_team_part(n_panels, i + 1, n);
+    if (*begin < s->o_begin / TR_PANEL) *begin = s->o_begin / TR_PANEL;
+    if (*end > last) *end = last;
+}
+
 static void pack_member(void *ctx, int i, int n)
 {
     const pack_work *w = ctx;
-    const tr_linear_src *s = w->src;
-    const tr_packed m = tr_packed_view(w->dst, s->i_mat);
-    const int o_end = s->o_begin + s->n_out, n_panels = tr_n_panels(w->dst->n_out);
-    const int end = tr_team_part(n_panels, i + 1, n);
+    const tr_packed m = tr_packed_view(w->dst, w->src->i_mat);
+    int panel, end;
 
-    for (int panel = tr_team_part(n_panels, i, n); panel < end; panel++) {
-        const int o = panel * TR_PANEL;
-        pack_block b = {.d = w->d, .m = &m, .format = w->dst->format, .s = s};
-        b.lane = o > s->o_begin ? 0 : s->o_begin - o;
-        b.lane_end = o_end - o < TR_PANEL ? o_end - o : TR_PANEL;
-        b.o = o + b.lane - s->o_begin;
-        b.at = m.panels + (size_t)panel * m.panel_bytes;
-        for (b.k = 0; b.lane < b.lane_end && b.k < m.n_in; b.k += b.n) {
-            b.n = tr_block_columns(&m, b.k);
-            pack(&b);
-            b.at += tr_block_bytes(&m, b.n);
-        }
-    }
+    for (own_panels(w, i, n, &panel, &end); panel < end; panel++)
+        pack_panel(w->d, w->dst, &m, w->src, panel, 0);
 }
 
-tr_status tr_cpu_linear_pack(tr_device *d, tr_linear *dst, const tr_linear_src *src)
+static tr_status begin_piece(tr_device *d, tr_linear *dst, const tr_linear_src *src)
 {
     tr_status st = check_piece(d, dst, src);
     if (st != TR_OK) return st;
@@ -192,10 +214,104 @@ tr_status tr_cpu_linear_pack(tr_device *d, tr_linear *dst, const tr_linear_src *
                            "scale block",
                            header->k_shift, k_shift);
     *header = (tr_pack_header){.magic = TR_PACK_MAGIC, .k_shift = k_shift};
+    return TR_OK;
+}
 
+tr_status tr_cpu_linear_pack(tr_device *d, tr_linear *dst, const tr_linear_src *src)
+{
+    tr_status st = begin_piece(d, dst, src);
+    if (st != TR_OK) return st;
     pack_work w = {.d = d, .dst = dst, .src = src};
     tr_device_run(d, (double)src->n_out * dst->n_in, pack_member, &w);
     return TR_OK;
+}
+
+/* ---- reading and packing by the same thread ---- */
+
+enum { FILL_BYTES = 512 << 10 }; /* of rows that are read before they are packed: they stay in L2 */
+
+/* Rows of the panels [panel, end) to the buffer, then into their panels. */
+static tr_status fill_panels(pack_work *w, const tr_packed *m, int panel, int end, void *buffer)
+{
+    const tr_linear_src *s = w->src;
+    const int from = panel * TR_PANEL - s->o_begin, to = end * TR_PANEL - s->o_begin;
+    const int first = from > 0 ? from : 0, n = (to < s->n_out ? to : s->n_out) - first;
+    tr_linear_src here = *s;
+    tr_status st = w->rows(w->ctx, first, n, buffer);
+
+    here.src = buffer;
+    here.row0 += first;
+    for (; panel < end && st == TR_OK; panel++)
+        pack_panel(w->d, w->dst, m, &here, panel, first);
+    return st;
+}
+
+static void fill_member(void *ctx, int i, int n)
+{
+    pack_work *w = ctx;
+    const tr_packed m = tr_packed_view(w->dst, w->src->i_mat);
+    const size_t panel_bytes =
+        TR_PANEL * w->src->ld * (size_t)tr_format_bytes(w->dst->format); /* in the file */
+    const int step = panel_bytes < FILL_BYTES ? (int)(FILL_BYTES / panel_bytes) : 1;
+    TR_SCRATCH uint8_t small[FILL_BYTES] __attribute__((aligned(64)));
+    void *buffer = panel_bytes <= FILL_BYTES ? small : malloc(panel_bytes);
+    tr_status st = buffer ? TR_OK : TR_E_MEMORY;
+    int panel, end;
+
+    for (own_panels(w, i, n, &panel, &end); panel < end && st == TR_OK; panel += step) {
+        if (atomic_load(&w->status) != TR_OK) break;
+        st = fill_panels(w, &m, panel, end - panel < step ? end : panel + step, buffer);
+    }
+    if (st != TR_OK) atomic_store(&w->status, (int)st);
+    if (buffer != small) free(buffer);
+}
+
+tr_status tr_cpu_linear_fill(tr_device *d, tr_linear *dst, const tr_linear_src *src,
+                             tr_rows_fn *rows, void *ctx)
+{
+    if (src->transposed || src->ld < (size_t)dst->n_in)
+        return tr_cpu_fail(d, TR_E_USAGE, "linear_fill: rows of %zu numbers for %d columns",
+                           src->ld, dst->n_in);
+    tr_status st = begin_piece(d, dst, src);
+    if (st != TR_OK) return st;
+    pack_work w = {.d = d, .dst = dst, .src = src, .rows = rows, .ctx = ctx};
+    tr_device_run(d, (double)src->n_out * dst->n_in, fill_member, &w);
+    st = (tr_status)atomic_load(&w.status);
+    return st == TR_OK
+               ? TR_OK
+               : tr_cpu_fail(d, st, "%s", st == TR_E_MEMORY ? "out of memory" : "unreadable rows");
+}
+
+typedef struct table_work {
+    char *dst;
+    size_t row_bytes;
+    int n_rows;
+    tr_rows_fn *rows;
+    void *ctx;
+    atomic_int status;
+} table_work;
+
+static void table_member(void *ctx, int i, int n)
+{
+    table_work *w = ctx;
+    const int begin = tr_team_part(w->n_rows, i, n), end = tr_team_part(w->n_rows, i + 1, n);
+    const int step = w->row_bytes < FILL_BYTES ? (int)(FILL_BYTES / w->row_bytes) : 1;
+
+    for (int r = begin; r < end && atomic_load(&w->status) == TR_OK; r += step) {
+        tr_status st =
+            w->rows(w->ctx, r, end - r < step ? end - r : step, w->dst + (size_t)r * w->row_bytes);
+        if (st != TR_OK) atomic_store(&w->status, (int)st);
+    }
+}
+
+tr_status tr_cpu_table_fill(tr_device *d, void *dst, size_t row_bytes, int n_rows, tr_rows_fn *rows,
+                            void *ctx)
+{
+    table_work w = {.dst = dst, .row_bytes = row_bytes, .n_rows = n_rows, .rows = rows, .ctx = ctx};
+
+    if (row_bytes > 0) tr_device_run(d, (double)n_rows * (double)row_bytes, table_member, &w);
+    tr_status st = (tr_status)atomic_load(&w.status);
+    return st == TR_OK ? TR_OK : tr_cpu_fail(d, st, "unreadable rows");
 }
 
 /* ---- products ---- */

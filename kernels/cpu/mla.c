@@ -8,9 +8,12 @@
 #include "kernels/cpu/attention_priv.h"
 
 enum {
-    KEYS_STEP = 16,     /* keys that stay in L1 expanded; a multiple of 16 */
-    HEADS_MAX = 128,    /* heads of one task: bounds its state on the stack */
-    PREFETCH_KEYS = 16, /* rows lie anywhere: those so far ahead in the list are asked for */
+    HEADS_MAX = 128, /* heads of one task: bounds its state on the stack */
+    HEADS_STEP =
+        24, /* that take in a block of values together: six at a time are what the loops take */
+    HEADS_TURN = 32,    /* for so many of a rank it pays to turn a block of keys on its side */
+    KEYS_STEP = 16,     /* where not, keys that stay in L1 expanded; a multiple of 16 */
+    PREFETCH_KEYS = 16, /* and rows so far ahead in the list are asked for */
 };
 
 float tr_softmax_step(const tr_device *d, float *p, int n, float scale, float *max, float *sum)
@@ -43,57 +46,101 @@ typedef struct task {
     size_t head; /* the first head, counted over all rows */
     int n_heads, n_keys;
     float max[HEADS_MAX], sum[HEADS_MAX];
-    float p[HEADS_MAX * TR_KEY_BLOCK] __attribute__((aligned(64)));
+    float p[HEADS_TURN * TR_KEY_BLOCK] __attribute__((aligned(64)));
     float keys[TR_KEY_BLOCK * TR_D_KEY_MAX] __attribute__((aligned(64)));
+    float turned[TR_KEY_BLOCK * TR_D_KEY_MAX] __attribute__((aligned(64))); /* [d_key, 64] */
 } task;
+
+/* The number of heads of a rank decides, not of a task: how rows are shared out among threads cannot show. */
+static int turns(const task *t)
+{
+    return t->a->n_heads >= HEADS_TURN;
+}
+
+static size_t key_width(const task *t)
+{
+    return (size_t)t->a->kv.d_latent + (size_t)t->a->kv.d_rope;
+}
+
+/* The cache row of entry `at` of the list, -1: none. */
+static int row_of(const task *t, const int32_t *list, int at)
+{
+    const int64_t n_rows = (int64_t)t->a->kv.n_pages * TR_PAGE_TOKENS;
+    return at < t->a->k && list[at] >= 0 && list[at] < n_rows ? list[at] : -1;
+}
+
+/* Rows lie anywhere: those of entries [at, at + n) are asked for while there is other work. */
+static void ask_ahead(const task *t, const int32_t *list, int at, int n)
+{
+    for (int i = at; i < at + n; i++) {
+        const int row = row_of(t, list, i);
+        if (row >= 0) tr_latent_prefetch(&t->a->kv, row);
+    }
+}
 
 /* Cache rows of the list from *at on, until there are n_max keys or the list ends; entries that name no row are passed
  * over. */
 static void gather_keys(task *t, const int32_t *list, int *at, int n_max)
 {
-    const struct tr_sparse_mla_args *a = t->a;
-    size_t d_key = (size_t)a->kv.d_latent + (size_t)a->kv.d_rope;
-    int64_t n_rows = (int64_t)a->kv.n_pages * TR_PAGE_TOKENS;
-
-    for (; *at < a->k && t->n_keys < n_max; ++*at) {
-        int ahead = *at + PREFETCH_KEYS;
-        if (ahead < a->k && list[ahead] >= 0 && list[ahead] < n_rows)
-            tr_latent_prefetch(&a->kv, list[ahead]);
-        if (list[*at] >= 0 && list[*at] < n_rows)
-            tr_latent_read(t->d, &a->kv, list[*at], t->keys + (size_t)t->n_keys++ * d_key);
+    for (; *at < t->a->k && t->n_keys < n_max; ++*at) {
+        const int row = row_of(t, list, *at);
+        if (!turns(t)) ask_ahead(t, list, *at + PREFETCH_KEYS, 1);
+        if (row >= 0)
+            tr_latent_read(t->d, &t->a->kv, row, t->keys + (size_t)t->n_keys++ * key_width(t));
     }
 }
 
-/* The next block of keys, expanded a few at a time: those meet the queries before they leave L1. */
+/* The next block of keys, expanded; turned, or with the products of all heads. */
 static int next_block(task *t, const int32_t *list, int *at)
 {
-    size_t d_key = (size_t)t->a->kv.d_latent + (size_t)t->a->kv.d_rope;
+    const struct tr_attention_kernels *k = tr_attention_of(t->d);
+    const size_t d_key = key_width(t);
+    const int step = turns(t) ? TR_KEY_BLOCK : KEYS_STEP;
 
     t->n_keys = 0;
-    for (int n = 0; n < TR_KEY_BLOCK; n += KEYS_STEP) {
-        gather_keys(t, list, at, n + KEYS_STEP);
+    for (int n = 0; n < TR_KEY_BLOCK; n += step) {
+        gather_keys(t, list, at, n + step);
         if (t->n_keys <= n) break;
-        tr_tile q = {t->a->q + t->head * d_key, d_key, t->n_heads};
         tr_tile key = {t->keys + (size_t)n * d_key, d_key, t->n_keys - n};
-        tr_attention_of(t->d)->dots(t->p + n, q, key, (int)d_key);
+        tr_tile q = {t->a->q + t->head * d_key, d_key, t->n_heads};
+        if (turns(t))
+            k->turn(t->turned, key, (int)d_key);
+        else /* a few keys at a time meet the queries before they leave L1 */
+            k->dots(t->p + n, q, key, (int)d_key);
     }
     return t->n_keys > 0;
 }
 
-/* Up to TR_ROW_BLOCK heads from h on take in the values of the block. */
+/* Up to HEADS_STEP heads from h on take in the block. */
 static void heads_step(task *t, int h, int n_heads)
 {
-    size_t d_latent = (size_t)t->a->kv.d_latent, d_key = d_latent + (size_t)t->a->kv.d_rope;
-    float *p = t->p + h * TR_KEY_BLOCK, keep[TR_ROW_BLOCK];
-    int n_keys[TR_ROW_BLOCK];
+    const struct tr_attention_kernels *k = tr_attention_of(t->d);
+    const size_t d_latent = (size_t)t->a->kv.d_latent, d_key = key_width(t);
+    float *p = turns(t) ? t->p : t->p + h * TR_KEY_BLOCK, keep[HEADS_STEP];
+    int n_keys[HEADS_STEP];
+    tr_tile q = {t->a->q + (t->head + h) * d_key, d_key, n_heads};
 
+    if (turns(t)) k->scores(p, q, t->turned, (int)d_key);
     for (int i = 0; i < n_heads; i++) {
         keep[i] = tr_softmax_step(t->d, p + i * TR_KEY_BLOCK, t->n_keys, t->a->scale,
                                   t->max + h + i, t->sum + h + i);
         n_keys[i] = t->n_keys;
     }
-    tr_attention_of(t->d)->accumulate(t->a->out + (t->head + h) * d_latent, d_latent, p, keep,
-                                      n_keys, n_heads, t->keys, d_key, (int)d_latent);
+    k->accumulate(t->a->out + (t->head + h) * d_latent, d_latent, p, keep, n_keys, n_heads, t->keys,
+                  d_key, (int)d_latent);
+}
+
+/* All heads of the task take in the block, while the rows of the next one, from `at` on, come nearer. */
+static void block_step(task *t, const int32_t *list, int at)
+{
+    const int n_steps = (t->n_heads + HEADS_STEP - 1) / HEADS_STEP;
+
+    for (int i = 0, h = 0; i < n_steps; i++, h += HEADS_STEP) {
+        const int from = tr_team_part(TR_KEY_BLOCK, i, n_steps);
+        if (turns(t))
+            ask_ahead(t, list, at + from, tr_team_part(TR_KEY_BLOCK, i + 1, n_steps) - from);
+        heads_step(t, h, t->n_heads - h < HEADS_STEP ? t->n_heads - h : HEADS_STEP);
+    }
 }
 
 /* Heads [h_begin, h_end) of row i. */
@@ -112,9 +159,9 @@ static void row_attention(const tr_device *d, const struct tr_sparse_mla_args *a
         t.max[h] = -INFINITY;
         t.sum[h] = 0.0f;
     }
+    if (turns(&t)) ask_ahead(&t, list, 0, TR_KEY_BLOCK);
     while (next_block(&t, list, &at))
-        for (int h = 0; h < t.n_heads; h += TR_ROW_BLOCK)
-            heads_step(&t, h, t.n_heads - h < TR_ROW_BLOCK ? t.n_heads - h : TR_ROW_BLOCK);
+        block_step(&t, list, at);
     for (int h = 0; h < t.n_heads; h++) {
         float factor = 1.0f / t.sum[h], *out = a->out + (t.head + h) * d_latent;
         if (t.sum[h] == 0.0f) /* nothing selected: out was never written */
@@ -136,6 +183,25 @@ size_t tr_cpu_sparse_mla_workspace(int n_max, int n_heads, int d_latent)
     return 64;
 }
 
+typedef struct mla_work {
+    const tr_device *d;
+    const struct tr_sparse_mla_args *a;
+    int n_rows, n_groups, width; /* a task: a row and one of n_groups groups of heads */
+} mla_work;
+
+static void mla_member(void *ctx, int i_member, int n_members)
+{
+    const mla_work *w = ctx;
+    const int n_heads = w->a->n_heads;
+
+    (void)i_member, (void)n_members;
+    for (int t; (t = tr_team_next(w->d->team)) < w->n_rows * w->n_groups;) {
+        int i = t / w->n_groups, h = t % w->n_groups * w->width;
+        if (!w->a->rows->dense[i])
+            row_attention(w->d, w->a, i, h, n_heads - h < w->width ? n_heads : h + w->width);
+    }
+}
+
 tr_status tr_cpu_sparse_mla(tr_device *d, tr_lane lane, const struct tr_sparse_mla_args *a)
 {
     int n = tr_live_rows(a->rows->n, a->rows->n_max), n_absorbed = 0;
@@ -154,11 +220,7 @@ tr_status tr_cpu_sparse_mla(tr_device *d, tr_lane lane, const struct tr_sparse_m
     if (width > HEADS_MAX) width = HEADS_MAX;
     n_groups = (a->n_heads + width - 1) / width;
     double work = (double)n_absorbed * a->k * a->n_heads * a->kv.d_latent;
-#pragma omp parallel for num_threads(tr_threads_for(d, work)) schedule(dynamic, 1)
-    for (int64_t t = 0; t < (int64_t)n * n_groups; t++) {
-        int i = (int)(t / n_groups), h = (int)(t % n_groups) * width;
-        if (!a->rows->dense[i])
-            row_attention(d, a, i, h, a->n_heads - h < width ? a->n_heads : h + width);
-    }
+    mla_work w = {d, a, n, n_groups, width};
+    tr_device_run(d, work, mla_member, &w);
     return TR_OK;
 }

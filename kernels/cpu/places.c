@@ -1,6 +1,7 @@
 /* Which CPUs the device's threads belong on. */
 #include <config.h>
 
+#include <stdio.h>
 #include <stdlib.h>
 
 #include <hwloc.h>
@@ -55,6 +56,28 @@ static tr_status find_places(int *cpu, int room, int *n, tr_err *err)
     return st;
 }
 
+/* "0-3,8" of 0 1 2 3 8, as far as there is room. */
+static void write_places(tr_device *d, const int *cpu)
+{
+    size_t at = 0;
+
+    d->places[0] = '\0';
+    for (int i = 0, last; i < d->n_threads && at < sizeof d->places; i = last + 1) {
+        for (last = i; last + 1 < d->n_threads && cpu[last + 1] == cpu[last] + 1;)
+            last++;
+        int wrote = snprintf(d->places + at, sizeof d->places - at, "%s%d", i ? "," : "", cpu[i]);
+        at += (size_t)wrote;
+        if (last == i || at >= sizeof d->places) continue;
+        wrote = snprintf(d->places + at, sizeof d->places - at, "-%d", cpu[last]);
+        at += (size_t)wrote;
+    }
+}
+
+const char *tr_device_places(const tr_device *d)
+{
+    return d->places;
+}
+
 tr_status tr_device_bind(tr_device *d, int i_share, int n_share, int *bound, tr_err *err)
 {
     enum { ROOM = 4096 };
@@ -68,12 +91,14 @@ tr_status tr_device_bind(tr_device *d, int i_share, int n_share, int *bound, tr_
     if (!cpu) return tr_fail(err, TR_E_MEMORY, "out of memory");
     tr_status st = find_places(cpu, ROOM, &n, err);
     const int begin = tr_team_part(n, i_share, n_share);
-    /* More threads than CPUs: the system does better than any place we could choose. */
-    if (st == TR_OK && tr_team_part(n, i_share + 1, n_share) - begin >= d->n_threads) {
+    /* More threads than CPUs: the system does better than any place we could choose. Of the smallest share, so that all
+     * processes come to the same end. */
+    if (st == TR_OK && n / n_share >= d->n_threads) {
         st = tr_team_create(&team, d->n_threads, cpu + begin, err);
         if (st == TR_OK) {
             tr_team_free(d->team);
             d->team = team;
+            write_places(d, cpu + begin);
             *bound = 1;
         }
     }

@@ -4,8 +4,6 @@
 #include <math.h>
 #include <stdbool.h>
 
-#include <omp.h>
-
 #include "kernels/cpu/sample_priv.h"
 #include "kernels/philox.h"
 
@@ -219,6 +217,24 @@ int tr_chunk_rows(const tr_rows *rows, int i_head, int n_rows)
     return left < n_rows ? left : n_rows;
 }
 
+typedef struct sample_work {
+    const tr_device *d;
+    const struct tr_sample_args *a;
+    int n_rows, n_members; /* members that there is scratch for */
+} sample_work;
+
+static void sample_member(void *ctx, int i, int n)
+{
+    const sample_work *w = ctx;
+    const struct tr_sample_args *a = w->a;
+
+    (void)n;
+    if (i >= w->n_members) return;
+    tr_choice_key *scratch = (tr_choice_key *)a->workspace + (size_t)i * (size_t)a->n_vocab;
+    for (int r; (r = tr_team_next(w->d->team)) < w->n_rows;)
+        a->token_out[a->i_head + r] = sample_row(a, r, scratch);
+}
+
 tr_status tr_cpu_sample(tr_device *d, tr_lane lane, const struct tr_sample_args *a)
 {
     int n = tr_chunk_rows(a->rows, a->i_head, a->n_rows);
@@ -230,16 +246,13 @@ tr_status tr_cpu_sample(tr_device *d, tr_lane lane, const struct tr_sample_args 
         return tr_cpu_fail(d, TR_E_MEMORY,
                            "sample: a workspace of %zu bytes, at least %zu are needed",
                            a->workspace_bytes, each);
-    int n_threads = tr_threads_for(d, (double)n * a->n_vocab);
+    const double work = (double)n * a->n_vocab;
+    int n_threads = tr_threads_for(d, work);
     if (n_threads > n) n_threads = n;
     if ((size_t)n_threads > a->workspace_bytes / each) n_threads = (int)(a->workspace_bytes / each);
 
-#pragma omp parallel for schedule(dynamic) num_threads(n_threads)
-    for (int r = 0; r < n; r++) {
-        tr_choice_key *scratch =
-            (tr_choice_key *)a->workspace + (size_t)omp_get_thread_num() * (size_t)a->n_vocab;
-        a->token_out[a->i_head + r] = sample_row(a, r, scratch);
-    }
+    sample_work w = {d, a, n, n_threads};
+    tr_device_run(d, n_threads == 1 ? 0.0 : work, sample_member, &w);
     for (int h = a->i_head; h < a->i_head + n; h++) /* in order: the last row of a slot counts */
         if (a->token_out[h] >= 0)
             a->slots.last_token[a->rows->slot[a->rows->head_row[h]]] = a->token_out[h];
@@ -305,15 +318,28 @@ static void logprobs_row(const struct tr_logprobs_args *a, int r)
     }
 }
 
+typedef struct logprobs_work {
+    const tr_device *d;
+    const struct tr_logprobs_args *a;
+    int n_rows;
+} logprobs_work;
+
+static void logprobs_member(void *ctx, int i, int n)
+{
+    const logprobs_work *w = ctx;
+
+    (void)i, (void)n;
+    for (int r; (r = tr_team_next(w->d->team)) < w->n_rows;)
+        logprobs_row(w->a, r);
+}
+
 tr_status tr_cpu_logprobs(tr_device *d, tr_lane lane, const struct tr_logprobs_args *a)
 {
     int n = tr_chunk_rows(a->rows, a->i_head, a->n_rows);
 
     (void)lane;
     if (n <= 0) return TR_OK;
-    int n_threads = tr_threads_for(d, (double)n * a->n_vocab);
-#pragma omp parallel for schedule(dynamic) num_threads(n_threads)
-    for (int r = 0; r < n; r++)
-        logprobs_row(a, r);
+    logprobs_work w = {d, a, n};
+    tr_device_run(d, n == 1 ? 0.0 : (double)n * a->n_vocab, logprobs_member, &w);
     return TR_OK;
 }

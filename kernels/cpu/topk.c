@@ -74,6 +74,21 @@ static void row_topk(const tr_device *d, const struct tr_topk_args *a, int i)
     a->n_selected[i] = n;
 }
 
+typedef struct topk_work {
+    const tr_device *d;
+    const struct tr_topk_args *a;
+    int end; /* rows [a->i_row, end) */
+} topk_work;
+
+static void topk_member(void *ctx, int i, int n)
+{
+    const topk_work *w = ctx;
+    const int first = w->a->i_row, n_rows = w->end - first;
+
+    for (int r = tr_team_part(n_rows, i, n); r < tr_team_part(n_rows, i + 1, n); r++)
+        row_topk(w->d, w->a, first + r);
+}
+
 tr_status tr_cpu_topk(tr_device *d, tr_lane lane, const struct tr_topk_args *a)
 {
     int end = tr_row_end(a->rows, a->i_row, a->n_row);
@@ -83,8 +98,7 @@ tr_status tr_cpu_topk(tr_device *d, tr_lane lane, const struct tr_topk_args *a)
     if (a->k < 1) return tr_cpu_fail(d, TR_E_USAGE, "topk: k must be at least 1");
     for (int i = a->i_row; i < end; i++)
         work += a->rows->position[i] < a->k ? a->k : 4.0 * a->rows->position[i];
-#pragma omp parallel for num_threads(tr_threads_for(d, work)) schedule(static)
-    for (int i = a->i_row; i < end; i++)
-        row_topk(d, a, i);
+    topk_work w = {d, a, end};
+    if (end > a->i_row) tr_device_run(d, end - a->i_row == 1 ? 0.0 : work, topk_member, &w);
     return TR_OK;
 }

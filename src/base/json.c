@@ -10,6 +10,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/size.h"
+
 tr_status tr_file_read(const char *path, size_t max_bytes, char **text, size_t *n, tr_err *err)
 {
     tr_status st = TR_OK;
@@ -62,6 +64,88 @@ done:
     return st;
 }
 
+/* ---- jansson where memory ends ------------------------------------------------------------------
+ *
+ * jansson 2.14 does not look whether the buffer of the token it reads could grow: a character is lost, and where that is a
+ * string's closing quote it writes beyond its memory. So no allocation inside json_loadb fails: what malloc refuses comes
+ * from a reserve, from then on the text has ended, and the value is thrown away. */
+
+typedef struct guard {
+    char *reserve;
+    size_t size, used;
+    bool starved;
+} guard;
+
+typedef struct feed {
+    const char *text;
+    size_t n;
+    const guard *g;
+} feed;
+
+/* Of the parse under way in this thread. An exception to "no mutable globals": jansson's allocation functions take no context. */
+static _Thread_local guard *guarding;
+
+static void *guarded_malloc(size_t n)
+{
+    guard *g = guarding;
+    void *p = malloc(n);
+    if (p || !g) return p;
+    g->starved = true;
+    size_t aligned = (g->used + 15) & ~(size_t)15;
+    if (aligned > g->size || n > g->size - aligned) return NULL;
+    g->used = aligned + n;
+    return g->reserve + aligned;
+}
+
+static void guarded_free(void *p)
+{
+    const guard *g = guarding;
+    if (g && (uintptr_t)p >= (uintptr_t)g->reserve &&
+        (uintptr_t)p - (uintptr_t)g->reserve < g->size)
+        return;
+    free(p);
+}
+
+/* Before main, so before any thread. */
+__attribute__((constructor)) static void guard_jansson(void)
+{
+    json_set_alloc_funcs(guarded_malloc, guarded_free);
+}
+
+/* One byte at a time, so that nothing is read ahead when memory ends: 5 ns a byte. */
+static size_t give_byte(void *to, size_t room, void *ctx)
+{
+    feed *f = ctx;
+    if (!room || !f->n || f->g->starved) return 0;
+    f->n--;
+    memcpy(to, f->text++, 1);
+    return 1;
+}
+
+json_t *tr_json_loadb(const char *text, size_t n, size_t flags, json_error_t *e, bool *no_memory)
+{
+    /* A token's buffer doubles, and no token is longer than the text; a string is then copied once. */
+    guard g = {.size = 4096};
+    feed f = {text, n, &g};
+    json_t *root = NULL;
+
+    *no_memory = true;
+    for (int i = 0; i < 3; i++)
+        if (!tr_add(&g.size, g.size, n)) return NULL;
+    g.reserve = malloc(g.size);
+    if (!g.reserve) return NULL;
+    guarding = &g;
+    root = json_load_callback(give_byte, &f, flags, e);
+    *no_memory = g.starved || (!root && json_error_code(e) == json_error_out_of_memory);
+    if (*no_memory) {
+        json_decref(root);
+        root = NULL;
+    }
+    guarding = NULL;
+    free(g.reserve);
+    return root;
+}
+
 /* A raw NUL is never JSON, but jansson 2.14 does not see one behind a number. */
 static tr_status refuse_nul(const char *text, size_t at, int *line, int *column, tr_err *err)
 {
@@ -84,15 +168,12 @@ tr_status tr_json_parse(json_t **out, const char *text, size_t n, size_t flags, 
 
     *out = NULL;
     if (nul) return refuse_nul(text, (size_t)(nul - text), line, column, err);
-    errno = 0;
-    *out = json_loadb(text, n, flags | JSON_REJECT_DUPLICATES, &e);
-    int why = errno;
+    bool no_memory;
+    *out = tr_json_loadb(text, n, flags | JSON_REJECT_DUPLICATES, &e, &no_memory);
     if (line) *line = *out ? 0 : e.line;
     if (column) *column = *out ? 0 : (e.column > 0 ? e.column : 1);
     if (*out) return TR_OK;
-    /* An allocation that failed inside jansson looks like any fault of the text; errno still tells. */
-    if (why == ENOMEM || json_error_code(&e) == json_error_out_of_memory || !e.text[0])
-        return tr_fail(err, TR_E_MEMORY, "out of memory");
+    if (no_memory) return tr_fail(err, TR_E_MEMORY, "out of memory");
     return tr_fail(err, TR_E_INPUT, "line %d, column %d: %s", e.line, e.column > 0 ? e.column : 1,
                    e.text);
 }

@@ -24,6 +24,10 @@ tr_status tr_json_load(json_t **out, const char *path, size_t max_bytes, tr_err 
 tr_status tr_json_parse(json_t **out, const char *text, size_t n, size_t flags, int *line,
                         int *column, tr_err *err);
 
+/* json_loadb, safe where memory ends: NULL and *no_memory then (e says nothing). jansson 2.14 alone may lose a character of a
+ * string, or write beyond one. */
+json_t *tr_json_loadb(const char *text, size_t n, size_t flags, json_error_t *e, bool *no_memory);
+
 /* Typed members of an object. Absent or null: *out keeps its value and TR_OK is returned; a wrong type or a value out
  * of range is TR_E_INPUT with the key named. An integer must be a JSON integer (1e3 and 2.0 are refused). */
 tr_status tr_json_int(const json_t *object, const char *key, int64_t min, int64_t max, int64_t *out,

@@ -89,7 +89,8 @@ static bool put_at(int fd, const tr_buf *b, off_t at)
     return ftruncate(fd, at + (off_t)b->n) == 0;
 }
 
-/* The object of the first line (a new reference), or NULL: there is none, or not a whole one. */
+/* The object of the first line (a new reference), or NULL: there is none, or not a whole one. Only a
+ * machine without memory or a file that cannot be read is an error. */
 static json_t *read_identity(tr_runfile *run, char **text, tr_status *st, tr_err *err)
 {
     json_t *all = NULL, *found = NULL;
@@ -101,11 +102,12 @@ static json_t *read_identity(tr_runfile *run, char **text, tr_status *st, tr_err
     if (!nl || nl == *text || nl[-1] != ',') return NULL;
     run->holder_at = nl + 1 - *text;
     nl[-1] = '}';
-    if (tr_json_parse(&all, *text, (size_t)(nl - *text), 0, NULL, NULL, NULL) == TR_OK) {
-        found = json_incref(json_object_get(all, "run"));
-        json_decref(all);
-    }
+    *st = tr_json_parse(&all, *text, (size_t)(nl - *text), 0, NULL, NULL, err);
     nl[-1] = ',';
+    if (*st == TR_OK) found = json_incref(json_object_get(all, "run"));
+    json_decref(all);
+    if (*st == TR_E_MEMORY) tr_within(err, "%s", run->path);
+    if (*st == TR_E_INPUT) *st = TR_OK; /* not JSON: a torn or foreign line */
     return found;
 }
 
@@ -286,7 +288,9 @@ static tr_status read_or_write(tr_runfile *run, const tr_runfile_options *o, tr_
         if (st != TR_OK) goto done;
         tr_buf b = {0};
         write_holder(&b);
-        if (b.failed || !put_at(run->fd, &b, run->holder_at))
+        if (b.failed)
+            st = tr_fail(err, TR_E_MEMORY, "%s: out of memory", run->path);
+        else if (!put_at(run->fd, &b, run->holder_at))
             st = tr_fail(err, TR_E_IO, "%s: %s", run->path, strerror(errno));
         free(b.s);
     }

@@ -25,7 +25,8 @@ static tr_status agree(const tr_world *world, tr_status st, tr_err *err)
 static tr_status phases(tr_run *run, const tr_world *world, tr_err *err)
 {
     static tr_status (*const phase[])(tr_run *, tr_err *) = {
-        tr_run_input, tr_run_files, tr_run_journal, tr_run_weights, tr_run_model, tr_run_engine};
+        tr_run_input,   tr_run_files, tr_run_alike, tr_run_journal,
+        tr_run_weights, tr_run_model, tr_run_engine};
     enum { PATIENCE_S = 5 };
 
     tr_status st = TR_OK;
@@ -58,11 +59,16 @@ static tr_status with_ranks(const tr_batch_options *options, tr_err *err)
     st = tr_agree(&world, run && log ? TR_OK : tr_fail(err, TR_E_MEMORY, "out of memory"), err);
     if (st == TR_OK) st = phases(run, &world, err);
     if (st != TR_OK && world.size > 1 && run && tr_run_broken(run)) give_up(&world, err);
-    if (st != TR_OK && !leads) err->text[0] = 0; /* rank 0 speaks for the job */
+    if (st != TR_OK && world.size > 1) {
+        /* Rank 0 speaks for the job, and does so now: once a rank has left MPI with this status the launcher ends the others,
+         * printed or not. */
+        if (leads) fprintf(stderr, "trireme: %s\n", err->text);
+        err->text[0] = 0;
+    }
 done:
     tr_run_free(run); /* every file before MPI ends: the launcher may end ranks that still run */
     tr_log_free(log);
-    tr_world_finish();
+    tr_world_finish(st);
     return st;
 }
 

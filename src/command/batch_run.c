@@ -194,6 +194,7 @@ tr_status tr_run_files(tr_run *run, tr_err *err)
         .load_format = strcmp(run->o->load_format, "dummy") ? TR_LOAD_SAFETENSORS : TR_LOAD_DUMMY,
         .seed = (uint64_t)run->o->seed,
         .device = run->o->device,
+        .no_bind = run->o->no_bind,
         .world = run->world,
         .ranks = run->o->ranks,
     };
@@ -296,6 +297,75 @@ static tr_status make_identity(const tr_run *run, identity *id, tr_err *err)
               c->response_format_in_prompt ? "format-in-prompt " : "",
               c->dsv31_assistant_after_tool ? "assistant-after-tool " : "",
               run->o->strict_params ? "strict" : "");
+    return TR_OK;
+}
+
+/* "16,16,16,13", or its hash where that is too long. */
+static tr_status stage_layers(const tr_run *run, char *out, tr_err *err)
+{
+    const tr_ranks *ranks = &run->opened.ranks;
+    const int pp = ranks->sizes.pp;
+    int n = 0;
+
+    for (int i = 0; i < pp && n < FIELD_MAX; i++)
+        n += snprintf(out + n, (size_t)(FIELD_MAX - n), "%s%d", i ? "," : "",
+                      ranks->stage_layers[i]);
+    if (n < FIELD_MAX) return TR_OK;
+    tr_hasher *h = tr_hasher_create();
+    if (!h) return tr_fail(err, TR_E_MEMORY, "out of memory");
+    tr_hasher_add(h, ranks->stage_layers, (size_t)pp * sizeof *ranks->stage_layers);
+    tr_hasher_hex(h, out);
+    tr_hasher_free(h);
+    return TR_OK;
+}
+
+/* Everything in which ranks of one job must not differ. */
+static tr_status make_alike(const tr_run *run, identity *id, tr_err *err)
+{
+    const tr_batch_options *o = run->o;
+    const tr_grid_sizes *g = &run->opened.ranks.sizes;
+    char model[80], layers[FIELD_MAX];
+
+    id->n = 0;
+    tr_status st = model_identity(run, model, sizeof model, err);
+    if (st == TR_OK) st = stage_layers(run, layers, err);
+    if (st != TR_OK) return st;
+    add_field(id, "version", "%s", PACKAGE_VERSION);
+    add_field(id, "process grid", "pp %d dp %d cp %d tp %d ep %d moe-tp %d", g->pp, g->dp, g->cp,
+              g->tp, g->ep, g->xt);
+    add_field(id, "layers of the stages", "%s", layers);
+    add_field(id, "--cp-mode", "%s",
+              run->opened.ranks.cp_mode == TR_CP_ZIGZAG ? "in-seq-split" : "round-robin-split");
+    add_field(id, "model", "%s", model);
+    add_field(id, "tokenizer", "%s",
+              run->tokenizer ? tr_tokenizer_identity(run->tokenizer) : "none");
+    add_field(id, "--load-format", "%s", o->load_format);
+    add_field(id, "--seed", "%jd", (intmax_t)o->seed);
+    add_field(id, "--kv-dtype", "%s", o->kv_dtype);
+    add_field(id, "--max-model-len", "%d", run->max_model_len);
+    add_field(id, "--max-batch-tokens", "%jd", (intmax_t)o->max_batch_tokens);
+    add_field(id, "--max-sequences", "%jd", (intmax_t)o->max_sequences);
+    add_field(id, "--no-overlap", "%s", o->no_overlap ? "given" : "not given");
+    return TR_OK;
+}
+
+/* Ranks that were started in another way would compute something else, or wait for the others for ever (reliability.md 4, row 20).
+ * Collective, also for a rank that fails in here. */
+tr_status tr_run_alike(tr_run *run, tr_err *err)
+{
+    identity mine = {.n = 0}, first;
+    tr_err later;
+
+    if (run->world->size == 1) return TR_OK;
+    tr_status st = make_alike(run, &mine, err);
+    memcpy(first.text, mine.text, sizeof first.text);
+    tr_status told =
+        tr_world_tell(run->world, first.text, (int)sizeof first.text, st == TR_OK ? err : &later);
+    if (st != TR_OK || told != TR_OK) return st != TR_OK ? st : told;
+    for (int i = 0; i < mine.n; i++)
+        if (strncmp(mine.text[i], first.text[i], FIELD_MAX) != 0)
+            return tr_fail(err, TR_E_USAGE, "started with another %s than rank 0: %s, not %.*s",
+                           mine.field[i].name, mine.text[i], FIELD_MAX - 1, first.text[i]);
     return TR_OK;
 }
 

@@ -1,5 +1,7 @@
 #include <config.h>
 
+#include <pthread.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -167,14 +169,42 @@ void tr_bench_case_end(tr_kbench *b)
 
 /* ---- timing ------------------------------------------------------------------------------------------------------- */
 
-/* Every thread reads its part of a block larger than the caches. */
+typedef struct reader {
+    const uint64_t *from;
+    size_t n;
+    uint64_t seen;
+    pthread_t thread;
+    bool started;
+} reader;
+
+static void *read_main(void *arg)
+{
+    reader *r = arg;
+    for (size_t i = 0; i < r->n; i += 8) /* a line */
+        r->seen ^= r->from[i];
+    return NULL;
+}
+
+/* As many threads as the device has read their parts of a block larger than the caches. What none could be started for
+ * the caller reads. */
 static void flush(tr_kbench *b)
 {
-    uint64_t seen = 0;
-#pragma omp parallel for num_threads(b->n_threads) schedule(static) reduction(^ : seen)
-    for (size_t i = 0; i < b->flush_words; i += 8) /* a line */
-        seen ^= b->flush[i];
-    b->seen ^= seen;
+    enum { READERS_MAX = 256 };
+    const int n = b->n_threads < READERS_MAX ? b->n_threads : READERS_MAX;
+    reader part[READERS_MAX];
+
+    for (int i = 0; i < n; i++) {
+        const size_t begin = b->flush_words / (size_t)n * (size_t)i;
+        part[i] = (reader){.from = b->flush + begin, .n = b->flush_words / (size_t)n};
+        part[i].started = i > 0 && pthread_create(&part[i].thread, NULL, read_main, &part[i]) == 0;
+    }
+    for (int i = 0; i < n; i++) {
+        if (part[i].started)
+            pthread_join(part[i].thread, NULL);
+        else
+            read_main(&part[i]);
+        b->seen ^= part[i].seen;
+    }
 }
 
 static void touch(tr_kbench *b, const tr_operand *x)

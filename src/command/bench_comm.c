@@ -347,6 +347,6 @@ tr_status tr_bench_comm(int argc, char **argv, tr_err *err)
     free(b.each);
     free(b.ours);
     free(b.theirs);
-    tr_world_finish();
+    tr_world_finish(st);
     return st;
 }

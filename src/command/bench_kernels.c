@@ -8,8 +8,6 @@
 #include <string.h>
 #include <unistd.h>
 
-#include <omp.h>
-
 #include "base/size.h"
 
 enum { FLUSH_MIN = 64 << 20, FLUSH_MAX = 256 << 20 };
@@ -121,7 +119,7 @@ static tr_status prepare(tr_kbench *b, tr_err *err)
     tr_status st = TR_OK;
 
     b->random = o->seed * 0x9e3779b97f4a7c15u + 1;
-    b->n_threads = o->n_threads > 0 ? o->n_threads : omp_get_max_threads();
+    b->n_threads = o->n_threads > 0 ? o->n_threads : tr_device_threads();
     if (b->options->only) st = check_only(b->options->only, err);
     if (st != TR_OK) return st;
     b->config = published();

@@ -1,22 +1,25 @@
-/* trireme bench load: a checkpoint into packed weights, beside a plain parallel read of the same bytes. */
+/* trireme bench load: a checkpoint into packed weights, beside plain parallel reads of the same bytes: into one buffer per thread,
+ * and into memory that is as new as that of the weights. */
 #include <config.h>
 
 #include "command/bench.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-#include <omp.h>
+#include <sys/mman.h>
 
 #include "base/clock.h"
 #include "base/size.h"
 
-enum { CHUNK = 4 << 20 };
+enum { CHUNK = 512 << 10 }; /* what stays in L2 */
 
 typedef struct piece { /* of one tensor's bytes in its file */
     int fd;
@@ -78,27 +81,65 @@ static int read_piece(const piece *p, char *buffer)
     return 0;
 }
 
-/* Every tensor's bytes into buffers that are thrown away, by as many threads as loading has. */
-static tr_status read_plainly(const reading *r, int n_threads, double *seconds, tr_err *err)
+/* One thread of a plain read. */
+typedef struct reader {
+    const reading *all;
+    atomic_size_t *next; /* piece */
+    atomic_int *failed;
+    char *
+        fresh; /* memory for all bytes, piece i at i CHUNK; NULL: each reader reuses a buffer of its own */
+    pthread_t thread;
+    bool started;
+} reader;
+
+static void *read_main(void *arg)
 {
+    reader *r = arg;
+    char *own = r->fresh ? NULL : malloc(CHUNK);
+
+    if (!r->fresh && !own) atomic_store(r->failed, 1);
+    for (size_t i; (i = atomic_fetch_add(r->next, 1)) < r->all->n && !atomic_load(r->failed);)
+        if (read_piece(&r->all->list[i], own ? own : r->fresh + i * CHUNK) != 0)
+            atomic_store(r->failed, 1);
+    free(own);
+    return NULL;
+}
+
+/* Every tensor's bytes, by as many threads as loading has; memory is new and of huge pages where `keep`: that is the
+ * least a loader has to do that keeps what it reads. */
+static tr_status read_plainly(const reading *all, int n_threads, bool keep, double *seconds,
+                              tr_err *err)
+{
+    enum { READERS_MAX = 256 };
+    const int n = n_threads < READERS_MAX ? n_threads : READERS_MAX;
+    const size_t bytes = (all->n + 1) * CHUNK;
+    reader part[READERS_MAX];
+    atomic_size_t next = 0;
     atomic_int failed = 0;
+    char *fresh = NULL;
+
     const uint64_t begun = tr_now_ns();
-#pragma omp parallel num_threads(n_threads)
-    {
-        char *buffer = malloc(CHUNK);
-        if (!buffer) atomic_store(&failed, 1);
-#pragma omp for schedule(dynamic, 1)
-        for (size_t i = 0; i < r->n; i++)
-            if (buffer && read_piece(&r->list[i], buffer) != 0) atomic_store(&failed, 1);
-        free(buffer);
+    if (keep) {
+        fresh = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (fresh == MAP_FAILED)
+            return tr_fail(err, TR_E_MEMORY, "bench load: no memory for %zu bytes", bytes);
+        madvise(fresh, bytes, MADV_HUGEPAGE); /* a wish */
     }
+    for (int i = 0; i < n; i++) {
+        part[i] = (reader){.all = all, .next = &next, .failed = &failed, .fresh = fresh};
+        part[i].started = i > 0 && pthread_create(&part[i].thread, NULL, read_main, &part[i]) == 0;
+    }
+    read_main(&part[0]);
+    for (int i = 1; i < n; i++)
+        if (part[i].started) pthread_join(part[i].thread, NULL);
     *seconds = (double)(tr_now_ns() - begun) * 1e-9;
+    if (fresh) munmap(fresh, bytes);
     return atomic_load(&failed) ? tr_fail(err, TR_E_IO, "bench load: a plain read failed") : TR_OK;
 }
 
 static void report(const char *what, uint64_t bytes, double seconds)
 {
-    printf("  %-12s %12.1f %12.3f %12.3f\n", what, (double)bytes * 1e-6, seconds,
+    printf("  %-16s %12.1f %12.3f %12.3f\n", what, (double)bytes * 1e-6, seconds,
            (double)bytes / seconds * 1e-9);
     printf("{\"bench\": \"load\", \"kind\": \"%s\", \"bytes\": %ju, \"seconds\": %.6f, "
            "\"bytes_per_s\": %.0f}\n",
@@ -109,7 +150,7 @@ tr_status tr_bench_load(const tr_bench_options *o, tr_err *err)
 {
     tr_opened opened = {0};
     reading r = {0};
-    double plain = 0;
+    double plain = 0, kept = 0;
 
     tr_status st = o->open.load_format == TR_LOAD_SAFETENSORS
                        ? tr_open_checkpoint(&opened, &o->open, err)
@@ -119,10 +160,10 @@ tr_status tr_bench_load(const tr_bench_options *o, tr_err *err)
     r.checkpoint = opened.checkpoint;
     st = list_pieces(&r, err);
     if (st != TR_OK) goto done;
-    const int n_threads = o->open.n_threads > 0 ? o->open.n_threads : omp_get_max_threads();
-    st = read_plainly(&r, n_threads, &plain,
-                      err); /* once before: both then find the same page cache */
-    if (st == TR_OK) st = read_plainly(&r, n_threads, &plain, err);
+    const int n_threads = o->open.n_threads > 0 ? o->open.n_threads : tr_device_threads();
+    st = read_plainly(&r, n_threads, false, &plain, err); /* once before: the page cache is warm */
+    if (st == TR_OK) st = read_plainly(&r, n_threads, false, &plain, err);
+    if (st == TR_OK) st = read_plainly(&r, n_threads, true, &kept, err);
     if (st != TR_OK) goto done;
     const uint64_t begun = tr_now_ns();
     st = tr_open_weights(&opened, &o->open, NULL, err);
@@ -131,8 +172,9 @@ tr_status tr_bench_load(const tr_bench_options *o, tr_err *err)
 
     printf("# trireme %s, %s, %s\n", PACKAGE_VERSION, o->open.model_dir,
            tr_device_describe(opened.device));
-    printf("# %-12s %12s %12s %12s   (page cache warm)\n", "load", "MB", "seconds", "GB/s");
-    report("plain read", r.bytes, plain);
+    printf("# %-16s %12s %12s %12s   (page cache warm)\n", "load", "MB", "seconds", "GB/s");
+    report("read, one buffer", r.bytes, plain);
+    report("read, new memory", r.bytes, kept);
     report("load", opened.weights->bytes_read, loading);
     if (o->regions) tr_regions_print(&opened.regions, stdout);
 

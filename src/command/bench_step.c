@@ -8,8 +8,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include <omp.h>
-
 #include "base/clock.h"
 #include "base/region.h"
 #include "base/size.h"
@@ -417,7 +415,7 @@ static tr_status print_ceilings(bench *b, tr_err *err)
         return tr_fail(err, st, "ceilings: %s", b->opened.ops->error(b->opened.device));
     const char *why = NULL;
     tr_blas *blas = tr_blas_open(
-        b->options->open.n_threads > 0 ? b->options->open.n_threads : omp_get_max_threads(), &why);
+        b->options->open.n_threads > 0 ? b->options->open.n_threads : tr_device_threads(), &why);
     if (blas) b->sgemm_flops_per_s = tr_blas_flops_per_s(blas);
     tr_bench_print_ceilings(&b->ceilings, b->sgemm_flops_per_s,
                             blas ? tr_blas_describe(blas) : why);

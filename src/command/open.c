@@ -2,9 +2,11 @@
 
 #include "command/open.h"
 
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/hash.h"
 #include "base/size.h"
 #include "mpi/comm_mpi.h"
 #include "mpi/grid.h"
@@ -53,13 +55,67 @@ static tr_status open_groups(tr_opened *o, tr_world *world, tr_err *err)
     return st;
 }
 
+/* Which of the ranks that have this one's CPUs it is, and how many: those of the same host and affinity mask. A launcher
+ * that binds gives each rank a mask of its own. Collective over the world; nothing that one rank alone could lack. */
+static tr_status find_share(const tr_opened *o, const tr_world *world, int *i_share, int *n_share,
+                            tr_err *err)
+{
+    enum { RANKS_MAX = 4096 };
+    uint64_t all[RANKS_MAX], mine;
+    size_t bytes[RANKS_MAX];
+    tr_ticket ticket;
+    cpu_set_t mask;
+
+    *i_share = world ? world->local_rank : 0;
+    *n_share = world ? world->local_size : 1;
+    if (!world || world->size == 1 || world->size > RANKS_MAX) return TR_OK;
+    /* Where it cannot be read all ranks of a host are alike. */
+    if (sched_getaffinity(0, sizeof mask, &mask) != 0) CPU_ZERO(&mask);
+    mine = tr_hash64(&mask, sizeof mask, tr_hash64(world->host, strlen(world->host), 0));
+    for (int i = 0; i < world->size; i++)
+        bytes[i] = sizeof mine;
+    tr_status st = tr_comm_all_gather(o->control, &mine, all, bytes, &ticket, err);
+    if (st == TR_OK) st = tr_comm_wait(o->control, TR_LANE_MAIN, ticket, err);
+    if (st != TR_OK) return st;
+    *i_share = *n_share = 0;
+    for (int i = 0; i < world->size; i++) {
+        if (all[i] != mine) continue;
+        if (i == world->rank) *i_share = *n_share;
+        ++*n_share;
+    }
+    return TR_OK;
+}
+
+/* Threads that share CPUs with nobody's stay there; one thread alone is kept well by the system. */
+static tr_status bind_threads(const tr_opened *o, const tr_open_options *options, int i_share,
+                              int n_share, tr_log *log, tr_err *err)
+{
+    const int n_threads = options->n_threads > 0 ? options->n_threads : tr_device_threads();
+    int bound = 0;
+
+    if (strcmp(o->ops->name, "cpu") != 0 || (n_share == 1 && n_threads == 1)) return TR_OK;
+    tr_status st = tr_device_bind(o->device, i_share, n_share, &bound, err);
+    if (st != TR_OK || !log) return st;
+    if (bound)
+        tr_log_debug(log, "threads bound to CPUs %s", tr_device_places(o->device));
+    else
+        tr_log_debug(log, "threads not bound: fewer CPUs than threads of %d rank%s", n_share,
+                     n_share == 1 ? "" : "s");
+    return TR_OK;
+}
+
 tr_status tr_open_weights(tr_opened *o, const tr_open_options *options, tr_log *log, tr_err *err)
 {
     const tr_device_options device = {.name = options->device ? options->device : "auto",
                                       .n_threads = options->n_threads,
                                       .isa = options->isa};
+    int i_share = 0, n_share = 1;
     tr_status st = open_groups(o, options->world, err);
+    /* Before anything that may fail on one rank alone. */
+    if (st == TR_OK && !options->no_bind)
+        st = find_share(o, options->world, &i_share, &n_share, err);
     if (st == TR_OK) st = tr_device_open(&o->device, &o->ops, &device, err);
+    if (st == TR_OK && !options->no_bind) st = bind_threads(o, options, i_share, n_share, log, err);
     if (st != TR_OK) return st;
     st = tr_weights_load(&o->weights, &o->config, &o->slice, o->checkpoint, options->load_format,
                          options->seed, o->device, o->ops, log, &o->regions, err);

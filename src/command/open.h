@@ -3,6 +3,8 @@
 #ifndef TR_COMMAND_OPEN_H
 #define TR_COMMAND_OPEN_H
 
+#include <stdbool.h>
+
 #include "base/log.h"
 #include "base/region.h"
 #include "command/ranks.h"
@@ -18,6 +20,7 @@ typedef struct tr_open_options {
     const char *device; /* "auto", "cpu" */
     const char *isa;    /* NULL: best */
     int n_threads;      /* 0: all given */
+    bool no_bind;       /* threads stay where the system puts them */
     tr_world *world;    /* NULL: this process alone */
     tr_rank_options ranks;
 } tr_open_options;
@@ -40,7 +43,7 @@ typedef struct tr_opened {
 
 /* config.json, grid and slice, shard headers: seconds at most, no weights yet. */
 tr_status tr_open_checkpoint(tr_opened *o, const tr_open_options *options, tr_err *err);
-/* Device and weights. */
+/* Device and weights. The device's threads are bound before: they place what they touch first. */
 tr_status tr_open_weights(tr_opened *o, const tr_open_options *options, tr_log *log, tr_err *err);
 /* The model. has_token: bit per id, NULL: every id has a token. */
 tr_status tr_open_model(tr_opened *o, const tr_model_options *options, const uint32_t *has_token,

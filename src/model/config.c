@@ -448,11 +448,9 @@ tr_status tr_config_load(tr_config *out, const char *model_dir, const char *cons
     }
     st = tr_json_load(&root, path, CONFIG_BYTES_MAX, err);
     if (st != TR_OK) goto done;
-    original = json_deep_copy(root);
-    if (!original) {
-        st = tr_fail(err, TR_E_MEMORY, "%s: out of memory", path);
-        goto done;
-    }
+    /* A second reading, not json_deep_copy: that one loses members where memory ends, and does not say so. */
+    if (n > 0) st = tr_json_load(&original, path, CONFIG_BYTES_MAX, err);
+    if (st != TR_OK) goto done;
     for (int i = 0; i < n; i++) {
         st = apply_override(root, overrides[i], err);
         if (st != TR_OK) goto done;

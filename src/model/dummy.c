@@ -10,9 +10,9 @@
 #include "kernels/number.h"
 
 enum {
-    N_LEVELS = 256,  /* one random byte per element chooses one of these values */
-    STRIPE = 4096,   /* elements whose random bytes are made at a time */
-    PARALLEL = 65536 /* elements below which threads do not pay */
+    N_LEVELS = 256,    /* one random byte per element chooses one of these values */
+    STRIPE = 4096,     /* elements whose random bytes are made at a time */
+    PARALLEL = 4 << 20 /* elements below which it is one of the device's threads that asks */
 };
 
 /* Standard deviation of the e4m3 codes: the largest level, 2.9 of it, stays below 448. */

@@ -16,7 +16,7 @@ tr_status tr_model_ran(tr_model *m, const char *op, tr_status st, tr_err *err)
 {
     tr_region_end(m->regions, m->note_bytes, m->note_flops);
     m->note_bytes = m->note_flops = 0;
-    tr_comm_progress(m->groups.attn_tp);
+    tr_comm_progress(m->moving);
     return st == TR_OK ? TR_OK : tr_fail(err, st, "%s: %s", op, m->ops->error(m->device));
 }
 
@@ -36,7 +36,7 @@ tr_status tr_model_fetch_words(tr_model *m, void *host, const void *dev, size_t 
     if (st != TR_OK) return tr_fail(err, st, "download: %s", m->ops->error(m->device));
     const uint64_t ticket = m->ops->ticket(m->device, TR_LANE_MAIN);
     while (!m->ops->done(m->device, TR_LANE_MAIN, ticket))
-        tr_comm_progress(m->groups.attn_tp);
+        tr_comm_progress(m->moving);
     return TR_OK;
 }
 
@@ -90,6 +90,15 @@ static void name_regions(tr_model *m)
     m->region_gather = tr_region_id(m->regions, "key_gather");
 }
 
+static tr_comm *some_group(const tr_groups *g)
+{
+    tr_comm *const group[] = {g->attn_tp, g->attn_cp, g->moe, g->pp};
+
+    for (int i = 0; i < 4; i++)
+        if (tr_comm_size(group[i]) > 1) return group[i];
+    return g->attn_tp;
+}
+
 tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weights *weights,
                           tr_device *device, const tr_ops *ops, const tr_groups *groups,
                           const tr_model_options *options, const uint32_t *has_token,
@@ -105,6 +114,7 @@ tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weig
     m->device = device;
     m->ops = ops;
     m->groups = *groups;
+    m->moving = some_group(groups);
     m->regions = regions;
     m->max_rows = options->max_rows;
     m->max_model_len = options->max_model_len;

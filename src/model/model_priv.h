@@ -68,6 +68,7 @@ struct tr_model {
     tr_device *device;
     const tr_ops *ops;
     tr_groups groups;
+    tr_comm *moving; /* a group with members, if there is one: whoever advances it advances all */
     tr_regions *regions;
     const tr_probe *probe;
     tr_watchdog *watch;

@@ -213,6 +213,8 @@ tr_status tr_weights_load(tr_weights **out, const tr_config *config, const tr_sl
                    .chunk_bytes = CHUNK_BYTES,
                    .read_region = regions ? tr_region_id(regions, "load/read") : -1,
                    .pack_region = regions ? tr_region_id(regions, "load/pack") : -1,
+                   .fill_region =
+                       regions && ops->linear_fill ? tr_region_id(regions, "load/fill") : -1,
                    .begun_ns = tr_now_ns()};
 
     *out = NULL;

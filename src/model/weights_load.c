@@ -2,6 +2,7 @@
 
 #include "model/weights_priv.h"
 
+#include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
@@ -138,6 +139,16 @@ static tr_status fetch(tr_loader *l, const tr_wanted *w, tr_range rows, tr_range
     return st;
 }
 
+static void tell_progress(const tr_loader *l)
+{
+    const double bytes = (double)(l->weights->bytes_read + l->bytes_made),
+                 seconds = (double)(tr_now_ns() - l->begun_ns) * 1e-9;
+
+    tr_log_progress(l->log, "loading layer %d of %d: %.2f GB %s, %.2f GB/s", l->i_layer,
+                    l->n_layers, bytes * 1e-9, l->dummy ? "made up" : "read",
+                    seconds > 0.0 ? bytes * 1e-9 / seconds : 0.0);
+}
+
 tr_status tr_loader_fetch(tr_loader *l, const tr_wanted *w, tr_range rows, tr_range columns,
                           tr_err *err)
 {
@@ -147,11 +158,7 @@ tr_status tr_loader_fetch(tr_loader *l, const tr_wanted *w, tr_range rows, tr_ra
     tr_status st = fetch(l, w, rows, columns, err);
     uint64_t after = l->weights->bytes_read + l->bytes_made;
     tr_region_end(l->regions, (double)(after - before), 0.0);
-
-    double seconds = (double)(tr_now_ns() - l->begun_ns) * 1e-9;
-    tr_log_progress(l->log, "loading layer %d of %d: %.2f GB %s, %.2f GB/s", l->i_layer,
-                    l->n_layers, (double)after * 1e-9, l->dummy ? "made up" : "read",
-                    seconds > 0.0 ? (double)after * 1e-9 / seconds : 0.0);
+    tell_progress(l);
     return st;
 }
 
@@ -174,6 +181,12 @@ static tr_format format_of(tr_stored stored)
     return stored == TR_STORED_F8_E4M3 ? TR_W_E4M3_B128
            : stored == TR_STORED_BF16  ? TR_W_BF16
                                        : TR_W_F32;
+}
+
+static tr_status wrong_format(const tr_wanted *w, tr_err *err)
+{
+    return tr_fail(err, TR_E_INPUT,
+                   "%s is not stored in the same format as the tensors it belongs to", w->name);
 }
 
 tr_status tr_loader_linear(tr_loader *l, tr_linear *dst, const tr_wanted *w, int n_mats, int n_out,
@@ -203,9 +216,7 @@ tr_status tr_loader_pack_fetched(tr_loader *l, tr_linear *dst, const tr_wanted *
         .o_begin = o_begin,
         .n_out = transposed ? columns.n : part.n,
     };
-    if (format_of(l->stored) != dst->format)
-        return tr_fail(err, TR_E_INPUT,
-                       "%s is not stored in the same format as the tensors it belongs to", w->name);
+    if (format_of(l->stored) != dst->format) return wrong_format(w, err);
     if (l->stored == TR_STORED_F8_E4M3) {
         src.scale = l->scale + (size_t)block * l->scale_ld;
         src.scale_ld = l->scale_ld;
@@ -226,11 +237,86 @@ static int chunk_rows(const tr_loader *l, tr_range columns)
     return rows ? (int)rows : TR_SCALE_BLOCK;
 }
 
+/* ---- from the file to the device by the device's threads ----------------------------------------------------------- */
+
+typedef struct rows_of { /* of a tensor, for tr_rows_fn */
+    tr_loader *l;
+    const tr_wanted *w;
+    const tr_tensor *tensor; /* NULL: dummy */
+    tr_range rows, columns;
+    tr_stored stored;
+    pthread_mutex_t lock;
+    int bad_row; /* the first that failed, and why; rows.n: none */
+    tr_err why;
+} rows_of;
+
+static tr_status read_rows(void *ctx, int row, int n, void *dst)
+{
+    rows_of *r = ctx;
+    tr_err why;
+
+    if (!r->tensor) {
+        tr_dummy_block(r->l->dummy, r->w, r->stored, r->rows.begin + row, n, r->columns.begin,
+                       r->columns.n, dst);
+        return TR_OK;
+    }
+    tr_status st = tr_checkpoint_read_block(r->l->checkpoint, r->tensor, r->rows.begin + row, n,
+                                            r->columns.begin, r->columns.n, dst, &why);
+    if (st == TR_OK) return TR_OK;
+    pthread_mutex_lock(&r->lock);
+    if (row < r->bad_row) {
+        r->bad_row = row;
+        r->why = why;
+    }
+    pthread_mutex_unlock(&r->lock);
+    return st;
+}
+
+/* Counted and told as a fetch is. A failure of reading is told before one of the device. */
+static tr_status rows_done(rows_of *r, tr_status st, tr_err *err)
+{
+    const uint64_t bytes =
+        (uint64_t)r->rows.n * (uint64_t)r->columns.n * (uint64_t)element_bytes(r->stored);
+
+    if (r->tensor)
+        r->l->weights->bytes_read += bytes;
+    else
+        r->l->bytes_made += bytes;
+    tr_region_end(r->l->regions, (double)bytes, 0.0);
+    tell_progress(r->l);
+    pthread_mutex_destroy(&r->lock);
+    if (st == TR_OK) return TR_OK;
+    return r->bad_row < r->rows.n ? tr_fail(err, r->why.status, "%s", r->why.text)
+                                  : device_fail(r->l, st, r->w->name, err);
+}
+
+static tr_status fill(tr_loader *l, tr_linear *dst, const tr_wanted *w, tr_range rows,
+                      tr_range columns, int i_mat, int o_begin, tr_err *err)
+{
+    rows_of r = {.l = l, .w = w, .rows = rows, .columns = columns, .bad_row = rows.n};
+    tr_status st = locate(l, w, &r.tensor, &r.stored, err);
+    if (st == TR_OK && format_of(r.stored) != dst->format) st = wrong_format(w, err);
+    if (st == TR_OK && r.stored == TR_STORED_F8_E4M3) st = fetch_scale(l, w, rows, columns, err);
+    if (st != TR_OK) return st;
+    tr_linear_src src = {
+        .ld = (size_t)columns.n, .i_mat = i_mat, .o_begin = o_begin, .n_out = rows.n};
+    if (r.stored == TR_STORED_F8_E4M3) {
+        src.scale = l->scale;
+        src.scale_ld = l->scale_ld;
+        src.row0 = rows.begin % TR_SCALE_BLOCK;
+        src.col0 = columns.begin % TR_SCALE_BLOCK;
+    }
+    pthread_mutex_init(&r.lock, NULL);
+    tr_region_begin(l->regions, l->fill_region);
+    return rows_done(&r, l->ops->linear_fill(l->device, dst, &src, read_rows, &r), err);
+}
+
 tr_status tr_loader_pack(tr_loader *l, tr_linear *dst, const tr_wanted *w, tr_range rows,
                          tr_range columns, int i_mat, int o_begin, tr_err *err)
 {
     int step = chunk_rows(l, columns);
     tr_status st = TR_OK;
+    if (l->ops->linear_fill) return fill(l, dst, w, rows, columns, i_mat, o_begin, err);
     for (int done = 0, n = 0; done < rows.n && st == TR_OK; done += n) {
         tr_range chunk = {.begin = rows.begin + done};
         /* A slice that begins inside a block first goes to the block's end. */
@@ -289,6 +375,15 @@ tr_status tr_loader_table(tr_loader *l, void **out, tr_dtype *dtype, const tr_wa
         !tr_mul(&bytes, (size_t)w->shape[0], row_bytes))
         return tr_fail(err, TR_E_MEMORY, "%s is too large", w->name);
     st = tr_loader_alloc(l, w->name, bytes, out, err);
+    if (st == TR_OK && l->ops->table_fill) {
+        rows_of r = {.l = l, .w = w, .tensor = t, .stored = stored, .bad_row = (int)w->shape[0]};
+        r.rows = tr_whole(w->shape[0]);
+        r.columns = tr_whole(w->shape[1]);
+        pthread_mutex_init(&r.lock, NULL);
+        tr_region_begin(l->regions, l->fill_region);
+        st = l->ops->table_fill(l->device, *out, row_bytes, r.rows.n, read_rows, &r);
+        return rows_done(&r, st, err);
+    }
     int step = chunk_rows(l, tr_whole(w->shape[1]));
     for (int row = 0; row < w->shape[0] && st == TR_OK; row += step) {
         int n = (int)w->shape[0] - row < step ? (int)w->shape[0] - row : step;

@@ -21,7 +21,7 @@ typedef struct tr_loader {
     const tr_ops *ops;
     tr_log *log;
     tr_regions *regions;
-    int read_region, pack_region;
+    int read_region, pack_region, fill_region;
     tr_weights *weights; /* counts and memory go here */
     size_t chunk_bytes;  /* of a tensor in host memory at a time, at most (but always 128 rows) */
     int i_layer, n_layers;

@@ -2,7 +2,6 @@
 
 #include "text/tokenizer.h"
 
-#include <errno.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -448,18 +447,15 @@ static tr_status parse_root(loader *l, json_t **root, const char *json, size_t n
 {
     const char *nul = n ? memchr(json, 0, n) : NULL;
     json_error_t e;
+    bool no_room;
 
     if (nul) { /* jansson 2.14 does not see one behind a number */
         l->code = "bad_json";
         return tr_fail(l->err, TR_E_INPUT, "%s: bad_json: byte %zu: a NUL byte", l->name,
                        (size_t)(nul - json));
     }
-    errno = 0;
-    *root = json_loadb(json, n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &e);
-    /* An allocation that failed inside jansson looks like any fault of the text; errno still tells. */
-    if (!*root &&
-        (errno == ENOMEM || json_error_code(&e) == json_error_out_of_memory || !e.text[0]))
-        return no_memory(l);
+    *root = tr_json_loadb(json, n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &e, &no_room);
+    if (no_room) return no_memory(l);
     if (!*root) {
         l->code = "bad_json";
         return tr_fail(l->err, TR_E_INPUT, "%s: bad_json: byte %d (line %d): %s", l->name,

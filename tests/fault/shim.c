@@ -1,10 +1,12 @@
 /* A library to preload that makes the n-th system call or allocation of the program fail, or writes down what the program
  * does to its output files. Only calls made by the program itself and by the parsers it links (jansson, PCRE2) count: what MPI
- * does inside is not ours. Counting begins when the program first opens a path that ends in TRFAULT_AFTER.
+ * does inside is not ours. Counting begins when the program first opens a path that ends in TRFAULT_AFTER. In front of an
+ * address sanitizer's program (ASAN_OPTIONS=verify_asan_link_order=0) memory comes from the sanitizer.
  *
  *   TRFAULT=KIND:N[+][:ERRNO]  KIND is malloc, open, read, write, fsync, rename or truncate; the N-th call (from 1) fails with
  *                              that errno (a number; each kind has its own otherwise). N+: that one and all later ones.
  *   TRFAULT_COUNT=FILE         the counters of all kinds, 8 bytes each in the order above, kept there while the program runs
+ *   TRFAULT_TIME=FILE          at the end: "CALLS SECONDS", spent in writes and syncs of paths that begin with TRFAULT_LOG_PATH
  *   TRFAULT_LOG=FILE           for tests/fault/replay.py: every change of a path that begins with TRFAULT_LOG_PATH, one
  *                              header line each ("write PATH OFFSET BYTES") and, behind a write's, the bytes
  */
@@ -24,6 +26,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { MALLOC, OPEN, READ, WRITE, FSYNC, RENAME, TRUNCATE, N_KINDS, N_RANGES = 16, N_FDS = 1024 };
@@ -46,7 +49,10 @@ static struct {
     } range[N_RANGES]; /* where our code lies */
     int n_ranges;
     pthread_mutex_t lock;
-    char *fd_path[N_FDS]; /* of files that are logged */
+    bool tracks; /* files are logged or timed */
+    const char *time_path;
+    atomic_uint_fast64_t n_timed, timed_ns;
+    char *fd_path[N_FDS]; /* of files that are logged or timed */
 } shim = {.kind = -1, .log = -1, .lock = PTHREAD_MUTEX_INITIALIZER};
 
 /* ---- who calls ------------------------------------------------------------------------------- */
@@ -95,9 +101,20 @@ __attribute__((constructor)) static void start(void)
     if (log && shim.log_path)
         shim.log = (int)syscall(SYS_openat, AT_FDCWD, log,
                                 O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+    shim.time_path = getenv("TRFAULT_TIME");
+    shim.tracks = shim.log >= 0 || (shim.time_path && shim.log_path);
     dl_iterate_phdr(add_range, &seen);
     atomic_store(&shim.counting, !shim.after);
     shim.ready = true;
+}
+
+__attribute__((destructor)) static void finish(void)
+{
+    FILE *f = shim.time_path && shim.tracks ? fopen(shim.time_path, "we") : NULL;
+    if (!f) return;
+    fprintf(f, "%ju %.9f\n", (uintmax_t)atomic_load(&shim.n_timed),
+            (double)atomic_load(&shim.timed_ns) / 1e9);
+    fclose(f);
 }
 
 static bool is_ours(const void *caller)
@@ -121,11 +138,15 @@ static bool fails(int kind, const void *caller)
 #define CALLER      __builtin_return_address(0)
 #define FAILS(kind) __builtin_expect(fails(kind, CALLER), 0)
 
-/* ---- memory: glibc has its own functions under these names ------------------------------------- */
+/* ---- memory: glibc has its own functions under these names, the address sanitizer under others ---- */
 
 extern void *__libc_malloc(size_t n), *__libc_calloc(size_t n, size_t size),
     *__libc_realloc(void *p, size_t n);
 extern void *__libc_memalign(size_t align, size_t n);
+extern void *__interceptor_malloc(size_t n) __attribute__((weak));
+extern void *__interceptor_calloc(size_t n, size_t size) __attribute__((weak));
+extern void *__interceptor_realloc(void *p, size_t n) __attribute__((weak));
+extern void *__interceptor_memalign(size_t align, size_t n) __attribute__((weak));
 void *malloc(size_t n);
 void *calloc(size_t n, size_t size);
 void *realloc(void *p, size_t n);
@@ -138,30 +159,42 @@ int vasprintf(char **out, const char *fmt, va_list args);
 int __asprintf_chk(char **out, int flag, const char *fmt, ...);
 int __vasprintf_chk(char **out, int flag, const char *fmt, va_list args);
 
+static void *real_malloc(size_t n)
+{
+    return __interceptor_malloc ? __interceptor_malloc(n) : __libc_malloc(n);
+}
+
+static void *real_memalign(size_t align, size_t n)
+{
+    return __interceptor_memalign ? __interceptor_memalign(align, n) : __libc_memalign(align, n);
+}
+
 void *malloc(size_t n)
 {
-    return FAILS(MALLOC) ? NULL : __libc_malloc(n);
+    return FAILS(MALLOC) ? NULL : real_malloc(n);
 }
 
 void *calloc(size_t n, size_t size)
 {
-    return FAILS(MALLOC) ? NULL : __libc_calloc(n, size);
+    if (FAILS(MALLOC)) return NULL;
+    return __interceptor_calloc ? __interceptor_calloc(n, size) : __libc_calloc(n, size);
 }
 
 void *realloc(void *p, size_t n)
 {
-    return FAILS(MALLOC) ? NULL : __libc_realloc(p, n);
+    if (FAILS(MALLOC)) return NULL;
+    return __interceptor_realloc ? __interceptor_realloc(p, n) : __libc_realloc(p, n);
 }
 
 void *aligned_alloc(size_t align, size_t n)
 {
-    return FAILS(MALLOC) ? NULL : __libc_memalign(align, n);
+    return FAILS(MALLOC) ? NULL : real_memalign(align, n);
 }
 
 int posix_memalign(void **out, size_t align, size_t n)
 {
     if (FAILS(MALLOC)) return ENOMEM;
-    *out = __libc_memalign(align, n);
+    *out = real_memalign(align, n);
     return *out ? 0 : ENOMEM;
 }
 
@@ -169,7 +202,7 @@ char *strndup(const char *s, size_t n)
 {
     if (FAILS(MALLOC)) return NULL;
     n = strnlen(s, n);
-    char *p = __libc_malloc(n + 1);
+    char *p = real_malloc(n + 1);
     if (!p) return NULL;
     memcpy(p, s, n);
     p[n] = 0;
@@ -180,7 +213,7 @@ char *strdup(const char *s)
 {
     if (FAILS(MALLOC)) return NULL;
     size_t n = strlen(s) + 1;
-    char *p = __libc_malloc(n);
+    char *p = real_malloc(n);
     return p ? memcpy(p, s, n) : NULL;
 }
 
@@ -190,7 +223,7 @@ static int format(char **out, const char *fmt, va_list args)
     va_copy(again, args);
     int n = vsnprintf(NULL, 0, fmt, again);
     va_end(again);
-    *out = n < 0 ? NULL : __libc_malloc((size_t)n + 1);
+    *out = n < 0 ? NULL : real_malloc((size_t)n + 1);
     return *out ? vsnprintf(*out, (size_t)n + 1, fmt, args) : -1;
 }
 
@@ -242,6 +275,7 @@ static void note(const char *what, const char *path, const char *other, int64_t 
                  const void *data, size_t n)
 {
     char line[2048];
+    if (shim.log < 0) return;
     int len =
         snprintf(line, sizeof line, "%s\t%s\t%s\t%jd\t%zu\n", what, path, other, (intmax_t)at, n);
     if (len < 0 || (size_t)len >= sizeof line) _exit(99);
@@ -253,19 +287,19 @@ static void note(const char *what, const char *path, const char *other, int64_t 
 
 static bool is_logged(const char *path)
 {
-    return shim.log >= 0 && strncmp(path, shim.log_path, strlen(shim.log_path)) == 0;
+    return shim.tracks && strncmp(path, shim.log_path, strlen(shim.log_path)) == 0;
 }
 
 static const char *path_of(int fd)
 {
-    return shim.log >= 0 && fd >= 0 && fd < N_FDS ? shim.fd_path[fd] : NULL;
+    return shim.tracks && fd >= 0 && fd < N_FDS ? shim.fd_path[fd] : NULL;
 }
 
 /* The folder that holds the logged files counts as a path of its own: its syncs matter. */
 static bool is_folder(const char *path)
 {
     size_t n = strlen(path);
-    return shim.log >= 0 && strncmp(path, shim.log_path, n) == 0 && shim.log_path[n] == '/' &&
+    return shim.tracks && strncmp(path, shim.log_path, n) == 0 && shim.log_path[n] == '/' &&
            !strchr(shim.log_path + n + 1, '/');
 }
 
@@ -278,6 +312,20 @@ static void opened(int fd, const char *path, int flags, bool existed)
     shim.fd_path[fd] = memcpy(p, path, n); /* kept: a closed descriptor's name is overwritten */
     if (!existed && (flags & O_CREAT)) note("create", path, "", 0, NULL, 0);
     if (existed && (flags & O_TRUNC)) note("truncate", path, "", 0, NULL, 0);
+}
+
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static void timed(int fd, uint64_t begun)
+{
+    if (!begun || !path_of(fd)) return;
+    atomic_fetch_add(&shim.n_timed, 1);
+    atomic_fetch_add(&shim.timed_ns, now_ns() - begun);
 }
 
 static void written(int fd, const void *data, int64_t at, int64_t n)
@@ -298,10 +346,10 @@ static int do_open(const char *path, int flags, mode_t mode, const void *caller)
         if (n >= k && strcmp(path + n - k, shim.after) == 0) atomic_store(&shim.counting, true);
     }
     if (fails(OPEN, caller)) return -1;
-    bool existed = shim.log >= 0 && syscall(SYS_faccessat, AT_FDCWD, path, F_OK) == 0;
+    bool existed = shim.tracks && syscall(SYS_faccessat, AT_FDCWD, path, F_OK) == 0;
     int fd = (int)syscall(SYS_openat, AT_FDCWD, path, flags, mode);
     if (fd >= 0 && fd < N_FDS) shim.fd_path[fd] = NULL;
-    if (shim.log >= 0) opened(fd, path, flags, existed);
+    if (shim.tracks) opened(fd, path, flags, existed);
     return fd;
 }
 
@@ -350,7 +398,9 @@ ssize_t pread64(int fd, void *buf, size_t n, off_t at)
 ssize_t write(int fd, const void *buf, size_t n)
 {
     if (FAILS(WRITE)) return -1;
+    uint64_t begun = shim.time_path ? now_ns() : 0;
     ssize_t put_n = syscall(SYS_write, fd, buf, n);
+    timed(fd, begun);
     written(fd, buf, -1, put_n);
     return put_n;
 }
@@ -376,7 +426,9 @@ ssize_t pwrite64(int fd, const void *buf, size_t n, off_t at)
 static int do_sync(int fd, long number, const void *caller)
 {
     if (fails(FSYNC, caller)) return -1;
+    uint64_t begun = shim.time_path ? now_ns() : 0;
     int got = (int)syscall(number, fd);
+    timed(fd, begun);
     if (got == 0 && path_of(fd)) note("sync", path_of(fd), "", 0, NULL, 0);
     return got;
 }

@@ -92,7 +92,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     wanted(text, n, &kept, set);
     FUZZ_CHECK(!kept.failed, "out of memory");
 
-    for (int again = 0; again < 2; again++) {
+    /* The second resume is left out where the first had nothing to change: it would see what the first saw. */
+    for (int again = 0; again < 1 + (kept.n != n); again++) {
         tr_journal *j = opened();
         FUZZ_CHECK(tr_journal_found(j) == tr_idset_count(set), "%zu found, not %zu",
                    tr_journal_found(j), tr_idset_count(set));

@@ -13,7 +13,10 @@ enum { N_FILES = 3 };
 typedef struct loaded { /* made once, then only read */
     tr_tokenizer *t;
     tr_encoder *e;
-    int strips; /* some added token swallows white space: the text cannot come back */
+    char *piece; /* [tr_detok_max(longest token)], no byte more */
+    /* Some added token swallows white space, or stands for other bytes than its text (chat.md 1.6): the text does not always
+     * come back. */
+    bool changes;
 } loaded;
 
 static loaded file[N_FILES];
@@ -31,7 +34,14 @@ static void load_all(void)
         FUZZ_CHECK(st == TR_OK, "%s", err.text);
         file[i].e = tr_encoder_create(file[i].t);
         FUZZ_CHECK(file[i].e, "out of memory");
-        file[i].strips = strstr(name[i], "flags") != NULL;
+        size_t n, longest = 0;
+        for (int32_t id = 0; id < tr_tokenizer_size(file[i].t); id++) {
+            tr_tokenizer_bytes(file[i].t, id, &n);
+            longest = n > longest ? n : longest;
+        }
+        file[i].piece = malloc(tr_detok_max(longest));
+        if (!file[i].piece) abort();
+        file[i].changes = i > 0;
     }
 }
 
@@ -57,13 +67,10 @@ static void check_decoded(const loaded *f, const int32_t *ids, size_t n_ids, con
     if (!out) abort();
     for (size_t i = 0; i < n_ids; i++) {
         const char *s = tr_tokenizer_bytes(f->t, ids[i], &bytes);
-        char *piece = malloc(tr_detok_max(bytes));
-        if (!piece) abort();
-        size_t got = tr_detok_feed(&d, s, bytes, piece);
+        size_t got = tr_detok_feed(&d, s, bytes, f->piece);
         FUZZ_CHECK(got <= tr_detok_max(bytes) && at + got <= 3 * n, "%zu bytes of %zu", got, bytes);
-        memcpy(out + at, piece, got);
+        memcpy(out + at, f->piece, got);
         at += got;
-        free(piece);
     }
     at += tr_detok_flush(&d, out + at);
     FUZZ_CHECK(at == n && memcmp(out, text, n) == 0, "token by token: \"%.*s\"", (int)at, out);
@@ -99,7 +106,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     const tr_segment plain = {text, n, false}, literal = {text, n, true};
     encode(f, &plain, 1, &ids, &n_ids);
     FUZZ_CHECK(n_ids <= n_repaired, "%zu ids of %zu bytes", n_ids, n_repaired);
-    if (!f->strips) check_decoded(f, ids, n_ids, repaired, n_repaired);
+    if (!f->changes) check_decoded(f, ids, n_ids, repaired, n_repaired);
     const tr_segment two[] = {{text, cut, false}, {text + cut, n - cut, false}};
     encode(f, two, 2, &cut_ids, &n_cut);
     FUZZ_CHECK(n_cut == n_ids && !memcmp(ids, cut_ids, n_ids * sizeof *ids), "cut at %zu", cut);

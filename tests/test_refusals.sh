@@ -1,0 +1,70 @@
+#!/bin/sh
+# What no rank may begin with, or one rank alone has: every rank ends with the same exit code, soon, and one line says why.
+set -u
+if [ -z "${MPIEXEC-}" ]; then
+    echo 'no MPI launcher was found'
+    exit 77
+fi
+export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1 OMP_NUM_THREADS=1
+if [ "$(id -u)" -eq 0 ]; then
+    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+fi
+: "${TRIREME:?}" "${TR_SRCDIR:?}"
+dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-refusals.XXXXXX") || exit 1
+trap 'rm -rf "$dir"' EXIT
+failed=0 host=$(hostname)
+host=${host%%.*}
+echo '{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": [41, 42], "max_tokens": 2}}' >"$dir/in"
+for rank in 0 1; do # a model folder of each rank's own
+    mkdir "$dir/model.$rank"
+    cp "$TR_SRCDIR"/models/tiny/* "$dir/model.$rank"
+done
+# What a rank has of its own is decided by these, in its shell.
+cat >"$dir/rank" <<'RANK'
+rank=${OMPI_COMM_WORLD_RANK-${PMI_RANK-${PMIX_RANK-}}}
+[ "$rank" != 0 ] || { shift && exec "$@"; }
+other=$1
+shift
+# shellcheck disable=SC2086 # options
+exec "$@" $other
+RANK
+
+# refused CODE TEXT RANKS OTHER OPTION...: OTHER are further options of all ranks but 0.
+refused()
+{
+    code=$1 text=$2 ranks=$3 other=$4
+    shift 4
+    rm -f "$dir"/out*
+    timeout 60 "$MPIEXEC" -n "$ranks" sh "$dir/rank" "$other" "$TRIREME" batch -i "$dir/in" -o "$dir/out" \
+        --max-model-len 512 "$@" >"$dir/log" 2>&1
+    status=$?
+    lines=$(grep -c '^trireme: ' "$dir/log")
+    if [ "$status" -ne "$code" ] || [ "$lines" -ne 1 ] || ! grep '^trireme: ' "$dir/log" | grep -qF -- "$text"; then
+        echo "$ranks ranks $*, others $other: exit status $status (wanted: $code), $lines lines (wanted: one with '$text')"
+        sed 's/^/    /' "$dir/log"
+        failed=1
+    fi
+}
+
+tiny="-m $dir/model.0"
+# shellcheck disable=SC2086 # options
+{
+    refused 2 "rank 0 on $host: impossible process grid: 4 attention heads do not divide by tp 3" 3 '' $tiny --tp 3
+    refused 2 'pp 3 * dp 1 * cp 1 * tp 2 is not the number of ranks, 4' 4 '' $tiny --tp 2 --pp 3
+    refused 2 '16 experts do not divide by ep 3' 2 '' $tiny --ep 3
+    refused 2 "rank 1 on $host: started with another --kv-dtype than rank 0: bf16, not f32" 2 '--kv-dtype bf16' \
+        $tiny --kv-dtype f32
+    refused 2 'another process grid than rank 0: pp 1 dp 2 cp 1 tp 1' 2 '--tp 1 --dp 2' $tiny --tp 2
+    refused 2 'another layers of the stages than rank 0: 3,1, not 1,3' 2 '--pp-layers 3,1' $tiny --pp 2 --pp-layers 1,3
+
+    sed -i 's/"routed_scaling_factor": [0-9.]*/"routed_scaling_factor": 2.25/' "$dir/model.1/config.json"
+    refused 2 'another model than rank 0' 2 "-m $dir/model.1" $tiny
+    cp "$dir/model.0/config.json" "$dir/model.1"
+
+    shard=$dir/model.1/model-00002-of-00002.safetensors
+    mv "$shard" "$dir/shard"
+    refused 65 "rank 1 on $host: $shard: No such file" 2 "-m $dir/model.1" $tiny
+    head -c 200000 "$dir/shard" >"$shard"
+    refused 65 "$shard: " 4 "-m $dir/model.1" $tiny
+}
+exit "$failed"
