@@ -38,13 +38,14 @@ int tr_fixture_open(tr_fixture *f, const tr_fixture_options *o)
     f->has_token = malloc(words * 4);
     if (!f->self || !f->has_token) return fail(f, "out of memory");
     memset(f->has_token, 0xff, words * 4);
-    const tr_groups groups = o->groups ? *o->groups : (tr_groups){f->self, f->self, f->self, f->self, 1};
+    const tr_groups groups =
+        o->groups ? *o->groups : (tr_groups){f->self, f->self, f->self, f->self, 1};
     const tr_model_options model = {.kv_dtype = o->kv_dtype,
                                     .max_rows = max_rows,
                                     .n_slots = n_slots,
                                     .max_model_len = max_len,
-                                    .n_pages = n_slots *
-                                               ((max_len + TR_PAGE_TOKENS - 1) / TR_PAGE_TOKENS),
+                                    .n_pages =
+                                        n_slots * ((max_len + TR_PAGE_TOKENS - 1) / TR_PAGE_TOKENS),
                                     .cp_mode = o->cp_mode,
                                     .no_overlap = o->no_overlap};
     if (tr_model_create(&f->model, &f->config, f->weights, f->device, f->ops, &groups, &model,

@@ -1,0 +1,322 @@
+/* The device: choosing and opening it, memory, lanes (a stream each), tickets (an event each). */
+#include <config.h>
+
+#include "kernels/cuda/cuda_priv.h"
+
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/size.h"
+
+/* ---- failures ------------------------------------------------------------------------------------------------------ */
+
+static const char *const fault_text[TR_N_FAULTS] = {
+    [TR_FAULT_SLOT] = "a slot that is none",
+    [TR_FAULT_ROWS] = "too many rows",
+    [TR_FAULT_HEADS] = "too many head rows",
+    [TR_FAULT_TOKENS] = "more rows than tokens",
+    [TR_FAULT_PART] = "a part that is none",
+    [TR_FAULT_BEFORE] = "rows before the slot's first",
+    [TR_FAULT_BEHIND] = "positions past the slot's page table",
+    [TR_FAULT_PAGE] = "a position without a page",
+    [TR_FAULT_TARGETS] = "more head rows than targets",
+    [TR_FAULT_COPY] = "a copy of pages that are none",
+};
+
+static int has_fault(const tr_device *d)
+{
+    return d->fault_h && *(volatile uint32_t *)d->fault_h != 0;
+}
+
+static tr_status fault_status(tr_device *d)
+{
+    const uint32_t fault = *(volatile uint32_t *)d->fault_h;
+    d->failed = TR_E_DEVICE;
+    return tr_device_fail(d, TR_E_DEVICE, "plan_apply: %s (%s)",
+                          fault < TR_N_FAULTS && fault_text[fault] ? fault_text[fault]
+                                                                   : "a plan that is none",
+                          d->where);
+}
+
+tr_status tr_cuda_status(tr_device *d, const char *op, cudaError_t e)
+{
+    if (e == cudaSuccess) return TR_OK;
+    tr_status st = e == cudaErrorMemoryAllocation                             ? TR_E_MEMORY
+                   : e == cudaErrorInvalidValue || e == cudaErrorNotSupported ? TR_E_USAGE
+                                                                              : TR_E_DEVICE;
+    (void)cudaGetLastError(); /* those that are not sticky are forgotten */
+    if (st == TR_E_DEVICE) d->failed = st;
+    return tr_device_fail(d, st, "%s: %s (%s)", op,
+                          st == TR_E_USAGE ? "arguments or sizes that this backend cannot do"
+                                           : cudaGetErrorString(e),
+                          d->where);
+}
+
+tr_status tr_cuda_begin(tr_device *d)
+{
+    if (d->failed) return d->failed; /* the text is still there */
+    if (has_fault(d)) return fault_status(d);
+    return tr_cuda_status(d, "cudaSetDevice", cudaSetDevice(d->ordinal));
+}
+
+/* ---- memory -------------------------------------------------------------------------------------------------------- */
+
+static int block_room(tr_device *d)
+{
+    size_t bytes;
+    if (d->n_blocks < d->blocks_room) return 1;
+    const size_t room = d->blocks_room ? 2 * d->blocks_room : 256;
+    void *grown = tr_mul(&bytes, room, sizeof *d->block) ? realloc(d->block, bytes) : NULL;
+    if (!grown) return 0;
+    d->block = grown;
+    d->blocks_room = room;
+    return 1;
+}
+
+tr_status tr_cuda_alloc(tr_device *d, size_t bytes, int kind, void **out)
+{
+    const int host = kind == TR_MEMORY_HOST;
+    void *p = NULL;
+
+    *out = NULL;
+    tr_status st = tr_cuda_begin(d);
+    if (st != TR_OK) return st;
+    if (!block_room(d)) return tr_device_fail(d, TR_E_MEMORY, "out of memory");
+    const size_t size = bytes ? bytes : 1;
+    cudaError_t e = host ? cudaHostAlloc(&p, size, cudaHostAllocDefault) : cudaMalloc(&p, size);
+    if (e == cudaErrorMemoryAllocation) {
+        size_t left = 0, all = 0;
+        (void)cudaGetLastError();
+        if (cudaMemGetInfo(&left, &all) != cudaSuccess) (void)cudaGetLastError();
+        return tr_device_fail(d, TR_E_MEMORY,
+                              "out of %s memory: %zu bytes, %zu of %zu are free (%s)",
+                              host ? "pinned host" : "device", bytes, left, all, d->where);
+    }
+    if (e != cudaSuccess) return tr_cuda_status(d, "cudaMalloc", e);
+    d->block[d->n_blocks++] = (tr_cuda_block){.memory = p, .host = host};
+    if (host)
+        memset(p, 0, size);
+    else
+        e = cudaMemsetAsync(p, 0, size, d->stream[TR_LANE_COPY]);
+    if (!host && e == cudaSuccess) e = cudaStreamSynchronize(d->stream[TR_LANE_COPY]);
+    st = tr_cuda_status(d, "alloc", e);
+    if (st == TR_OK) *out = p;
+    return st;
+}
+
+static void free_block(const tr_cuda_block *b)
+{
+    if (b->host)
+        cudaFreeHost(b->memory);
+    else
+        cudaFree(b->memory);
+}
+
+void tr_cuda_release(tr_device *d, void *p)
+{
+    if (!p) return;
+    cudaSetDevice(d->ordinal);
+    tr_cuda_note_drop(d, p);
+    for (size_t i = d->n_blocks; i-- > 0;) {
+        if (d->block[i].memory != p) continue;
+        free_block(&d->block[i]);
+        d->block[i] = d->block[--d->n_blocks];
+        return;
+    }
+}
+
+uint64_t tr_cuda_memory_left(tr_device *d)
+{
+    size_t left = 0, all = 0;
+    if (tr_cuda_begin(d) != TR_OK || cudaMemGetInfo(&left, &all) != cudaSuccess) return 0;
+    return left;
+}
+
+/* ---- to the device, through pinned memory: what the caller gives may be gone when the call returns ----------------- */
+
+tr_status tr_cuda_stage(tr_device *d, tr_stage **out)
+{
+    tr_stage *s = &d->stage[d->i_stage];
+    d->i_stage = (d->i_stage + 1) % TR_STAGES;
+    *out = s;
+    if (!s->busy) return TR_OK;
+    s->busy = 0;
+    return tr_cuda_status(d, "upload", cudaEventSynchronize(s->sent));
+}
+
+tr_status tr_cuda_send(tr_device *d, tr_lane lane, tr_stage *s, void *dst, size_t bytes)
+{
+    cudaError_t e = cudaMemcpyAsync(dst, s->memory, bytes, cudaMemcpyHostToDevice, d->stream[lane]);
+    if (e == cudaSuccess) e = cudaEventRecord(s->sent, d->stream[lane]);
+    s->busy = e == cudaSuccess;
+    return tr_cuda_status(d, "upload", e);
+}
+
+tr_status tr_cuda_upload(tr_device *d, tr_lane lane, void *dst, const void *src, size_t bytes)
+{
+    tr_status st = tr_cuda_begin(d);
+    for (size_t at = 0, n; at < bytes && st == TR_OK; at += n) {
+        tr_stage *s;
+        n = bytes - at < TR_STAGE_BYTES ? bytes - at : TR_STAGE_BYTES;
+        st = tr_cuda_stage(d, &s);
+        if (st != TR_OK) break;
+        memcpy(s->memory, (const char *)src + at, n);
+        st = tr_cuda_send(d, lane, s, (char *)dst + at, n);
+    }
+    return st;
+}
+
+tr_status tr_cuda_download(tr_device *d, tr_lane lane, void *dst, const void *src, size_t bytes)
+{
+    tr_status st = tr_cuda_begin(d);
+    if (st != TR_OK || bytes == 0) return st;
+    return tr_cuda_status(
+        d, "download", cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToHost, d->stream[lane]));
+}
+
+/* ---- order --------------------------------------------------------------------------------------------------------- */
+
+tr_status tr_cuda_order(tr_device *d, tr_lane before, tr_lane after)
+{
+    tr_status st = tr_cuda_begin(d);
+    if (st != TR_OK || before == after) return st;
+    cudaError_t e = cudaEventRecord(d->join[before], d->stream[before]);
+    if (e == cudaSuccess) e = cudaStreamWaitEvent(d->stream[after], d->join[before], 0);
+    return tr_cuda_status(d, "order", e);
+}
+
+uint64_t tr_cuda_ticket(tr_device *d, tr_lane lane)
+{
+    const uint64_t t = ++d->issued[lane];
+    if (tr_cuda_begin(d) == TR_OK) /* a failure shows when the ticket is asked for */
+        tr_cuda_status(d, "ticket",
+                       cudaEventRecord(d->ticket[lane][t % TR_TICKETS], d->stream[lane]));
+    return t;
+}
+
+int tr_cuda_done(tr_device *d, tr_lane lane, uint64_t ticket)
+{
+    if (tr_cuda_begin(d) != TR_OK) return -1;
+    if (ticket <= d->finished[lane]) return 1;
+    const cudaError_t e = cudaEventQuery(d->ticket[lane][ticket % TR_TICKETS]);
+    if (e == cudaErrorNotReady) {
+        (void)cudaGetLastError();
+        return 0;
+    }
+    if (tr_cuda_status(d, "a kernel", e) != TR_OK) return -1;
+    if (has_fault(d)) {
+        fault_status(d);
+        return -1;
+    }
+    d->finished[lane] = ticket;
+    return 1;
+}
+
+/* ---- opening and closing ------------------------------------------------------------------------------------------- */
+
+void tr_cuda_close(tr_device *d)
+{
+    if (!d) return;
+    cudaSetDevice(d->ordinal);
+    for (int i = 0; i < TR_N_LANES; i++) {
+        if (d->stream[i]) cudaStreamSynchronize(d->stream[i]);
+        if (d->join[i]) cudaEventDestroy(d->join[i]);
+        for (int j = 0; j < TR_TICKETS; j++)
+            if (d->ticket[i][j]) cudaEventDestroy(d->ticket[i][j]);
+    }
+    for (int i = 0; i < TR_STAGES; i++) {
+        if (d->stage[i].sent) cudaEventDestroy(d->stage[i].sent);
+        if (d->stage[i].memory) cudaFreeHost(d->stage[i].memory);
+    }
+    for (size_t i = 0; i < d->n_blocks; i++)
+        free_block(&d->block[i]);
+    for (int i = 0; i < TR_N_LANES; i++)
+        if (d->stream[i]) cudaStreamDestroy(d->stream[i]);
+    if (d->fault_h) cudaFreeHost(d->fault_h);
+    for (size_t i = 0; i < d->n_notes; i++)
+        free(d->note[i].head);
+    free(d->note);
+    free(d->block);
+    free(d);
+}
+
+/* Streams, events, staging; TR_E_DEVICE with a text in the device. */
+static tr_status make_lanes(tr_device *d)
+{
+    cudaError_t e = cudaSuccess;
+
+    for (int i = 0; i < TR_N_LANES && e == cudaSuccess; i++) {
+        e = cudaStreamCreateWithFlags(&d->stream[i], cudaStreamNonBlocking);
+        if (e == cudaSuccess) e = cudaEventCreateWithFlags(&d->join[i], cudaEventDisableTiming);
+        for (int j = 0; j < TR_TICKETS && e == cudaSuccess; j++)
+            e = cudaEventCreateWithFlags(&d->ticket[i][j], cudaEventDisableTiming);
+    }
+    for (int i = 0; i < TR_STAGES && e == cudaSuccess; i++) {
+        e = cudaHostAlloc(&d->stage[i].memory, TR_STAGE_BYTES, cudaHostAllocDefault);
+        if (e == cudaSuccess)
+            e = cudaEventCreateWithFlags(&d->stage[i].sent, cudaEventDisableTiming);
+    }
+    if (e == cudaSuccess)
+        e = cudaHostAlloc((void **)&d->fault_h, sizeof *d->fault_h, cudaHostAllocMapped);
+    if (e == cudaSuccess) {
+        *d->fault_h = 0;
+        e = cudaHostGetDevicePointer((void **)&d->fault_d, d->fault_h, 0);
+    }
+    return tr_cuda_status(d, "opening", e);
+}
+
+static tr_status load_kernels(tr_device *d)
+{
+    cudaError_t e = tr_cuda_products_open();
+    if (e == cudaErrorNoKernelImageForDevice || e == cudaErrorInvalidDeviceFunction)
+        return tr_device_fail(d, TR_E_DEVICE, "this build is for %s, not for this GPU (%s)",
+                              TR_CUDA_ARCH, d->where);
+    if (e == cudaSuccess) e = tr_cuda_attention_open();
+    return tr_cuda_status(d, "opening", e);
+}
+
+tr_status tr_cuda_open(tr_device **out, const tr_ops **ops, const tr_device_options *options,
+                       int *usable, tr_err *err)
+{
+    struct cudaDeviceProp prop;
+    char pci[32] = "";
+    int n = 0;
+
+    *out = NULL;
+    *usable = 0;
+    cudaError_t e = cudaGetDeviceCount(&n);
+    if (e != cudaSuccess || n < 1) {
+        (void)cudaGetLastError();
+        return tr_fail(err, TR_E_DEVICE, "no usable GPU: %s",
+                       e == cudaSuccess ? "there is none" : cudaGetErrorString(e));
+    }
+    tr_status st = tr_ops_check(&tr_cuda_ops, err);
+    if (st != TR_OK) return st;
+    tr_device *d = calloc(1, sizeof *d);
+    if (!d) return tr_fail(err, TR_E_MEMORY, "out of memory");
+    d->ordinal = (options->i_device % n + n) % n;
+    snprintf(d->where, sizeof d->where, "GPU %d of %d", d->ordinal, n);
+    e = cudaSetDevice(d->ordinal);
+    if (e == cudaSuccess) e = cudaGetDeviceProperties(&prop, d->ordinal);
+    if (e == cudaSuccess) e = cudaDeviceGetPCIBusId(pci, sizeof pci, d->ordinal);
+    st = tr_cuda_status(d, "opening", e);
+    if (st != TR_OK) goto done;
+    snprintf(d->where, sizeof d->where, "%.64s, PCI %s", prop.name, pci);
+    snprintf(d->head.describe, sizeof d->head.describe, "cuda, %.64s, %d SMs, %zu GiB", prop.name,
+             prop.multiProcessorCount, prop.totalGlobalMem >> 30);
+    st = load_kernels(d);
+    if (st != TR_OK) goto done;
+    *usable = 1;
+    st = make_lanes(d);
+    if (st != TR_OK) goto done;
+    *out = d;
+    *ops = &tr_cuda_ops;
+    d = NULL;
+
+done:
+    if (d) tr_fail(err, st, "%s", tr_device_error(d));
+    tr_cuda_close(d);
+    return st;
+}

@@ -1,0 +1,147 @@
+/* Rows to the experts of other ranks and back (parallel.md 5.1). Every order is fixed, so that sums
+ * do not depend on arrival. */
+#include "kernels/cuda/common.cuh"
+
+namespace
+{
+
+enum { THREADS = 256 };
+
+/* tr_dispatch_bytes, in words. */
+__device__ __forceinline__ size_t record_words(int d, int k)
+{
+    return (size_t)d + 2 * (size_t)k;
+}
+
+__device__ __forceinline__ bool holds(const tr_moe_dispatch_args &a, int r, int ep)
+{
+    const int low = ep * a.n_local;
+    for (int j = 0; j < a.k; j++) {
+        const int32_t e = a.expert[(size_t)r * (size_t)a.k + (size_t)j];
+        if (e >= low && e < low + a.n_local) return true;
+    }
+    return false;
+}
+
+__device__ __forceinline__ int dispatch_rows(const tr_moe_dispatch_args &a)
+{
+    const int left = *a.n - a.first;
+    return left <= 0 ? 0 : min(a.n_rows, (left + a.step - 1) / a.step);
+}
+
+/* One block: which rows go where, in the order of destinations. */
+__global__ void __launch_bounds__(THREADS)
+    dispatch_list(const __grid_constant__ tr_moe_dispatch_args a)
+{
+    __shared__ int scratch[THREADS / 32 + 1];
+    const int n = dispatch_rows(a);
+    int at = 0;
+    for (int dest = 0; dest < a.n_ep * a.n_xt; dest++) {
+        const int begin = at;
+        for (int i0 = 0; i0 < n; i0 += THREADS) {
+            const int i = i0 + (int)threadIdx.x, r = a.first + i * a.step;
+            const int hit = i < n && holds(a, r, dest / a.n_xt);
+            int total;
+            const int to = at + tr::block_scan(hit, scratch, &total);
+            if (hit) a.origin[to] = r;
+            at += total;
+        }
+        if (threadIdx.x == 0) a.count[dest] = at - begin;
+    }
+}
+
+/* A block copies a record at a time. */
+__global__ void __launch_bounds__(THREADS)
+    dispatch_copy(const __grid_constant__ tr_moe_dispatch_args a)
+{
+    int dest = 0, end = a.count[0];
+    for (int at = (int)blockIdx.x;; at += (int)gridDim.x) {
+        while (at >= end) {
+            if (++dest == a.n_ep * a.n_xt) return;
+            end += a.count[dest];
+        }
+        const size_t r = (size_t)a.origin[at];
+        float *to = (float *)a.record + (size_t)at * record_words(a.d, a.k);
+        for (int i = (int)threadIdx.x; i < a.d; i += THREADS)
+            to[i] = a.x[r * (size_t)a.d + (size_t)i];
+        const int low = dest / a.n_xt * a.n_local;
+        for (int j = (int)threadIdx.x; j < a.k; j += THREADS) {
+            const int32_t e = a.expert[r * (size_t)a.k + (size_t)j];
+            const bool here = e >= low && e < low + a.n_local;
+            ((int32_t *)to)[a.d + j] = here ? e : -1;
+            to[a.d + a.k + j] = here ? a.weight[r * (size_t)a.k + (size_t)j] : 0.0f;
+        }
+    }
+}
+
+__global__ void moe_receive(const __grid_constant__ tr_moe_receive_args a)
+{
+    const int u = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+    if (u == 0) *a.n_out = a.n_rows;
+    if (u >= a.n_rows * a.k) return;
+    const float *from =
+        (const float *)a.record + (size_t)(u / a.k) * record_words(a.d, a.k) + a.d + u % a.k;
+    a.expert[u] = *(const int32_t *)from;
+    a.weight[u] = from[a.k];
+}
+
+/* Block i: if i is the first of its row, all of that row's sums, i ascending. */
+__global__ void __launch_bounds__(THREADS) moe_return(const __grid_constant__ tr_moe_return_args a)
+{
+    enum { MOST = 1024 };
+    __shared__ int scratch[THREADS / 32 + 1];
+    __shared__ int list[MOST];
+    const int first = (int)blockIdx.x, row = a.origin[first];
+    int n = 0;
+    for (int i0 = 0; i0 < first; i0 += THREADS) {
+        const int i = i0 + (int)threadIdx.x;
+        n |= i < first && a.origin[i] == row;
+    }
+    if (__syncthreads_or(n)) return;
+    n = 0;
+    for (int i0 = first; i0 < a.n_rows; i0 += THREADS) {
+        const int i = i0 + (int)threadIdx.x;
+        const int hit = i < a.n_rows && a.origin[i] == row;
+        int total;
+        const int at = n + tr::block_scan(hit, scratch, &total);
+        if (hit && at < MOST) list[at] = i;
+        n = min(n + total, (int)MOST); /* a row goes once to a member; there are fewer */
+    }
+    __syncthreads();
+    float *out = a.out + (size_t)row * (size_t)a.d;
+    for (int j = (int)threadIdx.x; j < a.d; j += THREADS) {
+        float sum = out[j];
+        for (int i = 0; i < n; i++)
+            sum += a.y[(size_t)list[i] * (size_t)a.d + (size_t)j];
+        out[j] = sum;
+    }
+}
+
+} // namespace
+
+cudaError_t tr_cuda_moe_dispatch(const struct tr_moe_dispatch_args *a, cudaStream_t stream)
+{
+    if (a->step < 1 || a->first < 0 || a->n_local < 1 || a->k < 1 || a->n_ep < 1 || a->n_xt < 1)
+        return cudaErrorInvalidValue;
+    dispatch_list<<<1, THREADS, 0, stream>>>(*a);
+    const cudaError_t e = cudaGetLastError();
+    if (e != cudaSuccess || a->n_rows <= 0) return e;
+    const size_t records =
+        (size_t)a->n_rows * (size_t)(a->k < a->n_ep ? a->k : a->n_ep) * (size_t)a->n_xt;
+    dispatch_copy<<<tr::at_most(records, 2048), THREADS, 0, stream>>>(*a);
+    return cudaGetLastError();
+}
+
+cudaError_t tr_cuda_moe_receive(const struct tr_moe_receive_args *a, cudaStream_t stream)
+{
+    const size_t n = (size_t)a->n_rows * (size_t)a->k;
+    moe_receive<<<n ? tr::blocks_for(n, THREADS) : 1, THREADS, 0, stream>>>(*a);
+    return cudaGetLastError();
+}
+
+cudaError_t tr_cuda_moe_return(const struct tr_moe_return_args *a, cudaStream_t stream)
+{
+    if (a->n_rows <= 0) return cudaSuccess;
+    moe_return<<<(unsigned)a->n_rows, THREADS, 0, stream>>>(*a);
+    return cudaGetLastError();
+}

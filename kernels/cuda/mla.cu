@@ -1,0 +1,85 @@
+/* The query's way into the latent space and the way back out (model.md 3.4). Weights are expanded
+ * exactly and meet bf16. */
+#include "kernels/cuda/gemm.cuh"
+
+namespace
+{
+
+/* Rope on the end of every head, in place; absorbed rows get it into q_absorbed too. No
+ * contraction: as on the CPU. */
+__global__ void query_rope(const __grid_constant__ tr_mla_query_args a,
+                           const __grid_constant__ tr_rows rows)
+{
+    const int n = tr::live_rows(rows.n, rows.n_max), pairs = a.d_rope / 2;
+    const size_t total = (size_t)n * (size_t)a.n_heads * (size_t)pairs;
+    for (size_t u = (size_t)blockIdx.x * blockDim.x + threadIdx.x; u < total;
+         u += (size_t)gridDim.x * blockDim.x) {
+        const int j = (int)(u % (size_t)pairs);
+        const size_t at = u / (size_t)pairs;
+        const int i = (int)(at / (size_t)a.n_heads);
+        float *x = a.q + at * (size_t)(a.d_nope + a.d_rope) + a.d_nope + 2 * j;
+        float y0 = x[0], y1 = x[1];
+        if (!tr::is_pad(rows, i)) {
+            const float *cs = a.rope + (size_t)rows.position[i] * (size_t)a.d_rope + 2 * j;
+            y0 = __fsub_rn(__fmul_rn(x[0], cs[0]), __fmul_rn(x[1], cs[1]));
+            y1 = __fadd_rn(__fmul_rn(x[0], cs[1]), __fmul_rn(x[1], cs[0]));
+            x[0] = y0;
+            x[1] = y1;
+        }
+        if (rows.dense[i]) continue;
+        float *out = a.q_absorbed + at * (size_t)(a.d_latent + a.d_rope) + a.d_latent + 2 * j;
+        out[0] = y0;
+        out[1] = y1;
+    }
+}
+
+} // namespace
+
+cudaError_t tr_cuda_mla_query(const struct tr_mla_query_args *a, cudaStream_t stream)
+{
+    const tr_rows *rows = a->rows;
+    const size_t work = (size_t)rows->n_max * (size_t)a->n_heads * (size_t)(a->d_rope / 2);
+    if (a->w_uk_t->n_out != a->d_latent || a->w_uk_t->n_in != a->d_nope ||
+        a->w_uk_t->n_mats < a->n_heads)
+        return cudaErrorInvalidValue;
+    if (work > 0) {
+        unsigned blocks = tr::blocks_for(work, 256);
+        query_rope<<<tr::at_most(blocks, 4096), 256, 0, stream>>>(*a, *rows);
+        const cudaError_t e = cudaGetLastError();
+        if (e != cudaSuccess) return e;
+    }
+    tr::product p = {};
+    tr::product_weight(&p, a->w_uk_t);
+    p.blocks = tr_blocks_at_most(p.n_in);
+    p.n_mats = a->n_heads;
+    p.n = rows->n;
+    p.n_max = rows->n_max;
+    p.x = a->q;
+    p.x_step = (size_t)(a->d_nope + a->d_rope);
+    p.ld_x = (size_t)a->n_heads * p.x_step;
+    p.y = a->q_absorbed;
+    p.y_step = (size_t)(a->d_latent + a->d_rope);
+    p.ld_y = (size_t)a->n_heads * p.y_step;
+    p.skip = rows->dense;
+    return tr::product_launch(&p, stream);
+}
+
+cudaError_t tr_cuda_mla_value(const struct tr_mla_value_args *a, cudaStream_t stream)
+{
+    if (a->w_uv->n_out != a->d_v || a->w_uv->n_in != a->d_latent || a->w_uv->n_mats < a->n_heads)
+        return cudaErrorInvalidValue;
+    tr::product p = {};
+    tr::product_weight(&p, a->w_uv);
+    p.blocks = tr_blocks_at_most(p.n_in);
+    p.n_mats = a->n_heads;
+    p.n = a->rows->n;
+    p.n_max = a->rows->n_max;
+    p.x = a->u;
+    p.x_step = (size_t)a->d_latent;
+    p.ld_x = (size_t)a->n_heads * p.x_step;
+    p.y = a->out;
+    p.y_step = (size_t)a->d_v;
+    p.ld_y = (size_t)a->n_heads * p.y_step;
+    p.skip = a->rows->dense;
+    return tr::product_launch(&p, stream);
+}

@@ -1,0 +1,219 @@
+/* Mixture of experts (model.md 6): W8A8 inputs, the experts' segments as tiles, silu in between,
+ * and the weighted sum; the router and the sort of pairs by expert are in router.cu. */
+#include "kernels/cuda/gemm.cuh"
+
+namespace
+{
+
+enum { THREADS = 256 };
+
+/* A warp takes a block of 128 columns of a row: one scale. */
+__global__ void __launch_bounds__(THREADS)
+    quantise(const __grid_constant__ tr_cuda_quantise_args a, int ld_scale)
+{
+    const int n = tr::live_rows(a.n, a.n_max), lane = (int)threadIdx.x % 32;
+    const int k_shift = a.head->k_shift;
+    const size_t total = (size_t)n * (size_t)a.blocks, step = (size_t)gridDim.x * (THREADS / 32);
+    for (size_t u = (size_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32; u < total; u += step) {
+        const int row = (int)(u / (size_t)a.blocks), block = (int)(u % (size_t)a.blocks);
+        const float *x = a.x + (size_t)row * a.ld;
+        const int k = block * 128 + lane * 4 - k_shift;
+        float v[4], amax = 0;
+        for (int i = 0; i < 4; i++) {
+            v[i] = k + i >= 0 && k + i < a.d ? x[k + i] : 0.0f;
+            amax = fmaxf(amax, fabsf(v[i]));
+        }
+        amax = tr::warp_reduce<float, tr::larger<float>>(amax);
+        const float scale = a.pow2 ? tr::scale_pow2(amax) : __fdiv_rn(fmaxf(amax, 1e-4f), 448.0f);
+        uint32_t codes = 0;
+        for (int i = 0; i < 4; i++)
+            codes |= (uint32_t)tr::to_e4m3(__fdiv_rn(v[i], scale)) << (8 * i);
+        *(uint32_t *)(a.q + (size_t)row * (size_t)(a.blocks * 128) +
+                      (size_t)(block * 128 + lane * 4)) = codes;
+        if (lane == 0) a.scale[(size_t)block * (size_t)ld_scale + (size_t)row] = scale;
+    }
+}
+
+/* The tiles of all experts, experts ascending. One thread per expert. */
+__global__ void list_tiles(const int32_t *start, int n_local, int2 *tiles, int32_t *n_tiles,
+                           int32_t *n_pairs)
+{
+    __shared__ int scratch[33];
+    int done = 0;
+    for (int e0 = 0; e0 < n_local; e0 += (int)blockDim.x) {
+        const int e = e0 + (int)threadIdx.x;
+        const int rows = e < n_local ? start[e + 1] - start[e] : 0;
+        const int n = (rows + tr::TILE_ROWS - 1) / tr::TILE_ROWS;
+        int total;
+        const int at = done + tr::block_scan(n, scratch, &total);
+        for (int i = 0; i < n; i++)
+            tiles[at + i] = make_int2(e, start[e] + i * tr::TILE_ROWS);
+        done += total;
+    }
+    if (threadIdx.x == 0) {
+        *n_tiles = done;
+        *n_pairs = start[n_local];
+    }
+}
+
+/* out = silu(gate) * up, of rows [gate | up]; out may be gate. */
+__global__ void swiglu(const int32_t *n, int n_max, int d, const float *gate_up, size_t ld_in,
+                       float *out, size_t ld_out)
+{
+    const size_t total = (size_t)tr::live_rows(n, n_max) * (size_t)d;
+    for (size_t u = (size_t)blockIdx.x * blockDim.x + threadIdx.x; u < total;
+         u += (size_t)gridDim.x * blockDim.x) {
+        const size_t r = u / (size_t)d, i = u % (size_t)d;
+        const float g = gate_up[r * ld_in + i], up = gate_up[r * ld_in + (size_t)d + i];
+        out[r * ld_out + i] = g / (1.0f + expf(-g)) * up;
+    }
+}
+
+cudaError_t launch_swiglu(const int32_t *n, int n_max, int d, const float *gate_up, float *out,
+                          size_t ld_out, cudaStream_t stream)
+{
+    const size_t total = (size_t)n_max * (size_t)d;
+    if (total == 0) return cudaSuccess;
+    const unsigned blocks = tr::blocks_for(total, THREADS);
+    swiglu<<<tr::at_most(blocks, 8192), THREADS, 0, stream>>>(n, n_max, d, gate_up, 2 * (size_t)d,
+                                                              out, ld_out);
+    return cudaGetLastError();
+}
+
+__global__ void combine(const __grid_constant__ tr_moe_combine_args a)
+{
+    const int r = (int)blockIdx.x;
+    if (r >= tr::live_rows(a.n, a.n_max)) return;
+    for (int i = (int)threadIdx.x; i < a.d; i += (int)blockDim.x) {
+        const size_t at = (size_t)r * (size_t)a.d + (size_t)i;
+        float sum = a.shared ? a.shared[at] : 0.0f;
+        for (int j = 0; j < a.k; j++) {
+            const size_t pair = (size_t)r * (size_t)a.k + (size_t)j;
+            const int e = a.expert[pair] - a.e_first;
+            if (e >= 0 && e < a.n_local)
+                sum = __fmaf_rn(a.weight[pair], a.y[pair * (size_t)a.d + (size_t)i], sum);
+        }
+        a.out[at] = sum;
+    }
+}
+
+/* ---- the workspace of moe ------------------------------------------------------------------------------------------ */
+
+struct moe_memory {
+    uint8_t *q_in, *q_inner;
+    float *scale_in, *scale_inner, *inner;
+    int2 *tiles;
+    int32_t *n_tiles, *n_pairs;
+};
+
+size_t carve(moe_memory *m, void *base, int n_max, int k, int d, int inner)
+{
+    const size_t rows = (size_t)n_max, pairs = rows * (size_t)k;
+    const size_t in_blocks = (size_t)tr_blocks_at_most(d),
+                 inner_blocks = (size_t)tr_blocks_at_most(inner);
+    size_t at = 0;
+    auto take = [&](size_t bytes) {
+        uint8_t *p = (uint8_t *)base + at;
+        at += (bytes + 255) / 256 * 256;
+        return p;
+    };
+    m->q_in = take(rows * in_blocks * 128);
+    m->scale_in = (float *)take((rows + 3) / 4 * 4 * in_blocks * 4);
+    m->inner = (float *)take(pairs * 2 * (size_t)inner * 4);
+    m->q_inner = take(pairs * inner_blocks * 128);
+    m->scale_inner = (float *)take((pairs + 3) / 4 * 4 * inner_blocks * 4);
+    m->tiles = (int2 *)take(pairs * sizeof(int2));
+    m->n_tiles = (int32_t *)take(8);
+    m->n_pairs = m->n_tiles + 1;
+    return at;
+}
+
+} // namespace
+
+cudaError_t tr_cuda_quantise(const tr_cuda_quantise_args *a, cudaStream_t stream)
+{
+    const unsigned blocks = tr::blocks_for((size_t)a->n_max * (size_t)a->blocks, THREADS / 32);
+    if (blocks == 0) return cudaSuccess;
+    quantise<<<tr::at_most(blocks, 8192), THREADS, 0, stream>>>(*a, (a->n_max + 3) / 4 * 4);
+    return cudaGetLastError();
+}
+
+size_t tr_cuda_moe_workspace(int n_max, int k, int d, int d_inner)
+{
+    moe_memory m;
+    if (n_max <= 0 || k <= 0 || d <= 0 || d_inner <= 0) return 0;
+    return carve(&m, nullptr, n_max, k, d, d_inner);
+}
+
+cudaError_t tr_cuda_moe(const struct tr_moe_args *a, int shift_in, int shift_inner,
+                        cudaStream_t stream)
+{
+    const int d = a->in.d, inner = a->down->n_in, pairs_max = a->n_max * a->k;
+    const bool quantised = a->gate_up->format == TR_W_E4M3_B128;
+    moe_memory m;
+
+    if (a->gate_up->n_out != 2 * inner || a->gate_up->n_in != d ||
+        a->down->format != a->gate_up->format ||
+        a->workspace_bytes < carve(&m, a->workspace, a->n_max, a->k, d, inner))
+        return cudaErrorInvalidValue;
+    if (pairs_max == 0) return cudaSuccess;
+    list_tiles<<<1, 256, 0, stream>>>(a->start, a->n_local, m.tiles, m.n_tiles, m.n_pairs);
+
+    tr::product p = {};
+    tr::product_weight(&p, a->gate_up);
+    cudaError_t e = cudaGetLastError();
+    if (quantised) {
+        p.blocks = (d + shift_in + 127) / 128;
+        p.q = m.q_in;
+        p.q_scale = m.scale_in;
+        p.ld_q_scale = (a->n_max + 3) / 4 * 4;
+        const tr_cuda_quantise_args q = {
+            (const float *)a->in.x, a->in.ld, a->n,   a->n_max,  d, p.blocks,
+            a->in.scale_pow2,       p.head,   m.q_in, m.scale_in};
+        if (e == cudaSuccess) e = tr_cuda_quantise(&q, stream);
+    }
+    p.x = (const float *)a->in.x;
+    p.ld_x = a->in.ld;
+    p.row_index = a->pair;
+    p.row_div = a->k;
+    p.y = m.inner;
+    p.ld_y = 2 * (size_t)inner;
+    p.tiles = m.tiles;
+    p.n_tiles = m.n_tiles;
+    p.start = a->start;
+    p.tiles_max = pairs_max / tr::TILE_ROWS + (a->n_local < pairs_max ? a->n_local : pairs_max);
+    if (e == cudaSuccess) e = tr::product_launch(&p, stream);
+    if (e == cudaSuccess)
+        e = launch_swiglu(m.n_pairs, pairs_max, inner, m.inner, m.inner, 2 * (size_t)inner, stream);
+
+    tr::product_weight(&p, a->down);
+    if (quantised) {
+        p.blocks = (inner + shift_inner + 127) / 128;
+        p.q = m.q_inner;
+        p.q_scale = m.scale_inner;
+        p.ld_q_scale = (pairs_max + 3) / 4 * 4;
+        const tr_cuda_quantise_args q = {m.inner,   2 * (size_t)inner, m.n_pairs,        pairs_max,
+                                         inner,     p.blocks,          a->in.scale_pow2, p.head,
+                                         m.q_inner, m.scale_inner};
+        if (e == cudaSuccess) e = tr_cuda_quantise(&q, stream);
+    }
+    p.x = m.inner;
+    p.ld_x = 2 * (size_t)inner;
+    p.row_index = nullptr;
+    p.y = a->out;
+    p.ld_y = (size_t)a->down->n_out;
+    p.out_index = a->pair;
+    return e == cudaSuccess ? tr::product_launch(&p, stream) : e;
+}
+
+cudaError_t tr_cuda_swiglu(const struct tr_swiglu_args *a, cudaStream_t stream)
+{
+    return launch_swiglu(a->n, a->n_max, a->d, a->gate_up, a->out, (size_t)a->d, stream);
+}
+
+cudaError_t tr_cuda_moe_combine(const struct tr_moe_combine_args *a, cudaStream_t stream)
+{
+    if (a->n_max <= 0) return cudaSuccess;
+    combine<<<(unsigned)a->n_max, 256, 0, stream>>>(*a);
+    return cudaGetLastError();
+}

@@ -1,0 +1,193 @@
+/* The table of operations: arguments are checked, the form that fits the shapes is chosen, the
+ * launch's answer becomes a status. */
+#include <config.h>
+
+#include "kernels/cuda/cuda_priv.h"
+#include "kernels/cuda/index_logits.h"
+#include "kernels/cuda/topk.h"
+
+/* ---- what several check -------------------------------------------------------------------------------------------- */
+
+static tr_status check_kv(tr_device *d, const char *op, const tr_kv_layer *kv)
+{
+    if (kv->dtype != TR_E4M3 && kv->dtype != TR_BF16)
+        return tr_device_fail(d, TR_E_USAGE,
+                              "%s: caches on a GPU are e4m3 or bf16; f32 is the CPU's alone", op);
+    if (kv->latent && (kv->d_latent < 4 || kv->d_latent % 4 || kv->d_rope < 0 || kv->d_rope % 2))
+        return tr_device_fail(
+            d, TR_E_USAGE,
+            "%s: latents of %d and rope of %d: multiples of 4 and 2 are what this backend can do",
+            op, kv->d_latent, kv->d_rope);
+    if (kv->index && (kv->d_index < 1 || (kv->d_index & (kv->d_index - 1))))
+        return tr_device_fail(d, TR_E_USAGE,
+                              "%s: index keys of %d: powers of two are what this backend can do",
+                              op, kv->d_index);
+    return TR_OK;
+}
+
+/* The note of a weight that has been packed. */
+static tr_status find_note(tr_device *d, const char *op, const tr_linear *w,
+                           const tr_weight_note **out)
+{
+    *out = tr_cuda_note_find(d, w->data);
+    if (*out) return TR_OK;
+    return tr_device_fail(d, TR_E_USAGE, "%s: a weight that was never packed", op);
+}
+
+static const tr_kv_layer no_cache = {.dtype = TR_E4M3};
+
+/* ---- one launch each ----------------------------------------------------------------------------------------------- */
+
+/* kv: what the arguments say of a cache. */
+#define OPERATION(name, kv_of) LAUNCH(name, kv_of, tr_cuda_##name)
+#define LAUNCH(name, kv_of, launch)                                                                \
+    static tr_status op_##name(tr_device *d, tr_lane lane, const struct tr_##name##_args *a)       \
+    {                                                                                              \
+        const tr_kv_layer kv = kv_of;                                                              \
+        tr_status st = tr_cuda_begin(d);                                                           \
+        if (st == TR_OK) st = check_kv(d, #name, &kv);                                             \
+        return st == TR_OK ? tr_cuda_status(d, #name, launch(a, d->stream[lane])) : st;            \
+    }
+#define INDEX_OUT                                                                                  \
+    (tr_kv_layer)                                                                                  \
+    {                                                                                              \
+        .dtype = a->cache_dtype, .index = a->out, .d_index = a->d_index                            \
+    }
+
+OPERATION(embed, no_cache)
+OPERATION(norm, no_cache)
+OPERATION(rows_gather, no_cache)
+OPERATION(swiglu, no_cache)
+LAUNCH(kv_write, a->kv, tr_cuda_kv_write_any)
+LAUNCH(index_query, INDEX_OUT, tr_cuda_index_query_any)
+OPERATION(index_logits, a->kv)
+OPERATION(topk, no_cache)
+LAUNCH(sparse_mla, a->kv, tr_cuda_sparse_mla_any)
+OPERATION(router, no_cache)
+OPERATION(moe_pack, no_cache)
+OPERATION(moe_combine, no_cache)
+OPERATION(moe_dispatch, no_cache)
+OPERATION(moe_receive, no_cache)
+OPERATION(moe_return, no_cache)
+OPERATION(rows_zero, no_cache)
+OPERATION(sample, no_cache)
+OPERATION(logprobs, no_cache)
+OPERATION(argmax_part, no_cache)
+OPERATION(argmax_take, no_cache)
+OPERATION(sample_part, no_cache)
+OPERATION(sample_merge, no_cache)
+OPERATION(logprob_part, no_cache)
+OPERATION(logprob_rank, no_cache)
+OPERATION(logprob_merge, no_cache)
+
+/* ---- those that need more ------------------------------------------------------------------------------------------ */
+
+static tr_status op_plan_apply(tr_device *d, tr_lane lane, const struct tr_plan_apply_args *a)
+{
+    tr_status st = tr_cuda_begin(d);
+    if (st != TR_OK) return st;
+    return tr_cuda_status(d, "plan_apply", tr_cuda_plan_apply(a, d->fault_d, d->stream[lane]));
+}
+
+static tr_status op_pages_copy(tr_device *d, tr_lane lane, const struct tr_pages_copy_args *a)
+{
+    tr_status st = tr_cuda_begin(d);
+    if (st == TR_OK) st = check_kv(d, "pages_copy", &a->kv);
+    if (st != TR_OK) return st;
+    return tr_cuda_status(d, "pages_copy", tr_cuda_pages_copy(a, d->fault_d, d->stream[lane]));
+}
+
+static tr_status op_linear(tr_device *d, tr_lane lane, const struct tr_linear_args *a)
+{
+    const tr_weight_note *note;
+    tr_status st = tr_cuda_begin(d);
+    if (st == TR_OK) st = find_note(d, "linear", a->w, &note);
+    if (st != TR_OK) return st;
+    if (a->in.d != a->w->n_in)
+        return tr_device_fail(d, TR_E_USAGE, "linear: %d inputs for a weight of %d columns",
+                              a->in.d, a->w->n_in);
+    return tr_cuda_status(d, "linear", tr_cuda_linear(a, note->k_shift, d->stream[lane]));
+}
+
+static tr_status op_moe(tr_device *d, tr_lane lane, const struct tr_moe_args *a)
+{
+    const tr_weight_note *gate_up, *down;
+    tr_status st = tr_cuda_begin(d);
+    if (st == TR_OK) st = find_note(d, "moe", a->gate_up, &gate_up);
+    if (st == TR_OK) st = find_note(d, "moe", a->down, &down);
+    if (st != TR_OK) return st;
+    if (a->gate_up->n_out != 2 * a->down->n_in || a->gate_up->n_in != a->in.d)
+        return tr_device_fail(
+            d, TR_E_USAGE, "moe: gate_up [%d, %d] and down [%d, %d] for %d inputs",
+            a->gate_up->n_out, a->gate_up->n_in, a->down->n_out, a->down->n_in, a->in.d);
+    return tr_cuda_status(d, "moe",
+                          tr_cuda_moe(a, gate_up->k_shift, down->k_shift, d->stream[lane]));
+}
+
+static tr_status op_mla_query(tr_device *d, tr_lane lane, const struct tr_mla_query_args *a)
+{
+    const tr_weight_note *note;
+    tr_status st = tr_cuda_begin(d);
+    if (st == TR_OK) st = find_note(d, "mla_query", a->w_uk_t, &note);
+    return st == TR_OK ? tr_cuda_status(d, "mla_query", tr_cuda_mla_query(a, d->stream[lane])) : st;
+}
+
+static tr_status op_mla_value(tr_device *d, tr_lane lane, const struct tr_mla_value_args *a)
+{
+    const tr_weight_note *note;
+    tr_status st = tr_cuda_begin(d);
+    if (st == TR_OK) st = find_note(d, "mla_value", a->w_uv, &note);
+    return st == TR_OK ? tr_cuda_status(d, "mla_value", tr_cuda_mla_value(a, d->stream[lane])) : st;
+}
+
+static tr_status op_dense_mha(tr_device *d, tr_lane lane, const struct tr_dense_mha_args *a)
+{
+    const tr_weight_note *uk, *uv;
+    tr_status st = tr_cuda_begin(d);
+    if (st == TR_OK) st = check_kv(d, "dense_mha", &a->kv);
+    if (st == TR_OK) st = find_note(d, "dense_mha", a->w_uk, &uk);
+    if (st == TR_OK) st = find_note(d, "dense_mha", a->w_uv, &uv);
+    return st == TR_OK ? tr_cuda_status(d, "dense_mha", tr_cuda_dense_mha(a, d->stream[lane])) : st;
+}
+
+/* The portable form keeps its state in registers; an allocation of 0 bytes would be hard to tell
+ * from a failed one. */
+static size_t sparse_mla_workspace(int n_max, int n_heads, int d_latent)
+{
+    (void)n_max, (void)n_heads, (void)d_latent;
+    return 64;
+}
+
+static tr_status op_ceilings(tr_device *d, tr_ceilings *out)
+{
+    tr_status st = tr_cuda_begin(d);
+    if (st != TR_OK) return st;
+    return tr_cuda_status(
+        d, "ceilings",
+        tr_cuda_ceilings(&out->read_bytes_per_s, &out->fma_flops_per_s, d->stream[TR_LANE_MAIN]));
+}
+
+#define ENTRY(name) .name = op_##name,
+const tr_ops tr_cuda_ops = {
+    .name = "cuda",
+    .caps = TR_CAP_W8A8,
+    .alloc = tr_cuda_alloc,
+    .release = tr_cuda_release,
+    .memory_left = tr_cuda_memory_left,
+    .upload = tr_cuda_upload,
+    .download = tr_cuda_download,
+    .order = tr_cuda_order,
+    .ticket = tr_cuda_ticket,
+    .done = tr_cuda_done,
+    .error = tr_device_error,
+    .close = tr_cuda_close,
+    .linear_bytes = tr_cuda_linear_bytes,
+    .linear_pack = tr_cuda_linear_pack,
+    .moe_workspace = tr_cuda_moe_workspace,
+    .sparse_mla_workspace = sparse_mla_workspace,
+    .sample_workspace = tr_cuda_sample_workspace,
+    .ceilings = op_ceilings,
+    /* clang-format off */
+    TR_OPS(ENTRY)
+    /* clang-format on */
+};

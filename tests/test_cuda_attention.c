@@ -1,0 +1,435 @@
+/* The CUDA backend's attention against the CPU's plain forms: caches and index queries to the bit,
+ * selections equal on equal scores, the rest within what bf16 operands leave. */
+#include <config.h>
+
+#include "tests/cuda_test.h"
+
+enum { SLOTS = 3, PAGES_EACH = 4, N_PAGES = SLOTS * PAGES_EACH, MAX_POSITION = PAGES_EACH * 64 };
+
+typedef struct geometry {
+    int heads, d_nope, d_rope, d_v, d_latent, index_heads, d_index, k;
+    int context[SLOTS];
+} geometry;
+
+/* clang-format off */
+static const geometry geometries[] = {
+    {4, 32, 16, 32, 64, 4, 32, 16, {1, 65, 200}},     /* vectors/model/tiny */
+    {3, 20, 6, 23, 132, 5, 8, 70, {63, 64, 129}},     /* nothing a multiple of a vector; a second scale block of 4 latents */
+    {18, 16, 8, 16, 32, 16, 128, 64, {2, 66, 130}},
+    {5, 128, 64, 128, 512, 64, 128, 24, {20, 64, 131}}, /* the real model's heads */
+};
+/* clang-format on */
+
+typedef struct world {
+    const geometry *g;
+    tr_dtype dtype;
+    int n;
+    tr_rows rows, dev_rows;
+    tr_kv_layer kv, dev_kv;
+    float *rope;
+} world;
+
+/* Every position of every slot, ascending, pads between; form 0: absorbed, 1: dense, 2: slot 1
+ * dense, slot 2 changes over. */
+static void make_world(pair *p, world *w, const geometry *g, tr_dtype dtype, int form)
+{
+    int n = 0;
+    memset(w, 0, sizeof *w);
+    w->g = g;
+    w->dtype = dtype;
+    for (int s = 0; s < SLOTS; s++)
+        n += g->context[s] + 1;
+    tr_rows r = {.n_max = n + 5, .max_context = MAX_POSITION, .max_pages = PAGES_EACH};
+    r.n = word(p, n);
+    r.token = array(p, (size_t)(n + 5) * 4);
+    r.slot = array(p, (size_t)(n + 5) * 4);
+    r.position = array(p, (size_t)(n + 5) * 4);
+    r.begin = array(p, (size_t)(n + 5) * 4);
+    r.write = array(p, (size_t)(n + 5) * 8);
+    r.dense = array(p, (size_t)n + 5);
+    int32_t *pages = array(p, N_PAGES * 4);
+    for (int i = 0; i < N_PAGES; i++)
+        pages[i] = (i * 7 + 3) % N_PAGES;
+    r.page_table = pages;
+    n = 0;
+    for (int s = 0; s < SLOTS; s++)
+        for (int at = 0; at <= g->context[s]; at++, n++) {
+            const int pad = at == g->context[s], position = pad ? 0 : at;
+            r.slot[n] = s;
+            r.position[n] = position;
+            r.write[n] = pad ? -1 : (int64_t)pages[s * PAGES_EACH + at / 64] * 64 + at % 64;
+            r.dense[n] = form == 1 || (form == 2 && (s == 1 || (s == 2 && at < 30)));
+        }
+    w->n = n;
+    w->rows = r;
+    w->dev_rows = twin_rows(p, &r);
+    w->kv = (tr_kv_layer){.dtype = dtype,
+                          .n_pages = N_PAGES,
+                          .d_latent = g->d_latent,
+                          .d_rope = g->d_rope,
+                          .d_index = g->d_index};
+    w->kv.latent = array(p, N_PAGES * 64 * tr_kv_row_bytes(dtype, g->d_latent, g->d_rope));
+    w->kv.index = array(p, N_PAGES * tr_index_page_bytes(dtype, g->d_index));
+    w->dev_kv = w->kv;
+    TWIN(p, w->dev_kv.latent);
+    TWIN(p, w->dev_kv.index);
+    w->rope = array(p, (size_t)(MAX_POSITION * g->d_rope) * 4);
+    for (int i = 0; i < MAX_POSITION * g->d_rope / 2; i++) {
+        const double angle = (i / (g->d_rope / 2)) * pow(0.1, i % (g->d_rope / 2));
+        w->rope[2 * i] = (float)cos(angle);
+        w->rope[2 * i + 1] = (float)sin(angle);
+    }
+}
+
+/* Caches, to the bit. */
+static void write_keys(pair *p, world *w)
+{
+    const geometry *g = w->g;
+    const size_t n = (size_t)w->rows.n_max, d_kv = (size_t)(g->d_latent + g->d_rope);
+    float *kv_a = floats(p, n * d_kv, 2), *index_k = floats(p, n * (size_t)g->d_index, 1),
+          *norm = floats(p, (size_t)g->d_latent, 1), *k_norm = floats(p, (size_t)g->d_index, 1),
+          *k_bias = floats(p, (size_t)g->d_index, 0.3f);
+    memset(kv_a, 0, d_kv * 4); /* an all-zero latent: the floor of its scale */
+    struct tr_kv_write_args c = {.rows = &w->rows,
+                                 .kv_a = kv_a,
+                                 .ld_kv_a = d_kv,
+                                 .index_k = index_k,
+                                 .ld_index_k = (size_t)g->d_index,
+                                 .norm = norm,
+                                 .k_norm = k_norm,
+                                 .k_bias = k_bias,
+                                 .rope = w->rope,
+                                 .eps = 1e-6f,
+                                 .kv = w->kv},
+                            d = c;
+    push(p);
+    d.rows = &w->dev_rows;
+    d.kv = w->dev_kv;
+    TWIN(p, d.kv_a);
+    TWIN(p, d.index_k);
+    TWIN(p, d.norm);
+    TWIN(p, d.k_norm);
+    TWIN(p, d.k_bias);
+    TWIN(p, d.rope);
+    assert_int_equal(p->c->kv_write(p->cpu, TR_LANE_MAIN, &c), TR_OK);
+    pair_ok(p, "kv_write", p->g->kv_write(p->gpu, TR_LANE_MAIN, &d));
+    same_bytes(p, "latent cache", w->kv.latent,
+               N_PAGES * 64 * tr_kv_row_bytes(w->dtype, g->d_latent, g->d_rope));
+    same_bytes(p, "index cache", w->kv.index, N_PAGES * tr_index_page_bytes(w->dtype, g->d_index));
+}
+
+/* What fp32 rounds when it makes the score of row i and key s: the sum of its terms' magnitudes. */
+static double terms(const world *w, const uint8_t *q8, const float *head_weight, int i, int s)
+{
+    const geometry *g = w->g;
+    const int32_t page = w->rows.page_table[w->rows.slot[i] * PAGES_EACH + s / 64];
+    const uint8_t *base =
+        (const uint8_t *)w->kv.index + (size_t)page * tr_index_page_bytes(w->dtype, g->d_index);
+    const uint8_t *key = base + (size_t)(s % 64) * (size_t)g->d_index;
+    float scale;
+    double sum = 0;
+    memcpy(&scale, base + (size_t)(64 * g->d_index) + (size_t)(s % 64) * 4, sizeof scale);
+    for (int h = 0; h < g->index_heads; h++) {
+        const size_t at = (size_t)i * (size_t)g->index_heads + (size_t)h;
+        double dot = 0;
+        for (int j = 0; j < g->d_index; j++)
+            dot += fabs((double)tr_e4m3_to_f32(q8[at * (size_t)g->d_index + (size_t)j]) *
+                        (double)tr_e4m3_to_f32(key[j]));
+        sum += fabs((double)head_weight[at]) * dot;
+    }
+    return sum * (double)scale;
+}
+
+/* Index queries to the bit, scores, and the same selection from the same scores; lists stay for the
+ * attention. */
+static int32_t *select_keys(pair *p, world *w, int ties)
+{
+    const geometry *g = w->g;
+    const size_t n = (size_t)w->rows.n_max, heads = (size_t)g->index_heads, d = (size_t)g->d_index,
+                 ld = MAX_POSITION;
+    float *q = floats(p, n * heads * d, 1), *head_weight = floats(p, n * heads, 1),
+          *score = array(p, n * ld * 4);
+    uint8_t *q8 = array(p, n * heads * d);
+    int32_t *position = array(p, n * (size_t)g->k * 4), *cache_row = array(p, n * (size_t)g->k * 4),
+            *n_selected = array(p, n * 4);
+    if (ties) memset(q, 0, n * heads * d * 4);
+    struct tr_index_query_args qc = {.rows = &w->rows,
+                                     .q = q,
+                                     .w = head_weight,
+                                     .n_heads = g->index_heads,
+                                     .d_index = g->d_index,
+                                     .d_rope = g->d_rope < g->d_index ? g->d_rope : 0,
+                                     .cache_dtype = w->dtype,
+                                     .rope = w->rope,
+                                     .out = q8},
+                               qd = qc;
+    push(p);
+    qd.rows = &w->dev_rows;
+    TWIN(p, qd.q);
+    TWIN(p, qd.w);
+    TWIN(p, qd.rope);
+    TWIN(p, qd.out);
+    assert_int_equal(p->c->index_query(p->cpu, TR_LANE_MAIN, &qc), TR_OK);
+    pair_ok(p, "index_query", p->g->index_query(p->gpu, TR_LANE_MAIN, &qd));
+    same_bytes(p, "index query", q8, n * heads * d);
+    same_bytes(p, "index weights", head_weight, n * heads * 4);
+
+    for (int part = 0; part < 2; part++) { /* rows in two parts, as stripes are */
+        const int i_row = part ? w->n / 2 : 0, n_row = part ? w->n - w->n / 2 : w->n / 2;
+        struct tr_index_logits_args lc = {.rows = &w->rows,
+                                          .q = q8,
+                                          .w = head_weight,
+                                          .n_heads = g->index_heads,
+                                          .k = g->k,
+                                          .kv = w->kv,
+                                          .i_row = i_row,
+                                          .n_row = n_row,
+                                          .score = score,
+                                          .ld = ld},
+                                    ldv = lc;
+        memset(score, 0, n * ld * 4);
+        push(p);
+        ldv.rows = &w->dev_rows;
+        ldv.kv = w->dev_kv;
+        TWIN(p, ldv.q);
+        TWIN(p, ldv.w);
+        TWIN(p, ldv.score);
+        assert_int_equal(p->c->index_logits(p->cpu, TR_LANE_MAIN, &lc), TR_OK);
+        pair_ok(p, "index_logits", p->g->index_logits(p->gpu, TR_LANE_MAIN, &ldv));
+        const float *got = pull(p, score);
+        for (int r = 0; r < n_row; r++) {
+            const int i = i_row + r;
+            if (w->rows.dense[i] || w->rows.write[i] < 0 || w->rows.position[i] < g->k) continue;
+            for (int s = 0; s <= w->rows.position[i]; s++) {
+                const double want = (double)score[(size_t)r * ld + (size_t)s],
+                             error = fabs((double)got[(size_t)r * ld + (size_t)s] - want);
+                if (!(error <= 2e-6 * terms(w, q8, head_weight, i, s)))
+                    fail_msg("index_logits: row %d, key %d: %g, not %g", i, s,
+                             (double)got[(size_t)r * ld + (size_t)s], want);
+            }
+        }
+        struct tr_topk_args tc = {.rows = &w->rows,
+                                  .score = score,
+                                  .ld = ld,
+                                  .k = g->k,
+                                  .i_row = i_row,
+                                  .n_row = n_row,
+                                  .position = position,
+                                  .cache_row = cache_row,
+                                  .n_selected = n_selected},
+                            td = tc;
+        push(p); /* the CPU's scores */
+        td.rows = &w->dev_rows;
+        TWIN(p, td.score);
+        TWIN(p, td.position);
+        TWIN(p, td.cache_row);
+        TWIN(p, td.n_selected);
+        assert_int_equal(p->c->topk(p->cpu, TR_LANE_MAIN, &tc), TR_OK);
+        pair_ok(p, "topk", p->g->topk(p->gpu, TR_LANE_MAIN, &td));
+        const size_t at = (size_t)i_row * (size_t)g->k;
+        same_bytes(p, "n_selected", n_selected + i_row, (size_t)n_row * 4);
+        same_bytes(p, "positions", position + at, (size_t)n_row * (size_t)g->k * 4);
+        same_bytes(p, "cache rows", cache_row + at, (size_t)n_row * (size_t)g->k * 4);
+    }
+    return cache_row;
+}
+
+/* |gpu - cpu| of rows [n, width], relative to the row's largest number. */
+static void near_rows(pair *p, const char *what, const float *host, int n, int width,
+                      double relative)
+{
+    const float *got = pull(p, host);
+    for (int r = 0; r < n; r++) {
+        double size = 1e-6;
+        for (int j = 0; j < width; j++)
+            size = fmax(size, fabs((double)host[(size_t)r * (size_t)width + (size_t)j]));
+        for (int j = 0; j < width; j++) {
+            const size_t at = (size_t)r * (size_t)width + (size_t)j;
+            if (!(fabs((double)got[at] - (double)host[at]) <= relative * size))
+                fail_msg("%s: row %d, number %d: %.7g, not %.7g (largest of the row %.3g)", what, r,
+                         j, (double)got[at], (double)host[at], size);
+        }
+    }
+}
+
+/* bf16 operands, 2^-9 each, averaged over many products; q and the output of one head at a time. */
+static const double bf16_error = 1.5e-2;
+
+static void attend(pair *p, world *w, const int32_t *cache_row, tr_format format)
+{
+    const geometry *g = w->g;
+    const int heads = g->heads, d_q = g->d_nope + g->d_rope, d_key = g->d_latent + g->d_rope;
+    const size_t n = (size_t)w->rows.n_max;
+    weight uk, uk_t, uv;
+    weight_new(p, &uk, format, heads, g->d_nope, g->d_latent, 0, 0);
+    weight_new(p, &uk_t, format, heads, g->d_latent, g->d_nope, 0, 0);
+    weight_new(p, &uv, format, heads, g->d_v, g->d_latent, 0, 0);
+    float *q = round_floats(floats(p, n * (size_t)(heads * d_q), 0.2f), n * (size_t)(heads * d_q)),
+          *qa = floats(p, n * (size_t)(heads * d_key), 1),
+          *u = floats(p, n * (size_t)(heads * g->d_latent), 1),
+          *lse = array(p, n * (size_t)heads * 4), *out = floats(p, n * (size_t)(heads * g->d_v), 1);
+    struct tr_mla_query_args qc = {.rows = &w->rows,
+                                   .q = q,
+                                   .n_heads = heads,
+                                   .d_nope = g->d_nope,
+                                   .d_rope = g->d_rope,
+                                   .d_latent = g->d_latent,
+                                   .rope = w->rope,
+                                   .w_uk_t = &uk_t.c,
+                                   .q_absorbed = qa},
+                             qd = qc;
+    push(p);
+    qd.rows = &w->dev_rows;
+    qd.w_uk_t = &uk_t.g;
+    TWIN(p, qd.q);
+    TWIN(p, qd.rope);
+    TWIN(p, qd.q_absorbed);
+    assert_int_equal(p->c->mla_query(p->cpu, TR_LANE_MAIN, &qc), TR_OK);
+    pair_ok(p, "mla_query", p->g->mla_query(p->gpu, TR_LANE_MAIN, &qd));
+    same_bytes(p, "q with rope", q, n * (size_t)(heads * d_q) * 4);
+    near_rows(p, "q_absorbed", qa, (int)n * heads, d_key, 1e-5);
+
+    round_floats(qa, n * (size_t)(heads * d_key)); /* dense rows' are whatever was there */
+    for (size_t i = 0; i < n * (size_t)(heads * d_key); i++) /* tame logits */
+        qa[i] = tr_round_bf16(qa[i] * 0.05f);
+    struct tr_sparse_mla_args sc = {.rows = &w->rows,
+                                    .q = qa,
+                                    .n_heads = heads,
+                                    .scale = 0.1f,
+                                    .cache_row = cache_row,
+                                    .k = g->k,
+                                    .kv = w->kv,
+                                    .out = u,
+                                    .lse = lse},
+                              sd = sc;
+    push(p);
+    sd.rows = &w->dev_rows;
+    sd.kv = w->dev_kv;
+    TWIN(p, sd.q);
+    TWIN(p, sd.cache_row);
+    TWIN(p, sd.out);
+    TWIN(p, sd.lse);
+    assert_int_equal(p->c->sparse_mla(p->cpu, TR_LANE_MAIN, &sc), TR_OK);
+    pair_ok(p, "sparse_mla", p->g->sparse_mla(p->gpu, TR_LANE_MAIN, &sd));
+    near_rows(p, "sparse_mla", u, (int)n * heads, g->d_latent, bf16_error);
+    const float *got = pull(p, lse);
+    for (int i = 0; i < w->n * heads; i++)
+        if (got[i] != lse[i] &&
+            !(fabs((double)got[i] - (double)lse[i]) <= 1e-4 + 1e-5 * fabs((double)lse[i])))
+            fail_msg("lse %d: %g, not %g", i, (double)got[i], (double)lse[i]);
+
+    round_floats(u, n * (size_t)(heads * g->d_latent));
+    struct tr_mla_value_args vc = {.rows = &w->rows,
+                                   .u = u,
+                                   .n_heads = heads,
+                                   .d_latent = g->d_latent,
+                                   .d_v = g->d_v,
+                                   .w_uv = &uv.c,
+                                   .out = out},
+                             vd = vc;
+    push(p);
+    vd.rows = &w->dev_rows;
+    vd.w_uv = &uv.g;
+    TWIN(p, vd.u);
+    TWIN(p, vd.out);
+    assert_int_equal(p->c->mla_value(p->cpu, TR_LANE_MAIN, &vc), TR_OK);
+    pair_ok(p, "mla_value", p->g->mla_value(p->gpu, TR_LANE_MAIN, &vd));
+    near_rows(p, "mla_value", out, (int)n * heads, g->d_v, 1e-5);
+
+    round_floats(q, n * (size_t)(heads * d_q));
+    struct tr_dense_mha_args dc = {.rows = &w->rows,
+                                   .q = q,
+                                   .n_heads = heads,
+                                   .d_nope = g->d_nope,
+                                   .d_rope = g->d_rope,
+                                   .d_v = g->d_v,
+                                   .scale = 0.05f,
+                                   .w_uk = &uk.c,
+                                   .w_uv = &uv.c,
+                                   .kv = w->kv,
+                                   .out = out},
+                             dd = dc;
+    push(p);
+    dd.rows = &w->dev_rows;
+    dd.kv = w->dev_kv;
+    dd.w_uk = &uk.g;
+    dd.w_uv = &uv.g;
+    TWIN(p, dd.q);
+    TWIN(p, dd.out);
+    assert_int_equal(p->c->dense_mha(p->cpu, TR_LANE_MAIN, &dc), TR_OK);
+    pair_ok(p, "dense_mha", p->g->dense_mha(p->gpu, TR_LANE_MAIN, &dd));
+    near_rows(p, "dense_mha", out, (int)n * heads, g->d_v, bf16_error);
+    weight_free(p, &uk);
+    weight_free(p, &uk_t);
+    weight_free(p, &uv);
+}
+
+static void test_attention(void **state)
+{
+    static const tr_dtype dtypes[] = {TR_E4M3, TR_BF16};
+    static const tr_format formats[] = {TR_W_E4M3_B128, TR_W_BF16};
+    pair *p = *state;
+    for (size_t i = 0; i < sizeof geometries / sizeof *geometries; i++)
+        for (int d = 0; d < 2; d++)
+            for (int form = 0; form < 3; form++) {
+                world w;
+                make_world(p, &w, &geometries[i], dtypes[d], form);
+                write_keys(p, &w);
+                const int32_t *lists = select_keys(p, &w, form == 2);
+                attend(p, &w, lists, formats[(d + form) % 2]);
+                pair_clear(p);
+            }
+}
+
+/* What cannot be done says so. */
+static void test_refused(void **state)
+{
+    pair *p = *state;
+    world w;
+    make_world(p, &w, &geometries[0], TR_E4M3, 0);
+    w.dev_kv.dtype = TR_F32;
+    assert_int_equal(
+        p->g->kv_write(p->gpu, TR_LANE_MAIN,
+                       &(struct tr_kv_write_args){.rows = &w.dev_rows, .kv = w.dev_kv}),
+        TR_E_USAGE);
+    assert_non_null(strstr(p->g->error(p->gpu), "kv_write"));
+    assert_non_null(strstr(p->g->error(p->gpu), "f32"));
+    tr_linear w_none = {
+        .format = TR_W_BF16, .n_mats = 1, .n_out = 4, .n_in = 4, .data = twin(p, w.rope)};
+    assert_int_equal(
+        p->g->linear(p->gpu, TR_LANE_MAIN,
+                     &(struct tr_linear_args){.n = w.dev_rows.n, .w = &w_none, .in = {.d = 4}}),
+        TR_E_USAGE);
+    void *none;
+    assert_int_equal(p->g->alloc(p->gpu, (size_t)1 << 50, TR_MEMORY_DEVICE, &none), TR_E_MEMORY);
+    assert_null(none);
+    assert_non_null(strstr(p->g->error(p->gpu), "PCI"));
+    assert_int_equal(p->g->alloc(p->gpu, 100, TR_MEMORY_DEVICE, &none), TR_OK);
+    p->g->release(p->gpu, none);
+    assert_true(p->g->memory_left(p->gpu) > 1000000);
+    tr_ceilings c;
+    assert_int_equal(p->g->ceilings(p->gpu, &c), TR_OK);
+    printf("%s: read %.2f TB/s, fp32 %.1f TFLOP/s\n", tr_device_describe(p->gpu),
+           c.read_bytes_per_s * 1e-12, c.fma_flops_per_s * 1e-12);
+    assert_true(c.read_bytes_per_s > 1e11 && c.fma_flops_per_s > 1e12);
+    pair_clear(p);
+}
+
+int main(int argc, char **argv)
+{
+    show_gpus();
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(test_attention, pair_open, pair_close),
+        cmocka_unit_test_setup_teardown(test_refused, pair_open, pair_close),
+    };
+    tr_device *device;
+    const tr_ops *ops;
+    tr_err err;
+    if (tr_device_open(&device, &ops, &(tr_device_options){.name = "cuda"}, &err) != TR_OK) {
+        printf("skipped: %s\n", err.text);
+        return 77;
+    }
+    ops->close(device);
+    if (argc > 1) cmocka_set_test_filter(argv[1]);
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
