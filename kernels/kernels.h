@@ -6,8 +6,8 @@
  * sizes. Argument structs are copied at the call; what their pointers name must stay until the lane has passed.
  *
  * Rows do not influence each other: an output row depends on its own inputs, bit for bit, whatever else is in the step
- * and however a prompt was cut into chunks (architecture.md 4). Activations are fp32 on the CPU and bf16 on CUDA;
- * comments give the CPU's type. Shapes: slowest axis first. Numerics: model.md, by section. */
+ * and however a prompt was cut into chunks (architecture.md 4). Activations are fp32 in memory on every backend; what a product
+ * makes of them first (e4m3, bf16) is its own business. Shapes: slowest axis first. Numerics: model.md, by section. */
 #ifndef TR_KERNELS_KERNELS_H
 #define TR_KERNELS_KERNELS_H
 
@@ -27,12 +27,13 @@ enum { TR_PAGE_TOKENS = 64, TR_MAX_PEERS = 8, TR_MAX_LOGPROBS = 20 };
 /* ---- data that several operations share ------------------------------------------------------------------------- */
 
 typedef struct
-    tr_acts { /* activations [n_max, d], row stride ld elements: x f32 (CPU) or bf16 (CUDA) */
+    tr_acts { /* activations [n_max, d], row stride ld elements: x f32 */
     void *x;
     size_t ld;
-    uint8_t *q;     /* [n_max, d] e4m3 for W8A8, NULL where unused */
-    float *q_scale; /* [d/128, n_max rounded up to 4] */
+    uint8_t *q;     /* room for W8A8: [n_max, d + 254 rounded down to 128] e4m3; NULL where unused */
+    float *q_scale; /* [(d + 254)/128, n_max rounded up to 4] */
     int n_max, d;
+    int scale_pow2; /* W8A8: scales are powers of two (config.json's scale_fmt ue8m0), else amax/448 */
 } tr_acts;
 
 /* A weight [n_mats][n_out, n_in] (n_mats: experts, heads). `format` says how its numbers are stored: a new quantisation
@@ -518,7 +519,13 @@ struct tr_logprob_merge_args {
 /* clang-format on */
 #define TR_OP(name) tr_status (*name)(tr_device *, tr_lane, const struct tr_##name##_args *);
 
-enum { TR_CAP_GRAPH = 1, TR_CAP_PEERS = 2, TR_CAP_W8A8 = 4 }; /* tr_ops.caps */
+/* tr_ops.caps. W8A8: linear and moe quantise their input where the weight is e4m3; linear wants tr_acts.q for it. F32_KV: there
+ * are TR_F32 caches. */
+enum { TR_CAP_GRAPH = 1, TR_CAP_PEERS = 2, TR_CAP_W8A8 = 4, TR_CAP_F32_KV = 8 };
+
+/* What alloc gives. SYMMETRIC: device memory whose address peers may be given (CP caches). HOST: the host's own, where download
+ * need not wait. */
+typedef enum tr_memory_kind { TR_MEMORY_DEVICE, TR_MEMORY_SYMMETRIC, TR_MEMORY_HOST } tr_memory_kind;
 
 /* Measured ceilings of a device, for bench: what the time of a kernel is compared with. */
 typedef struct tr_ceilings {
@@ -529,12 +536,17 @@ typedef struct tr_ceilings {
 typedef struct tr_ops {
     const char *name;
     unsigned caps;
-    /* Memory: start-up only. symmetric: peers may be given its address (CP caches). Freed by release or close. */
-    tr_status (*alloc)(tr_device *, size_t bytes, int symmetric, void **);
+    /* Memory: start-up only; it is zeros. Freed by release or close. */
+    tr_status (*alloc)(tr_device *, size_t bytes, int kind, void **);
     void (*release)(tr_device *, void *);
-    tr_status (*upload)(tr_device *, tr_lane, void *dst, const void *pinned, size_t);
-    tr_status (*download)(tr_device *, tr_lane, void *pinned, const void *src, size_t);
-    /* Order: fork and join of lanes; a ticket marks a point of a lane, done polls it and never blocks. */
+    /* Bytes that alloc can still give; 0: ask the host. */
+    uint64_t (*memory_left)(tr_device *);
+    /* upload has read src when it returns. download is there when the lane has passed; into memory that is not TR_MEMORY_HOST it
+     * may wait for that. */
+    tr_status (*upload)(tr_device *, tr_lane, void *dst, const void *src, size_t);
+    tr_status (*download)(tr_device *, tr_lane, void *dst, const void *src, size_t);
+    /* Order: fork and join of lanes; a ticket marks a point of a lane, done polls it and never blocks. done < 0: the device has
+     * failed (error says why), nothing behind the ticket can be trusted, and every later operation fails. */
     tr_status (*order)(tr_device *, tr_lane before, tr_lane after);
     uint64_t (*ticket)(tr_device *, tr_lane);
     int (*done)(tr_device *, tr_lane, uint64_t ticket);
@@ -559,13 +571,15 @@ typedef struct tr_ops {
     TR_OPS(TR_OP) /* the network */
 } tr_ops;
 
-/* Open a backend by name: "cpu" (later "cuda", "auto"). *ops is static. The device is closed by ops->close.
+/* Open a backend by name: "cpu", "cuda", or "auto": cuda where a GPU and its driver can be used and isa is NULL, else cpu.
+ * *ops is static. The device is closed by ops->close. i_device: which GPU of those this process may see, modulo their number.
  * n_threads 0: tr_device_threads(). isa NULL: the best this CPU has; "plain", "avx2", "avx512", "amx": that one (tests,
  * bench), TR_E_USAGE where the CPU or the build lacks it. */
 typedef struct tr_device_options {
     const char *name;
     int n_threads;
     const char *isa;
+    int i_device;
 } tr_device_options;
 tr_status tr_device_open(tr_device **out, const tr_ops **ops, const tr_device_options *options,
                          tr_err *err);
@@ -573,7 +587,7 @@ tr_status tr_device_open(tr_device **out, const tr_ops **ops, const tr_device_op
 /* Threads of a CPU device that is not told how many: OMP_NUM_THREADS, else as many as this process has CPUs in its mask. */
 int tr_device_threads(void);
 
-/* What the device is, for the start table: "cpu, 2 threads, avx512". */
+/* What the device is, for the start table: "cpu, 2 threads, avx512", "cuda, NVIDIA H200, 132 SMs, 139 GiB". */
 const char *tr_device_describe(const tr_device *device);
 
 /* Before anything is loaded: the CPU device's threads each go to a core of their own, inside the mask that the process

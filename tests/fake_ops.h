@@ -14,9 +14,9 @@ struct tr_device {
     size_t bytes;
 };
 
-static inline tr_status fake_alloc(tr_device *d, size_t bytes, int symmetric, void **out)
+static inline tr_status fake_alloc(tr_device *d, size_t bytes, int kind, void **out)
 {
-    (void)symmetric;
+    (void)kind;
     if (++d->n_alloc == d->fail_at) return TR_E_MEMORY;
     *out = malloc(bytes);
     if (!*out) return TR_E_MEMORY;

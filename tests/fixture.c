@@ -19,8 +19,9 @@ int tr_fixture_open(tr_fixture *f, const tr_fixture_options *o)
     tr_grid_sizes sizes = o->grid;
     if (sizes.tp == 0) sizes = (tr_grid_sizes){1, 1, 1, 1, 1, 1, 1};
     const int world = sizes.pp * sizes.dp * sizes.cp * sizes.tp;
-    const tr_device_options device = {
-        .name = "cpu", .n_threads = o->n_threads ? o->n_threads : 2, .isa = o->isa};
+    const tr_device_options device = {.name = o->device ? o->device : "cpu",
+                                      .n_threads = o->n_threads ? o->n_threads : 2,
+                                      .isa = o->isa};
     const int max_rows = o->max_rows ? o->max_rows : 256,
               max_len = o->max_model_len ? o->max_model_len : 1024;
     const int n_slots = o->n_slots ? o->n_slots : 4;
@@ -79,8 +80,9 @@ static int forward(tr_fixture *f, int max_context)
     if (tr_plan_check(plan, plan->bytes, &limits, &f->err) != TR_OK) return fail(f, "plan");
     f->step.plan = plan;
     if (tr_model_forward(f->model, &f->step, &f->err) != TR_OK) return fail(f, "forward");
-    if (!tr_step_done(f->model, &f->step)) return fail(f, "step is not done");
-    return 0;
+    while (!tr_step_done(f->model, &f->step))
+        continue;
+    return tr_step_failure(f->model, &f->step, &f->err) == TR_OK ? 0 : fail(f, "step");
 }
 
 int tr_fixture_slot(tr_fixture *f, int slot, int n_logprobs)

@@ -32,6 +32,7 @@ typedef struct tr_fixture_options {
     tr_dtype kv_dtype;
     int n_threads;                        /* 0: 2 */
     const char *isa;                      /* NULL: best */
+    const char *device;                   /* NULL: cpu */
     int max_rows, max_model_len, n_slots; /* 0: 256, 1024, 4 */
     tr_grid_sizes grid;                   /* all 0: one rank */
     int rank;

@@ -521,10 +521,18 @@ static void devices(void **state)
     void *a, *b, *c;
     char text[4] = "abc", back[4];
     (void)state;
-#define OPEN(...) tr_device_open(&d, &ops, &(tr_device_options){__VA_ARGS__}, &err)
+#define OPEN(to, n, which)                                                                         \
+    tr_device_open(&d, &ops, &(tr_device_options){.name = (to), .n_threads = (n), .isa = (which)}, \
+                   &err)
+#ifdef HAVE_CUDA /* the suite hides GPUs; run by hand this may find one */
+    const tr_status st = OPEN("cuda", 0, NULL);
+    assert_true(st == TR_OK || st == TR_E_DEVICE);
+    if (st == TR_OK) ops->close(d);
+#else
     assert_int_equal(OPEN("cuda", 0, NULL), TR_E_USAGE);
     assert_string_equal(err.text, "this build has no CUDA backend");
     assert_null(d);
+#endif
     assert_int_equal(OPEN("gpu", 0, NULL), TR_E_USAGE);
     assert_int_equal(OPEN("cpu", -1, NULL), TR_E_USAGE);
     assert_int_equal(OPEN("cpu", 1, "sse9"), TR_E_USAGE);

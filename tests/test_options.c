@@ -152,7 +152,7 @@ static void test_bad(void **state)
         {"batch -m M -i in -o out --cp-mode zigzag", "round-robin-split|in-seq-split"},
         {"batch -m M -i in -o out --step-timeout 0", "--step-timeout 0"},
         /* not built yet: refused, the option named */
-        {"batch -m M -i in -o out --device cuda", "--device cuda"},
+        {"batch -m M -i in -o out --device gpu", "--device gpu"},
         {"batch -m M -i in -o out --speculate 1", "--speculate 1"},
         {"batch -m M -i in -o out --profile p.h5", "--profile"},
         {"batch -m M -i in -o out --papi X", "--papi"},

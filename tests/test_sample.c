@@ -54,8 +54,8 @@ static void open_device(bench *b, int n_threads)
     tr_err err;
 
     if (b->device) b->ops->close(b->device);
-    if (tr_device_open(&b->device, &b->ops, &(tr_device_options){"cpu", n_threads, NULL}, &err) !=
-        TR_OK)
+    if (tr_device_open(&b->device, &b->ops,
+                       &(tr_device_options){.name = "cpu", .n_threads = n_threads}, &err) != TR_OK)
         fail_msg("%s", err.text);
 }
 

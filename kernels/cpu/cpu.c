@@ -60,11 +60,11 @@ static void *map_large(size_t bytes, size_t *mapped)
     return base + before;
 }
 
-static tr_status cpu_alloc(tr_device *d, size_t bytes, int symmetric, void **out)
+static tr_status cpu_alloc(tr_device *d, size_t bytes, int kind, void **out)
 {
     size_t whole, mapped = 0;
     void *base = NULL;
-    (void)symmetric;
+    (void)kind;
     *out = NULL;
     if (tr_add(&whole, bytes, sizeof(block) + ALIGN))
         base = whole < LARGE ? calloc(1, whole) : map_large(whole, &mapped);
@@ -96,6 +96,12 @@ static void cpu_release(tr_device *d, void *p)
     else
         d->blocks = b->next;
     unmap(b);
+}
+
+static uint64_t cpu_memory_left(tr_device *d)
+{
+    (void)d;
+    return 0;
 }
 
 static tr_status cpu_upload(tr_device *d, tr_lane lane, void *dst, const void *pinned, size_t n)
@@ -132,16 +138,11 @@ static int cpu_done(tr_device *d, tr_lane lane, uint64_t ticket)
     return ticket <= d->ticket;
 }
 
-static const char *cpu_error(const tr_device *d)
-{
-    return d->error;
-}
-
 tr_status tr_cpu_fail(tr_device *d, tr_status status, const char *fmt, ...)
 {
     va_list args;
     va_start(args, fmt);
-    vsnprintf(d->error, sizeof d->error, fmt, args);
+    vsnprintf(d->head.error, sizeof d->head.error, fmt, args);
     va_end(args);
     return status;
 }
@@ -160,15 +161,16 @@ static void cpu_close(tr_device *d)
 #define OPERATION(name) .name = tr_cpu_##name,
 static const tr_ops cpu_ops = {
     .name = "cpu",
-    .caps = 0,
+    .caps = TR_CAP_F32_KV,
     .alloc = cpu_alloc,
     .release = cpu_release,
+    .memory_left = cpu_memory_left,
     .upload = cpu_upload,
     .download = cpu_download,
     .order = cpu_order,
     .ticket = cpu_ticket,
     .done = cpu_done,
-    .error = cpu_error,
+    .error = tr_device_error,
     .close = cpu_close,
     .linear_bytes = tr_cpu_linear_bytes,
     .linear_pack = tr_cpu_linear_pack,
@@ -301,43 +303,18 @@ int tr_device_threads(void)
     return n < 1 ? 1 : n < MOST ? (int)n : MOST;
 }
 
-/* A backend that lacks an operation is refused here, not found out in a step. */
-static tr_status check_ops(const tr_ops *ops, tr_err *err)
-{
-    const char *missing = NULL;
-#define HAVE(entry)                                                                                \
-    if (!ops->entry) missing = #entry;
-    /* clang-format off */
-    HAVE(alloc) HAVE(release) HAVE(upload) HAVE(download) HAVE(order) HAVE(ticket) HAVE(done)
-    HAVE(error) HAVE(close) HAVE(linear_bytes) HAVE(linear_pack) HAVE(moe_workspace)
-    HAVE(sparse_mla_workspace) HAVE(sample_workspace) HAVE(ceilings) TR_OPS(HAVE)
-#undef HAVE
-    if (!missing) return TR_OK;
-    /* clang-format on */
-    return tr_fail(err, TR_E_DEVICE, "backend %s has no operation %s", ops->name, missing);
-}
-
-static tr_status check_name(const char *name, tr_err *err)
-{
-    if (!name || strcmp(name, "auto") == 0 || strcmp(name, "cpu") == 0) return TR_OK;
-    if (strcmp(name, "cuda") == 0)
-        return tr_fail(err, TR_E_USAGE, "this build has no CUDA backend");
-    return tr_fail(err, TR_E_USAGE, "device '%s' is none of auto, cpu, cuda", name);
-}
-
-tr_status tr_device_open(tr_device **out, const tr_ops **ops, const tr_device_options *options,
-                         tr_err *err)
+tr_status tr_cpu_open(tr_device **out, const tr_ops **ops, const tr_device_options *options,
+                      tr_err *err)
 {
     tr_isa isa = TR_ISA_PLAIN;
     tr_status st;
 
     *out = NULL;
     *ops = NULL;
-    if ((st = check_name(options->name, err)) != TR_OK) return st;
     if (options->n_threads < 0)
         return tr_fail(err, TR_E_USAGE, "%d threads: must be at least 1", options->n_threads);
     if ((st = choose_isa(&isa, options->isa, err)) != TR_OK) return st;
-    if ((st = check_ops(&cpu_ops, err)) != TR_OK) return st;
+    if ((st = tr_ops_check(&cpu_ops, err)) != TR_OK) return st;
 
     tr_device *d = calloc(1, sizeof *d);
     if (!d) return tr_fail(err, TR_E_MEMORY, "out of memory");
@@ -348,14 +325,9 @@ tr_status tr_device_open(tr_device **out, const tr_ops **ops, const tr_device_op
     }
     d->isa = isa;
     d->k = merge(isa);
-    snprintf(d->describe, sizeof d->describe, "cpu, %d thread%s, %s", d->n_threads,
+    snprintf(d->head.describe, sizeof d->head.describe, "cpu, %d thread%s, %s", d->n_threads,
              d->n_threads == 1 ? "" : "s", isa_name[isa]);
     *out = d;
     *ops = &cpu_ops;
     return TR_OK;
-}
-
-const char *tr_device_describe(const tr_device *device)
-{
-    return device->describe;
 }

@@ -7,6 +7,7 @@
 #define TR_KERNELS_CPU_PRIV_H
 
 #include "kernels/cpu/team.h"
+#include "kernels/device.h"
 #include "kernels/kernels.h"
 
 /* A large array on the stack that is written before it is read: the zeroing of automatic variables of a hardened build
@@ -73,14 +74,13 @@ typedef struct tr_cpu_kernels {
 struct tr_cpu_block; /* one allocation, cpu.c */
 
 struct tr_device {
+    tr_device_head head;
     int n_threads; /* tr_team_size(team) */
     tr_team *team;
     tr_isa isa;
     tr_cpu_kernels k;
     uint64_t ticket;
     struct tr_cpu_block *blocks; /* everything alloc gave and release has not taken back */
-    char error[256];
-    char describe[64];
     char places[64]; /* the CPUs its threads are bound to; a long list is cut */
 };
 

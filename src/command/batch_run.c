@@ -397,7 +397,10 @@ static tr_status choose_pages(const tr_run *run, int *n_pages, tr_err *err)
         tr_cache_page_bytes(&run->opened.config, run->opened.slice.layers.n, run->kv_dtype);
     size_t each = tr_ceil_div((size_t)run->max_model_len, TR_PAGE_TOKENS) + 1;
     size_t want = each * (size_t)run->o->max_sequences; /* at most 2^31/64 * 4096: fits */
-    uint64_t left = tr_memory_available() / 2 / (uint64_t)run->world->local_size;
+    /* A device's memory is this rank's alone; what the steps need (workspace) comes out of the other part. */
+    const uint64_t device = run->opened.ops->memory_left(run->opened.device);
+    uint64_t left =
+        device ? device / 2 : tr_memory_available() / 2 / (uint64_t)run->world->local_size;
     size_t fit = left ? (size_t)(left / page) : want;
 
     if (fit < each)

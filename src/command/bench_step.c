@@ -104,6 +104,7 @@ static tr_status run(bench *b, int max_context, double *seconds, tr_err *err)
     st = tr_model_forward(b->opened.model, &b->step, err);
     while (st == TR_OK && !tr_step_done(b->opened.model, &b->step))
         continue;
+    if (st == TR_OK) st = tr_step_failure(b->opened.model, &b->step, err);
     *seconds = (double)(tr_now_ns() - begun) * 1e-9;
     return st;
 }

@@ -104,13 +104,26 @@ static tr_status bind_threads(const tr_opened *o, const tr_open_options *options
     return TR_OK;
 }
 
+/* What communicators move is host memory so far: several ranks are the CPU's. */
+static tr_status choose_device(const char **name, const tr_open_options *options, tr_err *err)
+{
+    *name = options->device ? options->device : "auto";
+    if (!options->world || options->world->size == 1 || strcmp(*name, "cpu") == 0) return TR_OK;
+    if (strcmp(*name, "cuda") == 0)
+        return tr_fail(err, TR_E_USAGE, "--device cuda: one rank only in this version, not %d",
+                       options->world->size);
+    *name = "cpu";
+    return TR_OK;
+}
+
 tr_status tr_open_weights(tr_opened *o, const tr_open_options *options, tr_log *log, tr_err *err)
 {
-    const tr_device_options device = {.name = options->device ? options->device : "auto",
-                                      .n_threads = options->n_threads,
-                                      .isa = options->isa};
+    tr_device_options device = {.n_threads = options->n_threads,
+                                .isa = options->isa,
+                                .i_device = options->world ? options->world->local_rank : 0};
     int i_share = 0, n_share = 1;
-    tr_status st = open_groups(o, options->world, err);
+    tr_status st = choose_device(&device.name, options, err);
+    if (st == TR_OK) st = open_groups(o, options->world, err);
     /* Before anything that may fail on one rank alone. */
     if (st == TR_OK && !options->no_bind)
         st = find_share(o, options->world, &i_share, &n_share, err);

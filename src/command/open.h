@@ -17,7 +17,7 @@ typedef struct tr_open_options {
     int n_overrides;
     tr_load_format load_format;
     uint64_t seed;      /* of dummy weights */
-    const char *device; /* "auto", "cpu" */
+    const char *device; /* "auto", "cpu", "cuda" */
     const char *isa;    /* NULL: best */
     int n_threads;      /* 0: all given */
     bool no_bind;       /* threads stay where the system puts them */

@@ -199,8 +199,8 @@ static const tr_option batch_table[] = {
     {"index-topk-pattern", 0, TR_OPTION_ABSENT, 0, 0, 0, "P", NULL, NULL},
 
     {NULL, 0, TR_OPTION_TITLE, 0, 0, 0, NULL, NULL, "Ranks"},
-    {"device", 0, TR_OPTION_CHOICE, AT(device), 0, 0, "NAME", "auto|cpu",
-     "auto or cpu (default auto); cuda is not built yet"},
+    {"device", 0, TR_OPTION_CHOICE, AT(device), 0, 0, "NAME", "auto|cpu|cuda",
+     "auto, cpu or cuda (default auto: cuda where a GPU can be used)"},
     TR_RANK_OPTIONS(tr_batch_options, ranks),
     {"no-bind", 0, TR_OPTION_FLAG, AT(no_bind), 0, 0, NULL, NULL,
      "leave threads where the launcher put them"},

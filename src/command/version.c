@@ -18,7 +18,7 @@
 
 static void print_device(FILE *out)
 {
-    const tr_device_options options = {.name = "cpu"};
+    const tr_device_options options = {.name = "auto"};
     tr_device *device = NULL;
     const tr_ops *ops = NULL;
     tr_err why;

@@ -556,12 +556,16 @@ static slot *next_slot(tr_engine *e)
     return &e->slot[(e->i_slot + e->n_flight) % e->options.ring];
 }
 
-static void wait_oldest(tr_engine *e)
+static tr_status wait_oldest(tr_engine *e, tr_err *err)
 {
-    while (!tr_step_done(e->model, &e->slot[e->i_slot].step)) {
+    const tr_step *step = &e->slot[e->i_slot].step;
+    while (!tr_step_done(e->model, step)) {
         tr_comm_progress(e->control);
         sched_yield();
     }
+    const tr_status st = tr_step_failure(e->model, step, err);
+    e->broken = e->broken || st != TR_OK;
+    return st;
 }
 
 static void forget_oldest(tr_engine *e)
@@ -613,9 +617,9 @@ static tr_status finish_step(tr_engine *e, tr_err *err)
 {
     slot *s = &e->slot[e->i_slot];
     bool prefill = false;
-    tr_status st = TR_OK;
 
-    wait_oldest(e);
+    tr_status st = wait_oldest(e, err);
+    if (st) return st;
     tr_region_begin(e->regions, e->region_report);
     for (int d = 0; d < e->options.n_replicas && !st; d++) {
         if (!s->planned[d]) continue;
@@ -716,8 +720,8 @@ static tr_status lead(tr_engine *e, tr_err *err)
 /* The oldest step has been computed here: tell the leader if that is this rank's to do, and go on. */
 static tr_status retire_oldest(tr_engine *e, tr_err *err)
 {
-    wait_oldest(e);
-    tr_status st = tell(e, &e->slot[e->i_slot], err);
+    tr_status st = wait_oldest(e, err);
+    if (!st) st = tell(e, &e->slot[e->i_slot], err);
     forget_oldest(e);
     return st;
 }

@@ -88,7 +88,11 @@ static tr_status experts(tr_model *m, const tr_moe_weights *w, int n_in, tr_err 
     if (st == TR_OK)
         st = TR_RUN(m, moe, err, .n = m->ws.moe.n, .n_max = m->moe_rows, .k = k,
                     .n_local = w->n_local, .gate_up = &w->gate_up, .down = &w->down,
-                    .in = {.x = m->ws.moe.in, .ld = ld, .n_max = m->moe_rows, .d = d},
+                    .in = {.x = m->ws.moe.in,
+                           .ld = ld,
+                           .n_max = m->moe_rows,
+                           .d = d,
+                           .scale_pow2 = m->config->scale_ue8m0},
                     .start = m->ws.start, .pair = m->ws.pair, .out = m->ws.expert_out,
                     .workspace = m->ws.scratch, .workspace_bytes = m->ws.scratch_bytes);
     tr_note(m, tr_work_moe_combine(n_in, k, d));

@@ -78,7 +78,11 @@ static tr_status own_experts(tr_model *m, const tr_pass *p, const tr_moe_weights
     if (st == TR_OK)
         st = TR_RUN(m, moe, err, .n = p->rows.n, .n_max = m->max_rows, .k = k,
                     .n_local = w->n_local, .gate_up = &w->gate_up, .down = &w->down,
-                    .in = {.x = m->ws.normed, .ld = (size_t)d, .n_max = m->max_rows, .d = d},
+                    .in = {.x = m->ws.normed,
+                           .ld = (size_t)d,
+                           .n_max = m->max_rows,
+                           .d = d,
+                           .scale_pow2 = m->config->scale_ue8m0},
                     .start = m->ws.start, .pair = m->ws.pair, .out = m->ws.expert_out,
                     .workspace = m->ws.scratch, .workspace_bytes = m->ws.scratch_bytes);
     if (st == TR_OK) st = shared(m, p, w, err);

@@ -39,7 +39,13 @@ static tr_status logits(tr_model *m, int n, tr_err *err)
 
     tr_note(m, tr_work_linear(n, m->ops, w));
     return TR_RUN(m, linear, err, .n = m->ws.n_head, .n_max = m->n_head_chunk, .w = w,
-                  .in = {.x = m->ws.head_in, .ld = (size_t)d, .n_max = m->n_head_chunk, .d = d},
+                  .in = {.x = m->ws.head_in,
+                         .ld = (size_t)d,
+                         .q = m->ws.q8,
+                         .q_scale = m->ws.q8_scale,
+                         .n_max = m->n_head_chunk,
+                         .d = d,
+                         .scale_pow2 = m->config->scale_ue8m0},
                   .out = m->ws.logits, .ld_out = (size_t)w->n_out, .out_f32 = 1);
 }
 

@@ -121,6 +121,21 @@ static tr_status take_exchanges(tr_model *m, tr_err *err)
     return st;
 }
 
+/* Where the backend quantises what goes into a product: room for the widest (kernels.h, tr_acts). */
+static tr_status take_quantised(tr_model *m, int mlp_inner, tr_err *err)
+{
+    const tr_config *c = m->config;
+    const int widths[] = {c->hidden_size, c->q_lora_rank, m->heads * c->v_head_dim, mlp_inner};
+    size_t widest = 0;
+
+    if (!(m->ops->caps & TR_CAP_W8A8)) return TR_OK;
+    for (size_t i = 0; i < sizeof widths / sizeof *widths; i++)
+        if ((size_t)widths[i] > widest) widest = (size_t)widths[i];
+    const size_t blocks = (widest + 254) / 128, n = tr_ceil_div((size_t)m->max_rows, 4) * 4;
+    tr_status st = take4(m, n, blocks * 128 / 4, &m->ws.q8, err);
+    return st == TR_OK ? take4(m, n, blocks, &m->ws.q8_scale, err) : st;
+}
+
 static tr_status take_workspace(tr_model *m, tr_err *err)
 {
     const tr_config *c = m->config;
@@ -180,6 +195,7 @@ static tr_status take_workspace(tr_model *m, tr_err *err)
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         if (sizes[i] > ws->scratch_bytes) ws->scratch_bytes = sizes[i];
     st = tr_model_take(m, ws->scratch_bytes, &ws->scratch, err);
+    if (st == TR_OK) st = take_quantised(m, mlp_inner, err);
     return st == TR_OK ? take_exchanges(m, err) : st;
 }
 
@@ -223,6 +239,9 @@ tr_status tr_model_allocate(tr_model *m, const tr_model_options *options, const 
 {
     const tr_config *c = m->config;
     const int layers = m->weights->slice.layers.n;
+    if (options->kv_dtype == TR_F32 && !(m->ops->caps & TR_CAP_F32_KV))
+        return tr_fail(err, TR_E_USAGE, "--kv-dtype f32: %s has caches of fp8 and bf16 only",
+                       tr_device_describe(m->device));
     m->n_stripe = stripe_rows((size_t)m->max_model_len * 4, 1, m->max_rows);
     m->n_head_chunk = stripe_rows((size_t)c->vocab_size * 4, 16, m->max_rows);
 

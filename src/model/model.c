@@ -26,7 +26,8 @@ tr_status tr_model_linear(tr_model *m, const tr_pass *p, const tr_linear *w, con
     tr_note(m, tr_work_linear(p->n, m->ops, w));
     return TR_RUN(
         m, linear, err, .n = p->rows.n, .n_max = m->max_rows, .w = w,
-        .in = {.x = (void *)in, .ld = (size_t)w->n_in, .n_max = m->max_rows, .d = w->n_in},
+        .in = {.x = (void *)in, .ld = (size_t)w->n_in, .q = m->ws.q8, .q_scale = m->ws.q8_scale,
+               .n_max = m->max_rows, .d = w->n_in, .scale_pow2 = m->config->scale_ue8m0},
         .out = out, .ld_out = (size_t)w->n_out, .out_f32 = 1);
 }
 
@@ -35,9 +36,10 @@ tr_status tr_model_fetch_words(tr_model *m, void *host, const void *dev, size_t 
     tr_status st = m->ops->download(m->device, TR_LANE_MAIN, host, dev, bytes);
     if (st != TR_OK) return tr_fail(err, st, "download: %s", m->ops->error(m->device));
     const uint64_t ticket = m->ops->ticket(m->device, TR_LANE_MAIN);
-    while (!m->ops->done(m->device, TR_LANE_MAIN, ticket))
+    int done;
+    while ((done = m->ops->done(m->device, TR_LANE_MAIN, ticket)) == 0)
         tr_comm_progress(m->moving);
-    return TR_OK;
+    return done > 0 ? TR_OK : tr_fail(err, TR_E_DEVICE, "download: %s", m->ops->error(m->device));
 }
 
 tr_status tr_model_await(tr_model *m, tr_comm *group, tr_status begun, tr_ticket ticket,
@@ -199,11 +201,11 @@ size_t tr_model_workspace_bytes(const tr_model *model)
 
 /* ---- steps --------------------------------------------------------------------------------------------------------- */
 
-static tr_status step_take(struct tr_step_memory *s, tr_model *m, size_t bytes, void *out,
-                           tr_err *err)
+static tr_status step_take(struct tr_step_memory *s, tr_model *m, size_t bytes, int kind,
+                           void *out, tr_err *err)
 {
     void *p = NULL;
-    tr_status st = m->ops->alloc(m->device, bytes, 0, &p);
+    tr_status st = m->ops->alloc(m->device, bytes, kind, &p);
     if (st != TR_OK) return tr_fail(err, st, "step buffers: %s", m->ops->error(m->device));
     s->owned[s->n_owned++] = p;
     *(void **)out = p;
@@ -241,6 +243,7 @@ tr_status tr_step_create(tr_step *step, tr_model *model, tr_err *err)
         {&s->logprob, n_head * sizeof(float)},
         {&s->top_token, top * sizeof(int32_t)},
         {&s->top_logprob, top * sizeof(float)},
+    }, on_host[] = {
         {&step->out.token, n_head * sizeof(int32_t)},
         {&step->out.rank, n_head * sizeof(int32_t)},
         {&step->out.logprob, n_head * sizeof(float)},
@@ -248,7 +251,9 @@ tr_status tr_step_create(tr_step *step, tr_model *model, tr_err *err)
         {&step->out.top_logprob, top * sizeof(float)},
     };
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted && st == TR_OK; i++)
-        st = step_take(s, model, wanted[i].bytes, wanted[i].out, err);
+        st = step_take(s, model, wanted[i].bytes, TR_MEMORY_DEVICE, wanted[i].out, err);
+    for (size_t i = 0; i < sizeof on_host / sizeof *on_host && st == TR_OK; i++)
+        st = step_take(s, model, on_host[i].bytes, TR_MEMORY_HOST, on_host[i].out, err);
     const struct {
         void *out;
         size_t bytes;
@@ -268,7 +273,7 @@ tr_status tr_step_create(tr_step *step, tr_model *model, tr_err *err)
     };
     for (size_t i = 0; model->part && i < sizeof wanted_too / sizeof *wanted_too && st == TR_OK;
          i++)
-        st = step_take(s, model, wanted_too[i].bytes, wanted_too[i].out, err);
+        st = step_take(s, model, wanted_too[i].bytes, TR_MEMORY_DEVICE, wanted_too[i].out, err);
     s->rows.n_max = limits.n_rows_max;
     s->rows.n_head_max = limits.n_head_max;
     s->rows.page_table = model->slots.page_table;
@@ -451,4 +456,10 @@ void tr_model_print_overlap(const tr_model *model, FILE *out)
 int tr_step_done(const tr_model *model, const tr_step *step)
 {
     return model->ops->done(model->device, TR_LANE_MAIN, step->ticket);
+}
+
+tr_status tr_step_failure(const tr_model *model, const tr_step *step, tr_err *err)
+{
+    if (tr_step_done(model, step) >= 0) return TR_OK;
+    return tr_fail(err, TR_E_DEVICE, "%s", model->ops->error(model->device));
 }

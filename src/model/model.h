@@ -90,7 +90,9 @@ tr_status tr_model_forward(tr_model *model, tr_step *step, tr_err *err);
 /* Context parallelism: for each layer how long the gathers of keys and latents took, how much of that was waited for (exposed)
  * and how much was hidden behind the queries. Nothing in a group of one. */
 void tr_model_print_overlap(const tr_model *model, FILE *out);
-/* 1 when the step's outputs are on the host; never blocks. */
+/* 1 when the step's outputs are on the host, -1 when the device has failed, else 0; never blocks. */
 int tr_step_done(const tr_model *model, const tr_step *step);
+/* The failure behind a -1. */
+tr_status tr_step_failure(const tr_model *model, const tr_step *step, tr_err *err);
 
 #endif
