@@ -98,19 +98,19 @@ style_step()
 clang_step()
 {
     need clang || return 77
-    sub_make clang 'check TESTS=' -- CC=clang --enable-werror
+    sub_make clang 'check TESTS=' -- --without-cuda CC=clang --enable-werror
 }
 
 address_step()
 {
-    sub_make address check -- --enable-sanitize=address,undefined CFLAGS='-O2 -g' && whole_job address
+    sub_make address check -- --without-cuda --enable-sanitize=address,undefined CFLAGS='-O2 -g' && whole_job address
 }
 
 # The team's threads are not the ones under test, and the thread sanitizer does not see libgomp's locks.
 thread_step()
 {
     export OMP_NUM_THREADS=1
-    sub_make thread check-threads -- --enable-sanitize=thread CFLAGS='-O2 -g' && whole_job thread
+    sub_make thread check-threads -- --without-cuda --enable-sanitize=thread CFLAGS='-O2 -g' && whole_job thread
     status=$?
     unset OMP_NUM_THREADS
     return "$status"
@@ -118,7 +118,7 @@ thread_step()
 
 plain_step()
 {
-    sub_make plain check -- --disable-simd --enable-werror
+    sub_make plain check -- --without-cuda --disable-simd --enable-werror
 }
 
 kill_step()
