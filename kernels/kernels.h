@@ -26,11 +26,10 @@ enum { TR_PAGE_TOKENS = 64, TR_MAX_PEERS = 8, TR_MAX_LOGPROBS = 20 };
 
 /* ---- data that several operations share ------------------------------------------------------------------------- */
 
-typedef struct
-    tr_acts { /* activations [n_max, d], row stride ld elements: x f32 */
+typedef struct tr_acts { /* activations [n_max, d], row stride ld elements: x f32 */
     void *x;
     size_t ld;
-    uint8_t *q;     /* room for W8A8: [n_max, d + 254 rounded down to 128] e4m3; NULL where unused */
+    uint8_t *q; /* room for W8A8: [n_max, d + 254 rounded down to 128] e4m3; NULL where unused */
     float *q_scale; /* [(d + 254)/128, n_max rounded up to 4] */
     int n_max, d;
     int scale_pow2; /* W8A8: scales are powers of two (config.json's scale_fmt ue8m0), else amax/448 */
@@ -435,10 +434,11 @@ struct tr_argmax_take_args {
 
 /* What one member's ids [first, first + n_vocab) say of a head row to be sampled. */
 typedef struct tr_sample_part {
-    uint64_t best[TR_PART_BEST]; /* its best ids, descending: ordered bits of the changed logit above, ~id below; 0: no more */
-    double sum;                  /* of exp((logit - best logit) / temperature) over its ids that may be drawn */
-    int32_t n;                   /* how many these are */
-    int32_t finite;              /* no NaN, no Inf among its logits */
+    uint64_t best
+        [TR_PART_BEST]; /* its best ids, descending: ordered bits of the changed logit above, ~id below; 0: no more */
+    double sum;     /* of exp((logit - best logit) / temperature) over its ids that may be drawn */
+    int32_t n;      /* how many these are */
+    int32_t finite; /* no NaN, no Inf among its logits */
 } tr_sample_part;
 
 /* One chunk of head rows, as in sample: changes and the mask of ids without a token, then the parts. Rows with a target get
@@ -465,9 +465,9 @@ struct tr_sample_merge_args {
     int32_t *token_out; /* [n_head] */
 };
 
-typedef struct tr_logprob_part { /* of raw logits */
-    float best, token_logit;     /* token_logit: -inf where the token is another member's */
-    double sum;                  /* of exp(x - best) */
+typedef struct tr_logprob_part {        /* of raw logits */
+    float best, token_logit;            /* token_logit: -inf where the token is another member's */
+    double sum;                         /* of exp(x - best) */
     int32_t top_token[TR_MAX_LOGPROBS]; /* descending, -1 padded */
     float top_logit[TR_MAX_LOGPROBS];
 } tr_logprob_part;
@@ -525,7 +525,11 @@ enum { TR_CAP_GRAPH = 1, TR_CAP_PEERS = 2, TR_CAP_W8A8 = 4, TR_CAP_F32_KV = 8 };
 
 /* What alloc gives. SYMMETRIC: device memory whose address peers may be given (CP caches). HOST: the host's own, where download
  * need not wait. */
-typedef enum tr_memory_kind { TR_MEMORY_DEVICE, TR_MEMORY_SYMMETRIC, TR_MEMORY_HOST } tr_memory_kind;
+typedef enum tr_memory_kind {
+    TR_MEMORY_DEVICE,
+    TR_MEMORY_SYMMETRIC,
+    TR_MEMORY_HOST
+} tr_memory_kind;
 
 /* Measured ceilings of a device, for bench: what the time of a kernel is compared with. */
 typedef struct tr_ceilings {
@@ -559,8 +563,8 @@ typedef struct tr_ops {
     /* The same by the device's threads, which read the rows themselves, a few at a time, each those that it will use; NULL
      * where a backend wants whole pieces. linear_fill: a piece that is not transposed, its rows ld numbers long; src->src
      * is not used. table_fill: rows of row_bytes, as they are. Both return what `rows` failed with. */
-    tr_status (*linear_fill)(tr_device *, tr_linear *dst, const tr_linear_src *src, tr_rows_fn *rows,
-                             void *ctx);
+    tr_status (*linear_fill)(tr_device *, tr_linear *dst, const tr_linear_src *src,
+                             tr_rows_fn *rows, void *ctx);
     tr_status (*table_fill)(tr_device *, void *dst, size_t row_bytes, int n_rows, tr_rows_fn *rows,
                             void *ctx);
     size_t (*moe_workspace)(int n_max, int k, int d, int d_inner);

@@ -21,9 +21,9 @@ enum { /* tr_span.flags */
      * only where every row's position < index_topk. A row keeps its form when it is computed again after a
      * preemption: the two forms agree in exact arithmetic, not in bits. */
        TR_SPAN_DENSE = 1,
-    /* What one member of a context-parallel group computes of a span (model/part.h); never in a plan that travels.
+       /* What one member of a context-parallel group computes of a span (model/part.h); never in a plan that travels.
      * Neighbouring rows lie 1 + skip positions apart (their tokens too), and there may be none at all. */
-    TR_SPAN_PART = 2,
+       TR_SPAN_PART = 2,
 };
 
 typedef struct
@@ -34,7 +34,8 @@ typedef struct
     int16_t kind, owner; /* owner: CP rank that decodes it, -1 all */
     int32_t n_logits;    /* trailing rows that reach the head: 0, 1, or all when scoring */
     uint32_t flags;
-    int32_t skip, begin, end; /* TR_SPAN_PART, else 0: [begin, end) are the positions of the whole span */
+    int32_t skip, begin,
+        end; /* TR_SPAN_PART, else 0: [begin, end) are the positions of the whole span */
 } tr_span;
 
 typedef struct tr_page_set { /* page_table[slot][i_page] = page */

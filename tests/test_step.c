@@ -85,10 +85,22 @@ static void parts(void **state)
     const tr_page_set sets[] = {{0, 0, 4}, {0, 1, 5}, {1, 1, 6}, {2, 0, 7}};
     const int32_t tokens[] = {20, 21, 22, 23, 24, 25, 26, 27, 50}, targets[] = {-1, -1};
     const tr_span spans[] = {
-        {.slot = 0, .n_rows = 3, .position = 61, .i_token = 1, .n_logits = 1,
-         .flags = TR_SPAN_PART, .skip = 2, .begin = 60, .end = 68},
+        {.slot = 0,
+         .n_rows = 3,
+         .position = 61,
+         .i_token = 1,
+         .n_logits = 1,
+         .flags = TR_SPAN_PART,
+         .skip = 2,
+         .begin = 60,
+         .end = 68},
         {.slot = 1, .n_rows = 1, .position = -1, .i_token = -1, .n_logits = 1},
-        {.slot = 2, .n_rows = 0, .position = 0, .i_token = 8, .flags = TR_SPAN_PART, .begin = 0,
+        {.slot = 2,
+         .n_rows = 0,
+         .position = 0,
+         .i_token = 8,
+         .flags = TR_SPAN_PART,
+         .begin = 0,
          .end = 1},
     };
     begin_plan(&p);

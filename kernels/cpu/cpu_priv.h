@@ -81,7 +81,7 @@ struct tr_device {
     tr_cpu_kernels k;
     uint64_t ticket;
     struct tr_cpu_block *blocks; /* everything alloc gave and release has not taken back */
-    char places[64]; /* the CPUs its threads are bound to; a long list is cut */
+    char places[64];             /* the CPUs its threads are bound to; a long list is cut */
 };
 
 /* A code as it is packed. */

@@ -24,11 +24,15 @@ tr_status tr_model_linear(tr_model *m, const tr_pass *p, const tr_linear *w, con
                           float *out, tr_err *err)
 {
     tr_note(m, tr_work_linear(p->n, m->ops, w));
-    return TR_RUN(
-        m, linear, err, .n = p->rows.n, .n_max = m->max_rows, .w = w,
-        .in = {.x = (void *)in, .ld = (size_t)w->n_in, .q = m->ws.q8, .q_scale = m->ws.q8_scale,
-               .n_max = m->max_rows, .d = w->n_in, .scale_pow2 = m->config->scale_ue8m0},
-        .out = out, .ld_out = (size_t)w->n_out, .out_f32 = 1);
+    return TR_RUN(m, linear, err, .n = p->rows.n, .n_max = m->max_rows, .w = w,
+                  .in = {.x = (void *)in,
+                         .ld = (size_t)w->n_in,
+                         .q = m->ws.q8,
+                         .q_scale = m->ws.q8_scale,
+                         .n_max = m->max_rows,
+                         .d = w->n_in,
+                         .scale_pow2 = m->config->scale_ue8m0},
+                  .out = out, .ld_out = (size_t)w->n_out, .out_f32 = 1);
 }
 
 tr_status tr_model_fetch_words(tr_model *m, void *host, const void *dev, size_t bytes, tr_err *err)
@@ -201,8 +205,8 @@ size_t tr_model_workspace_bytes(const tr_model *model)
 
 /* ---- steps --------------------------------------------------------------------------------------------------------- */
 
-static tr_status step_take(struct tr_step_memory *s, tr_model *m, size_t bytes, int kind,
-                           void *out, tr_err *err)
+static tr_status step_take(struct tr_step_memory *s, tr_model *m, size_t bytes, int kind, void *out,
+                           tr_err *err)
 {
     void *p = NULL;
     tr_status st = m->ops->alloc(m->device, bytes, kind, &p);
@@ -226,30 +230,32 @@ tr_status tr_step_create(tr_step *step, tr_model *model, tr_err *err)
     const struct {
         void *out;
         size_t bytes;
-    } wanted[] = {
-        {&s->plan, tr_part_bytes_max(&limits)},
-        {&s->rows.n, sizeof(int32_t)},
-        {&s->rows.n_head, sizeof(int32_t)},
-        {&s->rows.token, n * sizeof(int32_t)},
-        {&s->rows.slot, n * sizeof(int32_t)},
-        {&s->rows.position, n * sizeof(int32_t)},
-        {&s->rows.begin, n * sizeof(int32_t)},
-        {&s->rows.write, n * sizeof(int64_t)},
-        {&s->rows.dense, n},
-        {&s->rows.head_row, n_head * sizeof(int32_t)},
-        {&s->rows.target, n_head * sizeof(int32_t)},
-        {&s->token, n_head * sizeof(int32_t)},
-        {&s->rank, n_head * sizeof(int32_t)},
-        {&s->logprob, n_head * sizeof(float)},
-        {&s->top_token, top * sizeof(int32_t)},
-        {&s->top_logprob, top * sizeof(float)},
-    }, on_host[] = {
-        {&step->out.token, n_head * sizeof(int32_t)},
-        {&step->out.rank, n_head * sizeof(int32_t)},
-        {&step->out.logprob, n_head * sizeof(float)},
-        {&step->out.top_token, top * sizeof(int32_t)},
-        {&step->out.top_logprob, top * sizeof(float)},
-    };
+    } wanted[] =
+        {
+            {&s->plan, tr_part_bytes_max(&limits)},
+            {&s->rows.n, sizeof(int32_t)},
+            {&s->rows.n_head, sizeof(int32_t)},
+            {&s->rows.token, n * sizeof(int32_t)},
+            {&s->rows.slot, n * sizeof(int32_t)},
+            {&s->rows.position, n * sizeof(int32_t)},
+            {&s->rows.begin, n * sizeof(int32_t)},
+            {&s->rows.write, n * sizeof(int64_t)},
+            {&s->rows.dense, n},
+            {&s->rows.head_row, n_head * sizeof(int32_t)},
+            {&s->rows.target, n_head * sizeof(int32_t)},
+            {&s->token, n_head * sizeof(int32_t)},
+            {&s->rank, n_head * sizeof(int32_t)},
+            {&s->logprob, n_head * sizeof(float)},
+            {&s->top_token, top * sizeof(int32_t)},
+            {&s->top_logprob, top * sizeof(float)},
+        },
+      on_host[] = {
+          {&step->out.token, n_head * sizeof(int32_t)},
+          {&step->out.rank, n_head * sizeof(int32_t)},
+          {&step->out.logprob, n_head * sizeof(float)},
+          {&step->out.top_token, top * sizeof(int32_t)},
+          {&step->out.top_logprob, top * sizeof(float)},
+      };
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted && st == TR_OK; i++)
         st = step_take(s, model, wanted[i].bytes, TR_MEMORY_DEVICE, wanted[i].out, err);
     for (size_t i = 0; i < sizeof on_host / sizeof *on_host && st == TR_OK; i++)

@@ -22,13 +22,14 @@ typedef struct tr_workspace {
     float *q_latent;  /* [N, q_lora] */
     float *q;         /* [N, heads, nope + rope] */
     float *kv_a;      /* [N, kv_lora + rope] */
-    uint8_t *q8;      /* what W8A8 makes of the input of the product that runs, and its scales (tr_acts); NULL: not here */
+    uint8_t *
+        q8; /* what W8A8 makes of the input of the product that runs, and its scales (tr_acts); NULL: not here */
     float *q8_scale;
-    float *index_k;   /* [N, index_dim] */
-    float *index_q;   /* [N, index_heads, index_dim] before rope */
-    void *index_q8;   /* the same, quantised (f32 with an f32 cache) */
-    float *index_w;   /* [N, index_heads] */
-    float *score;     /* [n_stripe, max_model_len] */
+    float *index_k;                  /* [N, index_dim] */
+    float *index_q;                  /* [N, index_heads, index_dim] before rope */
+    void *index_q8;                  /* the same, quantised (f32 with an f32 cache) */
+    float *index_w;                  /* [N, index_heads] */
+    float *score;                    /* [n_stripe, max_model_len] */
     int32_t *top_position, *top_row; /* [N, index_topk] */
     int32_t *n_selected;             /* [N] */
     float *q_absorbed;               /* [N, heads, kv_lora + rope] */
