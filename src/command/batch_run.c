@@ -419,7 +419,7 @@ static tr_status choose_pages(const tr_run *run, int *n_pages, tr_err *err)
 static tr_status agree_pages(const tr_run *run, int *n_pages, tr_err *err)
 {
     uint64_t missing = INT32_MAX - (uint64_t)*n_pages;
-    tr_ticket ticket;
+    tr_ticket ticket = {0};
 
     if (run->world->size == 1) return TR_OK;
     tr_status st = tr_comm_all_max_u64(run->opened.control, &missing, 1, &ticket, err);

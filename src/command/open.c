@@ -63,7 +63,7 @@ static tr_status find_share(const tr_opened *o, const tr_world *world, int *i_sh
     enum { RANKS_MAX = 4096 };
     uint64_t all[RANKS_MAX], mine;
     size_t bytes[RANKS_MAX];
-    tr_ticket ticket;
+    tr_ticket ticket = {0};
     cpu_set_t mask;
 
     *i_share = world ? world->local_rank : 0;

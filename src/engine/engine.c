@@ -494,7 +494,7 @@ static const tr_plan *plan_of(const slot *s, int replica)
 static tr_status hear(tr_engine *e, const slot *s, int d, tr_step_output *out, tr_err *err)
 {
     const tr_plan *plan = plan_of(s, d);
-    tr_ticket ticket;
+    tr_ticket ticket = {0};
 
     if (e->reporter[d] == 0) {
         *out = s->step.out;
@@ -511,7 +511,7 @@ static tr_status hear(tr_engine *e, const slot *s, int d, tr_step_output *out, t
 
 static tr_status broadcast(tr_engine *e, void *data, size_t bytes, tr_err *err)
 {
-    tr_ticket ticket;
+    tr_ticket ticket = {0};
     tr_status st = tr_comm_broadcast(e->control, 0, data, bytes, &ticket, err);
 
     return st ? st : tr_comm_wait(e->control, TR_LANE_MAIN, ticket, err);

@@ -141,7 +141,7 @@ static tr_status gather_lists(tr_model *m, const tr_pass *p, int i, int stripe, 
     } lists[] = {{m->ws.top_position, k}, {m->ws.top_row, k}, {m->ws.n_selected, 1}};
     size_t bytes[MOST_MEMBERS];
     tr_status st = TR_OK;
-    tr_ticket ticket;
+    tr_ticket ticket = {0};
 
     for (int l = 0; l < 3 && st == TR_OK; l++) {
         int32_t *list = lists[l].list;

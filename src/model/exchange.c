@@ -46,7 +46,7 @@ static tr_status dispatch(tr_model *m, const tr_pass *p, const tr_moe_weights *w
     const tr_config *c = m->config;
     const int members = tr_comm_size(m->groups.moe), tp = tr_comm_size(m->groups.attn_tp);
     size_t word[MOST_MEMBERS];
-    tr_ticket ticket;
+    tr_ticket ticket = {0};
 
     tr_note(m, tr_work_moe_dispatch(m->moe_share, c->hidden_size, c->num_experts_per_tok));
     tr_status st =
@@ -114,7 +114,7 @@ tr_status tr_moe_exchange(tr_model *m, const tr_pass *p, const tr_moe_weights *w
                  row = (size_t)c->hidden_size * sizeof(float);
     int32_t n_send[MOST_MEMBERS], n_recv[MOST_MEMBERS];
     tr_status st = TR_OK;
-    tr_ticket ticket;
+    tr_ticket ticket = {0};
 
     for (int i = 0; i < p->rounds && st == TR_OK; i++) {
         st = dispatch(m, p, w, i, n_send, n_recv, err);
@@ -139,7 +139,7 @@ tr_status tr_moe_rounds(tr_model *m, tr_pass *p, tr_err *err)
 {
     const int tp = tr_comm_size(m->groups.attn_tp);
     uint64_t most = (uint64_t)((p->n + tp - 1) / tp); /* member 0 of the attention group has most */
-    tr_ticket ticket;
+    tr_ticket ticket = {0};
 
     p->rounds = 0;
     if (!m->moe_exchange) return TR_OK;

@@ -16,7 +16,7 @@ static tr_status gather_rows(tr_model *m, const tr_pass *p, tr_err *err)
     const int *n = tr_part_heads(m->part), own = n[tr_comm_rank(m->groups.attn_cp)];
     size_t bytes[MOST_MEMBERS];
     tr_status st = TR_OK;
-    tr_ticket ticket;
+    tr_ticket ticket = {0};
 
     tr_note(m, tr_work_rows_gather(own, d));
     if (own > 0)
@@ -79,7 +79,7 @@ static tr_status sample_whole(tr_model *m, const chunk *c, struct tr_step_memory
 static tr_status gather_parts(tr_model *m, const void *own, void *all, size_t bytes, tr_err *err)
 {
     size_t each[MOST_MEMBERS];
-    tr_ticket ticket;
+    tr_ticket ticket = {0};
 
     for (int i = 0; i < tr_comm_size(m->groups.attn_tp); i++)
         each[i] = bytes;
@@ -94,7 +94,7 @@ static tr_status sample_gathered(tr_model *m, const chunk *c, int r, struct tr_s
     const int members = tr_comm_size(m->groups.attn_tp), vocab = m->config->vocab_size;
     const size_t width = (size_t)m->weights->head.n_out;
     size_t bytes[MOST_MEMBERS];
-    tr_ticket ticket;
+    tr_ticket ticket = {0};
 
     for (int i = 0; i < members; i++)
         bytes[i] = (size_t)tr_slice_vocab(m->config, i, members).n * sizeof(float);
@@ -114,7 +114,7 @@ static tr_status sample_gathered(tr_model *m, const chunk *c, int r, struct tr_s
 static tr_status argmax(tr_model *m, const chunk *c, struct tr_step_memory *s, tr_err *err)
 {
     const tr_range ids = m->weights->slice.vocab;
-    tr_ticket ticket;
+    tr_ticket ticket = {0};
 
     tr_note(m, tr_work_logits(c->n, ids.n));
     tr_status st =

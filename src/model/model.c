@@ -59,7 +59,7 @@ tr_status tr_model_await(tr_model *m, tr_comm *group, tr_status begun, tr_ticket
 tr_status tr_model_reduce(tr_model *m, const tr_pass *p, tr_comm *group, float *x, tr_err *err)
 {
     const size_t n = (size_t)p->n * (size_t)m->config->hidden_size;
-    tr_ticket ticket;
+    tr_ticket ticket = {0};
     if (tr_comm_size(group) == 1) return TR_OK;
     tr_region_begin(m->regions, m->region_comm);
     tr_status st = tr_comm_all_reduce(group, x, n, TR_F32, &ticket, err);

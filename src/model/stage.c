@@ -19,7 +19,7 @@ tr_status tr_stage_receive(tr_model *m, const tr_pass *p, tr_err *err)
     const size_t row = (size_t)m->config->hidden_size * sizeof(float);
     tr_comm *tp = m->groups.attn_tp, *pp = m->groups.pp;
     size_t bytes[MOST_MEMBERS];
-    tr_ticket ticket;
+    tr_ticket ticket = {0};
     int begin;
 
     if (p->n == 0) return TR_OK;
