@@ -615,14 +615,19 @@ static tr_status broadcast(tr_comm *base, int root, void *buf, size_t bytes, tr_
 
 /* ---- creation ---------------------------------------------------------------------------------------------------- */
 
-/* What is in flight is given up. Where MPI may still write into the scratch it is left to MPI. */
+/* What is in flight is given up, but for sends, whose receivers may be on their way: these have a second. Where MPI may still use
+ * the scratch it is left to MPI. */
 static void give_up(operation *o)
 {
+    const uint64_t until_ns = tr_now_ns() + UINT64_C(1000000000);
+
     for (int i = 0; i < o->n_requests; i++) {
         int over = 1;
         if (o->request[i] == MPI_REQUEST_NULL) continue;
         if (o->want[i] >= 0) MPI_Cancel(&o->request[i]);
-        MPI_Test(&o->request[i], &over, MPI_STATUS_IGNORE);
+        do
+            MPI_Test(&o->request[i], &over, MPI_STATUS_IGNORE);
+        while (!over && o->want[i] < 0 && tr_now_ns() < until_ns);
         if (over) continue;
         MPI_Request_free(&o->request[i]);
         o->scratch = NULL;

@@ -7,20 +7,30 @@
 /* Rows to the experts of other ranks and back (parallel.md 5.1): what lies between the router and the all-to-all, and between
  * the all-to-all and the experts. Little more than copies; every order is fixed, so that sums do not depend on arrival. */
 
-/* The choices of row r that destination ep holds, into a record; how many there are. */
-static int pick(const struct tr_moe_dispatch_args *a, int r, int ep, int32_t *expert, float *weight)
+/* Does destination ep hold an expert of row r? */
+static int goes_to(const struct tr_moe_dispatch_args *a, int r, int ep)
+{
+    const int32_t *expert = a->expert + (size_t)r * (size_t)a->k;
+
+    for (int j = 0; j < a->k; j++)
+        if (expert[j] >= ep * a->n_local && expert[j] < (ep + 1) * a->n_local) return 1;
+    return 0;
+}
+
+/* The choices of row r, those that destination ep holds: the end of a record. */
+static void put_choices(const struct tr_moe_dispatch_args *a, int r, int ep, char *to)
 {
     const int low = ep * a->n_local, high = low + a->n_local;
-    int n = 0;
+    int32_t *expert = (int32_t *)(void *)to;
+    float *weight = (float *)(void *)(to + (size_t)a->k * 4);
 
     for (int j = 0; j < a->k; j++) {
-        const int32_t e = a->expert[(size_t)r * (size_t)a->k + (size_t)j];
+        const size_t at = (size_t)r * (size_t)a->k + (size_t)j;
+        const int32_t e = a->expert[at];
         const int here = e >= low && e < high;
         expert[j] = here ? e : -1;
-        weight[j] = here ? a->weight[(size_t)r * (size_t)a->k + (size_t)j] : 0;
-        n += here;
+        weight[j] = here ? a->weight[at] : 0;
     }
-    return n;
 }
 
 tr_status tr_cpu_moe_dispatch(tr_device *d, tr_lane lane, const struct tr_moe_dispatch_args *a)
@@ -39,11 +49,10 @@ tr_status tr_cpu_moe_dispatch(tr_device *d, tr_lane lane, const struct tr_moe_di
             const int begin = at;
             for (int i = 0; i < a->n_rows && a->first + i * a->step < n; i++) {
                 const int r = a->first + i * a->step;
+                if (!goes_to(a, r, ep)) continue; /* there is room for what goes, no more */
                 char *to = record + (size_t)at * bytes;
-                int32_t *expert = (int32_t *)(void *)(to + row_bytes);
-                float *weight = (float *)(void *)(to + row_bytes + (size_t)a->k * 4);
-                if (!pick(a, r, ep, expert, weight)) continue;
                 memcpy(to, a->x + (size_t)r * (size_t)a->d, row_bytes);
+                put_choices(a, r, ep, to + row_bytes);
                 a->origin[at++] = r;
             }
             a->count[ep * a->n_xt + xt] = at - begin;

@@ -12,6 +12,7 @@
  */
 #include <config.h>
 
+#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <link.h>
@@ -104,8 +105,29 @@ __attribute__((constructor)) static void start(void)
     shim.time_path = getenv("TRFAULT_TIME");
     shim.tracks = shim.log >= 0 || (shim.time_path && shim.log_path);
     dl_iterate_phdr(add_range, &seen);
-    atomic_store(&shim.counting, !shim.after);
     shim.ready = true;
+}
+
+/* Counting begins with main: what libraries linked into the program do before it (CUDA's runtime registers its kernels) is
+ * theirs. */
+typedef int main_function(int, char **, char **);
+typedef int start_function(main_function *, int, char **, void (*)(void), void (*)(void),
+                           void (*)(void), void *);
+static main_function *program_main;
+
+static int counted_main(int argc, char **argv, char **environment)
+{
+    atomic_store(&shim.counting, !shim.after);
+    return program_main(argc, argv, environment);
+}
+
+start_function __libc_start_main;
+int __libc_start_main(main_function *program, int argc, char **argv, void (*init)(void),
+                      void (*fini)(void), void (*linker_fini)(void), void *stack_end)
+{
+    start_function *next = (start_function *)dlsym(RTLD_NEXT, "__libc_start_main");
+    program_main = program;
+    return next(counted_main, argc, argv, init, fini, linker_fini, stack_end);
 }
 
 __attribute__((destructor)) static void finish(void)

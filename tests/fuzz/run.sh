@@ -55,6 +55,7 @@ list_sources()
         src/batch/job.c | src/batch/prompt.c) ;; # the engine's callers
         src/model/attention.c | src/model/cache.c | src/model/dummy.c | src/model/ffn.c | src/model/layer.c) ;;
         src/model/memory.c | src/model/model.c | src/model/slice.c | src/model/weights*.c) ;;
+        src/model/estimate*.c | src/model/exchange.c | src/model/head.c | src/model/part.c | src/model/stage.c) ;;
         *) echo "$f" ;;
         esac
     done
