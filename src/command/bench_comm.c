@@ -340,8 +340,12 @@ tr_status tr_bench_comm(int argc, char **argv, tr_err *err)
     } else if (st == TR_OK) {
         st = run(&b, err);
     }
-    /* All ranks know of an error; one of them says so. */
-    if (st != TR_OK && b.world.rank != 0 && err) err->text[0] = '\0';
+    /* All ranks know of an error; one of them says so, and now: once a rank has left MPI with this status the launcher ends
+     * the others, printed or not. */
+    if (st != TR_OK && b.world.size > 1 && err) {
+        if (b.world.rank == 0) fprintf(stderr, "trireme: %s\n", err->text);
+        err->text[0] = '\0';
+    }
     free(b.send);
     free(b.recv);
     free(b.each);
