@@ -31,12 +31,15 @@ enum {
     SCRATCH_MAX = 1 << 20, /* bytes of the others' terms that one operation keeps */
     DIRECT_MAX = 32 << 10, /* bytes: a reduction up to here takes one round */
     COPY_MAX = 4 << 20,    /* bytes: a broadcast up to here is handed on from a copy */
-    TAG_LETTER = 0,        /* send and recv: in order */
-    TAG_FIRST = 1,         /* of collectives */
-    N_TAGS = 32767,        /* MPI promises tags up to 32767 */
-    TESTS_ALONE = 20000,   /* in a row before the core is offered to others: a millisecond or two */
-    TESTS_CROWDED = 20,    /* the same where others of this job want it */
-    BLOCK_BYTES = 4096,    /* of each member's terms at a time */
+    EAGER = 4096,          /* what MPI takes at once: sends of it end at once */
+    COPIES_MAX =
+        4, /* broadcasts that go on from a copy at a time: a root does not run further ahead */
+    TAG_LETTER = 0,      /* send and recv: in order */
+    TAG_FIRST = 1,       /* of collectives */
+    N_TAGS = 32767,      /* MPI promises tags up to 32767 */
+    TESTS_ALONE = 20000, /* in a row before the core is offered to others: a millisecond or two */
+    TESTS_CROWDED = 20,  /* the same where others of this job want it */
+    BLOCK_BYTES = 4096,  /* of each member's terms at a time */
 };
 
 typedef struct tr_comm_mpi tr_comm_mpi;
@@ -71,6 +74,7 @@ struct tr_comm_mpi {
     tr_comm_mpi *next; /* of the world's */
     MPI_Comm comm;
     uint64_t n_collectives;
+    int n_released;            /* broadcasts in flight that nobody waits for any more */
     int tests;                 /* in a row before the core is offered to others */
     operation *flying, **last; /* in flight, eldest first */
     operation *idle;
@@ -282,6 +286,7 @@ static void progress_one(tr_comm_mpi *c)
         }
         tr_flight_done(c->world->flight, o->flight);
         c->base.flown_ns[o->op] += tr_now_ns() - o->begun_ns;
+        c->n_released -= o->released;
         *at = o->next;
         if (!*at) c->last = at;
         o->next = c->idle;
@@ -561,13 +566,14 @@ static tr_status step_broadcast(tr_comm_mpi *c, operation *o, tr_err *err)
     }
     if (o->stage == 2) return TR_OK;
     o->stage = 2;
-    if (low > 1 && o->n > 0 && o->n <= COPY_MAX) {
+    if (low > 1 && o->n > EAGER && o->n <= COPY_MAX && c->n_released < COPIES_MAX) {
         if (!make_scratch(o, o->n)) return tr_fail(err, TR_E_MEMORY, "out of memory");
         from = memcpy(o->scratch, o->recv, o->n);
     }
     for (int bit = low >> 1; bit && st == TR_OK; bit >>= 1)
         if (v + bit < size) st = post_send(c, o, (v + bit + o->root) % size, from, o->n, err);
     o->released = st == TR_OK && from != o->recv;
+    c->n_released += o->released;
     if (o->released) tr_flight_done(c->world->flight, o->flight);
     return st;
 }
