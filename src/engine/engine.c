@@ -183,7 +183,7 @@ tr_status tr_engine_create(tr_engine **out, tr_model *model, const tr_tokenizer 
     if (options->ring < 1 || options->ring > MOST_RING || options->max_sequences < 1 ||
         options->max_sequences > INT32_MAX / 4 || options->queue_max < 0 ||
         options->n_replicas < 0 || options->n_replicas > 4096 || options->i_replica < 0 ||
-        options->i_replica > options->n_replicas || options->n_stages < 0)
+        options->n_stages < 0)
         return tr_fail(err, TR_E_USAGE, "engine: ring of %d, %d sequences, queue of %d",
                        options->ring, options->max_sequences, options->queue_max);
     if (options->is_leader != (tr_comm_rank(control) == 0))
@@ -199,6 +199,9 @@ tr_status tr_engine_create(tr_engine **out, tr_model *model, const tr_tokenizer 
     e->log = log;
     e->regions = regions;
     st = take_options(e, options, err);
+    if (!st && options->i_replica >= e->options.n_replicas)
+        st = tr_fail(err, TR_E_USAGE, "engine: replica %d of %d", options->i_replica,
+                     e->options.n_replicas);
     if (st) goto done;
     e->limits = tr_model_limits(model);
     e->bytes_max = tr_plan_bytes_max(&e->limits);

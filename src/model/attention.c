@@ -131,7 +131,6 @@ static int stripe_of(const tr_model *m, const tr_pass *p, int *members)
 /* Lists of rows [i, ..), a stripe from every member, to all members. */
 static tr_status gather_lists(tr_model *m, const tr_pass *p, int i, int stripe, tr_err *err)
 {
-    enum { MOST_MEMBERS = 1024 };
     tr_comm *tp = m->groups.attn_tp;
     const size_t k = (size_t)m->config->index_topk;
     const int own = i + tr_comm_rank(tp) * stripe;
@@ -139,7 +138,7 @@ static tr_status gather_lists(tr_model *m, const tr_pass *p, int i, int stripe, 
         int32_t *list;
         size_t width;
     } lists[] = {{m->ws.top_position, k}, {m->ws.top_row, k}, {m->ws.n_selected, 1}};
-    size_t bytes[MOST_MEMBERS];
+    size_t bytes[TR_MEMBERS_MAX];
     tr_status st = TR_OK;
     tr_ticket ticket = {0};
 

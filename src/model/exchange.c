@@ -11,13 +11,11 @@
 #include "model/model_priv.h"
 #include "model/note.h"
 
-enum { MOST_MEMBERS = 1024 };
-
 /* Records between all members: counts are [members], in records of `bytes`. */
 static tr_status travel(tr_model *m, const void *send, const int32_t *n_send, void *recv,
                         const int32_t *n_recv, size_t bytes, tr_ticket *ticket, tr_err *err)
 {
-    size_t to[MOST_MEMBERS], from[MOST_MEMBERS];
+    size_t to[TR_MEMBERS_MAX], from[TR_MEMBERS_MAX];
     const int n = tr_comm_size(m->groups.moe);
     for (int i = 0; i < n; i++) {
         to[i] = (size_t)n_send[i] * bytes;
@@ -45,7 +43,7 @@ static tr_status dispatch(tr_model *m, const tr_pass *p, const tr_moe_weights *w
 {
     const tr_config *c = m->config;
     const int members = tr_comm_size(m->groups.moe), tp = tr_comm_size(m->groups.attn_tp);
-    size_t word[MOST_MEMBERS];
+    size_t word[TR_MEMBERS_MAX];
     tr_ticket ticket = {0};
 
     tr_note(m, tr_work_moe_dispatch(m->moe_share, c->hidden_size, c->num_experts_per_tok));
@@ -112,7 +110,7 @@ tr_status tr_moe_exchange(tr_model *m, const tr_pass *p, const tr_moe_weights *w
     const int members = tr_comm_size(m->groups.moe);
     const size_t record = tr_dispatch_bytes(c->hidden_size, c->num_experts_per_tok),
                  row = (size_t)c->hidden_size * sizeof(float);
-    int32_t n_send[MOST_MEMBERS], n_recv[MOST_MEMBERS];
+    int32_t n_send[TR_MEMBERS_MAX], n_recv[TR_MEMBERS_MAX];
     tr_status st = TR_OK;
     tr_ticket ticket = {0};
 

@@ -7,14 +7,12 @@
 #include "model/model_priv.h"
 #include "model/note.h"
 
-enum { MOST_MEMBERS = 1024 };
-
 /* ws.head_all: the normed head rows of all members, member after member. */
 static tr_status gather_rows(tr_model *m, const tr_pass *p, tr_err *err)
 {
     const int d = m->config->hidden_size, members = tr_comm_size(m->groups.attn_cp);
     const int *n = tr_part_heads(m->part), own = n[tr_comm_rank(m->groups.attn_cp)];
-    size_t bytes[MOST_MEMBERS];
+    size_t bytes[TR_MEMBERS_MAX];
     tr_status st = TR_OK;
     tr_ticket ticket = {0};
 
@@ -78,7 +76,7 @@ static tr_status sample_whole(tr_model *m, const chunk *c, struct tr_step_memory
 /* n rows of `bytes` from every member of the attention group to all. */
 static tr_status gather_parts(tr_model *m, const void *own, void *all, size_t bytes, tr_err *err)
 {
-    size_t each[MOST_MEMBERS];
+    size_t each[TR_MEMBERS_MAX];
     tr_ticket ticket = {0};
 
     for (int i = 0; i < tr_comm_size(m->groups.attn_tp); i++)
@@ -93,7 +91,7 @@ static tr_status sample_gathered(tr_model *m, const chunk *c, int r, struct tr_s
 {
     const int members = tr_comm_size(m->groups.attn_tp), vocab = m->config->vocab_size;
     const size_t width = (size_t)m->weights->head.n_out;
-    size_t bytes[MOST_MEMBERS];
+    size_t bytes[TR_MEMBERS_MAX];
     tr_ticket ticket = {0};
 
     for (int i = 0; i < members; i++)

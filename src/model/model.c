@@ -113,6 +113,11 @@ tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weig
     tr_status st = TR_OK;
 
     *out = NULL;
+    const tr_comm *group[] = {groups->attn_tp, groups->attn_cp, groups->moe, groups->pp};
+    for (int i = 0; i < 4; i++)
+        if (tr_comm_size(group[i]) > TR_MEMBERS_MAX)
+            return tr_fail(err, TR_E_USAGE, "a group of %d ranks (%s): at most %d",
+                           tr_comm_size(group[i]), tr_comm_name(group[i]), TR_MEMBERS_MAX);
     tr_model *m = calloc(1, sizeof *m);
     if (!m) return tr_fail(err, TR_E_MEMORY, "out of memory");
     m->config = config;

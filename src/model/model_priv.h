@@ -63,6 +63,8 @@ typedef struct tr_workspace {
     size_t scratch_bytes;
 } tr_workspace;
 
+enum { TR_MEMBERS_MAX = 1024 }; /* of one group: sizes of what each member gives are on the stack */
+
 enum { TR_MODEL_ALLOCATIONS = 64 };
 
 struct tr_model {

@@ -5,8 +5,6 @@
 
 #include "model/model_priv.h"
 
-enum { MOST_MEMBERS = 1024 };
-
 /* Rows [*begin, *begin + n) that member i of n_members carries. */
 static int part(int n_rows, int i, int n_members, int *begin)
 {
@@ -18,7 +16,7 @@ tr_status tr_stage_receive(tr_model *m, const tr_pass *p, tr_err *err)
 {
     const size_t row = (size_t)m->config->hidden_size * sizeof(float);
     tr_comm *tp = m->groups.attn_tp, *pp = m->groups.pp;
-    size_t bytes[MOST_MEMBERS];
+    size_t bytes[TR_MEMBERS_MAX];
     tr_ticket ticket = {0};
     int begin;
 
