@@ -172,6 +172,13 @@ tr_status tr_comm_wait(tr_comm *c, tr_lane reader, tr_ticket ticket, tr_err *err
     return ticket.n ? c->impl->wait(c, reader, ticket, err) : TR_OK;
 }
 
+tr_status tr_comm_wait_read(tr_comm *c, tr_lane reader, tr_ticket ticket, tr_err *err)
+{
+    if (!c->impl->wait_read || !ticket.n || ticket.n > c->next_ticket)
+        return tr_comm_wait(c, reader, ticket, err);
+    return c->impl->wait_read(c, reader, ticket, err);
+}
+
 void tr_comm_progress(tr_comm *c)
 {
     c->impl->progress(c);

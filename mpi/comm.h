@@ -60,6 +60,10 @@ tr_status tr_comm_broadcast(tr_comm *, int root, void *, size_t bytes, tr_ticket
 tr_status tr_comm_all_max_u64(tr_comm *, uint64_t *, size_t n, tr_ticket *, tr_err *);
 /* The data of `ticket` is there for `reader` afterwards. */
 tr_status tr_comm_wait(tr_comm *, tr_lane reader, tr_ticket, tr_err *);
+/* The data of `ticket` is there for `reader` afterwards, but the buffer still belongs to the operation: it may be read, not
+ * written, until tr_comm_wait. Of a broadcast that is before other members have it: the root returns at once, and whoever
+ * hands it on when it has come, so that a member that is busy holds up nobody. Of everything else it is tr_comm_wait. */
+tr_status tr_comm_wait_read(tr_comm *, tr_lane reader, tr_ticket, tr_err *);
 /* Over MPI: of every communicator of the world, not of this one alone. */
 void tr_comm_progress(tr_comm *);
 /* Calls and bytes given by this member so far, per operation. */

@@ -30,16 +30,12 @@ enum {
     PIECE_MAX = 1 << 30,   /* bytes of one message: MPI counts in int */
     SCRATCH_MAX = 1 << 20, /* bytes of the others' terms that one operation keeps */
     DIRECT_MAX = 32 << 10, /* bytes: a reduction up to here takes one round */
-    COPY_MAX = 4 << 20,    /* bytes: a broadcast up to here is handed on from a copy */
-    EAGER = 4096,          /* what MPI takes at once: sends of it end at once */
-    COPIES_MAX =
-        4, /* broadcasts that go on from a copy at a time: a root does not run further ahead */
-    TAG_LETTER = 0,      /* send and recv: in order */
-    TAG_FIRST = 1,       /* of collectives */
-    N_TAGS = 32767,      /* MPI promises tags up to 32767 */
-    TESTS_ALONE = 20000, /* in a row before the core is offered to others: a millisecond or two */
-    TESTS_CROWDED = 20,  /* the same where others of this job want it */
-    BLOCK_BYTES = 4096,  /* of each member's terms at a time */
+    TAG_LETTER = 0,        /* send and recv: in order */
+    TAG_FIRST = 1,         /* of collectives */
+    N_TAGS = 32767,        /* MPI promises tags up to 32767 */
+    TESTS_ALONE = 20000,   /* in a row before the core is offered to others: a millisecond or two */
+    TESTS_CROWDED = 20,    /* the same where others of this job want it */
+    BLOCK_BYTES = 4096,    /* of each member's terms at a time */
 };
 
 typedef struct tr_comm_mpi tr_comm_mpi;
@@ -51,9 +47,8 @@ struct operation {
     tr_comm_op op;
     int tag, stage, root;
     uint64_t begun_ns;
-    bool direct; /* a reduction of one round: everybody gets all terms */
-    bool
-        released; /* over for its caller, though messages from the scratch are still on their way */
+    bool direct;   /* a reduction of one round: everybody gets all terms */
+    bool readable; /* a broadcast: the data is here, though perhaps not yet where it goes on to */
     tr_status (*step)(tr_comm_mpi *, operation *, tr_err *);
     int n_requests, room;
     MPI_Request *request; /* [room] */
@@ -74,7 +69,6 @@ struct tr_comm_mpi {
     tr_comm_mpi *next; /* of the world's */
     MPI_Comm comm;
     uint64_t n_collectives;
-    int n_released;            /* broadcasts in flight that nobody waits for any more */
     int tests;                 /* in a row before the core is offered to others */
     operation *flying, **last; /* in flight, eldest first */
     operation *idle;
@@ -286,7 +280,6 @@ static void progress_one(tr_comm_mpi *c)
         }
         tr_flight_done(c->world->flight, o->flight);
         c->base.flown_ns[o->op] += tr_now_ns() - o->begun_ns;
-        c->n_released -= o->released;
         *at = o->next;
         if (!*at) c->last = at;
         o->next = c->idle;
@@ -306,27 +299,40 @@ static operation *find(const tr_comm_mpi *c, uint64_t ticket)
 
     while (o && o->ticket != ticket)
         o = o->next;
-    return o && o->released ? NULL : o;
+    return o;
 }
 
-static tr_status wait_for(tr_comm *base, tr_lane reader, tr_ticket ticket, tr_err *err)
+/* Until the operation is over or, with `read`, its data may be read. */
+static tr_status await_end(tr_comm_mpi *c, tr_ticket ticket, bool read, tr_err *err)
 {
-    tr_comm_mpi *c = of(base);
+    tr_comm *base = &c->base;
     const operation *o = find(c, ticket.n);
 
-    (void)reader;
-    if (o && c->broken.status == TR_OK) {
+    if (o && !(read && o->readable) && c->broken.status == TR_OK) {
         const uint64_t begun_ns = tr_now_ns();
         const tr_comm_op op = o->op;
         tr_flight_wait(c->world->flight, o->flight);
-        for (int i = 1; o && c->broken.status == TR_OK; i++) {
+        for (int i = 1; o && !(read && o->readable) && c->broken.status == TR_OK; i++) {
             progress(base);
             o = find(c, ticket.n);
             if (o && i >= c->tests) sched_yield();
         }
+        tr_flight_wait(c->world->flight, 0);
         base->waited_ns[op] += tr_now_ns() - begun_ns;
     }
     return c->broken.status == TR_OK ? TR_OK : tr_fail(err, c->broken.status, "%s", c->broken.text);
+}
+
+static tr_status wait_for(tr_comm *base, tr_lane reader, tr_ticket ticket, tr_err *err)
+{
+    (void)reader;
+    return await_end(of(base), ticket, false, err);
+}
+
+static tr_status wait_read(tr_comm *base, tr_lane reader, tr_ticket ticket, tr_err *err)
+{
+    (void)reader;
+    return await_end(of(base), ticket, true, err);
 }
 
 /* ---- reductions -------------------------------------------------------------------------------------------------- */
@@ -549,12 +555,10 @@ static tr_status all_to_all(tr_comm *base, const void *send, const size_t *n_sen
     return begin_exchange(base, TR_COMM_ALL_TO_ALL, send, n_send, recv, n_recv, err);
 }
 
-/* A binomial tree: counted from the root, member v gets it from v without its lowest set bit. Handed on from a copy, so that nobody
- * waits for a member that is still busy with something else: the plans of a pipeline go ahead of its steps. */
+/* A binomial tree: counted from the root, member v gets it from v without its lowest set bit. */
 static tr_status step_broadcast(tr_comm_mpi *c, operation *o, tr_err *err)
 {
     const int size = c->base.size, v = (c->base.rank - o->root + size) % size;
-    const char *from = o->recv;
     int low = 1;
     tr_status st = TR_OK;
 
@@ -566,15 +570,9 @@ static tr_status step_broadcast(tr_comm_mpi *c, operation *o, tr_err *err)
     }
     if (o->stage == 2) return TR_OK;
     o->stage = 2;
-    if (low > 1 && o->n > EAGER && o->n <= COPY_MAX && c->n_released < COPIES_MAX) {
-        if (!make_scratch(o, o->n)) return tr_fail(err, TR_E_MEMORY, "out of memory");
-        from = memcpy(o->scratch, o->recv, o->n);
-    }
+    o->readable = true;
     for (int bit = low >> 1; bit && st == TR_OK; bit >>= 1)
-        if (v + bit < size) st = post_send(c, o, (v + bit + o->root) % size, from, o->n, err);
-    o->released = st == TR_OK && from != o->recv;
-    c->n_released += o->released;
-    if (o->released) tr_flight_done(c->world->flight, o->flight);
+        if (v + bit < size) st = post_send(c, o, (v + bit + o->root) % size, o->recv, o->n, err);
     return st;
 }
 
@@ -672,6 +670,7 @@ static const tr_comm_impl mpi_impl = {
     .broadcast = broadcast,
     .all_max = all_max,
     .wait = wait_for,
+    .wait_read = wait_read,
     .progress = progress,
     .free = free_comm,
 };

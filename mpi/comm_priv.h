@@ -27,6 +27,7 @@ typedef struct tr_comm_impl {
     tr_status (*broadcast)(tr_comm *, int, void *, size_t, tr_ticket *, tr_err *);
     tr_status (*all_max)(tr_comm *, uint64_t *, size_t, tr_ticket *, tr_err *);
     tr_status (*wait)(tr_comm *, tr_lane, tr_ticket, tr_err *);
+    tr_status (*wait_read)(tr_comm *, tr_lane, tr_ticket, tr_err *); /* NULL: as wait */
     void (*progress)(tr_comm *);
     void (*free)(tr_comm *);
 } tr_comm_impl;

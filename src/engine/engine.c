@@ -14,23 +14,17 @@
 #include "base/stop.h"
 #include "engine/report.h"
 #include "engine/scheduler.h"
+#include "engine/wire.h"
 
 enum { POLL_MS = 100, MOST_RING = 64 };
 
-/* What goes ahead of the plans of a step: one block per replica, one behind the other, each a multiple of 8 bytes long. */
-typedef struct announcement {
-    uint64_t bytes;  /* of all blocks that follow */
-    uint64_t status; /* with STOP plans: how the leader ended, so that all ranks end alike */
-} announcement;
-
 typedef struct slot { /* a place of the step ring */
     tr_step step;
-    char *staging;  /* [n_replicas * bytes_max] the plans' bytes as they came */
-    uint64_t *at;   /* [n_replicas] where each begins; step.plan is this rank's replica's */
-    bool *planned;  /* [n_replicas] leader: its scheduler has this step in flight */
-    char *report;   /* [report_bytes_max] what this rank tells the leader of the step */
-    tr_ticket told; /* and that it is on its way */
-    bool telling;
+    char *staging; /* [n_replicas * bytes_max] the plans' bytes as they came */
+    uint64_t *at;  /* [n_replicas] where each begins; step.plan is this rank's replica's */
+    bool *planned; /* [n_replicas] leader: its scheduler has this step in flight */
+    char *report;  /* [report_bytes_max] what this rank tells the leader of the step */
+    tr_wire wire;  /* staging and report, on their way */
     uint64_t begun_ns;
 } slot;
 
@@ -204,6 +198,7 @@ tr_status tr_engine_create(tr_engine **out, tr_model *model, const tr_tokenizer 
                      e->options.n_replicas);
     if (st) goto done;
     e->limits = tr_model_limits(model);
+    tr_model_advance(model, control);
     e->bytes_max = tr_plan_bytes_max(&e->limits);
     e->report_bytes_max = tr_report_bytes_max(&e->limits);
     e->region_plan = tr_region_id(regions, "engine/plan");
@@ -469,13 +464,6 @@ static bool wait_for_work(tr_engine *e)
 
 /* ---- what a step sampled, from the rank that knows to the leader --------------------------------------- */
 
-static tr_status tell_wait(tr_engine *e, slot *s, tr_err *err)
-{
-    if (!s->telling) return TR_OK;
-    s->telling = false;
-    return tr_comm_wait(e->control, TR_LANE_MAIN, s->told, err);
-}
-
 /* This rank's step is done: tell the leader. */
 static tr_status tell(tr_engine *e, slot *s, tr_err *err)
 {
@@ -483,9 +471,7 @@ static tr_status tell(tr_engine *e, slot *s, tr_err *err)
 
     if (!s->report || !bytes) return TR_OK;
     tr_report_write(s->report, s->step.plan, &s->step.out);
-    tr_status st = tr_comm_send(e->control, 0, s->report, bytes, &s->told, err);
-    s->telling = !st;
-    return st;
+    return tr_wire_tell(&s->wire, e->control, s->report, bytes, err);
 }
 
 static const tr_plan *plan_of(const slot *s, int replica)
@@ -511,14 +497,6 @@ static tr_status hear(tr_engine *e, const slot *s, int d, tr_step_output *out, t
 }
 
 /* ---- steps ------------------------------------------------------------------------------------------ */
-
-static tr_status broadcast(tr_engine *e, void *data, size_t bytes, tr_err *err)
-{
-    tr_ticket ticket = {0};
-    tr_status st = tr_comm_broadcast(e->control, 0, data, bytes, &ticket, err);
-
-    return st ? st : tr_comm_wait(e->control, TR_LANE_MAIN, ticket, err);
-}
 
 /* Plans come from another rank, so every rank checks all of them, the leader too: one path. */
 static tr_status check_plans(const tr_engine *e, slot *s, size_t bytes, tr_err *err)
@@ -602,15 +580,15 @@ static tr_status plan_step(tr_engine *e, slot *s, size_t *bytes, bool *planned, 
 static tr_status begin_step(tr_engine *e, bool *planned, tr_err *err)
 {
     slot *s = next_slot(e);
-    announcement a = {0};
-    size_t bytes;
+    size_t bytes = 0;
 
+    *planned = false;
     s->begun_ns = tr_now_ns();
     tr_region_begin(e->regions, e->region_plan);
-    tr_status st = plan_step(e, s, &bytes, planned, err);
-    a.bytes = bytes;
-    if (!st && *planned) st = broadcast(e, &a, sizeof a, err);
-    if (!st && *planned) st = broadcast(e, s->staging, bytes, err);
+    tr_status st = tr_wire_settle(&s->wire, e->control, err);
+    if (!st) st = plan_step(e, s, &bytes, planned, err);
+    if (!st && *planned)
+        st = tr_wire_give(&s->wire, e->control, (tr_announcement){.bytes = bytes}, s->staging, err);
     tr_region_end(e->regions, 0, 0);
     return !st && *planned ? run_plan(e, s, bytes, err) : st;
 }
@@ -651,19 +629,29 @@ static tr_status finish_step(tr_engine *e, tr_err *err)
     return TR_OK;
 }
 
+static tr_status settle_all(tr_engine *e, tr_err *err)
+{
+    tr_status st = TR_OK;
+
+    for (int i = 0; i < e->options.ring && !st; i++)
+        st = tr_wire_settle(&e->slot[i].wire, e->control, err);
+    return st;
+}
+
 /* ---- the loops --------------------------------------------------------------------------------------- */
 
 static tr_status send_stop(tr_engine *e, tr_status how, tr_err *err)
 {
     const tr_plan *stop = tr_scheduler_stop_plan(e->scheduler[0]); /* has no sections */
     slot *s = next_slot(e);
-    announcement a = {.bytes = stop->bytes * (uint64_t)e->options.n_replicas,
-                      .status = (uint64_t)how};
+    const tr_announcement a = {.bytes = stop->bytes * (uint64_t)e->options.n_replicas,
+                               .status = (uint64_t)how};
+    tr_status st = tr_wire_settle(&s->wire, e->control, err);
 
     for (int d = 0; d < e->options.n_replicas; d++)
         memcpy(s->staging + (size_t)d * stop->bytes, stop, stop->bytes);
-    tr_status st = broadcast(e, &a, sizeof a, err);
-    return st ? st : broadcast(e, s->staging, a.bytes, err);
+    if (!st) st = tr_wire_give(&s->wire, e->control, a, s->staging, err);
+    return st ? st : settle_all(e, err);
 }
 
 static bool all_idle(const tr_engine *e)
@@ -731,21 +719,17 @@ static tr_status retire_oldest(tr_engine *e, tr_err *err)
 
 static tr_status follow_step(tr_engine *e, bool *last, tr_err *err)
 {
-    announcement a = {0};
     slot *s = next_slot(e);
-    tr_status st = tell_wait(e, s, err); /* its staging and report are about to be written again */
+    const tr_announcement *a = &s->wire.announced;
+    tr_status st = tr_wire_settle(&s->wire, e->control, err);
 
-    if (!st) st = broadcast(e, &a, sizeof a, err);
-    if (st) return st;
-    if (a.bytes < sizeof(tr_plan) || a.bytes > e->bytes_max * (size_t)e->options.n_replicas ||
-        a.status > TR_E_STOP)
-        return tr_fail(err, TR_E_COMM, "plans of %llu bytes were announced, status %llu",
-                       (unsigned long long)a.bytes, (unsigned long long)a.status);
-    st = broadcast(e, s->staging, a.bytes, err);
-    if (!st) st = run_plan(e, s, a.bytes, err);
+    if (!st)
+        st = tr_wire_get(&s->wire, e->control, s->staging, sizeof(tr_plan),
+                         e->bytes_max * (size_t)e->options.n_replicas, err);
+    if (!st) st = run_plan(e, s, a->bytes, err);
     if (st) return st;
     *last = s->step.plan->flags & TR_PLAN_STOP;
-    return *last && a.status ? tr_fail(err, (tr_status)a.status, "rank 0 ended the run") : TR_OK;
+    return *last && a->status ? tr_fail(err, (tr_status)a->status, "rank 0 ended the run") : TR_OK;
 }
 
 static tr_status follow(tr_engine *e, tr_err *err)
@@ -762,8 +746,7 @@ static tr_status follow(tr_engine *e, tr_err *err)
         if (st && !last) e->broken = true;
     }
     tr_err ignored;
-    for (int i = 0; i < e->options.ring && !e->broken; i++)
-        tell_wait(e, &e->slot[i], &ignored);
+    if (!e->broken) settle_all(e, &ignored);
     return st;
 }
 

@@ -105,6 +105,11 @@ static tr_comm *some_group(const tr_groups *g)
     return g->attn_tp;
 }
 
+void tr_model_advance(tr_model *m, tr_comm *comm)
+{
+    if (tr_comm_size(m->moving) == 1) m->moving = comm;
+}
+
 tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weights *weights,
                           tr_device *device, const tr_ops *ops, const tr_groups *groups,
                           const tr_model_options *options, const uint32_t *has_token,

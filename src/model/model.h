@@ -75,6 +75,8 @@ tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weig
 void tr_model_free(tr_model *model);
 void tr_model_set_probe(tr_model *model, const tr_probe *probe); /* kept; NULL: none */
 void tr_model_set_watch(tr_model *model, tr_watchdog *watch);    /* kept; NULL: none */
+/* Whose messages advance between operations where the model's own groups have one member each. Kept. */
+void tr_model_advance(tr_model *model, tr_comm *comm);
 
 /* What plans for this model may hold. */
 tr_plan_limits tr_model_limits(const tr_model *model);
