@@ -44,10 +44,10 @@ const char *tr_comm_op_name(tr_comm_op);   /* "all_reduce", ... */
 /* In place. dtype TR_F32 so far; the sum of every element is ((x0 + x1) + x2) + ... over members in rank order, so that
  * it is the same on all members and in every run. */
 tr_status tr_comm_all_reduce(tr_comm *, void *buf, size_t n, tr_dtype, tr_ticket *, tr_err *);
-/* bytes[size]: what each member gives; recv holds them in rank order. */
+/* bytes[size]: what each member gives; recv holds them in rank order. `send` may lie in recv where it belongs. */
 tr_status tr_comm_all_gather(tr_comm *, const void *send, void *recv, const size_t *bytes,
                              tr_ticket *, tr_err *);
-/* send holds size * n elements, recv gets this member's n of the sum. */
+/* send holds size * n elements, recv gets this member's n of the sum, made like all_reduce's; it may be their place in send. */
 tr_status tr_comm_reduce_scatter(tr_comm *, const void *send, void *recv, size_t n, tr_dtype,
                                  tr_ticket *, tr_err *);
 /* n_send[size], n_recv[size] in bytes; both buffers in rank order, without gaps. */

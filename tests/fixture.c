@@ -72,7 +72,7 @@ void tr_fixture_close(tr_fixture *f)
 }
 
 /* Seal, check as if it came from another rank, run. */
-static int forward(tr_fixture *f, int max_context)
+int tr_fixture_forward(tr_fixture *f, int max_context)
 {
     const tr_plan_limits limits = tr_model_limits(f->model);
     const tr_plan *plan = tr_plan_seal(f->builder, max_context);
@@ -103,7 +103,7 @@ int tr_fixture_slot(tr_fixture *f, int slot, int n_logprobs)
             0)
             return fail(f, "page set did not fit");
     }
-    return forward(f, 0);
+    return tr_fixture_forward(f, 0);
 }
 
 int tr_fixture_run(tr_fixture *f, int slot, const int32_t *tokens, int position, int n,
@@ -140,7 +140,7 @@ int tr_fixture_run(tr_fixture *f, int slot, const int32_t *tokens, int position,
     for (int i = 0; i < n_logits; i++)
         if (tr_plan_add_targets(f->builder, targets ? &targets[i] : &sample, 1) < 0)
             return fail(f, "targets did not fit");
-    if (forward(f, position + n)) return -1;
+    if (tr_fixture_forward(f, position + n)) return -1;
     for (int i = 0; i < n_logits; i++) {
         if (token_out) token_out[i] = f->step.out.token[i];
         if (logprob_out) logprob_out[i] = f->step.out.logprob[i];

@@ -59,6 +59,9 @@ int tr_fixture_run(tr_fixture *f, int slot, const int32_t *tokens, int position,
                    int n_logits, int form, const int32_t *targets, int32_t *token_out,
                    float *logprob_out);
 
+/* The plan that was built by hand in f->builder: seal it, check it as if it came from another rank, run it to its end. */
+int tr_fixture_forward(tr_fixture *f, int max_context);
+
 /* An array of a safetensors file (read with jansson alone, not with the code under test): F32 or I32, shape into
  * rows x columns (a vector has one row). NULL when it is not there. Caller frees. */
 void *tr_read_array(const char *path, const char *name, int *rows, int *columns);

@@ -295,7 +295,8 @@ static void moe_traffic(list *l, const tr_config *c, const tr_grid_sizes *s, con
                         const tr_step_shape *step, tr_moe_form form)
 {
     const moe_rows r = rows_of_block(s, step);
-    const double row = (double)c->hidden_size * w->act, own_rows = (double)r.rows / s->tp;
+    const double row = (double)c->hidden_size * w->act, own_rows = (double)r.rows / s->tp,
+                 own_most = (double)tr_ceil_div((size_t)r.rows, (size_t)s->tp);
     const bool shared_partial =
         tr_slice_parts(c->n_shared_experts * c->moe_intermediate_size, s->tp) > 1;
     bool shared_summed = false;
@@ -316,13 +317,14 @@ static void moe_traffic(list *l, const tr_config *c, const tr_grid_sizes *s, con
             r.brings * row);
         break;
     case TR_MOE_FORM_EXCHANGE:
-        /* Every member of ATTN_TP takes its part of the rows, and the sum over ATTN_TP brings the parts together, with
-         * the shared expert's (src/model/exchange.c). */
+        /* Every member of ATTN_TP takes its part of the rows: between the halves of the shared expert's sum the experts'
+         * sums come in (src/model/exchange.c). */
         add(l, "rows to the experts", TR_GROUP_MOE, TR_WIRE_ALL_TO_ALL, r.block,
             own_rows * tr_estimate_distinct(c, s->ep) * s->xt * (w->row_out + w->row_ids));
         add(l, "sums back", TR_GROUP_MOE, TR_WIRE_ALL_TO_ALL, r.block,
             own_rows * tr_estimate_distinct(c, s->ep) * s->xt * w->row_back);
-        add(l, "experts", TR_GROUP_ATTN_TP, TR_WIRE_ALL_REDUCE, s->tp, r.rows * row);
+        add(l, "shared expert", TR_GROUP_ATTN_TP, TR_WIRE_REDUCE_SCATTER, s->tp, own_most * row);
+        add(l, "experts", TR_GROUP_ATTN_TP, TR_WIRE_ALL_GATHER, s->tp, own_most * row);
         shared_summed = true;
         break;
     }

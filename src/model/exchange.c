@@ -1,8 +1,10 @@
 /* Rows to the ranks that hold their experts, and back (parallel.md 2.4, 5.1): expert parallelism where the ranks of the MoE
  * group have different rows (data or context parallelism).
  *
- * Ranks of one attention group have the same rows, so each takes every tp-th of them; the sum over the attention group, which
- * the shared expert needs anyway, brings the shares together. A row goes once to every rank that holds one of its experts; what
+ * Ranks of one attention group have the same rows, so each takes a stretch of them. The sum over the attention group, which the
+ * shared expert needs anyway, goes in its two halves: each member gets the sum of its own rows, adds what the experts say to it,
+ * and gives the rows to the others. So the sum of a row is made in one order whoever has taken it: which row of a step a request
+ * is depends on its neighbours, its numbers do not (architecture.md 4). A row goes once to every rank that holds one of its experts; what
  * comes back is the weighted sum over that rank's experts, and the sums are added in the order of the ranks. Rows travel in
  * rounds of a fixed size, so that the memory does not depend on how uneven the router is; the number of rounds is agreed once a
  * step. */
@@ -37,23 +39,45 @@ static double bytes_of(const int32_t *n, int members, size_t bytes)
     return (double)sum(n, members) * (double)bytes;
 }
 
+/* Rows each member of the attention group takes; the last ones may find fewer, or none. */
+static int stretch(const tr_model *m, const tr_pass *p)
+{
+    const int tp = tr_comm_size(m->groups.attn_tp);
+    return (p->n + tp - 1) / tp;
+}
+
+/* This rank's rows of a round: [*first, *first + the result). */
+static int rows_of_round(const tr_model *m, const tr_pass *p, int i_round, int *first)
+{
+    const int each = stretch(m, p), begin = tr_comm_rank(m->groups.attn_tp) * each;
+    const int end = begin + each < p->n ? begin + each : p->n;
+
+    *first = begin + i_round * m->moe_share;
+    if (*first >= end) {
+        *first = 0;
+        return 0;
+    }
+    return end - *first < m->moe_share ? end - *first : m->moe_share;
+}
+
 /* This rank's rows of a round as records, and how many each member gets and gives. */
 static tr_status dispatch(tr_model *m, const tr_pass *p, const tr_moe_weights *w, int i_round,
                           int32_t *n_send, int32_t *n_recv, tr_err *err)
 {
     const tr_config *c = m->config;
-    const int members = tr_comm_size(m->groups.moe), tp = tr_comm_size(m->groups.attn_tp);
+    const int members = tr_comm_size(m->groups.moe);
     size_t word[TR_MEMBERS_MAX];
     tr_ticket ticket = {0};
+    int first;
+    const int n_rows = rows_of_round(m, p, i_round, &first);
 
     tr_note(m, tr_work_moe_dispatch(m->moe_share, c->hidden_size, c->num_experts_per_tok));
     tr_status st =
-        TR_RUN(m, moe_dispatch, err, .n = p->rows.n,
-               .first = tr_comm_rank(m->groups.attn_tp) + i_round * m->moe_share * tp, .step = tp,
-               .n_rows = m->moe_share, .k = c->num_experts_per_tok, .d = c->hidden_size,
-               .n_local = w->n_local, .n_ep = members / m->groups.n_xt, .n_xt = m->groups.n_xt,
-               .expert = m->ws.expert, .weight = m->ws.weight, .x = m->ws.normed,
-               .record = m->ws.moe.out, .count = m->ws.moe.count, .origin = m->ws.moe.origin);
+        TR_RUN(m, moe_dispatch, err, .n = p->rows.n, .first = first, .step = 1, .n_rows = n_rows,
+               .k = c->num_experts_per_tok, .d = c->hidden_size, .n_local = w->n_local,
+               .n_ep = members / m->groups.n_xt, .n_xt = m->groups.n_xt, .expert = m->ws.expert,
+               .weight = m->ws.weight, .x = m->ws.normed, .record = m->ws.moe.out,
+               .count = m->ws.moe.count, .origin = m->ws.moe.origin);
     if (st == TR_OK)
         st =
             tr_model_fetch_words(m, n_send, m->ws.moe.count, (size_t)members * sizeof *n_send, err);
@@ -101,9 +125,48 @@ static tr_status experts(tr_model *m, const tr_moe_weights *w, int n_in, tr_err 
     return st;
 }
 
+/* Sums of this member's rows over the attention group, into their place. */
+static tr_status sum_own(tr_model *m, const tr_pass *p, float *out, tr_err *err)
+{
+    tr_comm *tp = m->groups.attn_tp;
+    const size_t n = (size_t)stretch(m, p) * (size_t)m->config->hidden_size;
+    tr_ticket ticket = {0};
+
+    if (tr_comm_size(tp) == 1) return TR_OK;
+    tr_status st = tr_comm_reduce_scatter(tp, out, out + (size_t)tr_comm_rank(tp) * n, n, TR_F32,
+                                          &ticket, err);
+    return tr_model_await(m, tp, st, ticket, (double)n * sizeof(float), err);
+}
+
+/* Everybody's rows to everybody. */
+static tr_status tell_own(tr_model *m, const tr_pass *p, float *out, tr_err *err)
+{
+    tr_comm *tp = m->groups.attn_tp;
+    const size_t n = (size_t)stretch(m, p) * (size_t)m->config->hidden_size;
+    size_t bytes[TR_MEMBERS_MAX];
+    tr_ticket ticket = {0};
+
+    if (tr_comm_size(tp) == 1) return TR_OK;
+    for (int i = 0; i < tr_comm_size(tp); i++)
+        bytes[i] = n * sizeof(float);
+    tr_status st =
+        tr_comm_all_gather(tp, out + (size_t)tr_comm_rank(tp) * n, out, bytes, &ticket, err);
+    return tr_model_await(m, tp, st, ticket, (double)n * sizeof(float), err);
+}
+
+/* What this member's own rows begin with: the shared expert's sum. */
+static tr_status begin_own(tr_model *m, const tr_pass *p, const tr_moe_weights *w, float *out,
+                           tr_status (*shared)(tr_model *, const tr_pass *, const tr_moe_weights *,
+                                               tr_err *),
+                           tr_err *err)
+{
+    tr_status st = shared(m, p, w, err);
+    return st == TR_OK ? sum_own(m, p, out, err) : st;
+}
+
 tr_status tr_moe_exchange(tr_model *m, const tr_pass *p, const tr_moe_weights *w, float *out,
-                          tr_status (*meanwhile)(tr_model *, const tr_pass *,
-                                                 const tr_moe_weights *, tr_err *),
+                          tr_status (*shared)(tr_model *, const tr_pass *, const tr_moe_weights *,
+                                              tr_err *),
                           tr_err *err)
 {
     const tr_config *c = m->config;
@@ -118,9 +181,9 @@ tr_status tr_moe_exchange(tr_model *m, const tr_pass *p, const tr_moe_weights *w
         st = dispatch(m, p, w, i, n_send, n_recv, err);
         if (st != TR_OK) return st;
         st = travel(m, m->ws.moe.out, n_send, m->ws.moe.in, n_recv, record, &ticket, err);
-        if (st == TR_OK && i == 0 && !m->no_overlap) st = meanwhile(m, p, w, err);
+        if (st == TR_OK && i == 0 && !m->no_overlap) st = begin_own(m, p, w, out, shared, err);
         st = tr_model_await(m, m->groups.moe, st, ticket, bytes_of(n_send, members, record), err);
-        if (st == TR_OK && i == 0 && m->no_overlap) st = meanwhile(m, p, w, err);
+        if (st == TR_OK && i == 0 && m->no_overlap) st = begin_own(m, p, w, out, shared, err);
         if (st == TR_OK) st = experts(m, w, sum(n_recv, members), err);
         if (st != TR_OK) return st;
         st = travel(m, m->ws.moe.y, n_recv, m->ws.moe.back, n_send, row, &ticket, err);
@@ -130,13 +193,12 @@ tr_status tr_moe_exchange(tr_model *m, const tr_pass *p, const tr_moe_weights *w
             st = TR_RUN(m, moe_return, err, .n_rows = sum(n_send, members), .d = c->hidden_size,
                         .origin = m->ws.moe.origin, .y = m->ws.moe.back, .out = out);
     }
-    return st;
+    return st == TR_OK ? tell_own(m, p, out, err) : st;
 }
 
 tr_status tr_moe_rounds(tr_model *m, tr_pass *p, tr_err *err)
 {
-    const int tp = tr_comm_size(m->groups.attn_tp);
-    uint64_t most = (uint64_t)((p->n + tp - 1) / tp); /* member 0 of the attention group has most */
+    uint64_t most = (uint64_t)stretch(m, p); /* member 0 of the attention group has them all */
     tr_ticket ticket = {0};
 
     p->rounds = 0;

@@ -101,10 +101,8 @@ tr_status tr_moe_forward(tr_model *m, const tr_pass *p, const tr_moe_weights *w,
     tr_status st = route(m, p, w, layer, err);
 
     if (st != TR_OK) return st;
-    if (m->moe_exchange)
-        st = tr_moe_exchange(m, p, w, m->ws.block_out, shared, err);
-    else
-        st = own_experts(m, p, w, err);
-    /* Partial sums of the shared expert, of each member's experts, or of its share of the rows. */
+    if (m->moe_exchange) return tr_moe_exchange(m, p, w, m->ws.block_out, shared, err);
+    st = own_experts(m, p, w, err);
+    /* Partial sums of the shared expert and of each member's experts. */
     return st == TR_OK ? tr_model_reduce(m, p, m->groups.attn_tp, m->ws.block_out, err) : st;
 }

@@ -77,6 +77,13 @@ static void choose_rounds(tr_model *m)
     m->moe_rows = m->moe_share * members;
 }
 
+/* n rows, up to as many for each member of the attention group. */
+static size_t whole_shares(const tr_model *m, size_t n)
+{
+    const size_t tp = (size_t)tr_comm_size(m->groups.attn_tp);
+    return tr_ceil_div(n, tp) * tp;
+}
+
 /* What only some grids need: rows to experts elsewhere, to the next stage, head rows and logits of other members. */
 static tr_status take_exchanges(tr_model *m, tr_err *err)
 {
@@ -155,7 +162,7 @@ static tr_status take_workspace(tr_model *m, tr_err *err)
     } wanted[] = {
         {&ws->hidden, n, hidden},
         {&ws->normed, n, hidden},
-        {&ws->block_out, n, hidden},
+        {&ws->block_out, whole_shares(m, n), hidden},
         {&ws->q_latent, n, (size_t)c->q_lora_rank},
         {&ws->q, n, heads * (size_t)(c->qk_nope_head_dim + c->qk_rope_head_dim)},
         {&ws->kv_a, n, d_kv},

@@ -16,12 +16,14 @@ typedef enum tr_op_id {
 /* Activations of one step, fp32 on the CPU, N = max_rows. Allocated once; a step in flight owns them while it runs on the
  * main lane, in order, so one set serves every step of the ring. */
 typedef struct tr_workspace {
-    float *hidden;    /* [N, hidden] residual stream */
-    float *normed;    /* [N, hidden] input of a block */
-    float *block_out; /* [N, hidden] output of a block, added to the residual by the next norm */
-    float *q_latent;  /* [N, q_lora] */
-    float *q;         /* [N, heads, nope + rope] */
-    float *kv_a;      /* [N, kv_lora + rope] */
+    float *hidden; /* [N, hidden] residual stream */
+    float *normed; /* [N, hidden] input of a block */
+    float *
+        block_out; /* [N rounded up to whole shares of attn_tp, hidden] output of a block, added to the residual by the
+                         next norm */
+    float *q_latent; /* [N, q_lora] */
+    float *q;        /* [N, heads, nope + rope] */
+    float *kv_a;     /* [N, kv_lora + rope] */
     uint8_t *
         q8; /* what W8A8 makes of the input of the product that runs, and its scales (tr_acts); NULL: not here */
     float *q8_scale;
@@ -152,11 +154,11 @@ tr_status tr_dense_forward(tr_model *m, const tr_pass *p, const tr_mlp_weights *
 tr_status tr_moe_forward(tr_model *m, const tr_pass *p, const tr_moe_weights *w, int layer,
                          tr_err *err);
 
-/* exchange.c: out += what the experts of all ranks make of this rank's share of the rows of ws.normed (experts and weights are
- * chosen). meanwhile: run once, while the first rows travel. */
+/* exchange.c: out = what the experts of all ranks make of the rows of ws.normed (experts and weights are chosen) and the sum of
+ * the members' shared experts. shared: writes this member's part of these into out; runs once, while the first rows travel. */
 tr_status tr_moe_exchange(tr_model *m, const tr_pass *p, const tr_moe_weights *w, float *out,
-                          tr_status (*meanwhile)(tr_model *, const tr_pass *,
-                                                 const tr_moe_weights *, tr_err *),
+                          tr_status (*shared)(tr_model *, const tr_pass *, const tr_moe_weights *,
+                                              tr_err *),
                           tr_err *err);
 /* The rounds of exchange this step needs: collective over moe. */
 tr_status tr_moe_rounds(tr_model *m, tr_pass *p, tr_err *err);
