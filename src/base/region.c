@@ -2,23 +2,203 @@
 
 #include "base/region.h"
 
-#include <stdbool.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "base/clock.h"
+#include "base/size.h"
 
-int tr_region_id(tr_regions *r, const char *static_name)
+/* How the tree hangs together: beside the nodes, which are copied for whoever looks. */
+typedef struct link {
+    int first_child, next; /* -1: none; children in the order of their first calls */
+    int latest;            /* child that began last, -1: none */
+} link;
+
+typedef struct tr_region_tree {
+    pthread_mutex_t
+        lock; /* the nodes and the open frames; the stream's thread writes, others look */
+    int n, n_max;
+    uint64_t n_lost;
+    tr_region_node *node; /* [n_max] */
+    link *link;           /* [n_max] */
+} tree;
+
+/* ---- names -------------------------------------------------------------------------------------- */
+
+int tr_region_id_of(tr_regions *r, const char *name, tr_region_kind kind, int group)
 {
     if (!r) return -1;
     for (int i = 0; i < r->n; i++)
-        if (r->total[i].name == static_name || strcmp(r->total[i].name, static_name) == 0) return i;
+        if (strncmp(r->total[i].name, name, TR_REGION_NAME - 1) == 0) return i;
     if (r->n == TR_REGIONS_MAX) return -1;
-    r->total[r->n].name = static_name;
+    tr_region_total *t = &r->total[r->n];
+    *t = (tr_region_total){.kind = kind, .group = group};
+    snprintf(t->name, sizeof t->name, "%s", name);
     return r->n++;
 }
 
-void tr_region_begin(tr_regions *r, int id)
+int tr_region_id(tr_regions *r, const char *name)
+{
+    return tr_region_id_of(r, name, TR_KIND_HOST, -1);
+}
+
+/* ---- the tree ------------------------------------------------------------------------------------ */
+
+static void lock(tr_regions *r)
+{
+    if (r->tree) pthread_mutex_lock(&r->tree->lock);
+}
+
+static void unlock(tr_regions *r)
+{
+    if (r->tree) pthread_mutex_unlock(&r->tree->lock);
+}
+
+static int add_node(tree *t, int parent, int id, int layer)
+{
+    if (t->n == t->n_max) return -1;
+    const int i = t->n++;
+    t->node[i] = (tr_region_node){.parent = parent,
+                                  .id = id,
+                                  .layer = layer,
+                                  .depth = parent < 0 ? 0 : t->node[parent].depth + 1};
+    t->link[i] = (link){.first_child = -1, .next = -1, .latest = -1};
+    return i;
+}
+
+/* Children come in the same order step after step: the one behind the last is looked at first. */
+static int find_child(tree *t, int parent, int id, int layer)
+{
+    link *up = &t->link[parent];
+    int from = up->latest >= 0 ? t->link[up->latest].next : up->first_child;
+    int last = -1;
+
+    for (int i = from; i >= 0; i = t->link[i].next)
+        if (t->node[i].id == id && t->node[i].layer == layer) return up->latest = i;
+    for (int i = up->first_child; i >= 0; i = t->link[i].next) {
+        if (t->node[i].id == id && t->node[i].layer == layer) return up->latest = i;
+        last = i;
+    }
+    const int made = add_node(t, parent, id, layer);
+    if (made < 0) return -1;
+    *(last < 0 ? &up->first_child : &t->link[last].next) = made;
+    return up->latest = made;
+}
+
+/* The node of a region that begins; where there is none it counts as time of the one above. */
+static void place(tr_regions *r, tr_region_frame *f, int layer)
+{
+    tree *t = r->tree;
+    const int parent = r->open[r->depth - 1].node;
+
+    if (parent < 0) return; /* the stream has been cut */
+    if (layer < 0) layer = t->node[parent].layer;
+    f->node = f->id < 0 ? -1 : find_child(t, parent, f->id, layer);
+    f->counted = f->node >= 0;
+    if (f->counted) return;
+    f->node = parent;
+    t->n_lost++;
+}
+
+static void add_numbers(tr_region_node *node, const tr_region_frame *f, uint64_t now, double bytes,
+                        double flops)
+{
+    tr_region_numbers *n = &node->in[f->phase];
+    const uint64_t incl = now - f->begun_ns;
+
+    if (!n->count || incl < n->min_ns) n->min_ns = incl;
+    if (incl > n->max_ns) n->max_ns = incl;
+    n->count++;
+    n->incl_ns += incl;
+    n->excl_ns += incl - f->tree_child_ns;
+    n->sumsq += (double)incl * (double)incl;
+    n->bytes += bytes;
+    n->flops += flops;
+}
+
+bool tr_regions_grow(tr_regions *r, const char *stream, int nodes_max)
+{
+    if (!r || r->tree || r->depth > 0 || nodes_max < 1) return false;
+    const int id = tr_region_id_of(r, stream, TR_KIND_PHASE, -1);
+    tree *t = calloc(1, sizeof *t);
+    if (id < 0 || !t) goto failed;
+    t->n_max = nodes_max;
+    t->node = tr_calloc((size_t)nodes_max, sizeof *t->node);
+    t->link = tr_calloc((size_t)nodes_max, sizeof *t->link);
+    if (!t->node || !t->link) goto failed;
+    pthread_mutex_init(&t->lock, NULL);
+    r->phase = TR_PHASE_NONE;
+    r->open[0] = (tr_region_frame){.id = id,
+                                   .node = add_node(t, -1, id, -1),
+                                   .phase = TR_PHASE_NONE,
+                                   .counted = true,
+                                   .begun_ns = tr_now_ns()};
+    r->depth = 1;
+    r->tree = t;
+    return true;
+
+failed:
+    if (t) free(t->node);
+    if (t) free(t->link);
+    free(t);
+    return false;
+}
+
+void tr_regions_cut(tr_regions *r)
+{
+    if (!r || !r->tree) return;
+    while (r->depth > 0)
+        tr_region_end(r, 0, 0);
+}
+
+void tr_regions_prune(tr_regions *r)
+{
+    if (!r || !r->tree) return;
+    tr_regions_cut(r);
+    pthread_mutex_destroy(&r->tree->lock);
+    free(r->tree->node);
+    free(r->tree->link);
+    free(r->tree);
+    r->tree = NULL;
+}
+
+int tr_regions_look(tr_regions *r, tr_region_node *node, int n_max)
+{
+    if (!r || !r->tree) return 0;
+    tree *t = r->tree;
+    lock(r);
+    const uint64_t now = tr_now_ns();
+    const int n = t->n < n_max ? t->n : n_max;
+    uint64_t child_ns = 0; /* of the open region below, as far as it has come */
+    memcpy(node, t->node, (size_t)n * sizeof *node);
+    for (int i = (r->depth < TR_REGION_DEPTH ? r->depth : TR_REGION_DEPTH) - 1; i >= 0; i--) {
+        tr_region_frame f = r->open[i];
+        f.tree_child_ns += child_ns;
+        child_ns = f.counted ? now - f.begun_ns : f.tree_child_ns;
+        if (f.counted && f.node < n) add_numbers(&node[f.node], &f, now, 0, 0);
+    }
+    unlock(r);
+    return n;
+}
+
+uint64_t tr_regions_lost(tr_regions *r)
+{
+    if (!r || !r->tree) return 0;
+    lock(r);
+    const uint64_t lost = r->tree->n_lost;
+    unlock(r);
+    return lost;
+}
+
+/* ---- begin and end -------------------------------------------------------------------------------- */
+
+void tr_regions_phase(tr_regions *r, tr_phase phase)
+{
+    if (r) r->phase = phase;
+}
+
+void tr_region_begin_layer(tr_regions *r, int id, int layer)
 {
     if (!r) return;
     /* Deeper than the stack: counted, so that ends match begins, but not timed. */
@@ -26,38 +206,57 @@ void tr_region_begin(tr_regions *r, int id)
         r->depth++;
         return;
     }
-    uint64_t now = tr_now_ns();
-    r->open[r->depth] = id;
-    r->begun_ns[r->depth] = now;
-    r->child_ns[r->depth] = 0;
-    r->depth++;
-    if (r->sink.begin) r->sink.begin(r->sink.ctx, id, now);
+    tr_region_frame f = {.id = id, .phase = (int)r->phase, .node = -1};
+    lock(r);
+    if (r->tree && r->depth > 0) place(r, &f, layer);
+    f.begun_ns = tr_now_ns();
+    r->open[r->depth++] = f;
+    unlock(r);
+}
+
+void tr_region_begin(tr_regions *r, int id)
+{
+    tr_region_begin_layer(r, id, -1);
+}
+
+/* The totals by name. */
+static void add_total(tr_region_total *t, const tr_region_frame *f, uint64_t now, double bytes,
+                      double flops)
+{
+    t->calls++;
+    t->inclusive_ns += now - f->begun_ns;
+    t->exclusive_ns += now - f->begun_ns - f->child_ns;
+    t->bytes += bytes;
+    t->flops += flops;
 }
 
 void tr_region_end(tr_regions *r, double bytes, double flops)
 {
     if (!r || r->depth == 0) return;
-    r->depth--;
-    if (r->depth >= TR_REGION_DEPTH) return;
-    uint64_t now = tr_now_ns();
-    int id = r->open[r->depth];
-    uint64_t inclusive = now - r->begun_ns[r->depth];
-    if (r->depth > 0) r->child_ns[r->depth - 1] += inclusive;
-    if (id >= 0) {
-        tr_region_total *t = &r->total[id];
-        t->calls++;
-        t->inclusive_ns += inclusive;
-        t->exclusive_ns += inclusive - r->child_ns[r->depth];
-        t->bytes += bytes;
-        t->flops += flops;
+    if (r->depth > TR_REGION_DEPTH) {
+        r->depth--;
+        return;
     }
-    if (r->sink.end) r->sink.end(r->sink.ctx, id, now, bytes, flops);
+    lock(r);
+    const uint64_t now = tr_now_ns();
+    const tr_region_frame *f = &r->open[--r->depth];
+    tr_region_frame *up = r->depth > 0 ? &r->open[r->depth - 1] : NULL;
+    const uint64_t inclusive = now - f->begun_ns;
+    if (up) up->child_ns += inclusive;
+    if (up) up->tree_child_ns += f->counted ? inclusive : f->tree_child_ns;
+    if (f->id >= 0) add_total(&r->total[f->id], f, now, bytes, flops);
+    if (r->tree && f->counted) add_numbers(&r->tree->node[f->node], f, now, bytes, flops);
+    unlock(r);
+    if (r->sink.end) r->sink.end(r->sink.ctx, f->counted ? f->node : -1, f->begun_ns, now, bytes);
 }
 
 void tr_regions_reset(tr_regions *r)
 {
-    for (int i = 0; i < r->n; i++)
-        r->total[i] = (tr_region_total){.name = r->total[i].name};
+    for (int i = 0; i < r->n; i++) {
+        tr_region_total *t = &r->total[i];
+        t->calls = t->inclusive_ns = t->exclusive_ns = 0;
+        t->bytes = t->flops = 0;
+    }
 }
 
 static int longest_first(const void *a, const void *b)

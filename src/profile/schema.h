@@ -13,6 +13,8 @@
 
 #include <hdf5.h>
 
+#include "base/region.h"
+
 #define TR_PROFILE_SCHEMA  "trireme-profile"
 #define TR_PROFILE_VERSION "1.0"
 
@@ -55,30 +57,6 @@ typedef struct tr_record_type {
     const tr_field *field;
     int n_fields;
 } tr_record_type;
-
-/* What a region is. A KERNEL is one operation of the table; COMM begins or performs a communicator's operation; WAIT is
- * time in which nothing else could be done. */
-typedef enum tr_region_kind {
-    TR_KIND_HOST,
-    TR_KIND_KERNEL,
-    TR_KIND_COMM,
-    TR_KIND_WAIT,
-    TR_KIND_PHASE, /* part of a run: a stream's root, loading, the steps, ... */
-    TR_KIND_LAYER,
-    TR_KIND_STEP,
-    TR_KIND_IO,
-    TR_N_KINDS
-} tr_region_kind;
-
-/* What a step does: with prompt rows, with decode rows only, with verification or draft spans, or nothing at all. */
-typedef enum tr_phase {
-    TR_PHASE_PREFILL,
-    TR_PHASE_DECODE,
-    TR_PHASE_VERIFY,
-    TR_PHASE_DRAFT,
-    TR_PHASE_IDLE,
-    TR_N_PHASES
-} tr_phase;
 
 extern const tr_names tr_kind_names;  /* "HOST", "KERNEL", ... */
 extern const tr_names tr_phase_names; /* "prefill", "decode", ... */
