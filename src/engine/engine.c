@@ -12,6 +12,7 @@
 #include "base/clock.h"
 #include "base/size.h"
 #include "base/stop.h"
+#include "engine/replicas.h"
 #include "engine/report.h"
 #include "engine/scheduler.h"
 #include "engine/wire.h"
@@ -403,36 +404,23 @@ static void publish_stats(tr_engine *e)
     pthread_mutex_unlock(&e->lock);
 }
 
-/* The replica with the fewest choices, of those that want another request; -1: none does. */
-static int least_loaded(const tr_engine *e)
-{
-    int best = -1, fewest = 0;
-
-    for (int d = 0; d < e->options.n_replicas; d++) {
-        if (!tr_scheduler_wants(e->scheduler[d])) continue;
-        const tr_scheduler_stats s = tr_scheduler_stats_get(e->scheduler[d]);
-        if (best < 0 || s.running + s.waiting < fewest) {
-            best = d;
-            fewest = s.running + s.waiting;
-        }
-    }
-    return best;
-}
-
 /* Requests from the queue to the schedulers, no more than these can soon run: the rest holds submit back. */
 static void take_in(tr_engine *e)
 {
-    for (int d; (d = least_loaded(e)) >= 0;) {
-        tr_event *event = NULL;
+    for (;;) {
         pthread_mutex_lock(&e->lock);
-        if (e->n_queue) {
-            event = e->queue[e->i_queue];
-            e->i_queue = (e->i_queue + 1) % e->options.queue_max;
-            e->n_queue--;
-            pthread_cond_signal(&e->room);
-        }
+        const int n = e->n_queue; /* only this thread takes from it */
+        const tr_request *next = n ? e->queue[e->i_queue]->request : NULL;
         pthread_mutex_unlock(&e->lock);
-        if (!event) return;
+        const int d =
+            next ? tr_replica_choose(e->scheduler, e->options.n_replicas, next, n - 1) : -1;
+        if (d < 0) return;
+        pthread_mutex_lock(&e->lock);
+        tr_event *event = e->queue[e->i_queue];
+        e->i_queue = (e->i_queue + 1) % e->options.queue_max;
+        e->n_queue--;
+        pthread_cond_signal(&e->room);
+        pthread_mutex_unlock(&e->lock);
         event = tr_scheduler_add(e->scheduler[d], event);
         if (event) {
             publish_stats(e);

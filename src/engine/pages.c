@@ -153,6 +153,18 @@ int tr_pages_match(const tr_pages *p, const int32_t *token, int n_pages, int32_t
     return n;
 }
 
+int tr_pages_known(const tr_pages *p, const int32_t *token, int n_pages)
+{
+    int32_t page = -1;
+    int n = 0;
+
+    for (; p->prefix && n < n_pages; n++) {
+        page = tr_prefix_find(p->prefix, page, token + n * TR_PAGE_TOKENS);
+        if (page < 0) break;
+    }
+    return n;
+}
+
 bool tr_pages_enter(tr_pages *p, const int32_t *page, int i, const int32_t *token)
 {
     assert(p->references[page[i]] > 0);

@@ -26,6 +26,8 @@ void tr_pages_step(tr_pages *p, uint64_t step);
 /* The index's pages with the first n_pages * TR_PAGE_TOKENS ids, as far as there are any. Takes no references: they are good
  * until the next call that is no question. */
 int tr_pages_match(const tr_pages *p, const int32_t *token, int n_pages, int32_t *page);
+/* Only how many there are. */
+int tr_pages_known(const tr_pages *p, const int32_t *token, int n_pages);
 /* page[i] of a held run, whose rows are known to be written and trusted, goes into the index. False: it is not and will not
  * be in it, nor can a later page of this run be (others have the same tokens in another page). */
 bool tr_pages_enter(tr_pages *p, const int32_t *page, int i, const int32_t *token);

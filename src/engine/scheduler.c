@@ -373,6 +373,34 @@ bool tr_scheduler_wants(const tr_scheduler *s)
     return s->n_waiting < s->options.max_sequences;
 }
 
+/* Pages, up to n_pages, that begin with the same tokens. */
+static int same_pages(const int32_t *a, const int32_t *b, int n_pages)
+{
+    int n = 0;
+
+    while (n < n_pages && !memcmp(a + (size_t)n * TR_PAGE_TOKENS, b + (size_t)n * TR_PAGE_TOKENS,
+                                  TR_PAGE_TOKENS * sizeof *a))
+        n++;
+    return n;
+}
+
+int tr_scheduler_known(const tr_scheduler *s, const tr_request *r)
+{
+    const size_t last =
+        r->n_prompt ? (r->n_prompt - 1) / TR_PAGE_TOKENS : 0; /* one row is left to run */
+    const int most =
+        last < (size_t)s->options.limits.max_pages ? (int)last : s->options.limits.max_pages;
+
+    if (!s->options.prefix_cache || r->params.n_prompt_logprobs >= 0) return 0;
+    int n = tr_pages_known(s->pages, r->prompt, most);
+    for (const tr_group *g = s->groups.first; g && n < most; g = g->next) {
+        const int has = g->n_prompt / TR_PAGE_TOKENS, both = has < most ? has : most;
+        const int same = same_pages(g->prompt, r->prompt, both);
+        if (same > n) n = same;
+    }
+    return n * TR_PAGE_TOKENS;
+}
+
 bool tr_scheduler_idle(const tr_scheduler *s)
 {
     return !s->groups.first;

@@ -65,6 +65,9 @@ void tr_scheduler_free(tr_scheduler *s); /* drops what has not been taken, reque
 tr_event *tr_scheduler_add(tr_scheduler *s, tr_event *takes);
 /* Fewer choices wait than could run: the next request may come. */
 bool tr_scheduler_wants(const tr_scheduler *s);
+/* How many of its prompt's tokens a request would find here, in whole pages: in the prefix index, or in it once requests that
+ * are here already have run. 0 for one whose prompt is scored: it computes every row. */
+int tr_scheduler_known(const tr_scheduler *s, const tr_request *r);
 bool tr_scheduler_idle(const tr_scheduler *s); /* nobody waits or runs */
 
 /* The next step's plan, valid until the next call; NULL in *plan: nothing can be planned before a commit (or at all). With
