@@ -521,7 +521,8 @@ struct tr_logprob_merge_args {
 
 /* tr_ops.caps. W8A8: linear and moe quantise their input where the weight is e4m3; linear wants tr_acts.q for it. F32_KV: there
  * are TR_F32 caches. */
-enum { TR_CAP_GRAPH = 1, TR_CAP_PEERS = 2, TR_CAP_W8A8 = 4, TR_CAP_F32_KV = 8 };
+/* HOST: the host reads what an operation has written when the operation returns. */
+enum { TR_CAP_GRAPH = 1, TR_CAP_PEERS = 2, TR_CAP_W8A8 = 4, TR_CAP_F32_KV = 8, TR_CAP_HOST = 16 };
 
 /* What alloc gives. SYMMETRIC: device memory whose address peers may be given (CP caches). HOST: the host's own, where download
  * need not wait. */

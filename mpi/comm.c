@@ -3,6 +3,7 @@
 #include "mpi/comm.h"
 
 #include <stdbool.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -30,11 +31,20 @@ static bool sum_of(size_t *sum, const size_t *n, int size)
     return true;
 }
 
+/* An operation is about to be begun: `begun` comes behind it. */
 static void count(tr_comm *c, tr_comm_op op, size_t bytes, tr_ticket *ticket)
 {
     c->calls[op]++;
     c->bytes[op] += bytes;
     ticket->n = ++c->next_ticket;
+    c->region_bytes = bytes;
+    tr_region_begin(c->regions, c->region_op[op]);
+}
+
+static tr_status begun(tr_comm *c, tr_status st)
+{
+    tr_region_end(c->regions, (double)c->region_bytes, 0);
+    return st;
 }
 
 int tr_comm_rank(const tr_comm *c)
@@ -69,7 +79,10 @@ const char *tr_comm_op_name(tr_comm_op op)
 
 void tr_comm_free(tr_comm *c)
 {
-    if (c) c->impl->free(c);
+    if (!c) return;
+    free(c->sent);
+    c->sent = NULL;
+    c->impl->free(c);
 }
 
 tr_status tr_comm_all_reduce(tr_comm *c, void *buf, size_t n, tr_dtype dtype, tr_ticket *ticket,
@@ -81,7 +94,7 @@ tr_status tr_comm_all_reduce(tr_comm *c, void *buf, size_t n, tr_dtype dtype, tr
         return bad(err, "all_reduce", "not a number of f32 elements");
     if (!ticket || (n && !buf)) return bad(err, "all_reduce", "no buffer or no ticket");
     count(c, TR_COMM_ALL_REDUCE, bytes, ticket);
-    return c->impl->all_reduce(c, buf, n, dtype, ticket, err);
+    return begun(c, c->impl->all_reduce(c, buf, n, dtype, ticket, err));
 }
 
 tr_status tr_comm_all_gather(tr_comm *c, const void *send, void *recv, const size_t *bytes,
@@ -93,7 +106,7 @@ tr_status tr_comm_all_gather(tr_comm *c, const void *send, void *recv, const siz
     if (!ticket || (bytes[c->rank] && !send) || (all && !recv))
         return bad(err, "all_gather", "no buffer or no ticket");
     count(c, TR_COMM_ALL_GATHER, bytes[c->rank], ticket);
-    return c->impl->all_gather(c, send, recv, bytes, ticket, err);
+    return begun(c, c->impl->all_gather(c, send, recv, bytes, ticket, err));
 }
 
 tr_status tr_comm_reduce_scatter(tr_comm *c, const void *send, void *recv, size_t n, tr_dtype dtype,
@@ -106,7 +119,7 @@ tr_status tr_comm_reduce_scatter(tr_comm *c, const void *send, void *recv, size_
     if (!ticket || (n && (!send || !recv)))
         return bad(err, "reduce_scatter", "no buffer or no ticket");
     count(c, TR_COMM_REDUCE_SCATTER, bytes, ticket);
-    return c->impl->reduce_scatter(c, send, recv, n, dtype, ticket, err);
+    return begun(c, c->impl->reduce_scatter(c, send, recv, n, dtype, ticket, err));
 }
 
 tr_status tr_comm_all_to_all(tr_comm *c, const void *send, const size_t *n_send, void *recv,
@@ -120,7 +133,7 @@ tr_status tr_comm_all_to_all(tr_comm *c, const void *send, const size_t *n_send,
     if (!ticket || (out && !send) || (in && !recv))
         return bad(err, "all_to_all", "no buffer or no ticket");
     count(c, TR_COMM_ALL_TO_ALL, out, ticket);
-    return c->impl->all_to_all(c, send, n_send, recv, n_recv, ticket, err);
+    return begun(c, c->impl->all_to_all(c, send, n_send, recv, n_recv, ticket, err));
 }
 
 static bool is_other(const tr_comm *c, int rank)
@@ -134,7 +147,7 @@ tr_status tr_comm_send(tr_comm *c, int to, const void *buf, size_t bytes, tr_tic
     if (!is_other(c, to)) return bad(err, "send", "not another member");
     if (!ticket || (bytes && !buf)) return bad(err, "send", "no buffer or no ticket");
     count(c, TR_COMM_SEND, bytes, ticket);
-    return c->impl->send(c, to, buf, bytes, ticket, err);
+    return begun(c, c->impl->send(c, to, buf, bytes, ticket, err));
 }
 
 tr_status tr_comm_recv(tr_comm *c, int from, void *buf, size_t bytes, tr_ticket *ticket,
@@ -143,7 +156,7 @@ tr_status tr_comm_recv(tr_comm *c, int from, void *buf, size_t bytes, tr_ticket 
     if (!is_other(c, from)) return bad(err, "recv", "not another member");
     if (!ticket || (bytes && !buf)) return bad(err, "recv", "no buffer or no ticket");
     count(c, TR_COMM_RECV, 0, ticket);
-    return c->impl->recv(c, from, buf, bytes, ticket, err);
+    return begun(c, c->impl->recv(c, from, buf, bytes, ticket, err));
 }
 
 tr_status tr_comm_broadcast(tr_comm *c, int root, void *buf, size_t bytes, tr_ticket *ticket,
@@ -152,7 +165,7 @@ tr_status tr_comm_broadcast(tr_comm *c, int root, void *buf, size_t bytes, tr_ti
     if (root < 0 || root >= c->size) return bad(err, "broadcast", "the root is not a member");
     if (!ticket || (bytes && !buf)) return bad(err, "broadcast", "no buffer or no ticket");
     count(c, TR_COMM_BROADCAST, root == c->rank ? bytes : 0, ticket);
-    return c->impl->broadcast(c, root, buf, bytes, ticket, err);
+    return begun(c, c->impl->broadcast(c, root, buf, bytes, ticket, err));
 }
 
 tr_status tr_comm_all_max_u64(tr_comm *c, uint64_t *x, size_t n, tr_ticket *ticket, tr_err *err)
@@ -162,14 +175,18 @@ tr_status tr_comm_all_max_u64(tr_comm *c, uint64_t *x, size_t n, tr_ticket *tick
     if (!tr_mul(&bytes, n, sizeof *x)) return bad(err, "all_max", "impossible size");
     if (!ticket || (n && !x)) return bad(err, "all_max", "no buffer or no ticket");
     count(c, TR_COMM_ALL_MAX, bytes, ticket);
-    return c->impl->all_max(c, x, n, ticket, err);
+    return begun(c, c->impl->all_max(c, x, n, ticket, err));
 }
 
 /* Ticket 0 stands for nothing begun: there is nothing to wait for. */
 tr_status tr_comm_wait(tr_comm *c, tr_lane reader, tr_ticket ticket, tr_err *err)
 {
     if (ticket.n > c->next_ticket) return bad(err, "wait", "a ticket that was never given");
-    return ticket.n ? c->impl->wait(c, reader, ticket, err) : TR_OK;
+    if (!ticket.n) return TR_OK;
+    tr_region_begin(c->regions, c->region_wait);
+    tr_status st = c->impl->wait(c, reader, ticket, err);
+    tr_region_end(c->regions, 0, 0);
+    return st;
 }
 
 tr_status tr_comm_wait_read(tr_comm *c, tr_lane reader, tr_ticket ticket, tr_err *err)
@@ -198,6 +215,43 @@ uint64_t tr_comm_waited_ns(const tr_comm *c, tr_comm_op op)
 uint64_t tr_comm_flown_ns(const tr_comm *c, tr_comm_op op)
 {
     return c->flown_ns[op];
+}
+
+uint64_t tr_comm_shortest_ns(const tr_comm *c, tr_comm_op op)
+{
+    return c->shortest_ns[op];
+}
+
+uint64_t tr_comm_longest_ns(const tr_comm *c, tr_comm_op op)
+{
+    return c->longest_ns[op];
+}
+
+uint64_t tr_comm_flight_ns(const tr_comm *c, tr_ticket ticket)
+{
+    const uint64_t i = ticket.n % TR_COMM_FLIGHTS;
+    return ticket.n && c->flight[i].ticket == ticket.n ? c->flight[i].ns : 0;
+}
+
+tr_status tr_comm_measure(tr_comm *c, tr_regions *regions, int group, tr_err *err)
+{
+    char name[TR_REGION_NAME];
+
+    if (!c->sent) c->sent = tr_calloc((size_t)c->size, sizeof *c->sent);
+    if (!c->sent) return tr_fail(err, TR_E_MEMORY, "out of memory");
+    for (int i = 0; i < TR_COMM_N_OPS; i++) {
+        snprintf(name, sizeof name, "%s/%s", c->name, tr_comm_op_name((tr_comm_op)i));
+        c->region_op[i] = tr_region_id_of(regions, name, TR_KIND_COMM, group);
+    }
+    snprintf(name, sizeof name, "%s/wait", c->name);
+    c->region_wait = tr_region_id_of(regions, name, TR_KIND_WAIT, group);
+    c->regions = regions;
+    return TR_OK;
+}
+
+uint64_t tr_comm_sent_to(const tr_comm *c, int member)
+{
+    return c->sent && member >= 0 && member < c->size ? c->sent[member] : 0;
 }
 
 /* ---- the group of one: what a member would get is what it gives --------------------------------------------------- */

@@ -13,6 +13,7 @@
 #include <stdint.h>
 
 #include "base/err.h"
+#include "base/region.h"
 #include "kernels/kernels.h"
 
 typedef struct tr_comm tr_comm;
@@ -72,6 +73,16 @@ void tr_comm_counts(const tr_comm *, tr_comm_op, uint64_t *calls, uint64_t *byte
 uint64_t tr_comm_waited_ns(const tr_comm *, tr_comm_op);
 /* Time between begin and end of operations of this kind, as far as it was noticed: MPI shows an end only to who looks. */
 uint64_t tr_comm_flown_ns(const tr_comm *, tr_comm_op);
+/* Of single operations of this kind; 0: there was none. */
+uint64_t tr_comm_shortest_ns(const tr_comm *, tr_comm_op),
+    tr_comm_longest_ns(const tr_comm *, tr_comm_op);
+/* Of one that has been waited for, and not long ago; 0: not known. */
+uint64_t tr_comm_flight_ns(const tr_comm *, tr_ticket);
+/* From now on every call is a region of `regions` (kept; may be NULL): "moe/all_to_all", of kind COMM, and "moe/wait", of
+ * kind WAIT; and bytes are counted by the member they are sent to. group: kind of group (mpi/grid.h). */
+tr_status tr_comm_measure(tr_comm *, tr_regions *regions, int group, tr_err *);
+/* Bytes sent to a member, as they went out: a sum or a gather may send more than was given. 0: not measured. */
+uint64_t tr_comm_sent_to(const tr_comm *, int member);
 
 /* ---- shares: context parallelism's exchange (parallel.md 3.4, 3.5) -------------------------------------------------
  *
@@ -113,5 +124,11 @@ tr_status tr_share_plan(tr_share *, const int *n_rows, const int64_t *write_row,
 tr_status tr_share_begin(tr_share *, const tr_rows *, void *dst, tr_push *push, tr_err *);
 tr_status tr_share_sent(tr_share *, tr_lane writer, tr_err *);
 tr_status tr_share_ready(tr_share *, tr_lane reader, tr_await *await, tr_err *);
+/* What the exchanges have cost so far: how long the rows were under way, as far as their arrival was noticed, how much of
+ * that was waited for, bytes that this member gave, and exchanges in which anything travelled. */
+typedef struct tr_share_cost {
+    uint64_t flown_ns, waited_ns, bytes, calls;
+} tr_share_cost;
+tr_share_cost tr_share_costs(const tr_share *);
 
 #endif

@@ -117,6 +117,7 @@ static tr_status post(tr_comm_mpi *c, operation *o, bool receive, int peer, cons
         else
             TR_MPI(MPI_Isend(p, n, MPI_BYTE, peer, o->tag, c->comm, r));
         o->want[o->n_requests++] = receive ? n : -1;
+        if (!receive) tr_comm_gave(&c->base, peer, (size_t)n);
         p += n;
         bytes -= (size_t)n;
     }
@@ -279,7 +280,7 @@ static void progress_one(tr_comm_mpi *c)
             continue;
         }
         tr_flight_done(c->world->flight, o->flight);
-        c->base.flown_ns[o->op] += tr_now_ns() - o->begun_ns;
+        tr_comm_flew(&c->base, o->op, o->ticket, tr_now_ns() - o->begun_ns);
         *at = o->next;
         if (!*at) c->last = at;
         o->next = c->idle;

@@ -4,6 +4,8 @@
 
 #include "mpi/comm.h"
 
+enum { TR_COMM_FLIGHTS = 32 };
+
 struct tr_comm {
     const struct tr_comm_impl *impl;
     int rank, size;
@@ -11,8 +13,33 @@ struct tr_comm {
     uint64_t next_ticket;
     uint64_t calls[TR_COMM_N_OPS], bytes[TR_COMM_N_OPS];
     uint64_t waited_ns[TR_COMM_N_OPS]; /* by the implementation's wait */
-    uint64_t flown_ns[TR_COMM_N_OPS];  /* by the implementation, from begin to end */
+    uint64_t flown_ns[TR_COMM_N_OPS];  /* by the implementation, from begin to end: tr_comm_flew */
+    uint64_t shortest_ns[TR_COMM_N_OPS], longest_ns[TR_COMM_N_OPS];
+    struct {
+        uint64_t ticket, ns;
+    } flight[TR_COMM_FLIGHTS]; /* the newest that ended, by ticket */
+    /* tr_comm_measure: */
+    tr_regions *regions; /* NULL: none */
+    int region_op[TR_COMM_N_OPS], region_wait;
+    size_t region_bytes; /* of the operation that is being begun */
+    uint64_t *sent;      /* [size] bytes given to each member, NULL: not counted */
 };
+
+/* For implementations: an operation has ended that took ns. */
+static inline void tr_comm_flew(tr_comm *c, tr_comm_op op, uint64_t ticket, uint64_t ns)
+{
+    c->flight[ticket % TR_COMM_FLIGHTS].ticket = ticket;
+    c->flight[ticket % TR_COMM_FLIGHTS].ns = ns;
+    c->flown_ns[op] += ns;
+    if (!c->shortest_ns[op] || ns < c->shortest_ns[op]) c->shortest_ns[op] = ns;
+    if (ns > c->longest_ns[op]) c->longest_ns[op] = ns;
+}
+
+/* For implementations: bytes on their way to another member. */
+static inline void tr_comm_gave(tr_comm *c, int member, size_t bytes)
+{
+    if (c->sent) c->sent[member] += bytes;
+}
 
 /* Same arguments as the public functions; the public ones count, check the arguments and hand on. */
 typedef struct tr_comm_impl {

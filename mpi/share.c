@@ -27,6 +27,7 @@ struct tr_share {
     char *rows;               /* [rows_max][row_bytes] packed, member after member */
     char *dst;                /* between begin and ready */
     tr_ticket ticket;
+    tr_share_cost cost;
 };
 
 tr_record tr_record_latent(const tr_kv_layer *kv)
@@ -212,8 +213,13 @@ tr_status tr_share_ready(tr_share *s, tr_lane reader, tr_await *await, tr_err *e
     *await = (tr_await){.n = 0};
     s->phase = IDLE;
     if (s->size == 1 || !s->all) return TR_OK;
+    const uint64_t waited_ns = tr_comm_waited_ns(s->comm, TR_COMM_ALL_GATHER);
     st = tr_comm_wait(s->comm, reader, s->ticket, err);
     if (st != TR_OK) return st;
+    s->cost.waited_ns += tr_comm_waited_ns(s->comm, TR_COMM_ALL_GATHER) - waited_ns;
+    s->cost.flown_ns += tr_comm_flight_ns(s->comm, s->ticket);
+    s->cost.bytes += s->bytes[s->rank];
+    s->cost.calls++;
     char *packed = s->rows;
     for (int m = 0; m < s->size; m++)
         if (m == s->rank)
@@ -221,4 +227,9 @@ tr_status tr_share_ready(tr_share *s, tr_lane reader, tr_await *await, tr_err *e
         else
             packed = copy_rows(s, list_of(s, m), s->n_rows[m], packed, true);
     return TR_OK;
+}
+
+tr_share_cost tr_share_costs(const tr_share *s)
+{
+    return s->cost;
 }

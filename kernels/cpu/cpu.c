@@ -161,7 +161,7 @@ static void cpu_close(tr_device *d)
 #define OPERATION(name) .name = tr_cpu_##name,
 static const tr_ops cpu_ops = {
     .name = "cpu",
-    .caps = TR_CAP_F32_KV,
+    .caps = TR_CAP_F32_KV | TR_CAP_HOST,
     .alloc = cpu_alloc,
     .release = cpu_release,
     .memory_left = cpu_memory_left,

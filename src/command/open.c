@@ -47,11 +47,14 @@ static tr_status open_groups(tr_opened *o, tr_world *world, tr_err *err)
         st = tr_comm_split(&o->group[i], world, tr_grid_color(&o->grid, group[i]),
                            tr_grid_key(&o->grid, group[i]), name[i], err);
         *to[i] = o->group[i];
+        if (st == TR_OK) st = tr_comm_measure(o->group[i], &o->regions, group[i], err);
     }
     o->groups.n_xt = o->grid.size.xt;
     o->control = o->self;
     if (world && world->size > 1 && st == TR_OK)
         st = tr_comm_split(&o->control, world, 0, world->rank, "control", err);
+    if (o->control != o->self && st == TR_OK)
+        st = tr_comm_measure(o->control, &o->regions, TR_GROUP_WORLD, err);
     return st;
 }
 

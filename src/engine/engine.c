@@ -27,6 +27,7 @@ typedef struct slot { /* a place of the step ring */
     char *report;  /* [report_bytes_max] what this rank tells the leader of the step */
     tr_wire wire;  /* staging and report, on their way */
     uint64_t begun_ns;
+    uint64_t number, t0_ns, t1_ns; /* for the observer; t1_ns 0: not done yet */
 } slot;
 
 struct tr_engine {
@@ -39,8 +40,9 @@ struct tr_engine {
     tr_plan_limits limits;
     size_t bytes_max, report_bytes_max;
     int *reporter; /* [options.n_replicas] */
-    int region_plan, region_commit, region_report;
+    int region_plan, region_commit, region_report, region_rest, region_done;
     tr_watchdog *watch;
+    tr_engine_observer observer;
 
     /* The main thread's alone. */
     tr_scheduler **scheduler; /* [options.n_replicas] leader only */
@@ -205,6 +207,8 @@ tr_status tr_engine_create(tr_engine **out, tr_model *model, const tr_tokenizer 
     e->region_plan = tr_region_id(regions, "engine/plan");
     e->region_commit = tr_region_id(regions, "engine/commit");
     e->region_report = tr_region_id(regions, "engine/report");
+    e->region_rest = tr_region_id_of(regions, "engine/no_work", TR_KIND_WAIT, -1);
+    e->region_done = tr_region_id_of(regions, "engine/step_wait", TR_KIND_WAIT, -1);
     e->stats.pages_total = e->limits.n_pages * e->options.n_replicas;
     if (!e->bytes_max) {
         st = tr_fail(err, TR_E_USAGE, "engine: no plan can serve %d slots of %d pages",
@@ -513,9 +517,13 @@ static tr_status run_plan(tr_engine *e, slot *s, size_t bytes, tr_err *err)
     s->step.plan = plan_of(s, e->options.i_replica);
     if (s->step.plan->flags & TR_PLAN_STOP) return TR_OK;
     tr_watchdog_beat(e->watch, ++e->n_steps);
+    s->number = e->n_steps;
+    s->t0_ns = tr_now_ns();
     st = tr_model_forward(e->model, &s->step, err);
     e->broken = st != TR_OK;
     if (st) return tr_within(err, "step %llu", (unsigned long long)e->n_steps);
+    /* The CPU has computed it by now; elsewhere it is seen when it is waited for. */
+    s->t1_ns = tr_step_done(e->model, &s->step) > 0 ? tr_now_ns() : 0;
     e->n_flight++;
     return TR_OK;
 }
@@ -527,11 +535,15 @@ static slot *next_slot(tr_engine *e)
 
 static tr_status wait_oldest(tr_engine *e, tr_err *err)
 {
-    const tr_step *step = &e->slot[e->i_slot].step;
+    slot *s = &e->slot[e->i_slot];
+    const tr_step *step = &s->step;
+    tr_region_begin(e->regions, e->region_done);
     while (!tr_step_done(e->model, step)) {
         tr_comm_progress(e->control);
         sched_yield();
     }
+    if (!s->t1_ns) s->t1_ns = tr_now_ns();
+    tr_region_end(e->regions, 0, 0);
     const tr_status st = tr_step_failure(e->model, step, err);
     e->broken = e->broken || st != TR_OK;
     return st;
@@ -539,6 +551,13 @@ static tr_status wait_oldest(tr_engine *e, tr_err *err)
 
 static void forget_oldest(tr_engine *e)
 {
+    const slot *s = &e->slot[e->i_slot];
+    if (e->observer.step)
+        e->observer.step(e->observer.ctx, &(tr_engine_seen){.step = s->number,
+                                                            .t0_ns = s->t0_ns,
+                                                            .t1_ns = s->t1_ns,
+                                                            .plan_ns = s->t0_ns - s->begun_ns,
+                                                            .plan = s->step.plan});
     e->i_slot = (e->i_slot + 1) % e->options.ring;
     e->n_flight--;
 }
@@ -608,8 +627,8 @@ static tr_status finish_step(tr_engine *e, tr_err *err)
     const uint64_t from = s->begun_ns > e->last_done_ns ? s->begun_ns : e->last_done_ns;
     *(prefill ? &e->prefill_ns : &e->decode_ns) += now - from;
     e->last_done_ns = now;
-    forget_oldest(e);
     publish_stats(e);
+    forget_oldest(e);
     for (int d = 0; d < e->options.n_replicas; d++)
         for (tr_event *event; (event = tr_scheduler_event(e->scheduler[d]));)
             deliver(e, event);
@@ -666,7 +685,10 @@ static tr_status steps(tr_engine *e, tr_err *err)
                            tr_engine_stats_get(e).running);
         } else {
             tr_watchdog_rest(e->watch);
-            if (!wait_for_work(e)) return TR_OK;
+            tr_region_begin(e->regions, e->region_rest);
+            const bool more = wait_for_work(e);
+            tr_region_end(e->regions, 0, 0);
+            if (!more) return TR_OK;
         }
     }
 }
@@ -711,6 +733,7 @@ static tr_status follow_step(tr_engine *e, bool *last, tr_err *err)
     const tr_announcement *a = &s->wire.announced;
     tr_status st = tr_wire_settle(&s->wire, e->control, err);
 
+    s->begun_ns = tr_now_ns();
     if (!st)
         st = tr_wire_get(&s->wire, e->control, s->staging, sizeof(tr_plan),
                          e->bytes_max * (size_t)e->options.n_replicas, err);
@@ -741,6 +764,11 @@ static tr_status follow(tr_engine *e, tr_err *err)
 bool tr_engine_broken(const tr_engine *e)
 {
     return e->broken && tr_comm_size(e->control) > 1;
+}
+
+void tr_engine_observe(tr_engine *e, tr_engine_observer observer)
+{
+    e->observer = observer;
 }
 
 void tr_engine_watch(tr_engine *e, tr_watchdog *watch)

@@ -48,12 +48,28 @@ typedef struct tr_engine_stats {
     int running, waiting, pages_held, pages_cached, pages_total; /* cached: held by nobody now */
 } tr_engine_stats;
 
+/* A step as it went on this rank. */
+typedef struct tr_engine_seen {
+    uint64_t step;       /* its number, the same on all ranks, from 1 */
+    uint64_t t0_ns;      /* its plan was there */
+    uint64_t t1_ns;      /* its results were there */
+    uint64_t plan_ns;    /* planning it, or waiting for its plan */
+    const tr_plan *plan; /* of this rank's replica; valid during the call */
+} tr_engine_seen;
+
+/* Who is told of every step that is done, by the main thread; must not wait. */
+typedef struct tr_engine_observer {
+    void *ctx;
+    void (*step)(void *ctx, const tr_engine_seen *seen);
+} tr_engine_observer;
+
 /* Keeps model, tokenizer (may be NULL), control (the communicator plans travel on: all ranks; size 1: self), log, regions, watch. */
 tr_status tr_engine_create(tr_engine **out, tr_model *model, const tr_tokenizer *tokenizer,
                            tr_comm *control, const tr_engine_options *options, tr_log *log,
                            tr_regions *regions, tr_err *err);
 /* Tell a watchdog of every step (mpi/watchdog.h). Kept; NULL: none. */
 void tr_engine_watch(tr_engine *e, tr_watchdog *watch);
+void tr_engine_observe(tr_engine *e, tr_engine_observer observer); /* before run */
 void tr_engine_free(tr_engine *e);
 
 /* Any thread. Takes the request (on failure too: it is freed). Blocks while the queue is full. TR_E_STOP: the engine is

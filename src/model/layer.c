@@ -24,13 +24,20 @@ static tr_status norm(tr_model *m, const tr_pass *p, const float *add, const flo
                   .ld_out = (size_t)d);
 }
 
+static void add_cost(tr_share_cost *to, tr_share_cost c, uint64_t sign)
+{
+    to->flown_ns += sign * c.flown_ns;
+    to->waited_ns += sign * c.waited_ns;
+    to->bytes += sign * c.bytes;
+    to->calls += sign * c.calls;
+}
+
 /* What the gathers of the context-parallel group have cost so far, less (-1) before a layer's attention, more (1) after. */
 static void note_gathers(tr_model *m, int i_layer, int sign)
 {
-    const tr_comm *cp = m->groups.attn_cp;
     if (!m->overlap) return;
-    m->overlap[i_layer].gather_ns += (uint64_t)sign * tr_comm_flown_ns(cp, TR_COMM_ALL_GATHER);
-    m->overlap[i_layer].exposed_ns += (uint64_t)sign * tr_comm_waited_ns(cp, TR_COMM_ALL_GATHER);
+    add_cost(&m->overlap[i_layer].key, tr_share_costs(m->share_key), (uint64_t)sign);
+    add_cost(&m->overlap[i_layer].latent, tr_share_costs(m->share_latent), (uint64_t)sign);
 }
 
 tr_status tr_layer_forward(tr_model *m, const tr_pass *p, int i_layer, int layer, const float *add,

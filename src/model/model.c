@@ -68,6 +68,14 @@ tr_status tr_model_reduce(tr_model *m, const tr_pass *p, tr_comm *group, float *
     return st;
 }
 
+void tr_model_count_experts(tr_model *m, const tr_moe_weights *w)
+{
+    if (!m->expert_rows) return;
+    uint64_t *rows = m->expert_rows + (size_t)m->i_layer * (size_t)m->n_local;
+    for (int e = 0; e < w->n_local; e++)
+        rows[e] += (uint64_t)(m->ws.start[e + 1] - m->ws.start[e]);
+}
+
 void tr_model_show(tr_model *m, const char *name, int layer, int i_row, int n_rows, int n_cols,
                    size_t ld, void *data)
 {
@@ -85,15 +93,16 @@ static const char *const op_names[] = {
 static void name_regions(tr_model *m)
 {
     for (int i = 0; i < TR_N_OPS; i++)
-        m->region_op[i] = tr_region_id(m->regions, op_names[i]);
-    m->region_step = tr_region_id(m->regions, "step");
+        m->region_op[i] = tr_region_id_of(m->regions, op_names[i], TR_KIND_KERNEL, -1);
+    m->region_step = tr_region_id_of(m->regions, "step", TR_KIND_STEP, -1);
+    m->region_layer = tr_region_id_of(m->regions, "layer", TR_KIND_LAYER, -1);
     m->region_attention = tr_region_id(m->regions, "attention");
     m->region_dense = tr_region_id(m->regions, "dense");
     m->region_moe = tr_region_id(m->regions, "experts");
     m->region_head = tr_region_id(m->regions, "head");
-    m->region_comm = tr_region_id(m->regions, "all_reduce");
-    m->region_exchange = tr_region_id(m->regions, "exchange");
-    m->region_gather = tr_region_id(m->regions, "key_gather");
+    m->region_comm = tr_region_id_of(m->regions, "all_reduce", TR_KIND_COMM, -1);
+    m->region_exchange = tr_region_id_of(m->regions, "exchange", TR_KIND_WAIT, -1);
+    m->region_gather = tr_region_id_of(m->regions, "key_gather", TR_KIND_WAIT, -1);
 }
 
 static tr_comm *some_group(const tr_groups *g)
@@ -148,6 +157,12 @@ tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weig
     if (st == TR_OK)
         st = tr_share_open_record(&m->share_latent, groups->attn_cp, &latent, options->max_rows,
                                   err);
+    m->n_local = weights->slice.experts.n;
+    if (st == TR_OK && (ops->caps & TR_CAP_HOST)) {
+        const size_t n = (size_t)weights->slice.layers.n * (size_t)m->n_local;
+        m->expert_rows = tr_calloc(n, sizeof *m->expert_rows);
+        if (!m->expert_rows) st = tr_fail(err, TR_E_MEMORY, "out of memory");
+    }
     if (st == TR_OK && tr_comm_size(groups->attn_cp) > 1) {
         const tr_plan_limits limits = tr_model_limits(m);
         m->part = tr_part_create(&limits, options->cp_mode, tr_comm_rank(groups->attn_cp),
@@ -175,6 +190,7 @@ void tr_model_free(tr_model *model)
     tr_part_free(model->part);
     free(model->page_table);
     free(model->overlap);
+    free(model->expert_rows);
     tr_cache_free(model->cache);
     tr_model_release(model);
     free(model);
@@ -430,8 +446,11 @@ static tr_status network(tr_model *m, tr_pass *p, tr_step *step, tr_err *err)
 
     if (st == TR_OK) st = network_begin(m, p, err);
     for (int i = 0; i < slice->layers.n && st == TR_OK; i++) {
+        m->i_layer = i;
+        tr_region_begin_layer(m->regions, m->region_layer, slice->layers.begin + i);
         st =
             tr_layer_forward(m, p, i, slice->layers.begin + i, i > 0 ? m->ws.block_out : NULL, err);
+        tr_region_end(m->regions, 0, 0);
         if (st != TR_OK) return tr_within(err, "layer %d", slice->layers.begin + i);
     }
     return st == TR_OK ? network_end(m, p, step, err) : st;
@@ -443,6 +462,7 @@ tr_status tr_model_forward(tr_model *model, tr_step *step, tr_err *err)
     tr_status st;
 
     step->out.n_head = 0;
+    tr_regions_phase(model->regions, tr_plan_phase(step->plan));
     tr_region_begin(model->regions, model->region_step);
     st = make_rows(model, step, &pass, err);
     /* A replica without rows still serves the others' with its experts. */
@@ -452,7 +472,19 @@ tr_status tr_model_forward(tr_model *model, tr_step *step, tr_err *err)
     }
     step->ticket = model->ops->ticket(model->device, TR_LANE_MAIN);
     tr_region_end(model->regions, 0, 0);
+    tr_regions_phase(model->regions, TR_PHASE_NONE);
     return st;
+}
+
+tr_model_seen tr_model_look(const tr_model *model)
+{
+    const tr_slice *slice = &model->weights->slice;
+    return (tr_model_seen){.layer_first = slice->layers.begin,
+                           .n_layers = slice->layers.n,
+                           .overlap = model->overlap,
+                           .expert_rows = model->expert_rows,
+                           .expert_first = slice->experts.begin,
+                           .n_local = model->n_local};
 }
 
 void tr_model_print_overlap(const tr_model *model, FILE *out)
@@ -461,8 +493,9 @@ void tr_model_print_overlap(const tr_model *model, FILE *out)
     fprintf(out, "%5s %12s %12s %12s %8s\n", "layer", "gather, ms", "exposed, ms", "hidden, ms",
             "hidden");
     for (int i = 0; i < model->weights->slice.layers.n; i++) {
-        const double gather = (double)model->overlap[i].gather_ns * 1e-6,
-                     exposed = (double)model->overlap[i].exposed_ns * 1e-6,
+        const tr_overlap *o = &model->overlap[i];
+        const double gather = (double)(o->key.flown_ns + o->latent.flown_ns) * 1e-6,
+                     exposed = (double)(o->key.waited_ns + o->latent.waited_ns) * 1e-6,
                      hidden = gather > exposed ? gather - exposed : 0;
         fprintf(out, "%5d %12.3f %12.3f %12.3f %7.1f%%\n", model->weights->slice.layers.begin + i,
                 gather, exposed, hidden, gather > 0 ? 100 * hidden / gather : 0);

@@ -89,6 +89,18 @@ void tr_step_free(tr_step *step, tr_model *model);
  * the next stage). step->plan is set by the caller. Every rank of a stage runs every step, with an idle plan if its replica has
  * nothing to do: the collectives must match. A failure in here leaves the other ranks waiting: end the job. */
 tr_status tr_model_forward(tr_model *model, tr_step *step, tr_err *err);
+/* What the model has counted so far, for the profile; owned by the model, whose main thread may look between steps. */
+typedef struct tr_overlap { /* of one layer's exchanges (context parallelism) */
+    tr_share_cost key, latent;
+} tr_overlap;
+typedef struct tr_model_seen {
+    int layer_first, n_layers; /* this stage's */
+    const tr_overlap *overlap; /* [n_layers], NULL: no exchange */
+    const uint64_t *
+        expert_rows; /* [n_layers, n_local] rows that each expert of this rank computed; NULL: not counted */
+    int expert_first, n_local;
+} tr_model_seen;
+tr_model_seen tr_model_look(const tr_model *model);
 /* Context parallelism: for each layer how long the gathers of keys and latents took, how much of that was waited for (exposed)
  * and how much was hidden behind the queries. Nothing in a group of one. */
 void tr_model_print_overlap(const tr_model *model, FILE *out);

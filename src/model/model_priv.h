@@ -85,12 +85,13 @@ struct tr_model {
     int moe_rows, moe_share; /* rows that may come to the experts at a time; of one member */
     bool moe_exchange; /* rows go to the experts' ranks; else all ranks of moe have the same rows */
     bool no_overlap;
-    struct tr_overlap {
-        uint64_t gather_ns, exposed_ns;
-    } * overlap;         /* [this stage's layers]; with part only */
-    tr_part *part;       /* attn_cp of more than one: what of a plan is this member's */
-    int32_t *page_table; /* host copy [n_slots, max_pages]; with part only */
-    tr_ticket sent;      /* the last send to the next stage */
+    tr_overlap *overlap;   /* [this stage's layers]; with part only */
+    int i_layer;           /* of this stage's, the one that runs */
+    uint64_t *expert_rows; /* [this stage's layers, n_local] counted; NULL: the host cannot */
+    int n_local;           /* experts of this rank */
+    tr_part *part;         /* attn_cp of more than one: what of a plan is this member's */
+    int32_t *page_table;   /* host copy [n_slots, max_pages]; with part only */
+    tr_ticket sent;        /* the last send to the next stage */
     bool sending;
     float attention_scale;
     tr_cache *cache;
@@ -104,8 +105,8 @@ struct tr_model {
     int n_owned;
     size_t owned_bytes;
 
-    int region_op[TR_N_OPS], region_step, region_attention, region_dense, region_moe, region_head,
-        region_comm, region_exchange, region_gather;
+    int region_op[TR_N_OPS], region_step, region_layer, region_attention, region_dense, region_moe,
+        region_head, region_comm, region_exchange, region_gather;
     double note_bytes,
         note_flops; /* what the next operation moves and computes; cleared when it ends */
 };
@@ -136,6 +137,8 @@ tr_status tr_model_fetch_words(tr_model *m, void *host, const void *dev, size_t 
 /* A collective that was begun: wait for it, as a region. */
 tr_status tr_model_await(tr_model *m, tr_comm *group, tr_status begun, tr_ticket ticket,
                          double bytes, tr_err *err);
+/* ws.start says which experts have how many rows: counted where the host can read it. */
+void tr_model_count_experts(tr_model *m, const tr_moe_weights *w);
 /* Sum of [n, hidden] over a group, begun and awaited; nothing in a group of one. */
 tr_status tr_model_reduce(tr_model *m, const tr_pass *p, tr_comm *group, float *x, tr_err *err);
 /* Show a named intermediate to the probe, if there is one. */

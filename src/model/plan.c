@@ -461,3 +461,23 @@ tr_status tr_plan_check(const tr_plan *p, size_t bytes, const tr_plan_limits *l,
     if (!st) st = check_changes(p, l, err);
     return st;
 }
+
+tr_phase tr_plan_phase(const tr_plan *plan)
+{
+    static const tr_phase phase[] = {
+        [TR_SPAN_PREFILL] = TR_PHASE_PREFILL,
+        [TR_SPAN_DECODE] = TR_PHASE_DECODE,
+        [TR_SPAN_VERIFY] = TR_PHASE_VERIFY,
+        [TR_SPAN_DRAFT] = TR_PHASE_DRAFT,
+    };
+    bool has[TR_N_PHASES] = {false};
+
+    for (int i = 0; i < plan->n_spans; i++) {
+        const int kind = tr_plan_spans(plan)[i].kind;
+        if (kind >= 0 && kind <= TR_SPAN_DRAFT) has[phase[kind]] = true;
+    }
+    if (has[TR_PHASE_PREFILL]) return TR_PHASE_PREFILL;
+    if (has[TR_PHASE_VERIFY]) return TR_PHASE_VERIFY;
+    if (has[TR_PHASE_DRAFT]) return TR_PHASE_DRAFT;
+    return has[TR_PHASE_DECODE] ? TR_PHASE_DECODE : TR_PHASE_IDLE;
+}

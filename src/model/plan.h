@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "base/err.h"
+#include "base/region.h"
 #include "kernels/plan_block.h"
 
 /* What a checker must know. */
@@ -40,6 +41,9 @@ int tr_plan_changes_max(const tr_plan_limits *limits);
 
 /* The plan of a replica that has nothing to do in a step: a header alone. Returns its bytes. */
 size_t tr_plan_idle(void *block);
+
+/* What a step does, for the profile: the first of prefill, verify, draft and decode that one of its spans is. */
+tr_phase tr_plan_phase(const tr_plan *plan);
 
 /* A plan comes from another rank: checked in full, like a file: TR_E_INPUT, nothing outside the block is read. Lengths of
  * slots whose span says -1 are not known here, nor what the page tables hold. Verify and draft spans and owners other
