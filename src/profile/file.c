@@ -14,6 +14,7 @@
 
 enum {
     CHUNK_BYTES = 64 << 10, /* before compression */
+    TABLE_ROWS = 256,
     CHANGE_BYTES = 1 << 20, /* read and written back at a time */
 };
 
@@ -61,6 +62,11 @@ done:
         tr_within(err, "%s", path);
     }
     return st;
+}
+
+hid_t tr_prof_file_id(const tr_prof_file *f)
+{
+    return f->id;
 }
 
 tr_status tr_prof_file_flush(tr_prof_file *f, tr_err *err)
@@ -115,18 +121,19 @@ static bool is_reference(const tr_dataset *d)
     return !d->record && (d->kind == TR_FIELD_TEXT || d->kind == TR_FIELD_LIST);
 }
 
-/* Chunks of about CHUNK_BYTES, as long as they can be along the last axes. A dataset that is written whole gets chunks of its
- * first size: a table of regions has only just been made. */
+/* Chunks of about CHUNK_BYTES where rows are appended; where a table is written whole they begin small, since it is
+ * compressed again with every flush. */
 static tr_status set_layout(hid_t list, const tr_dataset *d, const hsize_t *dims, size_t bytes,
                             tr_err *err)
 {
     hsize_t chunk[TR_DATASET_AXES], room = CHUNK_BYTES / bytes + 1;
+    const hsize_t least = d->flags & TR_DATASET_GROWS ? room : TABLE_ROWS;
     const int n = tr_dataset_axes(d);
     tr_status st = TR_OK;
 
     for (int i = n - 1; i >= 0; i--) {
         hsize_t want = dims[i] ? dims[i] : 1;
-        if (axis_grows(d->axis[i]) && want < room) want = room;
+        if (axis_grows(d->axis[i]) && want < least) want = least;
         chunk[i] = want < room ? want : room;
         room = room / chunk[i] + 1;
     }
@@ -298,7 +305,7 @@ tr_status tr_prof_file_change(tr_prof_file *f, const tr_dataset *d, const char *
     return named(st, f, path ? path : d->path, err);
 }
 
-tr_status tr_prof_file_scale(tr_prof_file *f, tr_axis axis, uint64_t n, tr_err *err)
+tr_status tr_prof_file_scale(tr_prof_file *f, tr_axis axis, uint64_t first, uint64_t n, tr_err *err)
 {
     char path[64];
     tr_status st = TR_OK;
@@ -308,7 +315,7 @@ tr_status tr_prof_file_scale(tr_prof_file *f, tr_axis axis, uint64_t n, tr_err *
 
     if (!number) return tr_fail(err, TR_E_MEMORY, "out of memory");
     for (uint64_t i = 0; i < n; i++)
-        number[i] = (int32_t)i;
+        number[i] = (int32_t)(first + i);
     snprintf(path, sizeof path, "/scales/%s", tr_axis_name(axis));
     if (H5Lexists(f->id, "/scales", H5P_DEFAULT) > 0 && H5Lexists(f->id, path, H5P_DEFAULT) > 0) {
         TR_H5(id = H5Dopen2(f->id, path, H5P_DEFAULT));

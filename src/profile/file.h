@@ -29,8 +29,9 @@ tr_status tr_prof_file_append(tr_prof_file *f, const tr_dataset *d, const char *
 tr_status tr_prof_file_change(tr_prof_file *f, const tr_dataset *d, const char *path,
                               void (*change)(void *ctx, void *rows, size_t n), void *ctx,
                               tr_err *err);
-/* /scales/<axis>: 0 .. n - 1, as the scale of the axes of that name in datasets made later; may grow. */
-tr_status tr_prof_file_scale(tr_prof_file *f, tr_axis axis, uint64_t n, tr_err *err);
+/* /scales/<axis>: first .. first + n - 1, as the scale of the axes of that name in datasets made later; may grow. */
+tr_status tr_prof_file_scale(tr_prof_file *f, tr_axis axis, uint64_t first, uint64_t n,
+                             tr_err *err);
 
 /* Attributes of "/", of a group, which is made where there is none, or of a dataset. Set again: replaced. */
 tr_status tr_prof_file_text(tr_prof_file *f, const char *object, const char *name,

@@ -6,6 +6,7 @@
 #include <hdf5.h>
 
 #include "base/err.h"
+#include "profile/file.h"
 #include "profile/schema.h"
 
 /* TR_E_IO: the call and the innermost message of HDF5's error stack, which is cleared. */
@@ -22,6 +23,8 @@ tr_status tr_h5_failed(const char *call, tr_err *err);
 /* Before anything else: HDF5 prints no errors of its own, and does not try at exit to close what a full disk has kept
  * from being written. */
 void tr_h5_quiet(void);
+
+hid_t tr_prof_file_id(const tr_prof_file *f);
 
 /* Units, long name, labels, of a dataset that was just made; scales that /scales has. */
 tr_status tr_h5_dress(hid_t file, hid_t dataset, const tr_dataset *d, tr_err *err);
