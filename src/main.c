@@ -20,7 +20,7 @@ static const subcommand subcommands[] = {
     {"batch", tr_command_batch, "answer a file of requests; or one prompt; or join outputs"},
     {"bench", tr_command_bench, "measure kernels or steps"},
     {"plan", tr_command_plan, "what each rank would hold and send; no GPU needed"},
-    {"profile", NULL, NULL},
+    {"profile", tr_command_profile, "read what a run left behind: show, diff, export, pack, plot"},
     {"doctor", NULL, NULL},
     {"serve", NULL, NULL},
     {"--version", tr_command_version, NULL},

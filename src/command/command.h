@@ -8,6 +8,7 @@
 tr_status tr_command_batch(int argc, char **argv, tr_err *err);
 tr_status tr_command_bench(int argc, char **argv, tr_err *err);
 tr_status tr_command_plan(int argc, char **argv, tr_err *err);
+tr_status tr_command_profile(int argc, char **argv, tr_err *err);
 tr_status tr_command_version(int argc, char **argv, tr_err *err);
 
 #endif
