@@ -24,7 +24,7 @@ enum {
     N_TILES = 8,      /* row tiles that meet an expanded block: 128 rows */
     PANELS_MAX = 4,   /* tiles 0-3: sums; 4-6: parts of x; 7: weights */
     PART_STEPS = 256, /* tiles of x parts, times N_PARTS: 768 KiB, a share of L2 */
-    AHEAD = 4096,     /* bytes between what is expanded and what is asked for */
+    AHEAD = 2048,     /* bytes of a panel between what is multiplied and what is asked for */
 };
 
 /* A run of rows and of columns of k: the parts of x, in the order in which the tiles take them. */
@@ -124,50 +124,66 @@ static void split_row(const strip *s, int r)
 
 /* ---- weights ---- */
 
-/* Codes are packed with their bits as eeee s mmm, so that the 4 low bits of a subnormal choose it. As bf16: the
- * exponent e + 120 is e3, four times its complement, e2 e1 e0. */
-static inline __m512i high_bytes(__m512i code, __mmask64 subnormal)
+/* Codes are packed with their bits as eeee s mmm. As bf16: the exponent e + 120 is e3, four times its complement, e2 e1
+ * e0. This holds where e > 0. */
+static inline __m512i high_bytes(__m512i code)
 {
-    const __m512i table = _mm512_broadcast_i32x4(
-        _mm_setr_epi8(0, 0x3b, 0x3b, 0x3b, 0x3c, 0x3c, 0x3c, 0x3c, (char)0x80, (char)0xbb,
-                      (char)0xbb, (char)0xbb, (char)0xbc, (char)0xbc, (char)0xbc, (char)0xbc));
-    __m512i h = _mm512_gf2p8affine_epi64_epi8(code, _mm512_set1_epi64(0x2040808080808008), 0x3c);
-    return _mm512_mask_shuffle_epi8(h, subnormal, table, code);
+    return _mm512_gf2p8affine_epi64_epi8(code, _mm512_set1_epi64(0x2040808080808008), 0x3c);
 }
 
-static inline __m512i low_bytes(__m512i code, __mmask64 subnormal)
+static inline __m512i low_bytes(__m512i code)
 {
-    const __m512i table =
-        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, (char)0x80, (char)0xc0, 0, 0x20, 0x40, 0x60, 0,
-                                             0, (char)0x80, (char)0xc0, 0, 0x20, 0x40, 0x60));
-    __m512i l = _mm512_gf2p8affine_epi64_epi8(code, _mm512_set1_epi64(0x01020410), 0);
-    return _mm512_mask_shuffle_epi8(l, subnormal, table, code);
+    return _mm512_gf2p8affine_epi64_epi8(code, _mm512_set1_epi64(0x01020410), 0);
 }
 
-/* A group, 4 k of 16 lanes, to two rows of a tile: [2 pairs of k][16 lanes][2] bf16. */
+static inline void store_group(uint8_t *out, __m512i high, __m512i low)
+{
+    _mm512_store_si512(out, _mm512_unpacklo_epi8(low, high));
+    _mm512_store_si512(out + 64, _mm512_unpackhi_epi8(low, high));
+}
+
+/* A group, 4 k of 16 lanes, to two rows of a tile: [2 pairs of k][16 lanes][2] bf16. The 4 low bits of a subnormal
+ * choose it. */
 static inline void expand_group(uint8_t *out, const uint8_t *group)
 {
+    const __m512i high = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(0, 0x3b, 0x3b, 0x3b, 0x3c, 0x3c, 0x3c, 0x3c, (char)0x80, (char)0xbb,
+                      (char)0xbb, (char)0xbb, (char)0xbc, (char)0xbc, (char)0xbc, (char)0xbc));
+    const __m512i low =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, (char)0x80, (char)0xc0, 0, 0x20, 0x40, 0x60, 0,
+                                             0, (char)0x80, (char)0xc0, 0, 0x20, 0x40, 0x60));
     __m512i code = _mm512_loadu_si512(group);
     __mmask64 subnormal = _mm512_testn_epi8_mask(code, _mm512_set1_epi8((char)0xf0));
-    __m512i h = high_bytes(code, subnormal), l = low_bytes(code, subnormal);
-    _mm512_store_si512(out, _mm512_unpacklo_epi8(l, h));
-    _mm512_store_si512(out + 64, _mm512_unpackhi_epi8(l, h));
+    store_group(out, _mm512_mask_shuffle_epi8(high_bytes(code), subnormal, high, code),
+                _mm512_mask_shuffle_epi8(low_bytes(code), subnormal, low, code));
 }
 
-/* A step, up to 32 k, to a tile; columns past n_k are zeros. */
-static inline void expand_step(uint8_t *out, const uint8_t *group, int n_k)
+static void expand_groups(uint8_t *out, const uint8_t *group, int n)
+{
+    for (int i = 0; i < n; i++)
+        expand_group(out + 2 * i * TR_PACK_ALIGN, group + i * TR_PACK_ALIGN);
+}
+
+/* A step, up to 32 k, to a tile; columns past n_k are zeros. Codes below 2^-6 are few in a trained weight (a block's
+ * largest is 448): a tile of 512 is expanded as if there were none, which takes half the time, and again if there is
+ * one. ahead: where the lines stand that will be wanted a while later. */
+static inline void expand_step(uint8_t *out, const uint8_t *group, int n_k, const uint8_t *ahead)
 {
     if (n_k >= STEP) {
+        __m512i least = _mm512_set1_epi8((char)0xff);
 #pragma GCC unroll 8
         for (int i = 0; i < GROUPS; i++) {
-            _mm_prefetch(group + i * TR_PACK_ALIGN + AHEAD, _MM_HINT_T0);
-            expand_group(out + 2 * i * TR_PACK_ALIGN, group + i * TR_PACK_ALIGN);
+            _mm_prefetch(ahead + i * TR_PACK_ALIGN, _MM_HINT_T0);
+            __m512i code = _mm512_loadu_si512(group + i * TR_PACK_ALIGN);
+            store_group(out + 2 * i * TR_PACK_ALIGN, high_bytes(code), low_bytes(code));
+            least = _mm512_min_epu8(least, code);
         }
+        if (__builtin_expect(_mm512_cmplt_epu8_mask(least, _mm512_set1_epi8(16)) != 0, 0))
+            expand_groups(out, group, GROUPS);
         return;
     }
     const int n = (n_k + TR_K_GROUP - 1) / TR_K_GROUP;
-    for (int i = 0; i < n; i++)
-        expand_group(out + 2 * i * TR_PACK_ALIGN, group + i * TR_PACK_ALIGN);
+    expand_groups(out, group, n);
     memset(out + 2 * n * TR_PACK_ALIGN, 0, (size_t)(2 * (GROUPS - n) * TR_PACK_ALIGN));
 }
 
@@ -183,15 +199,34 @@ static void copy_step(uint8_t *out, const uint8_t *group, int n_k)
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* A tile of rows and a block of P panels. x: the tile's parts, a step after another. w: the panels' tiles, w_step
- * bytes apart. total [n_rows, P, 16]. ahead: the panels' next block, of which every step asks for some lines: a burst
- * of requests would stop the core. */
-typedef struct tile_work {
-    const uint8_t *x, *w, *ahead;
-    size_t part_bytes, w_step, panel_bytes;
+/* Sums of a block that are still to be scaled and added to total [n_rows, P, 16]: that is done panel by panel between
+ * the products of the steps that follow, because the matrix unit would wait for it. */
+typedef struct unfolded {
+    float c[PANELS_MAX][TILE_ROWS * TR_PANEL] __attribute__((aligned(64)));
     float *total;
-    int n_rows, n_ahead;
-} tile_work;
+    const float *scale; /* [16], the next panel's scale_step floats on */
+    size_t scale_step;
+    int n_rows, panel; /* the next to be folded; P: none is left */
+} unfolded;
+
+INLINE void fold_panel(const int P, unfolded *u)
+{
+    const int p = u->panel;
+    if (p >= P) return;
+    const __m512 s = _mm512_loadu_ps(u->scale + (size_t)p * u->scale_step);
+    for (int r = 0; r < u->n_rows; r++) {
+        float *total = u->total + (r * P + p) * TR_PANEL;
+        __m512 sum = _mm512_load_ps(u->c[p] + r * TR_PANEL);
+        _mm512_store_ps(total, _mm512_fmadd_ps(sum, s, _mm512_load_ps(total)));
+    }
+    u->panel = p + 1;
+}
+
+INLINE void fold_rest(const int P, unfolded *u)
+{
+    while (u->panel < P)
+        fold_panel(P, u);
+}
 
 INLINE void sums_begin(const int P)
 {
@@ -201,17 +236,56 @@ INLINE void sums_begin(const int P)
     if (P > 3) _tile_zero(3);
 }
 
+/* The sums leave the tiles, for total [n_rows, P, 16]. */
+INLINE void sums_end(const int P, unfolded *u, float *total, int n_rows, const float *scale,
+                     size_t scale_step)
+{
+    fold_rest(P, u);
+    _tile_stored(0, u->c[0], 64);
+    if (P > 1) _tile_stored(1, u->c[1], 64);
+    if (P > 2) _tile_stored(2, u->c[2], 64);
+    if (P > 3) _tile_stored(3, u->c[3], 64);
+    u->total = total;
+    u->n_rows = n_rows;
+    u->scale = scale;
+    u->scale_step = scale_step;
+    u->panel = 0;
+}
+
+static const float one[TR_PANEL] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
+/* x: the parts of a step. w: the panels' tiles, w_step bytes apart. Beside the products of every panel something else
+ * goes on, what is wanted next: a step of codes (0 <= n_next columns, at codes, ahead: see expand_step) is expanded to
+ * `next`, [P] tiles, or some lines of the panel are asked for. A burst of either would stop the core. */
+typedef struct tile_work {
+    const uint8_t *x, *w;
+    size_t part_bytes, w_step, panel_bytes;
+    uint8_t *next;
+    const uint8_t *codes, *ahead;
+    int n_next, n_ahead;
+} tile_work;
+
+enum { EXPANDS = 1, ASKS = 2 };
+
+INLINE void beside(const int what, const tile_work *t, int p)
+{
+    const size_t at = (size_t)p * t->panel_bytes;
+    if (what == EXPANDS)
+        expand_step(t->next + p * TILE_BYTES, t->codes + at, t->n_next, t->ahead + at);
+    for (int i = 0; what == ASKS && i < t->n_ahead; i++)
+        _mm_prefetch(t->ahead + at + 64 * i, _MM_HINT_T0);
+}
+
 #define PANEL_PRODUCTS(p)                                                                          \
     if (P > (p)) {                                                                                 \
+        beside(what, t, p);                                                                        \
         _tile_loadd(7, t->w + (size_t)(p)*t->w_step, 64);                                          \
-        for (int i = 0; i < t->n_ahead; i++)                                                       \
-            _mm_prefetch(t->ahead + (size_t)(p)*t->panel_bytes + 64 * i, _MM_HINT_T0);             \
         _tile_dpbf16ps(p, 4, 7);                                                                   \
         _tile_dpbf16ps(p, 5, 7);                                                                   \
         _tile_dpbf16ps(p, 6, 7);                                                                   \
     }
 
-INLINE void step_products(const int P, tile_work *t)
+INLINE void step_products(const int P, const int what, const tile_work *t)
 {
     _tile_loadd(4, t->x, 64);
     _tile_loadd(5, t->x + t->part_bytes, 64);
@@ -220,37 +294,22 @@ INLINE void step_products(const int P, tile_work *t)
     PANEL_PRODUCTS(1)
     PANEL_PRODUCTS(2)
     PANEL_PRODUCTS(3)
-    t->ahead += 64 * t->n_ahead;
 }
 
-/* scale [16], the next panel's scale_step floats on. */
-INLINE void sums_end(const int P, const tile_work *t, const float *scale, size_t scale_step)
-{
-    TR_SCRATCH float c[PANELS_MAX][TILE_ROWS * TR_PANEL] __attribute__((aligned(64)));
-
-    _tile_stored(0, c[0], 64);
-    if (P > 1) _tile_stored(1, c[1], 64);
-    if (P > 2) _tile_stored(2, c[2], 64);
-    if (P > 3) _tile_stored(3, c[3], 64);
-#pragma GCC unroll 4
-    for (int p = 0; p < P; p++) {
-        __m512 s = _mm512_loadu_ps(scale + (size_t)p * scale_step);
-        for (int r = 0; r < t->n_rows; r++) {
-            float *total = t->total + (r * P + p) * TR_PANEL;
-            __m512 sum = _mm512_load_ps(c[p] + r * TR_PANEL);
-            _mm512_store_ps(total, _mm512_fmadd_ps(sum, s, _mm512_load_ps(total)));
-        }
-    }
-}
-
-static const float one[TR_PANEL] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-
-/* Where the strip's blocks lie in the first of P panels. */
+/* Where the strip's blocks lie in the first of P panels, and how many bytes they have there. After the end of what the
+ * strip has of a panel the P panels behind are wanted. */
 typedef struct walk {
     const strip *s;
     const uint8_t *block;
+    size_t n_bytes;
     float *total;
 } walk;
+
+static inline const uint8_t *wanted_at(const walk *a, const uint8_t *at, int P)
+{
+    const size_t from = (size_t)(at - a->block);
+    return from < a->n_bytes ? at : at - a->n_bytes + (size_t)P * a->s->m.panel_bytes;
+}
 
 /* Lines of a block of one panel, spread over the steps of all tiles of rows. */
 static int lines_ahead(const strip *s)
@@ -259,37 +318,55 @@ static int lines_ahead(const strip *s)
     return (lines + n - 1) / n;
 }
 
+/* Tile by tile all rows of the strip meet a block of n columns. w: of every panel its tiles, w_step bytes apart; where
+ * `last` is given, those of a last step that is short stand there. */
+INLINE void block_products(const int P, const walk *a, tile_work *t, unfolded *u, const uint8_t *w,
+                           int n, const uint8_t *last, const float *scale, size_t scale_step)
+{
+    const strip *s = a->s;
+    const size_t w_step = t->w_step;
+
+    for (int r = 0; r < s->n_rows; r += TILE_ROWS) {
+        t->w = w;
+        sums_begin(P);
+        for (int i = 0; i < n; i += STEP, t->w += TILE_BYTES, t->x += s->unit_bytes) {
+            if (last && n - i < STEP) {
+                t->w = last;
+                t->w_step = TILE_BYTES;
+            }
+            step_products(P, ASKS, t);
+            t->ahead += 64 * t->n_ahead;
+            fold_panel(P, u);
+        }
+        t->w_step = w_step;
+        sums_end(P, u, a->total + r * P * TR_PANEL,
+                 s->n_rows - r < TILE_ROWS ? s->n_rows - r : TILE_ROWS, scale, scale_step);
+    }
+}
+
 /* bf16 weights are tiles where they lie, but for a last step that is short. */
 INLINE void panels_bf16(const int P, const walk *a)
 {
     TR_SCRATCH uint8_t last[PANELS_MAX * TILE_BYTES] __attribute__((aligned(64)));
+    TR_SCRATCH unfolded u;
     const strip *s = a->s;
     const size_t panel_bytes = s->m.panel_bytes;
     tile_work t = {.x = s->parts, .part_bytes = s->part_bytes, .panel_bytes = panel_bytes};
 
+    t.w_step = panel_bytes;
     t.n_ahead = lines_ahead(s);
-    for (int k = s->k; k < s->k + s->n_k; k += TR_K_BLOCK) {
-        const int n = tr_block_columns(&s->m, k);
+    u.panel = P;
+    for (int k = s->k, n; k < s->k + s->n_k; k += n) {
+        n = tr_block_columns(&s->m, k);
         const uint8_t *block = a->block + (size_t)(k - s->k) * 2 * TR_PANEL;
-        t.ahead = block + tr_block_bytes(&s->m, n);
-        for (int r = 0; r < s->n_rows; r += TILE_ROWS) {
-            t.total = a->total + r * P * TR_PANEL;
-            t.n_rows = s->n_rows - r < TILE_ROWS ? s->n_rows - r : TILE_ROWS;
-            t.w = block;
-            t.w_step = panel_bytes;
-            sums_begin(P);
-            for (int i = 0; i < n; i += STEP, t.w += TILE_BYTES, t.x += s->unit_bytes) {
-                if (n - i < STEP) {
-                    for (int p = 0; p < P; p++)
-                        copy_step(last + p * TILE_BYTES, t.w + (size_t)p * panel_bytes, n - i);
-                    t.w = last;
-                    t.w_step = TILE_BYTES;
-                }
-                step_products(P, &t);
-            }
-            sums_end(P, &t, one, 0);
-        }
+        const int rest = n % STEP;
+        for (int p = 0; rest && p < P; p++)
+            copy_step(last + p * TILE_BYTES,
+                      block + (size_t)p * panel_bytes + (size_t)(n - rest) * 2 * TR_PANEL, rest);
+        t.ahead = wanted_at(a, block + tr_block_bytes(&s->m, n), P);
+        block_products(P, a, &t, &u, block, n, rest ? last : NULL, one, 0);
     }
+    fold_rest(P, &u);
 }
 
 /* A step of a strip: columns [i, n) of the block at k. */
@@ -311,44 +388,50 @@ static inline int next_step(const strip *s, cursor *c)
     return 1;
 }
 
-INLINE void expand_panels(const int P, uint8_t *out, const cursor *c, size_t panel_bytes)
-{
-    const uint8_t *group = c->block + TR_PACK_ALIGN + (size_t)c->i / TR_K_GROUP * TR_PACK_ALIGN;
-#pragma GCC unroll 4
-    for (int p = 0; p < P; p++)
-        expand_step(out + p * TILE_BYTES, group + (size_t)p * panel_bytes, c->n - c->i);
-}
-
 /* e4m3 and one tile of rows: a step is expanded while the one before is multiplied. */
 INLINE void panels_direct(const int P, const walk *a)
 {
     TR_SCRATCH uint8_t buffer[2][PANELS_MAX * TILE_BYTES] __attribute__((aligned(64)));
+    TR_SCRATCH unfolded u;
     const strip *s = a->s;
-    const size_t panel_bytes = s->m.panel_bytes;
     cursor next = {.block = a->block, .k = s->k, .n = tr_block_columns(&s->m, s->k)};
     tile_work t = {.x = s->parts, .part_bytes = s->part_bytes, .w_step = TILE_BYTES};
 
-    t.total = a->total;
-    t.n_rows = s->n_rows;
-    expand_panels(P, buffer[0], &next, panel_bytes);
+    t.panel_bytes = s->m.panel_bytes;
+    u.panel = P;
+    t.next = buffer[0];
+    t.codes = t.ahead = a->block + TR_PACK_ALIGN;
+    t.n_next = next.n;
+    for (int p = 0; p < P; p++)
+        beside(EXPANDS, &t, p);
     sums_begin(P);
     for (int now = 0, more = 1; more; now = !now) {
         const uint8_t *block = next.block;
         more = next_step(s, &next);
-        if (more) expand_panels(P, buffer[!now], &next, panel_bytes);
         t.w = buffer[now];
-        step_products(P, &t);
+        t.next = buffer[!now];
+        t.codes = next.block + TR_PACK_ALIGN + (size_t)next.i / TR_K_GROUP * TR_PACK_ALIGN;
+        t.n_next = next.n - next.i;
+        t.ahead = wanted_at(a, t.codes + AHEAD, P);
+        if (more)
+            step_products(P, EXPANDS, &t);
+        else
+            step_products(P, 0, &t);
         t.x += s->unit_bytes;
+        fold_panel(P, &u);
         if (next.block == block) continue;
-        sums_end(P, &t, (const float *)(const void *)block, panel_bytes / sizeof(float));
+        sums_end(P, &u, a->total, s->n_rows, (const float *)(const void *)block,
+                 s->m.panel_bytes / sizeof(float));
         sums_begin(P);
     }
+    fold_rest(P, &u);
 }
 
 /* e4m3 and many rows: a block is expanded once and meets them tile by tile. */
 INLINE void panels_buffered(const int P, const walk *a)
 {
     TR_SCRATCH uint8_t buffer[PANELS_MAX * N_STEPS * TILE_BYTES] __attribute__((aligned(64)));
+    TR_SCRATCH unfolded u;
     const strip *s = a->s;
     const size_t panel_bytes = s->m.panel_bytes;
     const uint8_t *block = a->block;
@@ -356,25 +439,20 @@ INLINE void panels_buffered(const int P, const walk *a)
 
     t.panel_bytes = panel_bytes;
     t.n_ahead = lines_ahead(s);
+    u.panel = P;
     for (int k = s->k, n; k < s->k + s->n_k; k += n, block += tr_block_bytes(&s->m, n)) {
         n = tr_block_columns(&s->m, k);
-        t.ahead = block + tr_block_bytes(&s->m, n);
         for (int p = 0; p < P; p++) {
             const uint8_t *group = block + TR_PACK_ALIGN + (size_t)p * panel_bytes;
             uint8_t *to = buffer + p * N_STEPS * TILE_BYTES;
             for (int i = 0; i < n; i += STEP, to += TILE_BYTES, group += TILE_BYTES / 2)
-                expand_step(to, group, n - i);
+                expand_step(to, group, n - i, group);
         }
-        for (int r = 0; r < s->n_rows; r += TILE_ROWS) {
-            t.total = a->total + r * P * TR_PANEL;
-            t.n_rows = s->n_rows - r < TILE_ROWS ? s->n_rows - r : TILE_ROWS;
-            t.w = buffer;
-            sums_begin(P);
-            for (int i = 0; i < n; i += STEP, t.w += TILE_BYTES, t.x += s->unit_bytes)
-                step_products(P, &t);
-            sums_end(P, &t, (const float *)(const void *)block, panel_bytes / sizeof(float));
-        }
+        t.ahead = wanted_at(a, block + tr_block_bytes(&s->m, n), P);
+        block_products(P, a, &t, &u, buffer, n, NULL, (const float *)(const void *)block,
+                       panel_bytes / sizeof(float));
     }
+    fold_rest(P, &u);
 }
 
 #define PANELS_FUNCTION(P)                                                                         \
@@ -413,12 +491,12 @@ static void move_totals(const strip *s, float *total, int panel, int P, int stor
     }
 }
 
-/* at: where the strip's first block begins in a panel. */
-static void strip_panels(const strip *s, size_t at, int panel, int P)
+/* The strip's blocks: n_bytes of a panel from `at` on. */
+static void strip_panels(const strip *s, size_t at, size_t n_bytes, int panel, int P)
 {
     TR_SCRATCH float total[N_TILES * TILE_ROWS * PANELS_MAX * TR_PANEL]
         __attribute__((aligned(64)));
-    const walk a = {s, s->m.panels + (size_t)panel * s->m.panel_bytes + at, total};
+    const walk a = {s, s->m.panels + (size_t)panel * s->m.panel_bytes + at, n_bytes, total};
 
     if (s->k == 0 || P * TR_PANEL > s->g->w->n_out - panel * TR_PANEL)
         memset(total, 0, (size_t)(s->n_rows * P * TR_PANEL) * sizeof *total);
@@ -453,7 +531,7 @@ static void gemm_rows(const tr_gemm *g, const tr_packed *m, int i_row, int n_row
             split_row(&s, r);
         for (int panel = panel_begin, P; panel < panel_end; panel += P) {
             P = panel_end - panel < PANELS_MAX ? panel_end - panel : PANELS_MAX;
-            strip_panels(&s, at, panel, P);
+            strip_panels(&s, at, bytes, panel, P);
         }
         at += bytes;
     }
