@@ -49,6 +49,7 @@ tr_status tr_world_start(tr_world *world, tr_err *err)
                                &local));
     TR_MPI(MPI_Comm_rank(local, &world->local_rank));
     TR_MPI(MPI_Comm_size(local, &world->local_size));
+    TR_MPI(MPI_Allreduce(&world->rank, &world->node_first, 1, MPI_INT, MPI_MIN, local));
 
 done:
     if (local != MPI_COMM_NULL) MPI_Comm_free(&local);

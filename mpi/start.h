@@ -10,6 +10,7 @@
 typedef struct tr_world {
     int rank, size;             /* MPI_COMM_WORLD */
     int local_rank, local_size; /* ranks of this host, by MPI_COMM_TYPE_SHARED */
+    int node_first;             /* lowest rank of this host */
     char host[64];
     /* What communicators and watchdog of this process share; they keep the address of the world. comms: all of them,
      * whoever waits advances every one (comm_mpi.c). flight: the recorder, while a watchdog runs (flight.h). */

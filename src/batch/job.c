@@ -32,7 +32,22 @@ typedef struct job {
     tr_status reader_st, writer_st;
     tr_err reader_err, writer_err;
     uint64_t begun_ns;
+    int region_input, region_parse, region_submit, region_take, region_record, region_write,
+        region_tick;
 } job;
+
+static void name_regions(job *j)
+{
+    tr_regions *in = j->o->read_regions, *out = j->o->write_regions;
+
+    j->region_input = tr_region_id_of(in, "input/read", TR_KIND_IO, -1);
+    j->region_parse = tr_region_id(in, "input/parse");
+    j->region_submit = tr_region_id_of(in, "input/submit", TR_KIND_WAIT, -1);
+    j->region_take = tr_region_id_of(out, "output/take", TR_KIND_WAIT, -1);
+    j->region_record = tr_region_id(out, "output/record");
+    j->region_write = tr_region_id_of(out, "output/write", TR_KIND_IO, -1);
+    j->region_tick = tr_region_id_of(out, "output/sync", TR_KIND_IO, -1);
+}
 
 /* ---- reader ---------------------------------------------------------------------------------- */
 
@@ -72,7 +87,12 @@ static tr_status read_one(job *j, tr_parser *parser, tr_envelope *e, const tr_li
     if (st != TR_OK) return st;
     while (tr_journal_stalled(o->journal) && !atomic_load(&j->stopping))
         nap(50);
-    if (parsed.kind == TR_PARSED_REQUEST) return tr_engine_submit(o->engine, parsed.request, err);
+    if (parsed.kind == TR_PARSED_REQUEST) {
+        tr_region_begin(o->read_regions, j->region_submit);
+        st = tr_engine_submit(o->engine, parsed.request, err);
+        tr_region_end(o->read_regions, 0, 0);
+        return st;
+    }
     const tr_record_name name = {e->id.s, e->id.n, e->line};
     if (parsed.kind == TR_PARSED_REFUSED)
         st = tr_record_refusal(&record, &o->record, &name, &parsed.refusal, err);
@@ -94,9 +114,13 @@ static void *reader(void *arg)
     tr_status st = tr_parser_create(&parser, &j->o->request, &j->reader_err);
 
     while (st == TR_OK && !atomic_load(&j->stopping)) {
+        tr_region_begin(j->o->read_regions, j->region_input);
         int got = tr_input_next(j->o->input, &line, &j->reader_err);
+        tr_region_end(j->o->read_regions, got > 0 ? (double)line.n : 0, 0);
         if (got == 0) break;
+        tr_region_begin(j->o->read_regions, j->region_parse);
         st = got < 0 ? j->reader_err.status : read_one(j, parser, &e, &line, &j->reader_err);
+        tr_region_end(j->o->read_regions, 0, 0);
     }
     /* What was admitted still finishes, whatever went wrong here. */
     tr_engine_close(j->o->engine);
@@ -140,7 +164,9 @@ static void write_record(job *j, const tr_buf *line)
 {
     tr_err err;
     if (j->writer_st != TR_OK) return;
+    tr_region_begin(j->o->write_regions, j->region_write);
     tr_status st = tr_journal_append(j->o->journal, line->s, line->n, &err);
+    tr_region_end(j->o->write_regions, (double)line->n, 0);
     if (st == TR_OK) return;
     j->writer_err = err;
     writer_failed(j, st);
@@ -249,8 +275,15 @@ static void *writer(void *arg)
 
     for (;;) {
         bool busy = write_ready(j);
+        tr_region_begin(j->o->write_regions, j->region_take);
         int got = tr_engine_take(j->o->engine, &event, busy ? 0 : WAIT_MS);
-        if (got > 0) write_event(j, event);
+        tr_region_end(j->o->write_regions, 0, 0);
+        if (got > 0) {
+            if (j->o->seen) j->o->seen(j->o->seen_ctx, event);
+            tr_region_begin(j->o->write_regions, j->region_record);
+            write_event(j, event);
+            tr_region_end(j->o->write_regions, 0, 0);
+        }
         if (got < 0) {
             /* The engine has ended; the reader learns it from its next submit, or from this. */
             atomic_store(&j->stopping, true);
@@ -259,7 +292,9 @@ static void *writer(void *arg)
         }
         if (tr_stop_requested() && !atomic_exchange(&j->stopping, true))
             tr_engine_stop(j->o->engine);
+        tr_region_begin(j->o->write_regions, j->region_tick);
         tr_status st = j->writer_st == TR_OK ? tr_journal_tick(j->o->journal, &err) : TR_OK;
+        tr_region_end(j->o->write_regions, 0, 0);
         if (st != TR_OK) {
             j->writer_err = err;
             writer_failed(j, st);
@@ -353,6 +388,7 @@ tr_status tr_job_run(const tr_job_options *options, tr_job_counts *counts, tr_er
     j->o = options;
     j->c = counts;
     j->begun_ns = tr_now_ns();
+    name_regions(j);
     pthread_mutex_init(&j->lock, NULL);
     pthread_cond_init(&j->changed, NULL);
     tr_status st = TR_OK;

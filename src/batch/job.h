@@ -19,6 +19,9 @@ typedef struct tr_job_options { /* all borrowed */
     tr_request_options request;
     tr_record_options record;
     tr_log *log;
+    tr_regions *read_regions, *write_regions; /* streams of the two threads; NULL: none */
+    void *seen_ctx;
+    void (*seen)(void *ctx, const tr_event *event); /* by the writer's thread; NULL: nobody */
 } tr_job_options;
 
 typedef struct

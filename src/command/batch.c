@@ -25,8 +25,8 @@ static tr_status agree(const tr_world *world, tr_status st, tr_err *err)
 static tr_status phases(tr_run *run, const tr_world *world, tr_err *err)
 {
     static tr_status (*const phase[])(tr_run *, tr_err *) = {
-        tr_run_input,   tr_run_files, tr_run_alike, tr_run_journal,
-        tr_run_weights, tr_run_model, tr_run_engine};
+        tr_run_input,        tr_run_files,   tr_run_alike, tr_run_journal,
+        tr_run_open_profile, tr_run_weights, tr_run_model, tr_run_engine};
     enum { PATIENCE_S = 5 };
 
     tr_status st = TR_OK;
@@ -34,8 +34,10 @@ static tr_status phases(tr_run *run, const tr_world *world, tr_err *err)
         st = agree(world, phase[i](run, err), err);
     if (st != TR_OK) return st;
     st = tr_run_job(run, err);
-    return tr_run_broken(run) ? tr_agree_within(world, st, PATIENCE_S, err)
-                              : tr_agree(world, st, err);
+    st =
+        tr_run_broken(run) ? tr_agree_within(world, st, PATIENCE_S, err) : tr_agree(world, st, err);
+    tr_run_close_profile(run);
+    return st;
 }
 
 /* The ranks cannot be brought together any more: this one says why and ends the job. */

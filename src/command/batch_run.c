@@ -14,10 +14,11 @@
 #include "base/size.h"
 #include "base/stop.h"
 #include "batch/job.h"
+#include "command/batch_profile.h"
 #include "command/budget.h"
 #include "command/open.h"
 
-enum { MODEL_LEN_MAX = 16384, SMALL_FILE_MAX = 16 << 20, N_FIELDS = 17, FIELD_MAX = 96 };
+enum { MODEL_LEN_MAX = 16384, SMALL_FILE_MAX = 16 << 20, N_FIELDS = 18, FIELD_MAX = 96 };
 
 struct tr_run {
     const tr_batch_options *o;
@@ -37,6 +38,7 @@ struct tr_run {
     int max_model_len;
     char *model_name;
     tr_engine *engine;
+    tr_run_profile *profile; /* NULL: not asked for */
 };
 
 /* ---- the model folder's small files ---------------------------------------------------------- */
@@ -346,6 +348,7 @@ static tr_status make_alike(const tr_run *run, identity *id, tr_err *err)
     add_field(id, "--max-batch-tokens", "%jd", (intmax_t)o->max_batch_tokens);
     add_field(id, "--max-sequences", "%jd", (intmax_t)o->max_sequences);
     add_field(id, "--no-overlap", "%s", o->no_overlap ? "given" : "not given");
+    add_field(id, "--profile", "%s", o->profile ? "given" : "not given");
     return TR_OK;
 }
 
@@ -508,6 +511,7 @@ tr_status tr_run_engine(tr_run *run, tr_err *err)
                                err);
         if (st == TR_OK) tr_engine_watch(run->engine, run->watchdog);
     }
+    if (st == TR_OK) tr_run_profile_engine(run->profile, run->engine);
     return st;
 }
 
@@ -542,6 +546,18 @@ bool tr_run_broken(const tr_run *run)
     return run->engine && tr_engine_broken(run->engine);
 }
 
+void tr_run_close_profile(tr_run *run)
+{
+    enum { PATIENCE_S = 5 };
+    tr_err why = {0};
+
+    if (!run->profile) return;
+    tr_status st = tr_run_broken(run) ? tr_fail(&why, TR_E_COMM, "a step was not finished") : TR_OK;
+    st = tr_agree_within(run->world, st, PATIENCE_S, &why);
+    st = tr_run_profile_end(run->profile, st == TR_OK, &why);
+    if (st != TR_OK) tr_log_warn(run->log, "no joined profile: %s", why.text);
+}
+
 tr_status tr_run_job(tr_run *run, tr_err *err)
 {
     if (!run->leads) return tr_engine_run(run->engine, err);
@@ -555,7 +571,7 @@ tr_status tr_run_job(tr_run *run, tr_err *err)
         .bos = run->bos,
         .pad = run->pad,
     };
-    const tr_job_options job = {
+    tr_job_options job = {
         .input = run->input,
         .journal = run->journal,
         .engine = run->engine,
@@ -575,6 +591,7 @@ tr_status tr_run_job(tr_run *run, tr_err *err)
         free(text.s);
         return st;
     }
+    tr_run_profile_job(run->profile, &job);
     tr_status st = tr_job_run(&job, &counts, err);
     print_times(run);
     tr_status changed = tr_input_check(run->input, &later);
@@ -600,6 +617,11 @@ tr_status tr_run_input(tr_run *run, tr_err *err)
     return st;
 }
 
+tr_status tr_run_open_profile(tr_run *run, tr_err *err)
+{
+    return tr_run_profile_begin(run->profile, run->model_name, run->o->kv_dtype, err);
+}
+
 tr_status tr_run_weights(tr_run *run, tr_err *err)
 {
     return tr_open_weights(&run->opened, &run->open, run->log, err);
@@ -613,6 +635,7 @@ tr_run *tr_run_create(const tr_batch_options *options, tr_world *world, tr_log *
     run->world = world;
     run->leads = world->rank == 0;
     run->log = log;
+    run->profile = tr_run_profile_create(options, world, &run->opened, log);
     return run;
 }
 
@@ -621,6 +644,7 @@ void tr_run_free(tr_run *run)
     if (!run) return;
     tr_watchdog_stop(run->watchdog);
     tr_journal_close(run->journal, NULL);
+    tr_run_profile_free(run->profile);
     tr_engine_free(run->engine);
     free(run->reporter);
     tr_opened_close(&run->opened);

@@ -19,11 +19,14 @@ tr_status tr_run_input(tr_run *run,
 tr_status tr_run_files(tr_run *run, tr_err *err);   /* config, shard headers, tokenizer, defaults */
 tr_status tr_run_alike(tr_run *run, tr_err *err);   /* every rank was started as rank 0 was */
 tr_status tr_run_journal(tr_run *run, tr_err *err); /* lock, OUT.run, resume */
+tr_status tr_run_open_profile(tr_run *run, tr_err *err); /* --profile: the ranks' files, clocks */
 tr_status tr_run_weights(tr_run *run, tr_err *err);
 tr_status tr_run_model(tr_run *run, tr_err *err); /* the cache's size is decided here */
 tr_status tr_run_engine(tr_run *run, tr_err *err);
 tr_status tr_run_job(tr_run *run,
                      tr_err *err); /* or the answer to --prompt; followers run the leader's steps */
+/* After the ranks have agreed on how the job went: the profile's files are brought together. Never changes that. */
+void tr_run_close_profile(tr_run *run);
 /* After job: other ranks may wait for this one for ever (tr_engine_broken). */
 bool tr_run_broken(const tr_run *run);
 

@@ -252,8 +252,12 @@ static const tr_option batch_table[] = {
     {"time-budget", 0, TR_OPTION_ABSENT, 0, 0, 0, "T", NULL, NULL},
     {"grace", 0, TR_OPTION_ABSENT, 0, 0, 0, "S", NULL, NULL},
     {"shard", 0, TR_OPTION_ABSENT, 0, 0, 0, "I/N", "0/1", NULL},
-    {"profile", 0, TR_OPTION_ABSENT, 0, 0, 0, "FILE", NULL, NULL},
-    {"papi", 0, TR_OPTION_ABSENT, 0, 0, 0, "EVENTS", NULL, NULL},
+    {"profile", 0, TR_OPTION_TEXT, AT(profile), 0, 0, "FILE.h5", NULL,
+     "leave an account of the run, of every rank, in HDF5: FILE.h5 over FILE.h5.d"},
+    {"profile-trace", 0, TR_OPTION_FLAG, AT(profile_trace), 0, 0, NULL, NULL,
+     "with --profile: every single region too (large)"},
+    {"papi", 0, TR_OPTION_TEXT, AT(papi), 0, 0, "EVENT,...", NULL,
+     "with --profile: count these PAPI events (default: software events, cycles and instructions)"},
 
     {NULL, 0, TR_OPTION_TITLE, 0, 0, 0, NULL, NULL, "Debugging"},
     {"no-overlap", 0, TR_OPTION_FLAG, AT(no_overlap), 0, 0, NULL, NULL,
@@ -288,6 +292,8 @@ static tr_status batch_together(const tr_batch_options *o, tr_err *err)
     if (!o->prompt && absent(o->output)) return tr_fail(err, TR_E_USAGE, "-o OUT is missing");
     if (o->resume && !strcmp(o->output, "-"))
         return tr_fail(err, TR_E_USAGE, "--resume: -o - cannot be resumed");
+    if (absent(o->profile) && (o->profile || o->papi || o->profile_trace))
+        return tr_fail(err, TR_E_USAGE, "--papi and --profile-trace need --profile FILE.h5");
     if (o->allow_tools && !o->thinking_only)
         return tr_fail(err, TR_E_USAGE, "--allow-tools needs --thinking-only");
     return TR_OK;

@@ -59,6 +59,8 @@ typedef struct tr_batch_options {
     int64_t step_timeout; /* seconds; 0: the default */
     bool default_thinking, thinking_only, allow_tools, literal_content, response_format_in_prompt;
     bool dsv31_assistant_after_tool, strict_params;
+    const char *profile, *papi; /* NULL: none */
+    bool profile_trace;
     bool resume, verbose, no_bind, no_overlap, no_prefix_cache;
     char *const *part; /* --merge: the arguments behind the options */
     int n_parts;

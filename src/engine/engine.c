@@ -402,6 +402,7 @@ static void publish_stats(tr_engine *e)
         t.pages_held += s.pages_held;
         t.pages_cached += s.pages_cached;
         t.pages_total += s.pages_total;
+        t.pages_evicted += s.pages_evicted;
     }
     pthread_mutex_lock(&e->lock);
     e->stats = t;

@@ -44,7 +44,8 @@ typedef struct tr_engine_stats {
     uint64_t
         generated_tokens; /* of answers; decode_tokens lack each answer's first, which a prompt's row gives */
     uint64_t prompt_tokens,
-        cached_tokens; /* of requests begun; of these, found in the prefix cache */
+        cached_tokens;      /* of requests begun; of these, found in the prefix cache */
+    uint64_t pages_evicted; /* from the prefix cache */
     int running, waiting, pages_held, pages_cached, pages_total; /* cached: held by nobody now */
 } tr_engine_stats;
 

@@ -11,6 +11,7 @@
 
 #include <jansson.h>
 
+#include "base/clock.h"
 #include "base/hash.h"
 #include "base/json.h"
 #include "base/size.h"
@@ -32,6 +33,9 @@ struct tr_checkpoint {
     size_t n_slots; /* power of two */
     char identity[33];
     atomic_uint_fast64_t *bytes_read; /* behind a pointer: reading leaves the checkpoint const */
+    struct shard_use {
+        atomic_uint_fast64_t bytes, ns;
+    } * use; /* [n_shards] */
 };
 
 static json_t *weight_map(const tr_checkpoint *c)
@@ -107,6 +111,8 @@ static tr_status open_shards(tr_checkpoint *c, tr_err *err)
 {
     tr_status st = TR_OK;
     c->shard = tr_calloc(c->n_shards, sizeof *c->shard);
+    c->use = tr_calloc(c->n_shards, sizeof *c->use);
+    if (!c->use) return tr_fail(err, TR_E_MEMORY, "out of memory");
     if (!c->shard) return tr_fail(err, TR_E_MEMORY, "%s: out of memory", c->dir);
     for (size_t i = 0; i < c->n_shards && st == TR_OK; i++) {
         char *path = NULL;
@@ -227,6 +233,7 @@ void tr_checkpoint_close(tr_checkpoint *c)
     free(c->tensor);
     free(c->slot);
     free(c->bytes_read);
+    free(c->use);
     free(c->index_path);
     free(c->dir);
     free(c);
@@ -253,11 +260,21 @@ const char *tr_checkpoint_path(const tr_checkpoint *c, const tr_tensor *t)
     return tr_shard_path(c->shard[t->shard]);
 }
 
+static void note_read(const tr_checkpoint *c, const tr_tensor *t, uint64_t bytes, uint64_t begun_ns)
+{
+    struct shard_use *use = &c->use[t->shard];
+
+    atomic_fetch_add_explicit(c->bytes_read, bytes, memory_order_relaxed);
+    atomic_fetch_add_explicit(&use->bytes, bytes, memory_order_relaxed);
+    atomic_fetch_add_explicit(&use->ns, tr_now_ns() - begun_ns, memory_order_relaxed);
+}
+
 tr_status tr_checkpoint_read(const tr_checkpoint *c, const tr_tensor *t, uint64_t begin, size_t n,
                              void *dst, tr_err *err)
 {
+    const uint64_t begun_ns = tr_now_ns();
     tr_status st = tr_shard_read(c->shard[t->shard], t, begin, n, n, 1, dst, err);
-    if (st == TR_OK) atomic_fetch_add_explicit(c->bytes_read, n, memory_order_relaxed);
+    if (st == TR_OK) note_read(c, t, n, begun_ns);
     return st;
 }
 
@@ -276,10 +293,10 @@ tr_status tr_checkpoint_read_block(const tr_checkpoint *c, const tr_tensor *t, i
     uint64_t element = t->bytes / (uint64_t)t->shape[0] / (uint64_t)t->shape[1];
     uint64_t stride = (uint64_t)t->shape[1] * element, piece = (uint64_t)n_cols * element;
     uint64_t begin = (uint64_t)row0 * stride + (uint64_t)col0 * element;
+    const uint64_t begun_ns = tr_now_ns();
     tr_status st =
         tr_shard_read(c->shard[t->shard], t, begin, (size_t)piece, stride, n_rows, dst, err);
-    if (st == TR_OK)
-        atomic_fetch_add_explicit(c->bytes_read, piece * (uint64_t)n_rows, memory_order_relaxed);
+    if (st == TR_OK) note_read(c, t, piece * (uint64_t)n_rows, begun_ns);
     return st;
 }
 
@@ -291,4 +308,16 @@ void tr_checkpoint_identity(const tr_checkpoint *c, char hex[33])
 uint64_t tr_checkpoint_bytes_read(const tr_checkpoint *c)
 {
     return atomic_load_explicit(c->bytes_read, memory_order_relaxed);
+}
+
+size_t tr_checkpoint_shards(const tr_checkpoint *c)
+{
+    return c->n_shards;
+}
+
+const char *tr_checkpoint_shard_use(const tr_checkpoint *c, size_t i, uint64_t *bytes, uint64_t *ns)
+{
+    *bytes = atomic_load_explicit(&c->use[i].bytes, memory_order_relaxed);
+    *ns = atomic_load_explicit(&c->use[i].ns, memory_order_relaxed);
+    return c->file[i];
 }

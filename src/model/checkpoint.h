@@ -53,5 +53,9 @@ tr_status tr_checkpoint_read_block(const tr_checkpoint *c, const tr_tensor *t, i
 /* Identity for OUT.run: hash of the shard names, sizes and headers, 32 hex digits. */
 void tr_checkpoint_identity(const tr_checkpoint *c, char hex[33]);
 uint64_t tr_checkpoint_bytes_read(const tr_checkpoint *c);
+/* Shards, and of each its name in the folder, what was read from it and the time its readers spent. */
+size_t tr_checkpoint_shards(const tr_checkpoint *c);
+const char *tr_checkpoint_shard_use(const tr_checkpoint *c, size_t i, uint64_t *bytes,
+                                    uint64_t *ns);
 
 #endif

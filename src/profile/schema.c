@@ -47,7 +47,7 @@ static const tr_field rank_fields[] = {
     F(mdp,             I2,    "1",   "replica of the experts"),
     F(ep,              I2,    "1",   "place in the expert-parallel group"),
     F(xt,              I2,    "1",   "place among the ranks that share an expert"),
-    F(node,            I4,    "1",   "node, numbered by its lowest rank"),
+    F(node,            I4,    "1",   "lowest rank of its node"),
     F(local,           I2,    "1",   "rank within the node"),
     F(numa,            I2,    "1",   "NUMA node of its threads, -1: not known"),
     F(host,            CHARS, "1",   "host name"),

@@ -1,0 +1,489 @@
+#include <config.h>
+
+#include "command/batch_profile.h"
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/clock.h"
+#include "base/size.h"
+#include "command/budget.h"
+#include "command/profile_run.h"
+#include "mpi/clock_offset.h"
+#include "profile/join.h"
+#include "profile/papi.h"
+#include "profile/profile.h"
+#include "profile/settle.h"
+
+enum {
+    NODES_MAX = 4096,
+    NODES_THREAD = 64,
+    GROUPS = 5,
+    FLUSH_S = 30,
+    SAMPLE_S = 1,
+    EVENTS_MAX = 1 << 17, /* of a stream and second */
+    RUN_BYTES = 96,
+};
+
+/* What rank 0 decides for all. */
+typedef struct beginning {
+    char run[RUN_BYTES]; /* name of the folder */
+    uint64_t origin_ns;  /* rank 0's clock at time 0 */
+    int64_t unix_ns;     /* and the world's */
+} beginning;
+
+struct tr_run_profile {
+    const tr_batch_options *o;
+    tr_world *world;
+    tr_opened *opened;
+    tr_log *log;
+    tr_profile *profile;
+    tr_papi *papi;
+    tr_regions read_regions, write_regions; /* rank 0's threads */
+    char *folder;                           /* of this run's files, below the one that FILE is in */
+    beginning began;
+    uint64_t begun_ns; /* this rank's clock */
+    tr_clock_offset clock;
+    uint64_t waited_ns; /* in communicators, until the last step */
+    _Atomic(tr_engine *) engine;
+    uint64_t weights, kv, workspace; /* bytes; written before engine */
+};
+
+/* ---- what the profile asks for ---------------------------------------------------------------------------------------- */
+
+/* The communicators of this rank, and the kind of group each serves; NULL where a group has one member. */
+static tr_comm *comm_of(const tr_run_profile *r, int i, tr_grid_group *group)
+{
+    static const tr_grid_group kind[GROUPS] = {TR_GROUP_ATTN_TP, TR_GROUP_ATTN_CP, TR_GROUP_MOE,
+                                               TR_GROUP_PP, TR_GROUP_WORLD};
+    const tr_opened *o = r->opened;
+
+    *group = kind[i];
+    if (i < GROUPS - 1) return o->group[i];
+    return o->control != o->self ? o->control : NULL;
+}
+
+static uint8_t dtype_of(int op)
+{
+    if (op == TR_COMM_ALL_REDUCE || op == TR_COMM_REDUCE_SCATTER) return 1; /* f32 */
+    return op == TR_COMM_ALL_MAX ? 2 : 0;                                   /* u64, bytes */
+}
+
+static void show_comm(tr_run_profile *r, int i, tr_profile_tables *out)
+{
+    char name[TR_REGION_NAME];
+    tr_grid_group group;
+    tr_comm *comm = comm_of(r, i, &group);
+
+    for (int op = 0; op < TR_COMM_N_OPS; op++) {
+        tr_prof_comm *row = &out->comm[i * TR_COMM_N_OPS + op];
+        *row = (tr_prof_comm){.region = TR_PROFILE_NO_REGION,
+                              .group = (int16_t)group,
+                              .op = (uint8_t)op,
+                              .dtype = dtype_of(op)};
+        if (!comm) continue;
+        tr_comm_counts(comm, (tr_comm_op)op, &row->calls, &row->bytes);
+        row->time_ns = tr_comm_flown_ns(comm, (tr_comm_op)op);
+        row->exposed_ns = tr_comm_waited_ns(comm, (tr_comm_op)op);
+        row->min_ns = tr_comm_shortest_ns(comm, (tr_comm_op)op);
+        row->max_ns = tr_comm_longest_ns(comm, (tr_comm_op)op);
+        snprintf(name, sizeof name, "%s/%s", tr_comm_name(comm), tr_comm_op_name((tr_comm_op)op));
+        const int id = tr_region_id_of(&r->opened->regions, name, TR_KIND_COMM, group);
+        row->region = id < 0 ? TR_PROFILE_NO_REGION : (uint32_t)id;
+    }
+    for (int m = 0; comm && m < tr_comm_size(comm); m++)
+        out->sent[i][tr_grid_member(&r->opened->grid, group, m)] = tr_comm_sent_to(comm, m);
+}
+
+static void give_rank_tokens(void *ctx, uint64_t *per_layer)
+{
+    const tr_run_profile *r = ctx;
+    if (!r->opened->model) return;
+    const tr_model_seen seen = tr_model_look(r->opened->model);
+
+    for (int l = 0; l < seen.n_layers && seen.expert_rows; l++) {
+        uint64_t sum = 0;
+        for (int e = 0; e < seen.n_local; e++)
+            sum += seen.expert_rows[(size_t)l * (size_t)seen.n_local + (size_t)e];
+        per_layer[seen.layer_first + l] = sum;
+    }
+}
+
+static void show_model(const tr_run_profile *r, tr_profile_tables *out)
+{
+    const tr_model_seen seen = tr_model_look(r->opened->model);
+    const size_t n_experts = (size_t)r->opened->config.n_routed_experts;
+
+    for (int l = 0; l < seen.n_layers; l++) {
+        const int layer = seen.layer_first + l;
+        if (seen.overlap) {
+            const tr_share_cost *key = &seen.overlap[l].key, *latent = &seen.overlap[l].latent;
+            out->overlap[layer] = (tr_prof_overlap){.gatherK_ns = key->flown_ns,
+                                                    .gatherL_ns = latent->flown_ns,
+                                                    .exposedK_ns = key->waited_ns,
+                                                    .exposedL_ns = latent->waited_ns,
+                                                    .bytes = key->bytes + latent->bytes,
+                                                    .calls = latent->calls};
+        }
+        /* Ranks that share an expert's width compute the same rows: counted once. */
+        if (!seen.expert_rows || r->opened->grid.at.xt != 0) continue;
+        memcpy(out->expert_tokens + (size_t)layer * n_experts + (size_t)seen.expert_first,
+               seen.expert_rows + (size_t)l * (size_t)seen.n_local,
+               (size_t)seen.n_local * sizeof(uint64_t));
+    }
+}
+
+static void give_tables(void *ctx, tr_profile_tables *out)
+{
+    tr_run_profile *r = ctx;
+
+    for (int i = 0; i < GROUPS; i++)
+        show_comm(r, i, out);
+    if (r->opened->model) show_model(r, out);
+    give_rank_tokens(r, out->rank_tokens);
+}
+
+/* The profile's thread. */
+static void give_sample(void *ctx, tr_prof_kv *kv, tr_prof_memory *memory)
+{
+    tr_run_profile *r = ctx;
+    tr_engine *engine = atomic_load(&r->engine);
+
+    if (!engine) {
+        memory->free = tr_memory_available();
+        return;
+    }
+    const tr_engine_stats s = tr_engine_stats_get(engine);
+    *kv = (tr_prof_kv){.hits = s.cached_tokens,
+                       .misses = s.prompt_tokens - s.cached_tokens,
+                       .evicted = s.pages_evicted};
+    const uint64_t left = r->opened->ops->memory_left(r->opened->device);
+    *memory = (tr_prof_memory){.weights = r->weights,
+                               .kv = r->kv,
+                               .workspace = r->workspace,
+                               .free = left ? left : tr_memory_available()};
+}
+
+/* ---- steps and requests ------------------------------------------------------------------------------------------------ */
+
+static uint64_t waited(const tr_run_profile *r)
+{
+    uint64_t sum = 0;
+
+    for (int i = 0; i < GROUPS; i++) {
+        tr_grid_group group;
+        const tr_comm *comm = comm_of(r, i, &group);
+        for (int op = 0; comm && op < TR_COMM_N_OPS; op++)
+            sum += tr_comm_waited_ns(comm, (tr_comm_op)op);
+    }
+    return sum;
+}
+
+static void see_step(void *ctx, const tr_engine_seen *seen)
+{
+    tr_run_profile *r = ctx;
+    const tr_phase phase = tr_plan_phase(seen->plan);
+    const uint64_t waited_ns = waited(r);
+    tr_prof_step s = {.step = seen->step,
+                      .t0 = tr_profile_time(r->profile, seen->t0_ns),
+                      .t1 = tr_profile_time(r->profile, seen->t1_ns),
+                      .mode = (uint8_t)phase,
+                      .nreq = (uint32_t)seen->plan->n_spans,
+                      .sync_wait_ns = waited_ns - r->waited_ns,
+                      .plan_ns = seen->plan_ns};
+
+    for (int i = 0; i < seen->plan->n_spans; i++) {
+        const tr_span *span = &tr_plan_spans(seen->plan)[i];
+        *(span->kind == TR_SPAN_PREFILL ? &s.tok_prefill : &s.tok_decode) += (uint32_t)span->n_rows;
+    }
+    if (r->world->rank == 0) {
+        const tr_engine_stats e = tr_engine_stats_get(atomic_load(&r->engine));
+        s.pages_used = (uint32_t)(e.pages_held + e.pages_cached);
+        s.pages_free = (uint32_t)(e.pages_total - e.pages_held - e.pages_cached);
+        s.queue = (uint32_t)e.waiting;
+    }
+    r->waited_ns = waited_ns;
+    tr_papi_step(r->papi, phase);
+    tr_profile_step(r->profile, &s);
+}
+
+/* The writer's thread. */
+static void see_event(void *ctx, const tr_event *e)
+{
+    tr_run_profile *r = ctx;
+    const bool failed = e->kind == TR_EVENT_FAILED;
+    tr_prof_request q = {
+        .line = e->request->id,
+        .dp = -1,
+        .t_arrive = tr_profile_time(r->profile, e->submitted_ns),
+        .t_done = tr_profile_time(r->profile, e->done_ns),
+        .n_prompt = (uint32_t)e->request->n_prompt,
+        .n_cached = (uint32_t)e->cached_tokens,
+        .finish = failed ? 2 : 0,
+    };
+
+    q.t_first = e->first_token_ns ? tr_profile_time(r->profile, e->first_token_ns) : q.t_done;
+    for (int i = 0; !failed && i < e->n_choices; i++) {
+        q.n_out += (uint32_t)e->choice[i].n_token;
+        if (i == 0) q.finish = e->choice[i].finish == TR_FINISH_STOP ? 0 : 1;
+    }
+    if (failed)
+        tr_profile_warn(r->profile, "line %ju: %s: %s", (uintmax_t)e->request->id, e->code,
+                        e->message);
+    tr_profile_request(r->profile, &q);
+}
+
+/* ---- beginning ----------------------------------------------------------------------------------------------------------- */
+
+tr_run_profile *tr_run_profile_create(const tr_batch_options *options, tr_world *world,
+                                      tr_opened *opened, tr_log *log)
+{
+    if (!options->profile) return NULL;
+    tr_run_profile *r = calloc(1, sizeof *r);
+    if (!r) return NULL;
+    r->o = options;
+    r->world = world;
+    r->opened = opened;
+    r->log = log;
+    tr_regions_grow(&opened->regions, "main", NODES_MAX);
+    if (world->rank == 0 && options->input) {
+        tr_regions_grow(&r->read_regions, "reader", NODES_THREAD);
+        tr_regions_grow(&r->write_regions, "writer", NODES_THREAD);
+    }
+    r->papi = tr_papi_open(options->papi);
+    return r;
+}
+
+/* Start time, and the job or the process: another run of the same command has a folder of its own. */
+static void name_run(beginning *b)
+{
+    char when[32];
+    struct timespec now;
+    struct tm tm;
+    const char *job = getenv("SLURM_JOB_ID");
+
+    clock_gettime(CLOCK_REALTIME, &now);
+    localtime_r(&now.tv_sec, &tm);
+    strftime(when, sizeof when, "%Y%m%dT%H%M%S", &tm);
+    if (job && strspn(job, "0123456789") == strlen(job) && strlen(job) < 20)
+        snprintf(b->run, sizeof b->run, "%s-job%s", when, job);
+    else
+        snprintf(b->run, sizeof b->run, "%s-pid%ld", when, (long)getpid());
+    b->unix_ns = (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+    b->origin_ns = tr_now_ns();
+}
+
+static tr_status make_folder(const char *path, tr_err *err)
+{
+    if (mkdir(path, 0777) == 0 || errno == EEXIST) return TR_OK;
+    return tr_fail(err, TR_E_IO, "%s: %s", path, strerror(errno));
+}
+
+/* FILE.d/RUN, and the name of this rank's file in it. */
+static tr_status make_folders(tr_run_profile *r, char *path, size_t n, tr_err *err)
+{
+    const char *slash = strrchr(r->o->profile, '/');
+
+    if (asprintf(&r->folder, "%s.d/%s", slash ? slash + 1 : r->o->profile, r->began.run) < 0) {
+        r->folder = NULL;
+        return tr_fail(err, TR_E_MEMORY, "out of memory");
+    }
+    const int before = snprintf(path, n, "%s.d", r->o->profile);
+    if (before < 0 || (size_t)before + RUN_BYTES + 32 > n)
+        return tr_fail(err, TR_E_IO, "--profile %s: the path is too long", r->o->profile);
+    tr_status st = make_folder(path, err);
+    snprintf(path, n, "%s.d/%s", r->o->profile, r->began.run);
+    if (st == TR_OK) st = make_folder(path, err);
+    snprintf(path, n, "%s.d/%s/rank%05d.h5", r->o->profile, r->began.run, r->world->rank);
+    return st;
+}
+
+static tr_status make_profile(tr_run_profile *r, tr_err *err)
+{
+    const tr_config *c = &r->opened->config;
+    char path[4096];
+    tr_profile_options o = {
+        .path = path,
+        .flush_s = FLUSH_S,
+        .sample_s = SAMPLE_S,
+        .clock_offset_ns = r->clock.offset_ns,
+        .origin_ns = (int64_t)r->began.origin_ns,
+        .world = r->world->size,
+        .n_layers = c->num_hidden_layers,
+        .n_experts = c->n_routed_experts,
+        .n_comm = GROUPS * TR_COMM_N_OPS,
+        .n_matrices = GROUPS,
+        .trace = r->o->profile_trace,
+        .events_max = EVENTS_MAX,
+        .log = r->log,
+        .ctx = r,
+        .sample = give_sample,
+        .tables = give_tables,
+        .rank_tokens = give_rank_tokens,
+    };
+
+    for (int i = 0; i < GROUPS; i++) {
+        tr_grid_group group;
+        comm_of(r, i, &group);
+        o.matrix[i] = tr_grid_group_name(group);
+    }
+    tr_status st = make_folders(r, path, sizeof path, err);
+    return st == TR_OK ? tr_profile_create(&r->profile, &o, err) : st;
+}
+
+static tr_status take_part(tr_run_profile *r, tr_err *err)
+{
+    if (r->world->rank == 0) name_run(&r->began);
+    tr_status st = tr_world_tell(r->world, &r->began, (int)sizeof r->began, err);
+    r->began.run[RUN_BYTES - 1] = '\0';
+    if (st == TR_OK) st = tr_clock_measure(&r->clock, r->world, err);
+    r->begun_ns = tr_now_ns();
+    return st;
+}
+
+tr_status tr_run_profile_begin(tr_run_profile *r, const char *model_name, const char *kv_dtype,
+                               tr_err *err)
+{
+    tr_err why;
+
+    if (!r) return TR_OK;
+    tr_status st = take_part(r, err);
+    if (st != TR_OK) return st;
+    if (make_profile(r, &why) != TR_OK) {
+        fprintf(stderr, "trireme: rank %d on %s: no profile: %s\n", r->world->rank, r->world->host,
+                why.text);
+        return TR_OK;
+    }
+    tr_profile_stream(r->profile, &r->opened->regions);
+    tr_profile_stream(r->profile, &r->read_regions);
+    tr_profile_stream(r->profile, &r->write_regions);
+    const tr_profile_about about = {.run_id = r->began.run,
+                                    .unix_ns = r->began.unix_ns,
+                                    .clock = r->clock,
+                                    .options = r->o,
+                                    .world = r->world,
+                                    .opened = r->opened,
+                                    .model_name = model_name,
+                                    .kv_dtype = kv_dtype};
+    tr_profile_describe(r->profile, &about);
+    if (r->papi) {
+        const tr_profile_counters counters = tr_papi_counters(r->papi);
+        tr_profile_counter(r->profile, &counters);
+        tr_profile_text(r->profile, "/counters/papi", "threads",
+                        tr_papi_inherits(r->papi) ? "all" : "main");
+    }
+    tr_profile_start(r->profile);
+    return TR_OK;
+}
+
+void tr_run_profile_engine(tr_run_profile *r, tr_engine *engine)
+{
+    if (!r || !r->profile) return;
+    r->weights = r->opened->weights->bytes;
+    r->kv = tr_model_cache_bytes(r->opened->model);
+    r->workspace = tr_model_workspace_bytes(r->opened->model);
+    atomic_store(&r->engine, engine);
+    tr_engine_observe(engine, (tr_engine_observer){.ctx = r, .step = see_step});
+}
+
+void tr_run_profile_job(tr_run_profile *r, tr_job_options *job)
+{
+    if (!r || !r->profile) return;
+    job->read_regions = &r->read_regions;
+    job->write_regions = &r->write_regions;
+    job->seen = see_event;
+    job->seen_ctx = r;
+}
+
+/* ---- end -------------------------------------------------------------------------------------------------------------------- */
+
+/* /io/load: what each shard gave this rank. */
+static void put_load(tr_run_profile *r)
+{
+    const tr_checkpoint *c = r->opened->checkpoint;
+    const uint64_t n = c ? tr_checkpoint_shards(c) : 0, dims[] = {1, n};
+
+    if (!n) return;
+    tr_prof_load *load = tr_calloc(n, sizeof *load);
+    if (!load) return;
+    for (size_t i = 0; i < n; i++) {
+        const char *name = tr_checkpoint_shard_use(c, i, &load[i].bytes, &load[i].ns);
+        snprintf(load[i].file, sizeof load[i].file, "%s", name);
+    }
+    tr_profile_put(r->profile, TR_D_LOAD, dims, load);
+    free(load);
+}
+
+static void stop(tr_run_profile *r)
+{
+    tr_regions_cut(&r->opened->regions);
+    tr_regions_cut(&r->read_regions);
+    tr_regions_cut(&r->write_regions);
+    tr_profile_stop(r->profile);
+    put_load(r);
+    const tr_profile_costs c = tr_profile_costs_get(r->profile);
+    if (r->profile)
+        tr_log_debug(r->log,
+                     "profile: %ju flushes of %.1f ms, the longest %.1f ms; %.3f s of CPU time; "
+                     "%ju steps, %ju events not kept",
+                     (uintmax_t)c.flushes,
+                     c.flushes ? (double)c.flush_ns / (double)c.flushes * 1e-6 : 0.0,
+                     (double)c.longest_ns * 1e-6, (double)c.cpu_ns * 1e-9, (uintmax_t)c.lost_steps,
+                     (uintmax_t)c.lost_events);
+}
+
+/* Every rank's file is closed: all may read all. */
+static tr_status barrier(tr_run_profile *r, tr_err *err)
+{
+    uint64_t word = 0;
+    tr_ticket ticket = {0};
+
+    tr_status st = tr_comm_all_max_u64(r->opened->control, &word, 1, &ticket, err);
+    return st == TR_OK ? tr_comm_wait(r->opened->control, TR_LANE_MAIN, ticket, err) : st;
+}
+
+tr_status tr_run_profile_end(tr_run_profile *r, bool whole, tr_err *err)
+{
+    tr_clock_offset clock;
+    tr_err why;
+
+    if (!r) return TR_OK;
+    stop(r);
+    if (!whole) {
+        tr_profile_close(r->profile, false);
+        r->profile = NULL;
+        return TR_OK;
+    }
+    tr_status st = tr_clock_measure(&clock, r->world, err);
+    const double ns = (double)(clock.at_ns - r->clock.at_ns),
+                 drift = ns > 0 ? (double)(clock.offset_ns - r->clock.offset_ns) / ns * 1e9 : 0;
+    if (st == TR_OK)
+        st = tr_profile_settle(r->profile, r->opened->control, drift, r->clock.at_ns, err);
+    if (st == TR_OK) tr_profile_describe_clock(r->profile, r->world, r->opened, &r->clock, drift);
+    tr_profile_close(r->profile, st == TR_OK);
+    r->profile = NULL;
+    if (st == TR_OK) st = barrier(r, err);
+    if (st != TR_OK || r->world->rank != 0) return st;
+    if (tr_profile_join(r->o->profile, r->folder, r->world->size, &why) != TR_OK)
+        tr_log_warn(r->log, "no joined profile: %s; the ranks' files are in %s.d", why.text,
+                    r->o->profile);
+    return TR_OK;
+}
+
+void tr_run_profile_free(tr_run_profile *r)
+{
+    if (!r) return;
+    tr_profile_close(r->profile, false);
+    tr_papi_close(r->papi);
+    tr_regions_prune(&r->opened->regions);
+    tr_regions_prune(&r->read_regions);
+    tr_regions_prune(&r->write_regions);
+    free(r->folder);
+    free(r);
+}

@@ -1,0 +1,27 @@
+/* What a profile says about its run: attributes of / and /run, the environment, the grid. */
+#ifndef TR_COMMAND_PROFILE_RUN_H
+#define TR_COMMAND_PROFILE_RUN_H
+
+#include "command/open.h"
+#include "command/options.h"
+#include "mpi/clock_offset.h"
+#include "mpi/start.h"
+#include "profile/profile.h"
+
+typedef struct tr_profile_about { /* all borrowed */
+    const char *run_id;
+    int64_t unix_ns; /* of time 0 */
+    tr_clock_offset clock;
+    const tr_batch_options *options;
+    const tr_world *world;
+    const tr_opened *opened;
+    const char *model_name, *kv_dtype;
+} tr_profile_about;
+
+/* Between create and start. */
+void tr_profile_describe(tr_profile *p, const tr_profile_about *about);
+/* /grid/ranks again, with the drift; after stop. */
+void tr_profile_describe_clock(tr_profile *p, const tr_world *world, const tr_opened *opened,
+                               const tr_clock_offset *clock, double drift_ppb);
+
+#endif
