@@ -362,12 +362,13 @@ static char *attribute_number(hid_t a, H5T_class_t class)
     return *text ? strdup(text) : NULL;
 }
 
-static char *attribute_text(hid_t a)
+static char *attribute_text(hid_t a, bool *is_number)
 {
     hid_t type = H5Aget_type(a), space = H5Aget_space(a);
     char *text = NULL;
     if (type >= 0 && space >= 0 && H5Sget_simple_extent_npoints(space) == 1) {
         H5T_class_t class = H5Tget_class(type);
+        *is_number = class == H5T_INTEGER;
         if (class == H5T_STRING)
             text = attribute_string(a, type);
         else if (class == H5T_INTEGER || class == H5T_FLOAT)
@@ -388,24 +389,25 @@ char *tr_h5_attribute(hid_t file, const char *object, const char *attribute)
     if (!has_object(file, object) || H5Aexists_by_name(file, object, attribute, H5P_DEFAULT) <= 0)
         return NULL;
     hid_t a = H5Aopen_by_name(file, object, attribute, H5P_DEFAULT, H5P_DEFAULT);
-    char *text = a < 0 ? NULL : attribute_text(a);
+    bool is_number;
+    char *text = a < 0 ? NULL : attribute_text(a, &is_number);
     if (a >= 0) H5Aclose(a);
     return text;
 }
 
 typedef struct attribute_walk {
-    bool (*see)(void *ctx, const char *name, const char *value);
+    bool (*see)(void *ctx, const char *name, const char *value, bool is_number);
     void *ctx;
 } attribute_walk;
 
 static herr_t next_attribute(hid_t object, const char *name, const H5A_info_t *info, void *ctx)
 {
     attribute_walk *w = ctx;
-    bool go_on = true;
+    bool go_on = true, is_number = false;
     (void)info;
     hid_t a = H5Aopen(object, name, H5P_DEFAULT);
-    char *text = a < 0 ? NULL : attribute_text(a), *clean = copy_text(name);
-    if (text && clean) go_on = w->see(w->ctx, clean, text);
+    char *text = a < 0 ? NULL : attribute_text(a, &is_number), *clean = copy_text(name);
+    if (text && clean) go_on = w->see(w->ctx, clean, text, is_number);
     free(clean);
     free(text);
     if (a >= 0) H5Aclose(a);
@@ -413,7 +415,8 @@ static herr_t next_attribute(hid_t object, const char *name, const H5A_info_t *i
 }
 
 void tr_h5_attributes(hid_t file, const char *object,
-                      bool (*see)(void *ctx, const char *name, const char *value), void *ctx)
+                      bool (*see)(void *ctx, const char *name, const char *value, bool is_number),
+                      void *ctx)
 {
     attribute_walk w = {see, ctx};
     hsize_t at = 0;

@@ -63,9 +63,10 @@ void tr_h5_lists_free(tr_h5_list *list, size_t n);
 /* The attribute as text, numbers in decimal; NULL: absent or of another kind. The caller frees. */
 char *tr_h5_attribute(hid_t file, const char *object, const char *attribute);
 
-/* Calls see for each attribute of an object, in the order of their names, until it returns false. */
+/* Calls see for each attribute of an object (is_number: a whole number), in the order of their names, until it returns false. */
 void tr_h5_attributes(hid_t file, const char *object,
-                      bool (*see)(void *ctx, const char *name, const char *value), void *ctx);
+                      bool (*see)(void *ctx, const char *name, const char *value, bool is_number),
+                      void *ctx);
 
 /* Names of all datasets at or below a group, as paths relative to it, in the order of the alphabet; *names [*n] as
  * tr_h5_read_texts gives. At most 4096, deeper than 8 folders is not looked at. */

@@ -42,7 +42,7 @@ typedef struct text_walk {
     bool no_memory;
 } text_walk;
 
-static bool see_attribute(void *ctx, const char *name, const char *value)
+static bool see_attribute(void *ctx, const char *name, const char *value, bool is_number)
 {
     text_walk *w = ctx;
     tr_reader *r = w->r;
@@ -55,7 +55,7 @@ static bool see_attribute(void *ctx, const char *name, const char *value)
         w->no_memory = true;
         return false;
     }
-    *t = (tr_reader_text){w->object, n, v};
+    *t = (tr_reader_text){w->object, n, v, is_number};
     r->n_texts++;
     return true;
 }
@@ -177,9 +177,9 @@ static tr_status read_rows(tr_reader_file *f, tr_h5_data *rows, tr_err *err)
 
 typedef struct source_walk {
     const tr_reader_file *f;
-    unsigned char *missing; /* [n_rows] */
-    char name[256];         /* of the first missing one */
-    size_t n;
+    unsigned char *here; /* [n_rows] */
+    char name[256];      /* of the first that is missing */
+    size_t n, n_missing;
 } source_walk;
 
 /* Can HDF5 find and open it? As it looks for it: beside the file. "." is the file itself. */
@@ -190,33 +190,34 @@ static bool see_rank_source(void *ctx, const char *source, uint64_t first, uint6
     tr_err ignored;
     hid_t h5 = -1;
     const char *slash = strrchr(w->f->name, '/');
-    if (strcmp(source, ".") == 0) return true;
+
+    w->n++;
     if (*source == '/' || !slash)
         snprintf(path, sizeof path, "%s", source);
     else
         snprintf(path, sizeof path, "%.*s/%s", (int)(slash - w->f->name), w->f->name, source);
-    if (tr_h5_open(&h5, path, &ignored) == TR_OK) {
-        H5Fclose(h5);
+    if (strcmp(source, ".") != 0 && tr_h5_open(&h5, path, &ignored) != TR_OK) {
+        if (w->n_missing++ == 0) snprintf(w->name, sizeof w->name, "%s", source);
         return true;
     }
-    for (uint64_t i = first; i < first + n && i < (uint64_t)w->f->n_rows; i++)
-        w->missing[i] = 1;
-    if (w->n++ == 0) snprintf(w->name, sizeof w->name, "%s", source);
+    if (h5 >= 0) H5Fclose(h5);
+    for (uint64_t i = first; i - first < n && i < (uint64_t)w->f->n_rows; i++)
+        w->here[i] = 1;
     return true;
 }
 
-/* Rows of a joined file whose rank file has gone. */
+/* Rows of a joined file whose rank file has gone, or was not there when it was joined. */
 static tr_status find_missing(tr_reader *r, tr_reader_file *f, tr_err *err)
 {
-    source_walk w = {.f = f, .missing = tr_calloc((size_t)f->n_rows, 1)};
-    if (!w.missing) return tr_fail(err, TR_E_MEMORY, "%s: out of memory", f->name);
+    source_walk w = {.f = f, .here = tr_calloc((size_t)f->n_rows, 1)};
+    if (!w.here) return tr_fail(err, TR_E_MEMORY, "%s: out of memory", f->name);
     tr_h5_sources(f->h5, "/profile/count", see_rank_source, &w);
-    for (int i = 0; i < f->n_rows; i++)
-        if (w.missing[i]) f->rank[i] = -1;
-    if (w.n > 0)
-        tr_reader_say(r, "%zu of the files it stands for cannot be read: %s%s", w.n, w.name,
-                      w.n > 1 ? ", ..." : "");
-    free(w.missing);
+    for (int i = 0; w.n > 0 && i < f->n_rows; i++)
+        if (!w.here[i]) f->rank[i] = -1;
+    if (w.n_missing > 0)
+        tr_reader_say(r, "%zu of the files it stands for cannot be read: %s%s", w.n_missing, w.name,
+                      w.n_missing > 1 ? ", ..." : "");
+    free(w.here);
     return TR_OK;
 }
 
@@ -637,4 +638,9 @@ const tr_reader_cell *tr_reader_cells(const tr_reader *r, int rank)
 {
     if (!tr_reader_has(r, rank)) return r->none;
     return r->cell + (size_t)rank * (size_t)r->about.n_regions;
+}
+
+const tr_reader_cell *tr_reader_all_cells(const tr_reader *r)
+{
+    return r->cell;
 }

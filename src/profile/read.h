@@ -69,6 +69,7 @@ const char *tr_reader_attribute(const tr_reader *r, const char *object, const ch
 /* All of them, as "/run", "model", value; NULL behind the last. */
 typedef struct tr_reader_text {
     const char *object, *name, *value;
+    bool is_number; /* a whole one */
 } tr_reader_text;
 const tr_reader_text *tr_reader_text_at(const tr_reader *r, size_t i);
 
@@ -86,6 +87,7 @@ const char *tr_reader_region_path(const tr_reader *r, int region, char *text, si
 
 /* [n_regions] of a rank; zeros where it is absent. */
 const tr_reader_cell *tr_reader_cells(const tr_reader *r, int rank);
+const tr_reader_cell *tr_reader_all_cells(const tr_reader *r); /* [n_ranks, n_regions] */
 /* [n_ranks, n_regions] of a phase, the caller's to free; NULL with TR_OK: not recorded. */
 tr_status tr_reader_phase(tr_reader *r, tr_phase phase, tr_reader_cell **cells, tr_err *err);
 
@@ -102,8 +104,13 @@ tr_status tr_reader_steps(tr_reader *r, int rank, tr_prof_step **steps, size_t *
 /* Whole paths of the datasets in a folder of the schema (TR_DATASET_NAMED), of all files, in the order of the alphabet;
  * tr_h5_texts_free. */
 tr_status tr_reader_names(tr_reader *r, tr_dataset_id id, char ***paths, size_t *n, tr_err *err);
-/* An attribute of one of them: of the first file that has it; the caller frees, NULL: absent. */
+/* An attribute of a dataset: of the first file that has it; the caller frees, NULL: absent. */
 char *tr_reader_attribute_of(tr_reader *r, const char *path, const char *name);
+/* All of them, of the first file that has the dataset, until see returns false. */
+void tr_reader_attributes_of(tr_reader *r, const char *path,
+                             bool (*see)(void *ctx, const char *name, const char *value,
+                                         bool is_number),
+                             void *ctx);
 
 /* /log and /run/env: texts; of env two for each variable. */
 tr_status tr_reader_texts(tr_reader *r, tr_dataset_id id, char ***texts, size_t *n, tr_err *err);

@@ -197,6 +197,18 @@ char *tr_reader_attribute_of(tr_reader *r, const char *path, const char *name)
     return text;
 }
 
+void tr_reader_attributes_of(tr_reader *r, const char *path,
+                             bool (*see)(void *ctx, const char *name, const char *value,
+                                         bool is_number),
+                             void *ctx)
+{
+    for (int i = 0; i < r->n_files; i++)
+        if (tr_h5_has(r->file[i].h5, path)) {
+            tr_h5_attributes(r->file[i].h5, path, see, ctx);
+            return;
+        }
+}
+
 tr_status tr_reader_texts(tr_reader *r, tr_dataset_id id, char ***texts, size_t *n, tr_err *err)
 {
     const tr_dataset *d = &tr_datasets[id];
