@@ -30,6 +30,8 @@ static const geometry geometries[] = {
     {4, 128, 64, 128, 512, 4, 128, 24, {1, 20, 66, 3, 2, 44, 5}},
     /* so many heads that sparse_mla turns its keys; the last ones are fewer than a step */
     {33, 16, 8, 16, 36, 3, 16, 68, {1, 63, 3, 66, 130, 70, 17}},
+    /* the real model's latents, and heads enough for matrix tiles */
+    {9, 8, 64, 8, 512, 2, 64, 130, {1, 2, 3, 30, 150, 7, 17}},
 };
 /* clang-format on */
 enum { N_GEOMETRIES = sizeof geometries / sizeof *geometries };

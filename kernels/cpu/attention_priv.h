@@ -16,6 +16,7 @@
 enum {
     TR_KEY_BLOCK =
         TR_PAGE_TOKENS, /* keys of one softmax step: from position 0, or along the selected list */
+    TR_HEADS_MAX = 128, /* heads of a row that one thread does at a time in absorbed attention */
     TR_ROW_BLOCK = 16,  /* query rows (heads, tokens) that meet a key block together */
     /* Bounds of the scratch on the threads' stacks: 64 keys of the first are 256 KiB. */
     TR_D_KEY_MAX = 1024,  /* d_latent + d_rope */
@@ -119,6 +120,13 @@ static inline int tr_row_end(const tr_rows *rows, int i_row, int n_row)
     return n - i_row < n_row ? n : i_row + n_row;
 }
 
+/* The cache row that entry `at` of a row's list names, -1: none. */
+static inline int tr_selected_row(const struct tr_sparse_mla_args *a, const int32_t *list, int at)
+{
+    const int64_t n_rows = (int64_t)a->kv.n_pages * TR_PAGE_TOKENS;
+    return at < a->k && list[at] >= 0 && list[at] < n_rows ? list[at] : -1;
+}
+
 /* kv_write.c: cache records read back, one thread. Latent row i_row (page * 64 + offset): [c | k_pe] as fp32. */
 void tr_latent_read(const tr_device *d, const tr_kv_layer *kv, int64_t i_row, float *out);
 /* Memory that is wanted next, asked for a few lines at a time between other work: a core has some 16 requests under way
@@ -142,6 +150,16 @@ const float *tr_index_page_read(const tr_device *d, const tr_kv_layer *kv, int p
 tr_ahead tr_index_page_ahead(const tr_kv_layer *kv, int page);
 /* Asks for a latent row, all of it. */
 void tr_latent_prefetch(const tr_kv_layer *kv, int64_t i_row);
+
+/* Cache rows lie anywhere: those of entries [at, at + n) of a list are asked for while there is other work. */
+static inline void tr_ask_for_rows(const struct tr_sparse_mla_args *a, const int32_t *list, int at,
+                                   int n)
+{
+    for (int i = at; i < at + n; i++) {
+        const int row = tr_selected_row(a, list, i);
+        if (row >= 0) tr_latent_prefetch(&a->kv, row);
+    }
+}
 
 /* e4m3 codes of x (n at most 128: one scale), returns the scale. */
 float tr_quantise(const struct tr_attention_kernels *k, uint8_t *out, const float *x, int n);

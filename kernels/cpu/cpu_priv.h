@@ -69,6 +69,10 @@ typedef struct tr_cpu_kernels {
     int fma_width;
     /* Attention and indexer inner loops: see kernels/cpu/attention_priv.h (owned by the attention files). */
     const struct tr_attention_kernels *attention;
+    /* One thread: absorbed attention of heads [h_begin, h_end) of row i, at most TR_HEADS_MAX, over a cache that is not
+     * TR_F32. NULL, also when tables have been merged: mla.c's loops do it. */
+    void (*latent_attention)(const struct tr_device *d, const struct tr_sparse_mla_args *a, int i,
+                             int h_begin, int h_end);
 } tr_cpu_kernels;
 
 struct tr_cpu_block; /* one allocation, cpu.c */
@@ -132,6 +136,8 @@ void tr_swiglu_row(const tr_device *d, float *out, const float *gate, const floa
  * is. */
 extern const tr_cpu_kernels tr_cpu_plain, tr_cpu_avx2, tr_cpu_avx512, tr_cpu_amx;
 extern const struct tr_attention_kernels tr_attention_plain, tr_attention_avx2, tr_attention_avx512;
+void tr_latent_attention_amx(const tr_device *d, const struct tr_sparse_mla_args *a, int i,
+                             int h_begin, int h_end);
 
 /* The operations, defined across kernels/cpu, collected in cpu.c. */
 #define TR_CPU_OP(name)                                                                            \

@@ -8,22 +8,17 @@
  * first, c += x_part w; after it total = c scale + total. */
 #include <config.h>
 
-#include <immintrin.h>
-#include <stdint.h>
 #include <string.h>
 
+#include "kernels/cpu/amx_priv.h"
 #include "kernels/cpu/packed.h"
 
 enum {
-    STEP = 32, /* k of one tile product */
-    GROUPS = STEP / TR_K_GROUP,
-    TILE_BYTES = 1024,
-    N_STEPS = TR_K_BLOCK / STEP,
-    N_PARTS = 3,
-    TILE_ROWS = 16,
+    GROUPS = TR_TILE_STEP / TR_K_GROUP,
+    N_STEPS = TR_K_BLOCK / TR_TILE_STEP,
     N_TILES = 8,      /* row tiles that meet an expanded block: 128 rows */
     PANELS_MAX = 4,   /* tiles 0-3: sums; 4-6: parts of x; 7: weights */
-    PART_STEPS = 256, /* tiles of x parts, times N_PARTS: 768 KiB, a share of L2 */
+    PART_STEPS = 256, /* tiles of x parts, times TR_N_PARTS: 768 KiB, a share of L2 */
     AHEAD = 2048,     /* bytes of a panel between what is multiplied and what is asked for */
 };
 
@@ -37,71 +32,7 @@ typedef struct strip {
     uint8_t *parts;                /* [blocks][tiles][steps][3][rows][32] bf16 */
 } strip;
 
-typedef struct tile_config {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t column_bytes[16];
-    uint8_t rows[16];
-} tile_config;
-
-static void configure(int rows)
-{
-    tile_config c = {.palette = 1};
-    for (int i = 0; i < 8; i++) {
-        c.column_bytes[i] = 64;
-        c.rows[i] = (uint8_t)(i == 7 ? 16 : rows);
-    }
-    _tile_loadconfig(&c);
-}
-
 /* ---- x in three parts ---- */
-
-/* The high halves of 32 numbers. */
-static inline __m512i high_halves(__m512i a, __m512i b)
-{
-    return _mm512_packus_epi32(_mm512_srli_epi32(a, 16), _mm512_srli_epi32(b, 16));
-}
-
-typedef struct parts16 {
-    __m512i part[N_PARTS];
-} parts16;
-
-/* Cut, not rounded: the rest is exact, and no part overflows. Inf and NaN are the first part's alone, and a NaN keeps
- * a bit that says so. */
-static inline parts16 split16(__m512 x)
-{
-    const __m512i high = _mm512_set1_epi32((int)0xffff0000u);
-    __m512i bits = _mm512_and_si512(_mm512_castps_si512(x), high);
-    __m512 rest = _mm512_sub_ps(x, _mm512_castsi512_ps(bits));
-    const __mmask16 special =
-        _mm512_fpclass_ps_mask(x, 0x99); /* NaN of both kinds, Inf of both signs */
-    if (special) {
-        const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-        bits = _mm512_mask_or_epi32(bits, nan, bits, _mm512_set1_epi32(0x400000));
-        rest = _mm512_mask_mov_ps(rest, special, _mm512_setzero_ps());
-    }
-    __m512i second = _mm512_and_si512(_mm512_castps_si512(rest), high);
-    __m512 third = _mm512_sub_ps(rest, _mm512_castsi512_ps(second));
-    return (parts16){{bits, second, _mm512_castps_si512(third)}};
-}
-
-/* 32 numbers; parts part_bytes apart. packus takes fours of one operand and of the other by turns. */
-static inline void split32(uint8_t *out, size_t part_bytes, __m512 x, __m512 y)
-{
-    const __m512i even = _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13);
-    const __m512i odd = _mm512_setr_epi64(2, 3, 6, 7, 10, 11, 14, 15);
-    const __m512d a = _mm512_castps_pd(x), b = _mm512_castps_pd(y);
-    parts16 p = split16(_mm512_castpd_ps(_mm512_permutex2var_pd(a, even, b)));
-    parts16 q = split16(_mm512_castpd_ps(_mm512_permutex2var_pd(a, odd, b)));
-#pragma GCC unroll 3
-    for (int i = 0; i < N_PARTS; i++, out += part_bytes)
-        _mm512_store_si512(out, high_halves(p.part[i], q.part[i]));
-}
-
-static inline __mmask16 first(int n)
-{
-    unsigned lanes = n >= 16 ? 0xffffu : n <= 0 ? 0u : (1u << n) - 1u;
-    return (__mmask16)lanes;
-}
 
 /* Row r of the strip; a block's last step is filled up with zeros. */
 static void split_row(const strip *s, int r)
@@ -109,15 +40,15 @@ static void split_row(const strip *s, int r)
     const tr_gemm *g = s->g;
     const int from = g->row_index ? g->row_index[s->i_row + r] : s->i_row + r;
     const float *x = g->x + (size_t)from * g->ldx;
-    uint8_t *block = s->parts + r % TILE_ROWS * 64;
+    uint8_t *block = s->parts + r % TR_TILE_ROWS * 64;
 
     for (int k = s->k, n; k < s->k + s->n_k; k += n) {
         n = tr_block_columns(&s->m, k);
-        const size_t tile_bytes = (size_t)((n + STEP - 1) / STEP) * s->unit_bytes;
-        uint8_t *out = block + (size_t)(r / TILE_ROWS) * tile_bytes;
-        for (int i = 0; i < n; i += STEP, out += s->unit_bytes)
-            split32(out, s->part_bytes, _mm512_maskz_loadu_ps(first(n - i), x + k + i),
-                    _mm512_maskz_loadu_ps(first(n - i - 16), x + k + i + 16));
+        const size_t tile_bytes = (size_t)((n + TR_TILE_STEP - 1) / TR_TILE_STEP) * s->unit_bytes;
+        uint8_t *out = block + (size_t)(r / TR_TILE_ROWS) * tile_bytes;
+        for (int i = 0; i < n; i += TR_TILE_STEP, out += s->unit_bytes)
+            tr_split32(out, s->part_bytes, _mm512_maskz_loadu_ps(tr_first16(n - i), x + k + i),
+                       _mm512_maskz_loadu_ps(tr_first16(n - i - 16), x + k + i + 16));
         block += (size_t)s->n_tiles * tile_bytes;
     }
 }
@@ -169,7 +100,7 @@ static void expand_groups(uint8_t *out, const uint8_t *group, int n)
  * one. ahead: where the lines stand that will be wanted a while later. */
 static inline void expand_step(uint8_t *out, const uint8_t *group, int n_k, const uint8_t *ahead)
 {
-    if (n_k >= STEP) {
+    if (n_k >= TR_TILE_STEP) {
         __m512i least = _mm512_set1_epi8((char)0xff);
 #pragma GCC unroll 8
         for (int i = 0; i < GROUPS; i++) {
@@ -192,7 +123,7 @@ static void copy_step(uint8_t *out, const uint8_t *group, int n_k)
 {
     const size_t bytes = (size_t)((n_k + TR_K_GROUP - 1) / TR_K_GROUP) * 2 * TR_PACK_ALIGN;
     memcpy(out, group, bytes);
-    memset(out + bytes, 0, TILE_BYTES - bytes);
+    memset(out + bytes, 0, TR_TILE_BYTES - bytes);
 }
 
 /* ---- a tile of rows meets a block of P panels ---- */
@@ -202,7 +133,7 @@ static void copy_step(uint8_t *out, const uint8_t *group, int n_k)
 /* Sums of a block that are still to be scaled and added to total [n_rows, P, 16]: that is done panel by panel between
  * the products of the steps that follow, because the matrix unit would wait for it. */
 typedef struct unfolded {
-    float c[PANELS_MAX][TILE_ROWS * TR_PANEL] __attribute__((aligned(64)));
+    float c[PANELS_MAX][TR_TILE_ROWS * TR_PANEL] __attribute__((aligned(64)));
     float *total;
     const float *scale; /* [16], the next panel's scale_step floats on */
     size_t scale_step;
@@ -271,7 +202,7 @@ INLINE void beside(const int what, const tile_work *t, int p)
 {
     const size_t at = (size_t)p * t->panel_bytes;
     if (what == EXPANDS)
-        expand_step(t->next + p * TILE_BYTES, t->codes + at, t->n_next, t->ahead + at);
+        expand_step(t->next + p * TR_TILE_BYTES, t->codes + at, t->n_next, t->ahead + at);
     for (int i = 0; what == ASKS && i < t->n_ahead; i++)
         _mm_prefetch(t->ahead + at + 64 * i, _MM_HINT_T0);
 }
@@ -326,13 +257,13 @@ INLINE void block_products(const int P, const walk *a, tile_work *t, unfolded *u
     const strip *s = a->s;
     const size_t w_step = t->w_step;
 
-    for (int r = 0; r < s->n_rows; r += TILE_ROWS) {
+    for (int r = 0; r < s->n_rows; r += TR_TILE_ROWS) {
         t->w = w;
         sums_begin(P);
-        for (int i = 0; i < n; i += STEP, t->w += TILE_BYTES, t->x += s->unit_bytes) {
-            if (last && n - i < STEP) {
+        for (int i = 0; i < n; i += TR_TILE_STEP, t->w += TR_TILE_BYTES, t->x += s->unit_bytes) {
+            if (last && n - i < TR_TILE_STEP) {
                 t->w = last;
-                t->w_step = TILE_BYTES;
+                t->w_step = TR_TILE_BYTES;
             }
             step_products(P, ASKS, t);
             t->ahead += 64 * t->n_ahead;
@@ -340,14 +271,14 @@ INLINE void block_products(const int P, const walk *a, tile_work *t, unfolded *u
         }
         t->w_step = w_step;
         sums_end(P, u, a->total + r * P * TR_PANEL,
-                 s->n_rows - r < TILE_ROWS ? s->n_rows - r : TILE_ROWS, scale, scale_step);
+                 s->n_rows - r < TR_TILE_ROWS ? s->n_rows - r : TR_TILE_ROWS, scale, scale_step);
     }
 }
 
 /* bf16 weights are tiles where they lie, but for a last step that is short. */
 INLINE void panels_bf16(const int P, const walk *a)
 {
-    TR_SCRATCH uint8_t last[PANELS_MAX * TILE_BYTES] __attribute__((aligned(64)));
+    TR_SCRATCH uint8_t last[PANELS_MAX * TR_TILE_BYTES] __attribute__((aligned(64)));
     TR_SCRATCH unfolded u;
     const strip *s = a->s;
     const size_t panel_bytes = s->m.panel_bytes;
@@ -359,9 +290,9 @@ INLINE void panels_bf16(const int P, const walk *a)
     for (int k = s->k, n; k < s->k + s->n_k; k += n) {
         n = tr_block_columns(&s->m, k);
         const uint8_t *block = a->block + (size_t)(k - s->k) * 2 * TR_PANEL;
-        const int rest = n % STEP;
+        const int rest = n % TR_TILE_STEP;
         for (int p = 0; rest && p < P; p++)
-            copy_step(last + p * TILE_BYTES,
+            copy_step(last + p * TR_TILE_BYTES,
                       block + (size_t)p * panel_bytes + (size_t)(n - rest) * 2 * TR_PANEL, rest);
         t.ahead = wanted_at(a, block + tr_block_bytes(&s->m, n), P);
         block_products(P, a, &t, &u, block, n, rest ? last : NULL, one, 0);
@@ -378,7 +309,7 @@ typedef struct cursor {
 /* 0: that was the last. */
 static inline int next_step(const strip *s, cursor *c)
 {
-    c->i += STEP;
+    c->i += TR_TILE_STEP;
     if (c->i < c->n) return 1;
     c->block += tr_block_bytes(&s->m, c->n);
     c->k += c->n;
@@ -391,11 +322,11 @@ static inline int next_step(const strip *s, cursor *c)
 /* e4m3 and one tile of rows: a step is expanded while the one before is multiplied. */
 INLINE void panels_direct(const int P, const walk *a)
 {
-    TR_SCRATCH uint8_t buffer[2][PANELS_MAX * TILE_BYTES] __attribute__((aligned(64)));
+    TR_SCRATCH uint8_t buffer[2][PANELS_MAX * TR_TILE_BYTES] __attribute__((aligned(64)));
     TR_SCRATCH unfolded u;
     const strip *s = a->s;
     cursor next = {.block = a->block, .k = s->k, .n = tr_block_columns(&s->m, s->k)};
-    tile_work t = {.x = s->parts, .part_bytes = s->part_bytes, .w_step = TILE_BYTES};
+    tile_work t = {.x = s->parts, .part_bytes = s->part_bytes, .w_step = TR_TILE_BYTES};
 
     t.panel_bytes = s->m.panel_bytes;
     u.panel = P;
@@ -430,12 +361,12 @@ INLINE void panels_direct(const int P, const walk *a)
 /* e4m3 and many rows: a block is expanded once and meets them tile by tile. */
 INLINE void panels_buffered(const int P, const walk *a)
 {
-    TR_SCRATCH uint8_t buffer[PANELS_MAX * N_STEPS * TILE_BYTES] __attribute__((aligned(64)));
+    TR_SCRATCH uint8_t buffer[PANELS_MAX * N_STEPS * TR_TILE_BYTES] __attribute__((aligned(64)));
     TR_SCRATCH unfolded u;
     const strip *s = a->s;
     const size_t panel_bytes = s->m.panel_bytes;
     const uint8_t *block = a->block;
-    tile_work t = {.x = s->parts, .part_bytes = s->part_bytes, .w_step = N_STEPS * TILE_BYTES};
+    tile_work t = {.x = s->parts, .part_bytes = s->part_bytes, .w_step = N_STEPS * TR_TILE_BYTES};
 
     t.panel_bytes = panel_bytes;
     t.n_ahead = lines_ahead(s);
@@ -444,8 +375,9 @@ INLINE void panels_buffered(const int P, const walk *a)
         n = tr_block_columns(&s->m, k);
         for (int p = 0; p < P; p++) {
             const uint8_t *group = block + TR_PACK_ALIGN + (size_t)p * panel_bytes;
-            uint8_t *to = buffer + p * N_STEPS * TILE_BYTES;
-            for (int i = 0; i < n; i += STEP, to += TILE_BYTES, group += TILE_BYTES / 2)
+            uint8_t *to = buffer + p * N_STEPS * TR_TILE_BYTES;
+            for (int i = 0; i < n;
+                 i += TR_TILE_STEP, to += TR_TILE_BYTES, group += TR_TILE_BYTES / 2)
                 expand_step(to, group, n - i, group);
         }
         t.ahead = wanted_at(a, block + tr_block_bytes(&s->m, n), P);
@@ -494,7 +426,7 @@ static void move_totals(const strip *s, float *total, int panel, int P, int stor
 /* The strip's blocks: n_bytes of a panel from `at` on. */
 static void strip_panels(const strip *s, size_t at, size_t n_bytes, int panel, int P)
 {
-    TR_SCRATCH float total[N_TILES * TILE_ROWS * PANELS_MAX * TR_PANEL]
+    TR_SCRATCH float total[N_TILES * TR_TILE_ROWS * PANELS_MAX * TR_PANEL]
         __attribute__((aligned(64)));
     const walk a = {s, s->m.panels + (size_t)panel * s->m.panel_bytes + at, n_bytes, total};
 
@@ -509,16 +441,16 @@ static void strip_panels(const strip *s, size_t at, size_t n_bytes, int panel, i
 static void gemm_rows(const tr_gemm *g, const tr_packed *m, int i_row, int n_rows, int panel_begin,
                       int panel_end)
 {
-    TR_SCRATCH uint8_t parts[PART_STEPS * N_PARTS * TILE_BYTES] __attribute__((aligned(64)));
-    const int rows = n_rows < TILE_ROWS ? n_rows : TILE_ROWS;
+    TR_SCRATCH uint8_t parts[PART_STEPS * TR_N_PARTS * TR_TILE_BYTES] __attribute__((aligned(64)));
+    const int rows = n_rows < TR_TILE_ROWS ? n_rows : TR_TILE_ROWS;
     strip s = {.g = g, .m = *m, .i_row = i_row, .n_rows = n_rows, .parts = parts};
     size_t at = 0;
 
-    s.n_tiles = (n_rows + TILE_ROWS - 1) / TILE_ROWS;
+    s.n_tiles = (n_rows + TR_TILE_ROWS - 1) / TR_TILE_ROWS;
     s.part_bytes = (size_t)rows * 64;
-    s.unit_bytes = N_PARTS * s.part_bytes;
+    s.unit_bytes = TR_N_PARTS * s.part_bytes;
     const int most = (int)(sizeof parts / ((size_t)s.n_tiles * s.unit_bytes)); /* steps */
-    configure(rows);
+    tr_tiles_configure(rows);
     for (s.k = 0; s.k < m->n_in; s.k += s.n_k) {
         size_t bytes = 0;
         int n_steps = 0;
@@ -545,10 +477,10 @@ static void gemm(const tr_gemm *g, int panel_begin, int panel_end)
         return;
     }
     tr_packed m = tr_packed_view(g->w, g->i_mat);
-    for (int r = 0; r < g->n_rows; r += N_TILES * TILE_ROWS) {
+    for (int r = 0; r < g->n_rows; r += N_TILES * TR_TILE_ROWS) {
         int left = g->n_rows - r;
-        gemm_rows(g, &m, r, left < N_TILES * TILE_ROWS ? left : N_TILES * TILE_ROWS, panel_begin,
-                  panel_end);
+        gemm_rows(g, &m, r, left < N_TILES * TR_TILE_ROWS ? left : N_TILES * TR_TILE_ROWS,
+                  panel_begin, panel_end);
     }
 }
 
@@ -586,4 +518,5 @@ const tr_cpu_kernels tr_cpu_amx = {
     .e4m3_order = order,
     .e4m3_sign_low = 1,
     .e4m3_arrange = e4m3_arrange,
+    .latent_attention = tr_latent_attention_amx,
 };

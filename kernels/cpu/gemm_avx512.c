@@ -3,6 +3,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "kernels/cpu/exp_avx512.h"
+
 typedef __m512 vec;
 enum { LANES = 16 };
 
@@ -130,39 +132,12 @@ static void expand_bf16(float *out, const uint16_t *in, int n)
     }
 }
 
-/* exp(x) = 2^n p(r), n = round(x log2 e), r = x - n ln 2 in two parts; p is Taylor's to r^7, |r| <=
- * 0.347, its error 6e-9. 2^n is multiplied in two halves, for n from -150 (result 0) to 128 (inf).
- * NaN stays NaN. */
-static inline __m512 v_exp(__m512 x)
-{
-    x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x); /* in this order: max and min return */
-    x = _mm512_min_ps(_mm512_set1_ps(89.0f), x);   /* their second operand on NaN */
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
-                                    _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.62e4p-1f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.7f7d1cp-20f), r);
-    __m512 p = _mm512_set1_ps(1.0f / 5040.0f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 720.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    __m512i k = _mm512_cvtps_epi32(n), half = _mm512_srai_epi32(k, 1);
-    __m512i bias = _mm512_set1_epi32(127);
-    __m512i rest = _mm512_sub_epi32(k, half);
-    p = _mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(half, bias), 23)));
-    return _mm512_mul_ps(p,
-                         _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(rest, bias), 23)));
-}
-
 static void exp_sub(float *x, float max, int n)
 {
     __m512 vmax = _mm512_set1_ps(max);
     for (int i = 0; i < n; i += 16) {
         __mmask16 m = first(n - i);
-        __m512 r = v_exp(_mm512_sub_ps(_mm512_maskz_loadu_ps(m, x + i), vmax));
+        __m512 r = tr_exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(m, x + i), vmax));
         _mm512_mask_storeu_ps(x + i, m, r);
     }
 }

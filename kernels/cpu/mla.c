@@ -8,7 +8,7 @@
 #include "kernels/cpu/attention_priv.h"
 
 enum {
-    HEADS_MAX = 128, /* heads of one task: bounds its state on the stack */
+    HEADS_TILES = 8, /* heads of a rank from which on matrix tiles pay, where there are any */
     HEADS_STEP =
         24, /* that take in a block of values together: six at a time are what the loops take */
     HEADS_TURN = 32,    /* for so many of a rank it pays to turn a block of keys on its side */
@@ -45,7 +45,7 @@ typedef struct task {
     const struct tr_sparse_mla_args *a;
     size_t head; /* the first head, counted over all rows */
     int n_heads, n_keys;
-    float max[HEADS_MAX], sum[HEADS_MAX];
+    float max[TR_HEADS_MAX], sum[TR_HEADS_MAX];
     float p[HEADS_TURN * TR_KEY_BLOCK] __attribute__((aligned(64)));
     float keys[TR_KEY_BLOCK * TR_D_KEY_MAX] __attribute__((aligned(64)));
     float turned[TR_KEY_BLOCK * TR_D_KEY_MAX] __attribute__((aligned(64))); /* [d_key, 64] */
@@ -62,29 +62,13 @@ static size_t key_width(const task *t)
     return (size_t)t->a->kv.d_latent + (size_t)t->a->kv.d_rope;
 }
 
-/* The cache row of entry `at` of the list, -1: none. */
-static int row_of(const task *t, const int32_t *list, int at)
-{
-    const int64_t n_rows = (int64_t)t->a->kv.n_pages * TR_PAGE_TOKENS;
-    return at < t->a->k && list[at] >= 0 && list[at] < n_rows ? list[at] : -1;
-}
-
-/* Rows lie anywhere: those of entries [at, at + n) are asked for while there is other work. */
-static void ask_ahead(const task *t, const int32_t *list, int at, int n)
-{
-    for (int i = at; i < at + n; i++) {
-        const int row = row_of(t, list, i);
-        if (row >= 0) tr_latent_prefetch(&t->a->kv, row);
-    }
-}
-
 /* Cache rows of the list from *at on, until there are n_max keys or the list ends; entries that name no row are passed
  * over. */
 static void gather_keys(task *t, const int32_t *list, int *at, int n_max)
 {
     for (; *at < t->a->k && t->n_keys < n_max; ++*at) {
-        const int row = row_of(t, list, *at);
-        if (!turns(t)) ask_ahead(t, list, *at + PREFETCH_KEYS, 1);
+        const int row = tr_selected_row(t->a, list, *at);
+        if (!turns(t)) tr_ask_for_rows(t->a, list, *at + PREFETCH_KEYS, 1);
         if (row >= 0)
             tr_latent_read(t->d, &t->a->kv, row, t->keys + (size_t)t->n_keys++ * key_width(t));
     }
@@ -138,7 +122,8 @@ static void block_step(task *t, const int32_t *list, int at)
     for (int i = 0, h = 0; i < n_steps; i++, h += HEADS_STEP) {
         const int from = tr_team_part(TR_KEY_BLOCK, i, n_steps);
         if (turns(t))
-            ask_ahead(t, list, at + from, tr_team_part(TR_KEY_BLOCK, i + 1, n_steps) - from);
+            tr_ask_for_rows(t->a, list, at + from,
+                            tr_team_part(TR_KEY_BLOCK, i + 1, n_steps) - from);
         heads_step(t, h, t->n_heads - h < HEADS_STEP ? t->n_heads - h : HEADS_STEP);
     }
 }
@@ -159,7 +144,7 @@ static void row_attention(const tr_device *d, const struct tr_sparse_mla_args *a
         t.max[h] = -INFINITY;
         t.sum[h] = 0.0f;
     }
-    if (turns(&t)) ask_ahead(&t, list, 0, TR_KEY_BLOCK);
+    if (turns(&t)) tr_ask_for_rows(a, list, 0, TR_KEY_BLOCK);
     while (next_block(&t, list, &at))
         block_step(&t, list, at);
     for (int h = 0; h < t.n_heads; h++) {
@@ -189,16 +174,24 @@ typedef struct mla_work {
     int n_rows, n_groups, width; /* a task: a row and one of n_groups groups of heads */
 } mla_work;
 
+/* Like turns(): the rank's heads decide, and the cache's format, never how rows are shared out. */
+static int on_tiles(const mla_work *w)
+{
+    return w->d->k.latent_attention && w->a->n_heads >= HEADS_TILES && w->a->kv.dtype != TR_F32;
+}
+
 static void mla_member(void *ctx, int i_member, int n_members)
 {
     const mla_work *w = ctx;
     const int n_heads = w->a->n_heads;
+    void (*const attention)(const tr_device *, const struct tr_sparse_mla_args *, int, int, int) =
+        on_tiles(w) ? w->d->k.latent_attention : row_attention;
 
     (void)i_member, (void)n_members;
     for (int t; (t = tr_team_next(w->d->team)) < w->n_rows * w->n_groups;) {
         int i = t / w->n_groups, h = t % w->n_groups * w->width;
         if (!w->a->rows->dense[i])
-            row_attention(w->d, w->a, i, h, n_heads - h < w->width ? n_heads : h + w->width);
+            attention(w->d, w->a, i, h, n_heads - h < w->width ? n_heads : h + w->width);
     }
 }
 
@@ -217,7 +210,7 @@ tr_status tr_cpu_sparse_mla(tr_device *d, tr_lane lane, const struct tr_sparse_m
     /* Fewer rows than threads: groups of heads. Each head's numbers are its own, so the split cannot show. */
     int n_groups = (d->n_threads + n_absorbed - 1) / n_absorbed;
     int width = (a->n_heads + n_groups - 1) / n_groups;
-    if (width > HEADS_MAX) width = HEADS_MAX;
+    if (width > TR_HEADS_MAX) width = TR_HEADS_MAX;
     n_groups = (a->n_heads + width - 1) / width;
     double work = (double)n_absorbed * a->k * a->n_heads * a->kv.d_latent;
     mla_work w = {d, a, n, n_groups, width};
