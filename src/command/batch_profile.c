@@ -25,7 +25,6 @@ enum {
     NODES_MAX = 4096,
     NODES_THREAD = 64,
     GROUPS = 5,
-    FLUSH_S = 30,
     SAMPLE_S = 1,
     EVENTS_MAX = 1 << 17, /* of a stream and second */
     RUN_BYTES = 96,
@@ -310,7 +309,7 @@ static tr_status make_profile(tr_run_profile *r, tr_err *err)
     char path[4096];
     tr_profile_options o = {
         .path = path,
-        .flush_s = FLUSH_S,
+        .flush_s = (double)r->o->profile_flush,
         .sample_s = SAMPLE_S,
         .clock_offset_ns = r->clock.offset_ns,
         .origin_ns = (int64_t)r->began.origin_ns,
@@ -448,6 +447,16 @@ static tr_status barrier(tr_run_profile *r, tr_err *err)
     return st == TR_OK ? tr_comm_wait(r->opened->control, TR_LANE_MAIN, ticket, err) : st;
 }
 
+/* What two measurements cannot tell from no drift at all is none. */
+static double drift_ppb(const tr_clock_offset *before, const tr_clock_offset *after)
+{
+    const double ns = (double)(after->at_ns - before->at_ns),
+                 gained = (double)(after->offset_ns - before->offset_ns),
+                 unsure = (double)(before->rtt_ns + after->rtt_ns) / 2;
+
+    return ns > 0 && (gained > unsure || gained < -unsure) ? gained / ns * 1e9 : 0;
+}
+
 tr_status tr_run_profile_end(tr_run_profile *r, bool whole, tr_err *err)
 {
     tr_clock_offset clock;
@@ -461,8 +470,7 @@ tr_status tr_run_profile_end(tr_run_profile *r, bool whole, tr_err *err)
         return TR_OK;
     }
     tr_status st = tr_clock_measure(&clock, r->world, err);
-    const double ns = (double)(clock.at_ns - r->clock.at_ns),
-                 drift = ns > 0 ? (double)(clock.offset_ns - r->clock.offset_ns) / ns * 1e9 : 0;
+    const double drift = st == TR_OK ? drift_ppb(&r->clock, &clock) : 0;
     if (st == TR_OK)
         st = tr_profile_settle(r->profile, r->opened->control, drift, r->clock.at_ns, err);
     if (st == TR_OK) tr_profile_describe_clock(r->profile, r->world, r->opened, &r->clock, drift);

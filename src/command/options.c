@@ -256,6 +256,8 @@ static const tr_option batch_table[] = {
      "leave an account of the run, of every rank, in HDF5: FILE.h5 over FILE.h5.d"},
     {"profile-trace", 0, TR_OPTION_FLAG, AT(profile_trace), 0, 0, NULL, NULL,
      "with --profile: every single region too (large)"},
+    {"profile-flush", 0, TR_OPTION_INT, AT(profile_flush), 1, 3600, "S", NULL,
+     "with --profile: seconds between flushes, what a killed run may lose of it; default 30"},
     {"papi", 0, TR_OPTION_TEXT, AT(papi), 0, 0, "EVENT,...", NULL,
      "with --profile: count these PAPI events (default: software events, cycles and instructions)"},
 
@@ -309,6 +311,7 @@ tr_status tr_batch_options_parse(tr_batch_options *out, int argc, char **argv, t
         .chat_format = "auto",
         .max_batch_tokens = 1024,
         .max_sequences = 32,
+        .profile_flush = 30,
     };
     tr_status st = tr_options_parse(batch_table, N_BATCH, out, argc, argv, &rest, err);
     if (st != TR_OK) return st;

@@ -69,9 +69,17 @@ hid_t tr_prof_file_id(const tr_prof_file *f)
     return f->id;
 }
 
+/* In thread-safe builds of HDF5 every thread has its own mind about printing errors. */
+static void be_quiet(void)
+{
+    H5Eset_auto2(H5E_DEFAULT, NULL, NULL);
+}
+
 tr_status tr_prof_file_flush(tr_prof_file *f, tr_err *err)
 {
     tr_status st = TR_OK;
+
+    be_quiet();
     TR_H5(H5Fflush(f->id, H5F_SCOPE_LOCAL));
 
 done:
@@ -83,6 +91,7 @@ tr_status tr_prof_file_close(tr_prof_file *f, tr_err *err)
     tr_status st = TR_OK;
 
     if (!f) return TR_OK;
+    be_quiet();
     for (int i = 0; i < f->n; i++) {
         if (f->set[i].memory_type >= 0) H5Tclose(f->set[i].memory_type);
         if (f->set[i].id >= 0 && H5Dclose(f->set[i].id) < 0 && st == TR_OK)
@@ -193,6 +202,7 @@ static tr_status get(tr_prof_file *f, const tr_dataset *d, const char *path, con
                      open_dataset **out, tr_err *err)
 {
     if (!path) path = d->path;
+    be_quiet();
     *out = find(f, path);
     if (*out) return TR_OK;
     if (f->n == f->room) {

@@ -152,6 +152,7 @@ tr_status tr_profile_create(tr_profile **out, const tr_profile_options *options,
     tr_profile *p = calloc(1, sizeof *p);
     if (!p) return tr_fail(err, TR_E_MEMORY, "out of memory for the profile");
     p->o = *options;
+    atomic_store(&p->step, 1); /* steps are numbered from 1 */
     make_locks(p);
     for (int i = 0; i < options->n_matrices; i++)
         snprintf(p->matrix[i], sizeof p->matrix[i], "%s", options->matrix[i]);
@@ -407,10 +408,9 @@ static tr_status collect(tr_profile *p, tr_err *err)
     const size_t n_steps = swap(&p->lock, &p->steps), n_requests = swap(&p->lock, &p->requests);
 
     st = tr_prof_file_append(p->file, &tr_datasets[TR_D_STEPS], NULL, n_steps, p->steps.out, err);
-    if (st == TR_OK && (n_requests || p->o.sample))
-        st = n_requests ? tr_prof_file_append(p->file, &tr_datasets[TR_D_REQUESTS], NULL,
-                                              n_requests, p->requests.out, err)
-                        : TR_OK;
+    if (st == TR_OK && n_requests)
+        st = tr_prof_file_append(p->file, &tr_datasets[TR_D_REQUESTS], NULL, n_requests,
+                                 p->requests.out, err);
     if (st == TR_OK) st = take_lines(p, err);
     for (int i = 0; i < p->n_streams && p->o.trace && st == TR_OK; i++)
         st = take_events(p, &p->stream[i], err);
@@ -491,8 +491,10 @@ void tr_profile_start(tr_profile *p)
 
     if (!tr_profile_well(p) || p->started) return;
     p->started = true;
-    /* Whatever is known now survives a kill from here on. */
-    if (!tr_profile_survives(p, flush(p, &err), &err)) return;
+    /* Whatever is known now survives a kill from here on, and all datasets that grow are there. */
+    tr_status st = collect(p, &err);
+    if (st == TR_OK) st = flush(p, &err);
+    if (!tr_profile_survives(p, st, &err)) return;
     sigfillset(&all); /* signals are the main thread's */
     pthread_sigmask(SIG_SETMASK, &all, &before);
     p->running = pthread_create(&p->thread, NULL, work, p) == 0;

@@ -1,0 +1,74 @@
+#!/bin/bash
+# Kill a batch run with a profile with -9, at random moments, and let it resume; the last run finishes. Every killed run's
+# rank file must be readable after h5clear -s, with what was flushed; every request must have its record.
+#
+# usage: run_profile_kill.sh TRIREME MODEL N_KILLS
+set -u
+if [ $# -ne 3 ]; then
+    echo "usage: $0 TRIREME MODEL N_KILLS" >&2
+    exit 2
+fi
+trireme=$1 model=$2 wanted=$3
+export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
+export OMPI_MCA_ess_singleton_isolated=1 OMPI_MCA_pml=ob1 OMPI_MCA_btl=self OMPI_MCA_mtl=^ofi
+for tool in h5clear h5dump; do
+    command -v $tool >/dev/null || { echo "skipped: no $tool (Debian: hdf5-tools)"; exit 77; }
+done
+dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-profile-kill.XXXXXX") || exit 1
+trap 'rm -rf "$dir"' EXIT
+export TMPDIR=$dir
+
+# Enough to be killed in the middle of, whatever the machine.
+n=$((40 + 12 * wanted))
+for ((i = 0; i < n; i++)); do
+    printf '{"custom_id": "r%d", "method": "POST", "url": "/v1/completions", "body": {"prompt": "The code of stone ferry %d is", "max_tokens": 48, "ignore_eos": true, "seed": %d}}\n' \
+        "$i" "$i" "$i"
+done >"$dir/in.jsonl"
+
+run()
+{
+    "$trireme" batch -m "$model" -i "$dir/in.jsonl" -o "$dir/out.jsonl" --max-sequences 4 --profile "$dir/p.h5" \
+        --profile-flush 1 >"$dir/log" 2>&1 &
+    pid=$!
+}
+
+kills=0 readable=0 most=0 bad=0
+for ((try = 0; kills < wanted && try < 3 * wanted; try++)); do
+    before=$(find "$dir" -name '*.part' | sort)
+    run
+    # Its file is there a moment after the start, and grows with the first flush.
+    size=0 part=
+    for ((i = 0; i < 600; i++)); do
+        kill -0 $pid 2>/dev/null || break
+        [ -n "$part" ] || part=$(comm -13 <(echo "$before") <(find "$dir" -name '*.part' | sort) | head -n 1)
+        if [ -n "$part" ]; then
+            now=$(stat -c %s "$part" 2>/dev/null || echo 0)
+            if [ "$size" -gt 0 ] && [ "$now" -ne "$size" ] && [ -s "$dir/out.jsonl" ]; then break; fi
+            size=$now
+        fi
+        sleep 0.05
+    done
+    sleep "$(awk -v s=$RANDOM 'BEGIN { printf "%.2f", 1.5 * s / 32768 }')"
+    if ! kill -9 $pid 2>/dev/null; then
+        wait $pid || { echo "it failed by itself: $(cat "$dir/log")"; exit 1; }
+        break
+    fi
+    wait $pid 2>/dev/null
+    kills=$((kills + 1))
+    h5clear -s "$part" >"$dir/clear" 2>&1
+    rows=$(h5dump -H -d /steps "$part" 2>"$dir/complaints" | sed -n 's/.*SIMPLE { ( 1, \([0-9]*\) ).*/\1/p')
+    if [ -z "$rows" ] || ! h5dump -d /profile/time_excl "$part" >/dev/null 2>>"$dir/complaints"; then
+        echo "kill $kills: $part: $(cat "$dir/clear" "$dir/complaints")"
+        bad=$((bad + 1))
+        continue
+    fi
+    readable=$((readable + 1))
+    [ "$rows" -gt "$most" ] && most=$rows
+done
+run
+wait $pid || { echo "the last run: $(cat "$dir/log")"; exit 1; }
+records=$(grep -c . "$dir/out.jsonl")
+ids=$(sed 's/.*"custom_id": *"\([^"]*\)".*/\1/' "$dir/out.jsonl" | sort -u | grep -c .)
+[ -f "$dir/p.h5" ] || { echo 'the last run left no joined profile'; bad=$((bad + 1)); }
+echo "$kills kills: $readable profiles readable, up to $most steps in one; $records records of $n requests, $ids different"
+[ "$bad" -eq 0 ] && [ "$kills" -eq "$wanted" ] && [ "$records" -eq "$n" ] && [ "$ids" -eq "$n" ] && [ "$most" -gt 0 ]

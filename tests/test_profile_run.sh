@@ -1,0 +1,74 @@
+#!/bin/bash
+# Profiles of whole runs: on one rank and on four, with stages that have different layers; answers are the same as without;
+# a run that is killed leaves a file that h5clear makes readable.
+set -u
+trireme=${TRIREME:?} model=${TR_SRCDIR:?}/models/tiny compare=${TR_BUILDDIR:?}/tests/compare_records
+export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1 OMP_NUM_THREADS=1
+if [ "$(id -u)" -eq 0 ]; then
+    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+fi
+dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-profile.XXXXXX") || exit 1
+trap 'rm -rf "$dir"' EXIT
+
+# What reads a profile without us.
+python=
+for candidate in "${PYTHON:-python3}" /usr/bin/python3; do
+    if "$candidate" -c 'import h5py, numpy' 2>/dev/null; then
+        python=$candidate
+        break
+    fi
+done
+[ -n "$python" ] || echo 'no python3 with h5py: contents are not checked'
+command -v h5dump >/dev/null || echo 'no h5dump (hdf5-tools): files are not dumped'
+
+failed=0
+complain()
+{
+    echo "$*"
+    failed=1
+}
+
+# check FILE RANKS [part]
+check()
+{
+    if [ -n "$python" ]; then
+        HDF5_USE_FILE_LOCKING=FALSE "$python" "$TR_SRCDIR/tests/check_profile.py" "$@" || complain "$1: its contents"
+    fi
+    if command -v h5dump >/dev/null; then
+        h5dump "$1" >"$dir/dump" 2>"$dir/complaints" || complain "h5dump $1: $(head -n 3 "$dir/complaints")"
+        grep -q '"trireme-profile"' "$dir/dump" || complain "h5dump $1: no schema"
+    fi
+}
+
+in=$dir/in.jsonl
+head -n 6 "$TR_SRCDIR/jobs/quickstart.jsonl" >"$in"
+"$trireme" batch -m "$model" -i "$in" -o "$dir/plain.jsonl" 2>"$dir/log" || complain "$(cat "$dir/log")"
+
+"$trireme" batch -m "$model" -i "$in" -o "$dir/one.jsonl" --profile "$dir/one.h5" --profile-trace 2>"$dir/log" ||
+    complain "one rank: $(cat "$dir/log")"
+grep -q 'the profile ends here' "$dir/log" && complain "$(cat "$dir/log")"
+"$compare" "$dir/plain.jsonl" "$dir/one.jsonl" || complain 'one rank: other answers than without a profile'
+check "$dir/one.h5" 1
+
+if [ -n "${MPIEXEC-}" ]; then
+    for grid in '--pp 2 --tp 2' '--dp 2 --cp 2'; do
+        name=four${grid//[!a-z0-9]/}
+        # shellcheck disable=SC2086 # options
+        timeout 120 "$MPIEXEC" -n 4 "$trireme" batch -m "$model" -i "$in" -o "$dir/$name.jsonl" $grid \
+            --profile "$dir/$name.h5" 2>"$dir/log" || complain "$grid: $(cat "$dir/log")"
+        check "$dir/$name.h5" 4
+        [ -z "$(find "$dir/$name.h5.d" -name '*.part')" ] || complain "$grid: a file was not closed"
+    done
+else
+    echo 'no MPI launcher: one rank only'
+fi
+
+"$TR_SRCDIR/tests/run_profile_kill.sh" "$trireme" "$model" 1 || complain 'a killed run'
+
+# In the way of nothing: a folder that cannot be made is a line on standard error.
+echo >"$dir/file"
+"$trireme" batch -m "$model" -i "$in" -o "$dir/none.jsonl" --profile "$dir/file/x.h5" 2>"$dir/log" ||
+    complain "no folder: $(cat "$dir/log")"
+grep -q 'no profile:' "$dir/log" || complain "no folder: $(cat "$dir/log")"
+"$compare" "$dir/plain.jsonl" "$dir/none.jsonl" || complain 'no folder: other answers'
+exit "$failed"
