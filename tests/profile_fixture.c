@@ -393,7 +393,10 @@ static void put_log(writer *w)
 int tr_synthetic_write(const char *path, const tr_synthetic *s, int first, int n)
 {
     writer w = {.s = s, .first = first, .n = n};
-    w.file = H5Fcreate(path, H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT);
+    hid_t access = H5Pcreate(H5P_FILE_ACCESS);
+    if (s->killed) H5Pset_libver_bounds(access, H5F_LIBVER_LATEST, H5F_LIBVER_LATEST);
+    w.file = H5Fcreate(path, H5F_ACC_TRUNC, H5P_DEFAULT, access);
+    H5Pclose(access);
     if (w.file < 0) return -1;
     make_tree(&w);
     w.cell = calloc((size_t)n * (size_t)w.n_regions, sizeof *w.cell);
@@ -412,6 +415,7 @@ int tr_synthetic_write(const char *path, const tr_synthetic *s, int first, int n
     put_log(&w);
     free(w.cell);
     free(w.region);
+    if (s->killed) return H5Fflush(w.file, H5F_SCOPE_LOCAL) < 0 || w.failed ? -1 : 0;
     return H5Fclose(w.file) < 0 || w.failed ? -1 : 0;
 }
 
@@ -419,7 +423,7 @@ int tr_synthetic_folder(const char *folder, const tr_synthetic *s)
 {
     char path[512];
     for (int i = 0; i < s->n_ranks; i++) {
-        snprintf(path, sizeof path, "%s/rank%05d.h5", folder, i);
+        snprintf(path, sizeof path, "%s/rank%05d.h5%s", folder, i, s->killed ? ".part" : "");
         if (tr_synthetic_write(path, s, i, 1)) return -1;
     }
     return 0;

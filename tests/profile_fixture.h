@@ -17,9 +17,11 @@
 
 typedef struct tr_synthetic {
     int n_ranks, n_layers, n_experts, n_steps;
-    bool trace;      /* /trace/main, a step and its layers each */
-    bool nan;        /* every real number is NaN */
-    bool later;      /* groups and attributes that 1.0 does not have; version 1.7 */
+    bool trace; /* /trace/main, a step and its layers each */
+    bool nan;   /* every real number is NaN */
+    bool later; /* groups and attributes that 1.0 does not have; version 1.7 */
+    bool
+        killed; /* left as by kill -9 after a flush: rank files are .part; the process must end by _exit */
     uint64_t absent; /* bit i: without dataset i of the schema */
 } tr_synthetic;
 

@@ -1,11 +1,13 @@
 /* Synthetic profiles for tests/test_profile_command.sh: profile_make FORM PATH RANKS LAYERS EXPERTS STEPS [trace] [nan] [later]
- * [without DATASET]...; FORM: packed, folder, or joined (PATH.d/run and PATH). A dataset is a path of the schema. */
+ * [without DATASET]...; FORM: packed, folder, killed (a folder of .part files that were not closed), or joined (PATH.d/run and
+ * PATH). A dataset is a path of the schema. */
 #include <config.h>
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "tests/profile_fixture.h"
 
@@ -37,6 +39,10 @@ int main(int argc, char **argv)
     if (!strcmp(argv[1], "packed")) return tr_synthetic_write(argv[2], &s, 0, s.n_ranks) ? 1 : 0;
     if (!strcmp(argv[1], "folder"))
         return mkdir(argv[2], 0777) || tr_synthetic_folder(argv[2], &s) ? 1 : 0;
+    if (!strcmp(argv[1], "killed")) {
+        s.killed = true;
+        _exit(mkdir(argv[2], 0777) || tr_synthetic_folder(argv[2], &s) ? 1 : 0);
+    }
     const char *name = strrchr(argv[2], '/');
     name = name ? name + 1 : argv[2];
     snprintf(folder, sizeof folder, "%s.d", argv[2]);

@@ -65,32 +65,44 @@ static void remove_folder(const char *folder)
     rmdir(folder);
 }
 
-/* Python draws; its own messages go where ours go. */
-static tr_status draw(const char *script, const char *tables, const tr_plot_options *o, tr_err *err)
+/* Its exit status, 128 + signal, or -1 with an error. */
+static int run_python(const char *python, const char *script, const char *tables,
+                      const tr_plot_options *o, tr_err *err)
 {
-    const char *prefix = o->prefix ? o->prefix : "profile-";
     int status = 0;
     fflush(stdout);
     const pid_t child = fork();
-    if (child < 0) return tr_fail(err, TR_E_IO, "fork: %s", strerror(errno));
     if (child == 0) {
-        execlp("python3", "python3", script, tables, prefix, o->peak ? o->peak : "", (char *)NULL);
+        execlp(python, python, script, tables, o->prefix ? o->prefix : "profile-",
+               o->peak ? o->peak : "", (char *)NULL);
         _exit(127);
     }
-    while (waitpid(child, &status, 0) < 0)
-        if (errno != EINTR) return tr_fail(err, TR_E_IO, "waitpid: %s", strerror(errno));
-    if (WIFEXITED(status) && WEXITSTATUS(status) == 0) return TR_OK;
-    if (WIFEXITED(status) && WEXITSTATUS(status) == 127)
+    while (child > 0 && waitpid(child, &status, 0) < 0)
+        if (errno != EINTR) break;
+    if (child < 0) tr_fail(err, TR_E_IO, "fork: %s", strerror(errno));
+    return child < 0 ? -1 : WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+/* Python draws; its own messages go where ours go. The first python3 of PATH may be one without the system's packages. */
+static tr_status draw(const char *script, const char *tables, const tr_plot_options *o, tr_err *err)
+{
+    enum { NOT_FOUND = 127, NO_MATPLOTLIB = 77 };
+    int status = run_python("python3", script, tables, o, err);
+    if (status == NOT_FOUND || status == NO_MATPLOTLIB)
+        status = run_python("/usr/bin/python3", script, tables, o, err);
+    switch (status) {
+    case -1:
+        return TR_E_IO;
+    case 0:
+        return TR_OK;
+    case NOT_FOUND:
+    case NO_MATPLOTLIB:
         return tr_fail(err, TR_E_INPUT,
-                       "plot needs python3, which is not here; export --csv has the "
-                       "tables for another program");
-    if (WIFEXITED(status) && WEXITSTATUS(status) == 77)
-        return tr_fail(err, TR_E_INPUT,
-                       "plot needs matplotlib for python3 (Debian: "
-                       "python3-matplotlib); export --csv has the tables for "
-                       "another program");
-    return tr_fail(err, TR_E_IO, "%s failed with status %d", script,
-                   WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status));
+                       "plot needs python3 with matplotlib (Debian: python3-matplotlib); export "
+                       "--csv has the tables for another program");
+    default:
+        return tr_fail(err, TR_E_IO, "%s failed with status %d", script, status);
+    }
 }
 
 tr_status tr_profile_plot(tr_reader *r, const tr_plot_options *o, tr_err *err)
