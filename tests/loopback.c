@@ -9,6 +9,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "base/clock.h"
 #include "base/size.h"
 #include "mpi/comm_priv.h"
 
@@ -334,7 +335,11 @@ static bool sizes_match(const meeting *m, int rank, int size)
             for (int j = 0; j < size; j++)
                 if (p->n_send[j] != m->part[j].n_recv[i]) return false;
             break;
-        default: /* ALL_GATHER, BROADCAST: all agree on what each gives */
+        case TR_COMM_BROADCAST:
+            p = &m->part[m->root];
+            if (p->n_recv[m->root] != me->n_recv[m->root]) return false;
+            break;
+        default: /* ALL_GATHER: all agree on what each gives */
             if (memcmp(p->n_recv, me->n_recv, (size_t)size * sizeof(size_t))) return false;
         }
     }
@@ -384,6 +389,13 @@ static void deliver(const meeting *m, const pending *p, int rank, int size)
     }
 }
 
+/* A broadcast is over for whoever gets it when the root has given it; for the root when all have come. */
+static bool all_is_here(const meeting *m, int rank, int size)
+{
+    if (m->op == TR_COMM_BROADCAST && rank != m->root) return m->part[m->root].posted;
+    return m->n_posted == size;
+}
+
 static tr_status wait_meeting(member *b, const pending *p, tr_err *err)
 {
     tr_loopback *l = b->l;
@@ -393,7 +405,7 @@ static tr_status wait_meeting(member *b, const pending *p, tr_err *err)
     pthread_mutex_lock(&l->lock);
     meeting *m = find_meeting(l, p->k);
     if (!m) st = tr_fail(err, TR_E_COMM, "loop-back: the call had failed");
-    while (m && m->n_posted < l->size && !m->mismatch && st == TR_OK)
+    while (m && !all_is_here(m, b->base.rank, l->size) && !m->mismatch && st == TR_OK)
         if (!await_change(l, &until))
             st = tr_fail(err, TR_E_COMM, "loop-back: a member did not come");
     if (st == TR_OK && m->mismatch) st = tr_fail(err, TR_E_COMM, "loop-back: calls do not match");
@@ -501,8 +513,14 @@ static tr_status loop_wait(tr_comm *c, tr_lane reader, tr_ticket ticket, tr_err 
     member *b = (member *)c;
 
     (void)reader;
-    for (pending **q = &b->begun; *q; q = &(*q)->next)
-        if ((*q)->ticket == ticket.n) return finish(b, q, err);
+    for (pending **q = &b->begun; *q; q = &(*q)->next) {
+        if ((*q)->ticket != ticket.n) continue;
+        const tr_comm_op op = (*q)->op;
+        const uint64_t begun_ns = tr_now_ns();
+        tr_status st = finish(b, q, err);
+        c->waited_ns[op] += tr_now_ns() - begun_ns;
+        return st;
+    }
     return TR_OK;
 }
 

@@ -500,6 +500,8 @@ tr_status tr_run_engine(tr_run *run, tr_err *err)
         .n_replicas = grid->size.dp,
         .i_replica = grid->at.dp,
         .n_stages = grid->size.pp,
+        .i_stage = grid->at.pp,
+        .host = run->world->host,
         .reporter = run->reporter,
     };
     if (st == TR_OK)

@@ -12,6 +12,8 @@
 #include "base/clock.h"
 #include "base/size.h"
 #include "base/stop.h"
+#include "engine/pace.h"
+#include "engine/plans.h"
 #include "engine/replicas.h"
 #include "engine/report.h"
 #include "engine/scheduler.h"
@@ -43,6 +45,7 @@ struct tr_engine {
     int region_plan, region_commit, region_report, region_rest, region_done;
     tr_watchdog *watch;
     tr_engine_observer observer;
+    tr_pace *pace;
 
     /* The main thread's alone. */
     tr_scheduler **scheduler; /* [options.n_replicas] leader only */
@@ -55,6 +58,7 @@ struct tr_engine {
     int i_slot, n_flight; /* the oldest step in flight, and how many */
     uint64_t last_done_ns;
     uint64_t prefill_ns, decode_ns;
+    double overlap; /* of the pipeline, when all is over */
 
     /* Everybody's, under the lock. */
     pthread_mutex_t lock;
@@ -152,6 +156,18 @@ static tr_status make_schedulers(tr_engine *e, const tr_tokenizer *tokenizer, tr
     return st;
 }
 
+static tr_status make_pace(tr_engine *e, tr_err *err)
+{
+    const tr_pace_options o = {.control = e->control,
+                               .host = e->options.host,
+                               .i_stage = e->options.i_stage,
+                               .n_stages = e->options.n_stages,
+                               .ring = e->options.ring,
+                               .log = e->log};
+    e->options.host = NULL; /* only lent */
+    return tr_pace_create(&e->pace, &o, err);
+}
+
 /* One replica, reported by the leader itself, unless the options say otherwise. */
 static tr_status take_options(tr_engine *e, const tr_engine_options *options, tr_err *err)
 {
@@ -161,7 +177,8 @@ static tr_status take_options(tr_engine *e, const tr_engine_options *options, tr
     if (!o->n_replicas) o->n_replicas = 1;
     if (!o->n_stages) o->n_stages = 1;
     if (!o->queue_max) o->queue_max = 4 * o->max_sequences * o->n_replicas;
-    if (o->n_stages > 1) o->ring = o->n_stages < MOST_RING ? o->n_stages : MOST_RING;
+    /* One more than there are stages: prompts go ahead while the oldest step's tokens come back. */
+    if (o->n_stages > 1) o->ring = o->n_stages < MOST_RING ? o->n_stages + 1 : MOST_RING;
     e->reporter = tr_calloc((size_t)o->n_replicas, sizeof *e->reporter);
     if (!e->reporter) return tr_fail(err, TR_E_MEMORY, "out of memory");
     for (int i = 0; options->reporter && i < o->n_replicas; i++)
@@ -216,6 +233,7 @@ tr_status tr_engine_create(tr_engine **out, tr_model *model, const tr_tokenizer 
         goto done;
     }
     st = make_steps(e, err);
+    if (!st) st = make_pace(e, err);
     if (!st && options->is_leader) st = make_schedulers(e, tokenizer, err);
     if (st) goto done;
     *out = e;
@@ -243,6 +261,7 @@ void tr_engine_free(tr_engine *e)
     free(e->heard);
     free(e->heard_text);
     free(e->reporter);
+    tr_pace_free(e->pace);
     for (int i = 0; i < e->options.ring; i++) {
         tr_step_free(&e->slot[i].step, e->model);
         free(e->slot[i].staging);
@@ -383,27 +402,27 @@ static void deliver(tr_engine *e, tr_event *event)
 
 static void publish_stats(tr_engine *e)
 {
-    tr_engine_stats t = {.prefill_ns = e->prefill_ns, .decode_ns = e->decode_ns};
-
-    for (int d = 0; d < e->options.n_replicas; d++) {
-        const tr_scheduler_stats s = tr_scheduler_stats_get(e->scheduler[d]);
-        t.steps += s.steps;
-        t.prefill_tokens += s.prefill_tokens;
-        t.decode_tokens += s.decode_tokens;
-        t.mixed_decode_tokens += s.mixed_decode_tokens;
-        t.generated_tokens += s.generated_tokens;
-        t.preemptions += s.preemptions;
-        t.finished += s.finished;
-        t.failed += s.failed;
-        t.running += s.running;
-        t.waiting += s.waiting;
-        t.prompt_tokens += s.prompt_tokens;
-        t.cached_tokens += s.cached_tokens;
-        t.pages_held += s.pages_held;
-        t.pages_cached += s.pages_cached;
-        t.pages_total += s.pages_total;
-        t.pages_evicted += s.pages_evicted;
-    }
+    const tr_scheduler_stats s = tr_replicas_stats(e->scheduler, e->options.n_replicas);
+    const tr_engine_stats t = {
+        .steps = s.steps,
+        .prefill_tokens = s.prefill_tokens,
+        .decode_tokens = s.decode_tokens,
+        .preemptions = s.preemptions,
+        .finished = s.finished,
+        .failed = s.failed,
+        .prefill_ns = e->prefill_ns,
+        .decode_ns = e->decode_ns,
+        .mixed_decode_tokens = s.mixed_decode_tokens,
+        .generated_tokens = s.generated_tokens,
+        .prompt_tokens = s.prompt_tokens,
+        .cached_tokens = s.cached_tokens,
+        .running = s.running,
+        .waiting = s.waiting,
+        .pages_held = s.pages_held,
+        .pages_cached = s.pages_cached,
+        .pages_total = s.pages_total,
+        .pages_evicted = s.pages_evicted,
+    };
     pthread_mutex_lock(&e->lock);
     e->stats = t;
     pthread_mutex_unlock(&e->lock);
@@ -467,15 +486,10 @@ static tr_status tell(tr_engine *e, slot *s, tr_err *err)
     return tr_wire_tell(&s->wire, e->control, s->report, bytes, err);
 }
 
-static const tr_plan *plan_of(const slot *s, int replica)
-{
-    return (const tr_plan *)(const void *)(s->staging + s->at[replica]);
-}
-
 /* What replica d's step sampled. */
 static tr_status hear(tr_engine *e, const slot *s, int d, tr_step_output *out, tr_err *err)
 {
-    const tr_plan *plan = plan_of(s, d);
+    const tr_plan *plan = tr_plans_of(s->staging, s->at, d);
     tr_ticket ticket = {0};
 
     if (e->reporter[d] == 0) {
@@ -491,42 +505,31 @@ static tr_status hear(tr_engine *e, const slot *s, int d, tr_step_output *out, t
 
 /* ---- steps ------------------------------------------------------------------------------------------ */
 
-/* Plans come from another rank, so every rank checks all of them, the leader too: one path. */
-static tr_status check_plans(const tr_engine *e, slot *s, size_t bytes, tr_err *err)
+static tr_status run_plan(tr_engine *e, slot *s, tr_err *err)
 {
-    tr_err why = {0};
-    size_t at = 0;
-
-    for (int d = 0; d < e->options.n_replicas; d++) {
-        s->at[d] = at;
-        const tr_plan *plan = plan_of(s, d);
-        if (bytes - at < sizeof *plan || plan->bytes > bytes - at ||
-            tr_plan_check(plan, plan->bytes, &e->limits, &why))
-            return tr_fail(err, TR_E_COMM, "step plan of replica %d refused: %s", d,
-                           why.text[0] ? why.text : "it is cut off");
-        at += plan->bytes;
-    }
-    if (at != bytes) return tr_fail(err, TR_E_COMM, "step plans of %zu bytes in %zu", at, bytes);
-    return TR_OK;
-}
-
-static tr_status run_plan(tr_engine *e, slot *s, size_t bytes, tr_err *err)
-{
-    tr_status st = check_plans(e, s, bytes, err);
+    const size_t bytes = s->wire.announced.bytes;
+    const uint32_t flags = s->wire.announced.flags;
+    uint64_t waited_ns, rows_ns;
+    tr_status st = tr_plans_check(s->staging, bytes, e->options.n_replicas, &e->limits, s->at, err);
 
     if (st) return st;
-    s->step.plan = plan_of(s, e->options.i_replica);
+    s->step.plan = tr_plans_of(s->staging, s->at, e->options.i_replica);
     if (s->step.plan->flags & TR_PLAN_STOP) return TR_OK;
     tr_watchdog_beat(e->watch, ++e->n_steps);
     s->number = e->n_steps;
     s->t0_ns = tr_now_ns();
+    tr_model_waited(e->model, &waited_ns, &rows_ns);
+    tr_pace_begin(e->pace, waited_ns, rows_ns);
     st = tr_model_forward(e->model, &s->step, err);
     e->broken = st != TR_OK;
     if (st) return tr_within(err, "step %llu", (unsigned long long)e->n_steps);
+    tr_model_waited(e->model, &waited_ns, &rows_ns);
+    tr_pace_end(e->pace, waited_ns, rows_ns, flags & TR_STEP_FULL,
+                tr_plans_even(s->staging, s->at, e->options.n_replicas));
     /* The CPU has computed it by now; elsewhere it is seen when it is waited for. */
     s->t1_ns = tr_step_done(e->model, &s->step) > 0 ? tr_now_ns() : 0;
     e->n_flight++;
-    return TR_OK;
+    return flags & TR_STEP_PACE ? tr_pace_tell(e->pace, err) : tr_pace_hear(e->pace, false, err);
 }
 
 static slot *next_slot(tr_engine *e)
@@ -588,6 +591,7 @@ static tr_status plan_step(tr_engine *e, slot *s, size_t *bytes, bool *planned, 
 static tr_status begin_step(tr_engine *e, bool *planned, tr_err *err)
 {
     slot *s = next_slot(e);
+    tr_announcement a = {0};
     size_t bytes = 0;
 
     *planned = false;
@@ -595,10 +599,12 @@ static tr_status begin_step(tr_engine *e, bool *planned, tr_err *err)
     tr_region_begin(e->regions, e->region_plan);
     tr_status st = tr_wire_settle(&s->wire, e->control, err);
     if (!st) st = plan_step(e, s, &bytes, planned, err);
-    if (!st && *planned)
-        st = tr_wire_give(&s->wire, e->control, (tr_announcement){.bytes = bytes}, s->staging, err);
+    a.bytes = bytes;
+    a.flags = (e->n_flight + 1 >= e->options.n_stages ? TR_STEP_FULL : 0) |
+              (tr_pace_due(e->pace) ? TR_STEP_PACE : 0);
+    if (!st && *planned) st = tr_wire_give(&s->wire, e->control, a, s->staging, err);
     tr_region_end(e->regions, 0, 0);
-    return !st && *planned ? run_plan(e, s, bytes, err) : st;
+    return !st && *planned ? run_plan(e, s, err) : st;
 }
 
 /* Wait for the oldest step, take in what it sampled, hand out what has finished. */
@@ -653,13 +659,14 @@ static tr_status send_stop(tr_engine *e, tr_status how, tr_err *err)
     const tr_plan *stop = tr_scheduler_stop_plan(e->scheduler[0]); /* has no sections */
     slot *s = next_slot(e);
     const tr_announcement a = {.bytes = stop->bytes * (uint64_t)e->options.n_replicas,
-                               .status = (uint64_t)how};
+                               .status = (uint32_t)how};
     tr_status st = tr_wire_settle(&s->wire, e->control, err);
 
     for (int d = 0; d < e->options.n_replicas; d++)
         memcpy(s->staging + (size_t)d * stop->bytes, stop, stop->bytes);
     if (!st) st = tr_wire_give(&s->wire, e->control, a, s->staging, err);
-    return st ? st : settle_all(e, err);
+    if (!st) st = settle_all(e, err);
+    return st ? st : tr_pace_sum_up(e->pace, &e->overlap, err);
 }
 
 static bool all_idle(const tr_engine *e)
@@ -738,7 +745,7 @@ static tr_status follow_step(tr_engine *e, bool *last, tr_err *err)
     if (!st)
         st = tr_wire_get(&s->wire, e->control, s->staging, sizeof(tr_plan),
                          e->bytes_max * (size_t)e->options.n_replicas, err);
-    if (!st) st = run_plan(e, s, a->bytes, err);
+    if (!st) st = run_plan(e, s, err);
     if (st) return st;
     *last = s->step.plan->flags & TR_PLAN_STOP;
     return *last && a->status ? tr_fail(err, (tr_status)a->status, "rank 0 ended the run") : TR_OK;
@@ -758,7 +765,7 @@ static tr_status follow(tr_engine *e, tr_err *err)
         if (st && !last) e->broken = true;
     }
     tr_err ignored;
-    if (!e->broken) settle_all(e, &ignored);
+    if (!e->broken && !settle_all(e, &ignored)) tr_pace_sum_up(e->pace, &e->overlap, &ignored);
     return st;
 }
 
@@ -783,6 +790,7 @@ tr_status tr_engine_run(tr_engine *e, tr_err *err)
     tr_status st = e->options.is_leader ? lead(e, err) : follow(e, err);
 
     pthread_mutex_lock(&e->lock);
+    e->stats.overlap = e->overlap;
     e->ended = true;
     pthread_cond_broadcast(&e->room);
     pthread_cond_broadcast(&e->news);

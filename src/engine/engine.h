@@ -29,8 +29,9 @@ typedef struct tr_engine_options {
     bool is_leader; /* rank 0: schedules for every replica; followers only run the plans they get */
     /* Data parallelism: replicas of the attention, each with requests and pages of its own. 0: one. */
     int n_replicas, i_replica; /* this rank's */
-    /* Pipeline stages: that many steps are in flight, and a choice is in one of them at a time. 0: one. */
-    int n_stages;
+    /* Pipeline stages: one step more is in flight at most, and a choice is in one of them at a time. 0: one. */
+    int n_stages, i_stage; /* this rank's */
+    const char *host;      /* this rank's, for messages; NULL: unknown */
     /* [n_replicas] the rank of `control` that tells the leader what a replica's steps sampled; NULL: the leader itself. */
     const int *reporter;
 } tr_engine_options;
@@ -46,6 +47,9 @@ typedef struct tr_engine_stats {
     uint64_t prompt_tokens,
         cached_tokens;      /* of requests begun; of these, found in the prefix cache */
     uint64_t pages_evicted; /* from the prefix cache */
+    double
+        overlap; /* leader, after run: how much of the time in which all pipeline stages had something to do the busiest
+                       one ran (pace.h); 0: no such time */
     int running, waiting, pages_held, pages_cached, pages_total; /* cached: held by nobody now */
 } tr_engine_stats;
 

@@ -55,3 +55,29 @@ int tr_replica_choose(tr_scheduler *const *scheduler, int n_replicas, const tr_r
     return fewest.waits ? -1
                         : fewest.replica; /* full now; nobody suffers if it waits for that one */
 }
+
+tr_scheduler_stats tr_replicas_stats(tr_scheduler *const *scheduler, int n_replicas)
+{
+    tr_scheduler_stats t = {0};
+
+    for (int d = 0; d < n_replicas; d++) {
+        const tr_scheduler_stats s = tr_scheduler_stats_get(scheduler[d]);
+        t.steps += s.steps;
+        t.prefill_tokens += s.prefill_tokens;
+        t.decode_tokens += s.decode_tokens;
+        t.mixed_decode_tokens += s.mixed_decode_tokens;
+        t.generated_tokens += s.generated_tokens;
+        t.preemptions += s.preemptions;
+        t.finished += s.finished;
+        t.failed += s.failed;
+        t.prompt_tokens += s.prompt_tokens;
+        t.cached_tokens += s.cached_tokens;
+        t.pages_evicted += s.pages_evicted;
+        t.running += s.running;
+        t.waiting += s.waiting;
+        t.pages_held += s.pages_held;
+        t.pages_cached += s.pages_cached;
+        t.pages_total += s.pages_total;
+    }
+    return t;
+}

@@ -15,4 +15,7 @@
 int tr_replica_choose(tr_scheduler *const *scheduler, int n_replicas, const tr_request *next,
                       int n_queued);
 
+/* Sums over all. */
+tr_scheduler_stats tr_replicas_stats(tr_scheduler *const *scheduler, int n_replicas);
+
 #endif

@@ -38,8 +38,8 @@ tr_status tr_wire_get(tr_wire *w, tr_comm *control, void *plans, size_t bytes_mi
 
     if (st != TR_OK) return st;
     if (a->bytes < bytes_min || a->bytes > bytes_max || a->status > TR_E_STOP)
-        return tr_fail(err, TR_E_COMM, "plans of %llu bytes were announced, status %llu",
-                       (unsigned long long)a->bytes, (unsigned long long)a->status);
+        return tr_fail(err, TR_E_COMM, "plans of %llu bytes were announced, status %u",
+                       (unsigned long long)a->bytes, (unsigned)a->status);
     return broadcast(w, control, plans, a->bytes, err);
 }
 

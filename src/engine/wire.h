@@ -12,9 +12,15 @@
 #include "mpi/comm.h"
 
 /* What goes ahead of the plans of a step: one block per replica, one behind the other, each a multiple of 8 bytes long. */
+enum {
+    TR_STEP_FULL =
+        1, /* all stages of the pipeline have something to do while this step is planned */
+    TR_STEP_PACE = 2, /* behind this step every rank says how fast it is (pace.h) */
+};
 typedef struct tr_announcement {
     uint64_t bytes;  /* of all blocks that follow */
-    uint64_t status; /* with STOP plans: how the leader ended, so that all ranks end alike */
+    uint32_t status; /* with STOP plans: how the leader ended, so that all ranks end alike */
+    uint32_t flags;
 } tr_announcement;
 
 enum { TR_WIRE_MAX = 3 }; /* announcement, plans, report */

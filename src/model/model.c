@@ -114,6 +114,23 @@ static tr_comm *some_group(const tr_groups *g)
     return g->attn_tp;
 }
 
+static uint64_t waited_ns(const tr_comm *c)
+{
+    uint64_t ns = 0;
+
+    for (int op = 0; op < TR_COMM_N_OPS; op++)
+        ns += tr_comm_waited_ns(c, (tr_comm_op)op);
+    return ns;
+}
+
+void tr_model_waited(const tr_model *m, uint64_t *all_ns, uint64_t *stages_ns)
+{
+    const tr_groups *g = &m->groups;
+
+    *stages_ns = waited_ns(g->pp);
+    *all_ns = *stages_ns + waited_ns(g->attn_tp) + waited_ns(g->attn_cp) + waited_ns(g->moe);
+}
+
 void tr_model_advance(tr_model *m, tr_comm *comm)
 {
     if (tr_comm_size(m->moving) == 1) m->moving = comm;

@@ -104,6 +104,8 @@ tr_model_seen tr_model_look(const tr_model *model);
 /* Context parallelism: for each layer how long the gathers of keys and latents took, how much of that was waited for (exposed)
  * and how much was hidden behind the queries. Nothing in a group of one. */
 void tr_model_print_overlap(const tr_model *model, FILE *out);
+/* How long this rank's main thread has waited in the model's communicators so far: in all of them; for other stages. */
+void tr_model_waited(const tr_model *model, uint64_t *all_ns, uint64_t *stages_ns);
 /* 1 when the step's outputs are on the host, -1 when the device has failed, else 0; never blocks. */
 int tr_step_done(const tr_model *model, const tr_step *step);
 /* The failure behind a -1. */
