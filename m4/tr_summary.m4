@@ -18,6 +18,7 @@ $PACKAGE_NAME $PACKAGE_VERSION
     CUDA            $tr_found_cuda
     NCCL            $tr_found_nccl
     PAPI            $tr_found_papi
+    libsde          $tr_found_sde
     libmicrohttpd   $tr_found_microhttpd
     OpenBLAS        $tr_found_openblas
     CMocka          $tr_found_cmocka

@@ -19,6 +19,7 @@
 #include "profile/join.h"
 #include "profile/papi.h"
 #include "profile/profile.h"
+#include "profile/sde.h"
 #include "profile/settle.h"
 
 enum {
@@ -44,6 +45,7 @@ struct tr_run_profile {
     tr_log *log;
     tr_profile *profile;
     tr_papi *papi;
+    tr_sde *sde;                            /* own counters for PAPI; NULL: no libsde */
     tr_regions read_regions, write_regions; /* rank 0's threads */
     char *folder;                           /* of this run's files, below the one that FILE is in */
     beginning began;
@@ -56,14 +58,15 @@ struct tr_run_profile {
 
 /* ---- what the profile asks for ---------------------------------------------------------------------------------------- */
 
+static const tr_grid_group group_kind[GROUPS] = {TR_GROUP_ATTN_TP, TR_GROUP_ATTN_CP, TR_GROUP_MOE,
+                                                 TR_GROUP_PP, TR_GROUP_WORLD};
+
 /* The communicators of this rank, and the kind of group each serves; NULL where a group has one member. */
 static tr_comm *comm_of(const tr_run_profile *r, int i, tr_grid_group *group)
 {
-    static const tr_grid_group kind[GROUPS] = {TR_GROUP_ATTN_TP, TR_GROUP_ATTN_CP, TR_GROUP_MOE,
-                                               TR_GROUP_PP, TR_GROUP_WORLD};
     const tr_opened *o = r->opened;
 
-    *group = kind[i];
+    *group = group_kind[i];
     if (i < GROUPS - 1) return o->group[i];
     return o->control != o->self ? o->control : NULL;
 }
@@ -184,11 +187,23 @@ static uint64_t waited(const tr_run_profile *r)
     return sum;
 }
 
+static void count_bytes(const tr_run_profile *r, uint64_t *bytes)
+{
+    for (int i = 0; i < GROUPS; i++) {
+        tr_grid_group group;
+        const tr_comm *comm = comm_of(r, i, &group);
+        bytes[i] = 0;
+        for (int m = 0; comm && r->sde && m < tr_comm_size(comm); m++)
+            bytes[i] += tr_comm_sent_to(comm, m);
+    }
+}
+
 static void see_step(void *ctx, const tr_engine_seen *seen)
 {
     tr_run_profile *r = ctx;
     const tr_phase phase = tr_plan_phase(seen->plan);
     const uint64_t waited_ns = waited(r);
+    uint64_t bytes[GROUPS];
     tr_prof_step s = {.step = seen->step,
                       .t0 = tr_profile_time(r->profile, seen->t0_ns),
                       .t1 = tr_profile_time(r->profile, seen->t1_ns),
@@ -208,6 +223,8 @@ static void see_step(void *ctx, const tr_engine_seen *seen)
         s.queue = (uint32_t)e.waiting;
     }
     r->waited_ns = waited_ns;
+    count_bytes(r, bytes);
+    tr_sde_step(r->sde, &s, bytes);
     tr_papi_step(r->papi, phase);
     tr_profile_step(r->profile, &s);
 }
@@ -243,6 +260,8 @@ static void see_event(void *ctx, const tr_event *e)
 tr_run_profile *tr_run_profile_create(const tr_batch_options *options, tr_world *world,
                                       tr_opened *opened, tr_log *log)
 {
+    const char *groups[GROUPS];
+
     if (!options->profile) return NULL;
     tr_run_profile *r = calloc(1, sizeof *r);
     if (!r) return NULL;
@@ -255,6 +274,9 @@ tr_run_profile *tr_run_profile_create(const tr_batch_options *options, tr_world 
         tr_regions_grow(&r->read_regions, "reader", NODES_THREAD);
         tr_regions_grow(&r->write_regions, "writer", NODES_THREAD);
     }
+    for (int i = 0; i < GROUPS; i++)
+        groups[i] = tr_grid_group_name(group_kind[i]);
+    r->sde = tr_sde_open(groups, GROUPS);
     r->papi = tr_papi_open(options->papi);
     return r;
 }
@@ -489,6 +511,7 @@ void tr_run_profile_free(tr_run_profile *r)
     if (!r) return;
     tr_profile_close(r->profile, false);
     tr_papi_close(r->papi);
+    tr_sde_close(r->sde);
     tr_regions_prune(&r->opened->regions);
     tr_regions_prune(&r->read_regions);
     tr_regions_prune(&r->write_regions);

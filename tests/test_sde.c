@@ -1,0 +1,121 @@
+/* Own counters as PAPI's software-defined events: read through PAPI, they are what was counted. */
+#include <config.h>
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <cmocka.h>
+#ifdef HAVE_PAPI
+#include <papi.h>
+#endif
+
+#include "profile/papi.h"
+#include "profile/sde.h"
+
+#if defined HAVE_PAPI && defined HAVE_SDE
+static const char *const groups[] = {"MOE", "WORLD"};
+
+static void count(tr_sde *s, int n)
+{
+    for (int i = 0; i < n; i++) {
+        const uint64_t bytes[] = {1000u + (unsigned)i, 7};
+        tr_sde_step(
+            s,
+            &(tr_prof_step){
+                .tok_prefill = 5, .tok_decode = 3, .accepted = 1, .pages_used = 40 + (uint32_t)i},
+            bytes);
+    }
+}
+
+static void papi_reads_what_was_counted(void **state)
+{
+    static const char *const name[] = {"sde:::trireme::steps", "sde:::trireme::tokens_prefill",
+                                       "sde:::trireme::tokens_decode",
+                                       "sde:::trireme::tokens_accepted"};
+    int set = PAPI_NULL;
+    long long value[4];
+    tr_sde *s = *state;
+
+    assert_int_equal(PAPI_create_eventset(&set), PAPI_OK);
+    for (int i = 0; i < 4; i++)
+        if (PAPI_add_named_event(set, name[i]) != PAPI_OK) fail_msg("%s cannot be added", name[i]);
+    count(s, 10); /* before the start: not counted */
+    assert_int_equal(PAPI_start(set), PAPI_OK);
+    count(s, 42);
+    assert_int_equal(PAPI_stop(set, value), PAPI_OK);
+    assert_int_equal(value[0], 42);
+    assert_int_equal(value[1], 5 * 42);
+    assert_int_equal(value[2], 3 * 42);
+    assert_int_equal(value[3], 42);
+    PAPI_cleanup_eventset(set);
+    PAPI_destroy_eventset(&set);
+}
+
+/* The same through our own reader, as --papi does it, with events that are not there among them. */
+static void the_profile_reads_them_too(void **state)
+{
+    tr_papi *p = tr_papi_open("sde:::trireme::steps,NO_SUCH_EVENT,sde:::trireme::bytes_MOE");
+    double value[3] = {-1, -1, -1}, phase[3] = {-1, -1, -1};
+
+    assert_non_null(p);
+    const tr_profile_counters c = tr_papi_counters(p);
+    assert_int_equal(c.n, 3);
+    assert_null(c.absent[0]);
+    assert_non_null(c.absent[1]);
+    assert_null(c.absent[2]);
+    tr_papi_step(p, TR_PHASE_PREFILL);
+    count(*state, 9);
+    tr_papi_step(p, TR_PHASE_DECODE);
+    c.read(c.ctx, value);
+    assert_true(value[0] == 9);
+    c.phase(c.ctx, TR_PHASE_DECODE, phase);
+    assert_true(phase[0] == 9);
+    tr_papi_close(p);
+}
+#endif
+
+/* Built with PAPI or not: what cannot be counted says why, and is never a zero. */
+static void absent_events_have_a_reason(void **state)
+{
+    tr_papi *p = tr_papi_open("NO_SUCH_EVENT,,ANOTHER:::ONE");
+
+    (void)state;
+    assert_non_null(p);
+    const tr_profile_counters c = tr_papi_counters(p);
+    assert_int_equal(c.n, 2);
+    for (int i = 0; i < c.n; i++)
+        assert_true(c.absent[i] && strchr(c.absent[i], ':'));
+    tr_papi_step(p, TR_PHASE_DECODE);
+    tr_papi_close(p);
+    tr_papi_close(NULL);
+    tr_papi_step(NULL, TR_PHASE_DECODE);
+    tr_sde_step(NULL, &(tr_prof_step){0}, NULL);
+    tr_sde_close(NULL);
+}
+
+int main(void)
+{
+    const struct CMUnitTest always[] = {cmocka_unit_test(absent_events_have_a_reason)};
+    int failed = 0;
+
+#if defined HAVE_PAPI && defined HAVE_SDE
+    tr_sde *s = tr_sde_open(groups, 2);
+    if (s && PAPI_library_init(PAPI_VER_CURRENT) == PAPI_VER_CURRENT) {
+        const struct CMUnitTest tests[] = {
+            cmocka_unit_test_prestate(papi_reads_what_was_counted, s),
+            cmocka_unit_test_prestate(the_profile_reads_them_too, s),
+        };
+        failed += cmocka_run_group_tests(tests, NULL, NULL);
+    } else {
+        puts("skipped: no libsde.so.1, or PAPI does not start");
+    }
+    tr_sde_close(s);
+#else
+    puts("skipped: built without PAPI or without sde_lib.h");
+#endif
+    return failed + cmocka_run_group_tests(always, NULL, NULL);
+}
