@@ -17,6 +17,7 @@
 #include "command/profile_run.h"
 #include "mpi/clock_offset.h"
 #include "profile/join.h"
+#include "profile/nvml.h"
 #include "profile/papi.h"
 #include "profile/profile.h"
 #include "profile/sde.h"
@@ -45,6 +46,8 @@ struct tr_run_profile {
     tr_log *log;
     tr_profile *profile;
     tr_papi *papi;
+    tr_nvml *nvml; /* of this rank's GPU; NULL: it computes on the CPU, or there is none */
+    tr_profile_gpu gpu;
     tr_sde *sde;                            /* own counters for PAPI; NULL: no libsde */
     tr_regions read_regions, write_regions; /* rank 0's threads */
     char *folder;                           /* of this run's files, below the one that FILE is in */
@@ -368,6 +371,18 @@ static tr_status take_part(tr_run_profile *r, tr_err *err)
     return st;
 }
 
+/* The device is opened later; several ranks are the CPU's unless told otherwise (open.c). */
+static bool may_use_gpu(const tr_run_profile *r)
+{
+#ifdef HAVE_CUDA
+    return strcmp(r->o->device, "cuda") == 0 ||
+           (strcmp(r->o->device, "auto") == 0 && r->world->size == 1);
+#else
+    (void)r;
+    return false;
+#endif
+}
+
 tr_status tr_run_profile_begin(tr_run_profile *r, const char *model_name, const char *kv_dtype,
                                tr_err *err)
 {
@@ -384,9 +399,12 @@ tr_status tr_run_profile_begin(tr_run_profile *r, const char *model_name, const 
     tr_profile_stream(r->profile, &r->opened->regions);
     tr_profile_stream(r->profile, &r->read_regions);
     tr_profile_stream(r->profile, &r->write_regions);
+    if (may_use_gpu(r)) r->nvml = tr_nvml_open(r->world->local_rank);
+    tr_nvml_identity(r->nvml, r->gpu.uuid, r->gpu.pci);
     const tr_profile_about about = {.run_id = r->began.run,
                                     .unix_ns = r->began.unix_ns,
                                     .clock = r->clock,
+                                    .gpu = &r->gpu,
                                     .options = r->o,
                                     .world = r->world,
                                     .opened = r->opened,
@@ -398,6 +416,10 @@ tr_status tr_run_profile_begin(tr_run_profile *r, const char *model_name, const 
         tr_profile_counter(r->profile, &counters);
         tr_profile_text(r->profile, "/counters/papi", "threads",
                         tr_papi_inherits(r->papi) ? "all" : "main");
+    }
+    if (r->nvml) {
+        const tr_profile_counters counters = tr_nvml_counters(r->nvml);
+        tr_profile_counter(r->profile, &counters);
     }
     tr_profile_start(r->profile);
     return TR_OK;
@@ -495,7 +517,8 @@ tr_status tr_run_profile_end(tr_run_profile *r, bool whole, tr_err *err)
     const double drift = st == TR_OK ? drift_ppb(&r->clock, &clock) : 0;
     if (st == TR_OK)
         st = tr_profile_settle(r->profile, r->opened->control, drift, r->clock.at_ns, err);
-    if (st == TR_OK) tr_profile_describe_clock(r->profile, r->world, r->opened, &r->clock, drift);
+    if (st == TR_OK)
+        tr_profile_describe_rank(r->profile, r->world, r->opened, &r->gpu, &r->clock, drift);
     tr_profile_close(r->profile, st == TR_OK);
     r->profile = NULL;
     if (st == TR_OK) st = barrier(r, err);
@@ -512,6 +535,7 @@ void tr_run_profile_free(tr_run_profile *r)
     tr_profile_close(r->profile, false);
     tr_papi_close(r->papi);
     tr_sde_close(r->sde);
+    tr_nvml_close(r->nvml);
     tr_regions_prune(&r->opened->regions);
     tr_regions_prune(&r->read_regions);
     tr_regions_prune(&r->write_regions);

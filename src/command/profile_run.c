@@ -127,8 +127,9 @@ static void describe_environment(tr_profile *p)
 
 /* ---- the grid ----------------------------------------------------------------------------------------------------------- */
 
-void tr_profile_describe_clock(tr_profile *p, const tr_world *world, const tr_opened *opened,
-                               const tr_clock_offset *clock, double drift_ppb)
+void tr_profile_describe_rank(tr_profile *p, const tr_world *world, const tr_opened *opened,
+                              const tr_profile_gpu *gpu, const tr_clock_offset *clock,
+                              double drift_ppb)
 {
     const tr_coord *at = &opened->grid.at;
     const uint64_t one = 1;
@@ -147,6 +148,8 @@ void tr_profile_describe_clock(tr_profile *p, const tr_world *world, const tr_op
                       .clock_drift_ppb = drift_ppb};
 
     snprintf(r.host, sizeof r.host, "%s", world->host);
+    snprintf(r.gpu_uuid, sizeof r.gpu_uuid, "%s", gpu->uuid);
+    snprintf(r.pci, sizeof r.pci, "%s", gpu->pci);
     tr_profile_put(p, TR_D_RANKS, &one, &r);
 }
 
@@ -212,7 +215,7 @@ void tr_profile_describe(tr_profile *p, const tr_profile_about *a)
     describe_command(p);
     describe_slurm(p);
     describe_build(p);
-    tr_profile_describe_clock(p, a->world, a->opened, &a->clock, 0);
+    tr_profile_describe_rank(p, a->world, a->opened, a->gpu, &a->clock, 0);
     if (a->world->rank != 0) return;
     describe_environment(p);
     describe_groups(p, a);

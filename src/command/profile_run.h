@@ -8,10 +8,15 @@
 #include "mpi/start.h"
 #include "profile/profile.h"
 
+typedef struct tr_profile_gpu { /* empty: the rank computes on the CPU */
+    char uuid[41], pci[16];
+} tr_profile_gpu;
+
 typedef struct tr_profile_about { /* all borrowed */
     const char *run_id;
     int64_t unix_ns; /* of time 0 */
     tr_clock_offset clock;
+    const tr_profile_gpu *gpu;
     const tr_batch_options *options;
     const tr_world *world;
     const tr_opened *opened;
@@ -21,7 +26,8 @@ typedef struct tr_profile_about { /* all borrowed */
 /* Between create and start. */
 void tr_profile_describe(tr_profile *p, const tr_profile_about *about);
 /* /grid/ranks again, with the drift; after stop. */
-void tr_profile_describe_clock(tr_profile *p, const tr_world *world, const tr_opened *opened,
-                               const tr_clock_offset *clock, double drift_ppb);
+void tr_profile_describe_rank(tr_profile *p, const tr_world *world, const tr_opened *opened,
+                              const tr_profile_gpu *gpu, const tr_clock_offset *clock,
+                              double drift_ppb);
 
 #endif
