@@ -5,6 +5,7 @@
 #   nth          the n-th allocation, open, read, write, sync, truncation, rename fails, for every n; the same under the address
 #   nth-asan     sanitizer, where a leak counts too
 #   kill         kill -9 at random moments, in independent series
+#   profile-kill the same of 100 runs with a profile, each killed one's file then made readable
 #   fuzz         every parser's target
 # Exit status: 0 nothing found; 1 a finding; 2 usage.
 #
@@ -15,7 +16,7 @@
 # Environment: TR_BUILDDIR, a configured build (for building; make check-campaign sets it). Logs are in DIR/log.
 # shellcheck disable=SC2317 # functions are called by name
 set -u
-jobs=$(getconf _NPROCESSORS_ONLN) seconds=0 executions=10000000 kills=1000 steps=overhead,crash,nth,nth-asan,kill,fuzz
+jobs=$(getconf _NPROCESSORS_ONLN) seconds=0 executions=10000000 kills=1000 steps=overhead,crash,nth,nth-asan,kill,profile-kill,fuzz
 dir='' build=yes run=yes
 usage()
 {
@@ -90,6 +91,11 @@ nth_asan_step()
 kill_step()
 {
     TMPDIR=$dir/tmp "$top/tests/run_kill.sh" "$dir/trireme" "$top/models/tiny" "$kills" "$(date +%j)" "$jobs"
+}
+
+profile_kill_step()
+{
+    TMPDIR=$dir/tmp "$top/tests/run_profile_kill.sh" "$dir/trireme" "$top/models/tiny" 100
 }
 
 fuzz_step()

@@ -126,6 +126,12 @@ kill_step()
     "$TR_SRCDIR/tests/run_kill.sh" "$TRIREME" "$model" "$1"
 }
 
+# The same of a run with a profile: every killed one's file must be readable.
+profile_kill_step()
+{
+    "$TR_SRCDIR/tests/run_profile_kill.sh" "$TRIREME" "$model" "$1"
+}
+
 # What several ranks give, on many grids, on two hosts, and when one of them is killed or stopped.
 compare=$TR_BUILDDIR/tests/compare_records
 
@@ -168,6 +174,7 @@ distcheck_step()
 
 step style style_step
 step kill-20 kill_step 20
+step profile-kill-10 profile_kill_step 10
 step grids grids_step
 step two-hosts two_hosts_step
 step rank-kill-3 rank_kill_step 3
