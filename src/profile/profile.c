@@ -552,15 +552,15 @@ void tr_profile_close(tr_profile *p, bool complete)
     free_profile(p);
 }
 
-tr_profile_costs tr_profile_costs_get(const tr_profile *p)
+tr_profile_costs tr_profile_costs_get(tr_profile *p)
 {
     tr_profile_costs c = {0};
 
     if (!p) return c;
-    pthread_mutex_lock((pthread_mutex_t *)&p->lock);
+    pthread_mutex_lock(&p->lock);
     c = p->costs;
     c.lost_steps = p->steps.lost;
-    pthread_mutex_unlock((pthread_mutex_t *)&p->lock);
+    pthread_mutex_unlock(&p->lock);
     for (int i = 0; i < p->n_streams; i++)
         c.lost_events += p->stream[i].events.lost;
     return c;

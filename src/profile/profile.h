@@ -101,6 +101,6 @@ typedef struct tr_profile_costs {
     uint64_t flushes, flush_ns, longest_ns, cpu_ns; /* cpu: of the profile's thread */
     uint64_t lost_steps, lost_events;
 } tr_profile_costs;
-tr_profile_costs tr_profile_costs_get(const tr_profile *p);
+tr_profile_costs tr_profile_costs_get(tr_profile *p);
 
 #endif
