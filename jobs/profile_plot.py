@@ -99,7 +99,7 @@ def plot_steps(ax, steps):
     ax.set_xlabel("s")
     modes = {s["mode"] for s in steps}
     ax.legend([plt.Rectangle((0, 0), 1, 1, color=PHASE_COLOR.get(m, "#000000")) for m in sorted(modes)], sorted(modes),
-              fontsize=8, loc="upper right")
+              fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncol=len(modes), borderaxespad=0)
     ax.set_title("steps; white: no step was running", fontsize=9, loc="left")
 
 
@@ -141,7 +141,7 @@ def plot_one_step(ax, folder, traced, steps):
     ax.invert_yaxis()
     ax.set_xlabel("ms")
     ax.legend([plt.Rectangle((0, 0), 1, 1, color=KIND_COLOR.get(k, "#000000")) for k in sorted(shown)], sorted(shown),
-              fontsize=7, loc="upper right", ncol=2)
+              fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncol=len(shown), borderaxespad=0)
     ax.set_title(f"step {step} close up: step, layer, part, operation from top to bottom", fontsize=9, loc="left")
 
 
@@ -238,6 +238,7 @@ def plot_layers(ax, rows):
     ax.bar(layers, [max(0, under[n] - exposed[n]) for n in layers], bottom=[exposed[n] for n in layers], color="#8fb8de",
            label="hidden")
     ax.set_xlabel("layer")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_ylabel("ms of a rank")
     ax.legend(fontsize=8)
     ax.set_title("gathers of keys and latents, by layer", fontsize=9, loc="left")

@@ -39,24 +39,32 @@ static int most_changed(const void *a, const void *b)
     return strcmp(x->name, y->name);
 }
 
-/* Rows of one profile, not yet joined: one per region, but for the roots of the streams beside the main one, whose own time
- * is a thread's sleep. */
+/* A thread's sleep: own time of the streams beside the main one outside their work. */
+static bool is_sleep(const tr_reader_region *g, int root, int main_root)
+{
+    return root != main_root && (g->parent < 0 || g->kind == TR_KIND_WAIT);
+}
+
+/* Rows of one profile, not yet joined: one per region that is no sleep. */
 static tr_status add_rows(row *rows, size_t *n, const tr_reader *r, int side, bool by_path,
                           double per, tr_err *err)
 {
     const tr_reader_about *about = tr_reader_about_of(r);
     const int main_root = tr_summary_main_root(r);
     const double ranks = about->n_present;
+    int *root = tr_summary_roots(r);
+    bool failed = !root;
     char text[NAME];
-    for (int i = 0; i < about->n_regions; i++) {
+    for (int i = 0; !failed && i < about->n_regions; i++) {
         row *to = &rows[*n];
-        if (tr_reader_regions(r)[i].parent < 0 && i != main_root) continue;
+        if (is_sleep(&tr_reader_regions(r)[i], root[i], main_root)) continue;
         if (by_path)
             tr_reader_region_path(r, i, text, sizeof text);
         else
             snprintf(text, sizeof text, "%s", tr_reader_regions(r)[i].name);
         *to = (row){.name = strdup(text)};
-        if (!to->name) return tr_fail(err, TR_E_MEMORY, "out of memory");
+        failed = !to->name;
+        if (failed) break;
         (*n)++;
         to->has[side] = true;
         for (int k = 0; k < about->n_ranks; k++) {
@@ -70,7 +78,8 @@ static tr_status add_rows(row *rows, size_t *n, const tr_reader *r, int side, bo
         to->ns[side] /= ranks * per;
         to->bytes[side] /= ranks * per;
     }
-    return TR_OK;
+    free(root);
+    return !failed ? TR_OK : tr_fail(err, TR_E_MEMORY, "out of memory");
 }
 
 /* Sorted rows of the same name into the first of them. */

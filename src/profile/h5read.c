@@ -56,7 +56,10 @@ void tr_h5_clean(char *text)
         p += n;
     }
     for (unsigned char *p = (unsigned char *)text; *p; p++)
-        if (*p < 0x20 || *p == 0x7f || (*p >= 0x80 && !is_utf8)) *p = '?';
+        if (*p == '\n' || *p == '\t' || *p == '\r')
+            *p = ' ';
+        else if (*p < 0x20 || *p == 0x7f || (*p >= 0x80 && !is_utf8))
+            *p = '?';
 }
 
 /* ---- files and objects --------------------------------------------------------------------------------------------- */

@@ -46,7 +46,7 @@ tr_status tr_h5_read(tr_h5_data *out, hid_t file, const char *name, const char *
                      int n_axes, tr_h5_part part, tr_err *err);
 
 /* All texts of a dataset of variable-length strings with n_axes axes: *texts [*n], each and the array the caller's
- * (tr_h5_texts_free). Control characters and what is no UTF-8 become '?'. */
+ * (tr_h5_texts_free), cleaned. */
 tr_status tr_h5_read_texts(char ***texts, size_t *n, hid_t file, const char *name, const char *path,
                            int n_axes, tr_err *err);
 void tr_h5_texts_free(char **texts, size_t n);
@@ -78,7 +78,8 @@ void tr_h5_sources(hid_t file, const char *path,
                    bool (*see)(void *ctx, const char *source, uint64_t first, uint64_t n),
                    void *ctx);
 
-/* Control characters, and all bytes above 127 where the text is no UTF-8, become '?'. */
+/* One line: breaks and tabs become spaces, other control characters, and all bytes above 127 where the text is no UTF-8,
+ * become '?'. */
 void tr_h5_clean(char *text);
 
 /* The innermost message of the library's last failure. */

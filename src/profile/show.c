@@ -77,17 +77,15 @@ static void bar(FILE *out, double part, double whole, int width, char mark)
         fputc(mark, out);
 }
 
-/* Regions outside steps with most time, of the main stream. */
+/* Regions outside steps with most time, of the main stream; its root stands for what has no region. */
 static void outside_steps(FILE *out, const tr_summary *s)
 {
     int n = 0;
     for (int i = 0; i < s->n_ops && n < 3; i++) {
         const tr_summary_op *op = &s->op[i];
-        const bool inside = op->kind == TR_KIND_STEP || op->kind == TR_KIND_LAYER;
-        if (inside || !(!strncmp(op->name, "engine/", 7) || !strncmp(op->name, "load", 4) ||
-                        op->kind == TR_KIND_IO))
-            continue;
-        if (op->mean_s < 0.005 * s->run_s) continue;
+        const bool is_outside = !strncmp(op->name, "engine/", 7) || !strncmp(op->name, "load", 4) ||
+                                op->kind == TR_KIND_IO || op->kind == TR_KIND_PHASE;
+        if (!is_outside || op->mean_s < 0.005 * s->run_s) continue;
         fprintf(out, "%s%s %s", n ? ", " : " (", op->name, tr_figure_time(op->mean_s).s);
         n++;
     }
@@ -192,11 +190,15 @@ static void show_rank(FILE *out, const tr_reader *r, const tr_summary_rank *k, d
             tr_figure_time(k->busy_s).s, share(k->kind_s[TR_KIND_KERNEL], k->run_s),
             share(host, k->run_s), share(k->kind_s[TR_KIND_COMM], k->run_s),
             share(k->kind_s[TR_KIND_WAIT], k->run_s));
-    bar(out, k->kind_s[TR_KIND_KERNEL], longest, BAR, '#');
-    bar(out, host, longest, BAR, '+');
-    bar(out, k->kind_s[TR_KIND_COMM], longest, BAR, '=');
-    bar(out, k->kind_s[TR_KIND_WAIT], longest, BAR, '.');
-    bar(out, other, longest, BAR, 'o');
+    const double part[] = {k->kind_s[TR_KIND_KERNEL], host, k->kind_s[TR_KIND_COMM],
+                           k->kind_s[TR_KIND_WAIT], other};
+    double sum = 0;
+    int at = 0; /* rounded at the ends of the parts, so that the whole has the right length */
+    for (int i = 0; i < 5 && longest > 0; i++) {
+        sum += part[i];
+        for (; at < (int)lround(sum / longest * BAR); at++)
+            fputc("#+=.o"[i], out);
+    }
     fputc('\n', out);
 }
 
@@ -291,8 +293,8 @@ static void show_balance(FILE *out, const tr_summary *s)
             e->rank_tokens_most, e->rank_tokens);
     else if (e->experts > 0)
         advise(out,
-               "Experts are as even as ranks need: what one rank's experts get counts, not single "
-               "ones.");
+               "The ranks' experts are loaded evenly; while that holds, single experts that stand "
+               "out cost nothing.");
 }
 
 static int by_number(const void *a, const void *b)

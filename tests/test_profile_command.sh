@@ -1,0 +1,115 @@
+#!/bin/sh
+# trireme profile: the command line, and every export checked by its consumer or its format. test_profile_read has the numbers
+# one by one; here is what a user runs. Consumers that are not installed are skipped, each with its reason.
+# shellcheck disable=SC2015 # fail does not come back
+set -u
+: "${TRIREME:?}" "${TR_BUILDDIR:?}" "${TR_SRCDIR:?}"
+make=$TR_BUILDDIR/tests/profile_make
+dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-profile.XXXXXX") || exit 1
+trap 'rm -rf "$dir"' EXIT
+cd "$dir" || exit 1
+
+fail()
+{
+    echo "$*"
+    exit 1
+}
+
+# refused CODE WORD ARGUMENTS...: it ends with this code, one line on stderr that has the word, nothing on stdout.
+refused()
+{
+    code=$1 word=$2
+    shift 2
+    "$TRIREME" profile "$@" >out 2>err
+    got=$?
+    [ "$got" -eq "$code" ] || fail "profile $*: exit $got, not $code: $(cat err)"
+    [ ! -s out ] || fail "profile $*: it was refused and printed something"
+    [ "$(wc -l <err)" -eq 1 ] || fail "profile $*: not one line: $(cat err)"
+    grep -qF -e "$word" err || fail "profile $*: '$(cat err)' does not say '$word'"
+}
+
+"$make" packed p.h5 4 3 8 6 trace && "$make" joined j.h5 4 3 8 6 trace && "$make" packed one.h5 1 2 4 3 &&
+    "$make" packed z.h5 2 2 4 0 || fail 'the synthetic profiles could not be made'
+
+# ---- the command line
+refused 2 'show, diff, export, pack or plot is wanted'
+refused 2 'show, diff, export, pack or plot is wanted' list p.h5
+refused 2 'FILE is missing' show
+refused 2 'two profiles are wanted' diff p.h5
+refused 2 'belongs to no option' show p.h5 j.h5
+refused 2 'one of --chrome' export p.h5
+refused 2 'one of --chrome' export p.h5 --chrome --tau
+refused 2 'does not take --csv' show p.h5 --csv
+refused 2 'does not take --top' pack p.h5 -o o.h5 --top 3
+refused 2 '-o OUT.h5 is missing' pack p.h5
+refused 2 '--rank goes with --hatchet' export p.h5 --csv --rank 1
+refused 2 '--rank 9: not in' export p.h5 --hatchet --rank 9 -o h.json
+refused 2 'two positive numbers' plot p.h5 --peak 12
+refused 2 '--by layer' diff p.h5 p.h5 --by layer
+refused 65 'No such file' show none.h5
+echo 'no profile' >text
+refused 65 'not an HDF5 file' show text
+refused 74 'none/o.h5' pack p.h5 -o none/o.h5
+refused 74 'none/o.json' export p.h5 --chrome -o none/o.json
+refused 65 'no steps in it to divide by' diff z.h5 p.h5 --per step
+refused 65 'no script here' plot p.h5 --script 'no script here'
+[ ! -e o.h5 ] && [ ! -e h.json ] && [ ! -e h.json.part ] || fail 'a refused command left a file behind'
+"$TRIREME" profile --help >out || fail 'no help'
+awk 'length > 80 { print; bad = 1 } END { exit bad }' out || fail 'help is wider than 80 columns'
+
+# ---- show, diff, pack
+for f in p.h5 j.h5 j.h5.d one.h5 z.h5; do
+    "$TRIREME" profile show "$f" >out || fail "show $f"
+    [ "$(wc -l <out)" -le 66 ] || fail "show $f: $(wc -l <out) lines are no screen"
+    awk 'NR > 1 && length > 100 { print; bad = 1 } END { exit bad }' out || fail "show $f: wider than 100 columns"
+    grep -q '^PHASES' out && grep -q '^OPERATIONS' out && grep -q '^RANKS' out && grep -q '^WORST LAYERS' out &&
+        grep -q '^TOKENS' out || fail "show $f: a block is missing"
+done
+"$TRIREME" profile diff p.h5 j.h5 --csv --by path >out || fail 'diff'
+awk -F, 'NR > 1 && $(NF - 2) != "1.000" { print; bad = 1 } END { exit bad || NR < 20 }' out ||
+    fail 'the same profile in two forms differs'
+"$TRIREME" profile diff one.h5 p.h5 --per token >out || fail 'diff of two grids'
+"$TRIREME" profile pack j.h5 -o packed.h5 || fail 'pack'
+rm -r j.h5.d
+"$TRIREME" profile show packed.h5 >out && grep -q '^model synthetic; 4 ranks' out || fail 'the packed file needs others'
+"$TRIREME" profile diff p.h5 packed.h5 --csv --by path >out || fail 'diff'
+awk -F, 'NR > 1 && $(NF - 2) != "1.000" { print; bad = 1 } END { exit bad || NR < 20 }' out || fail 'packing changed a time'
+
+# ---- a run that was killed
+if command -v h5clear >/dev/null; then
+    "$make" killed k 3 2 4 3 || fail 'no killed run'
+    refused 65 'h5clear -s k/rank00000.h5.part' show k
+    for f in k/*.part; do h5clear -s "$f" || fail h5clear; done
+    "$TRIREME" profile show k >out && grep -q '3 ranks' out || fail 'a killed run cannot be read after h5clear'
+    "$TRIREME" profile pack k -o k.h5 && "$TRIREME" profile show k.h5 >out || fail 'a killed run cannot be packed'
+    rm k/rank00001.h5.part
+    "$TRIREME" profile show k | grep -q 'note: rank 1 of 3 is missing' || fail 'a missing rank is not said'
+else
+    echo 'skipped: .part files: no h5clear here (Debian: hdf5-tools)'
+fi
+
+# ---- exports
+"$TRIREME" profile export p.h5 --chrome -o c.json && "$TRIREME" profile export one.h5 --chrome >c1.json &&
+    "$TRIREME" profile export z.h5 --chrome -o cz.json && "$TRIREME" profile export p.h5 --hatchet -o h.json &&
+    "$TRIREME" profile export p.h5 --hatchet --rank 3 -o h3.json && "$TRIREME" profile export p.h5 --tau -o tau &&
+    "$TRIREME" profile export p.h5 --csv -o csv || fail 'an export failed'
+python=${PYTHON:-python3}
+[ ! -x /usr/bin/python3 ] || python=/usr/bin/python3 # the one that has the distribution's packages
+command -v "$python" >/dev/null || { echo "skipped: exports: no python3 to read them with"; exit 0; }
+"$python" "$TR_SRCDIR/tests/profile_check.py" . || fail 'an export is not what its consumers expect'
+"$python" -c 'import h5py, pandas' 2>/dev/null &&
+    { "$python" "$TR_SRCDIR/jobs/profile_example.py" p.h5 >out && grep -q '^mla_decode' out || fail 'the h5py example'; }
+if "$python" -c 'import matplotlib' 2>/dev/null; then
+    for f in p.h5 z.h5; do
+        PATH=$(dirname "$python"):$PATH "$TRIREME" profile plot "$f" -o "plot-$f-" --script "$TR_SRCDIR/jobs/profile_plot.py" \
+            --peak 100,20 >out 2>err || fail "plot $f: $(cat err)"
+        [ "$(wc -l <out)" -eq 3 ] || fail "plot $f: not three pictures"
+        while read -r png; do
+            [ "$(head -c 8 "$png" | tail -c 7 | head -c 3)" = PNG ] || fail "$png is no PNG"
+            [ "$(wc -c <"$png")" -lt 150000 ] || fail "$png is large"
+        done <out
+    done
+else
+    echo 'skipped: plot: no matplotlib for python3'
+fi
+exit 0
