@@ -204,7 +204,7 @@ static void put_grid(writer *w)
     tr_prof_rank *k = calloc((size_t)w->n, sizeof *k);
     for (int i = 0; i < w->n; i++) {
         k[i] = (tr_prof_rank){.rank = w->first + i, .tp = (int16_t)(w->first + i), .numa = -1};
-        k[i].node = (w->first + i) / 8;
+        k[i].node = (w->first + i) / 8 * 8; /* its lowest rank */
         k[i].local = (int16_t)((w->first + i) % 8);
         snprintf(k[i].host, sizeof k[i].host, "node%03d", k[i].node);
     }

@@ -16,6 +16,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/json.h"
 #include "profile/diff.h"
 #include "profile/export.h"
 #include "profile/figures.h"
@@ -607,6 +608,29 @@ static void diff_with_itself(void **state)
     tr_reader_close(b);
 }
 
+/* trireme-profile(5) names every dataset and every field. */
+static void the_manual_is_complete(void **state)
+{
+    char *page = NULL;
+    size_t n = 0;
+    (void)state;
+    assert_int_equal(
+        tr_file_read(TR_SOURCE_DIR "/src/trireme-profile.5.in", 1 << 20, &page, &n, NULL), TR_OK);
+    for (int i = 0; i < TR_N_DATASETS; i++) {
+        const tr_dataset *d = &tr_datasets[i];
+        char text[160];
+        snprintf(text, sizeof text, ".BI \"%s", d->path);
+        const char *at = strstr(page, text);
+        if (!at) fail_msg("%s is not in the manual", d->path);
+        for (int k = 0; d->record && k < d->record->n_fields; k++) {
+            const tr_field *f = &d->record->field[k];
+            snprintf(text, sizeof text, "\\fB%s\\fR", f->name);
+            if (!strstr(at, text)) fail_msg("%s: %s is not in the manual", d->path, f->name);
+        }
+    }
+    free(page);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -624,6 +648,7 @@ int main(void)
         cmocka_unit_test_teardown(hostile_sizes, clear),
         cmocka_unit_test_teardown(hostile_numbers, clear),
         cmocka_unit_test(figures),
+        cmocka_unit_test(the_manual_is_complete),
         cmocka_unit_test_teardown(diff_with_itself, clear),
     };
     return cmocka_run_group_tests(tests, setup, teardown);

@@ -270,9 +270,12 @@ static tr_status place_rows(tr_reader *r, int i_file, const tr_prof_rank *k, tr_
     return TR_OK;
 }
 
-/* Ranks that are known from the groups alone. */
+/* Ranks that are known from the groups or from the size of the world alone. */
 static void count_members(tr_reader *r)
 {
+    const char *size = tr_reader_attribute(r, "/", "world_size");
+    const long long world = size ? strtoll(size, NULL, 10) : 0;
+    if (world > r->about.n_ranks && world <= TR_READER_RANKS_MAX) r->about.n_ranks = (int)world;
     for (size_t i = 0; i < r->n_members; i++)
         for (size_t k = 0; k < r->member[i].n; k++) {
             const int rank = r->member[i].at[k];

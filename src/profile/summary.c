@@ -47,6 +47,22 @@ static int busiest(const void *a, const void *b)
     return x->rank - y->rank;
 }
 
+/* Nodes are numbered by their lowest rank; that one may be absent. */
+static int count_nodes(const tr_reader *r)
+{
+    const int n_ranks = tr_reader_about_of(r)->n_ranks;
+    int n = 0, last = -1;
+    for (int i = 0; i < n_ranks; i++) {
+        const int node = tr_reader_rank(r, i)->node;
+        bool seen = !tr_reader_has(r, i) || node == last;
+        for (int k = 0; k < i && !seen; k++)
+            seen = tr_reader_has(r, k) && tr_reader_rank(r, k)->node == node;
+        n += !seen;
+        last = tr_reader_has(r, i) ? node : last;
+    }
+    return n;
+}
+
 static tr_status by_rank(tr_summary *s, const tr_reader *r, const int *root, int main_root,
                          tr_err *err)
 {
@@ -69,10 +85,9 @@ static tr_status by_rank(tr_summary *s, const tr_reader *r, const int *root, int
         s->run_s += k->run_s;
         s->comm_s += k->kind_s[TR_KIND_COMM] + k->kind_s[TR_KIND_WAIT];
         sum += k->busy_s;
-        const int node = tr_reader_rank(r, i)->node;
-        if (node >= s->n_nodes) s->n_nodes = node + 1;
     }
     s->n_present = s->n_ranks;
+    s->n_nodes = count_nodes(r);
     s->run_s /= s->n_ranks;
     s->comm_s /= s->n_ranks;
     qsort(s->rank, (size_t)s->n_ranks, sizeof *s->rank, busiest);
