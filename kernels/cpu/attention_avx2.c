@@ -39,7 +39,7 @@ INLINE void dots_step(__m256 acc[8], const float *q, size_t ld_q, int n_q, const
                       int i, int full, __m256i m)
 {
     const int n_k = 8 / n_q;
-    __m256 row[2];
+    TR_SCRATCH __m256 row[2];
 
     UNROLL for (int r = 0; r < n_q; r++) row[r] = load(q + (size_t)r * ld_q + i, full, m);
     UNROLL for (int s = 0; s < n_k; s++)
@@ -56,7 +56,7 @@ INLINE void dots_step(__m256 acc[8], const float *q, size_t ld_q, int n_q, const
 INLINE void dots_block(float *out, const float *q, size_t ld_q, int n_q, const float *const *k,
                        int d)
 {
-    __m256 acc[8];
+    TR_SCRATCH __m256 acc[8];
     int i = 0;
 
     UNROLL for (int j = 0; j < 8; j++) acc[j] = _mm256_setzero_ps();
@@ -75,7 +75,7 @@ INLINE void dots_block(float *out, const float *q, size_t ld_q, int n_q, const f
 /* Four keys at a time stay in L1 while all rows pass; a last odd row takes eight at once. */
 static void dots(float *out, tr_tile q, tr_tile k, int d)
 {
-    const float *key[TR_KEY_BLOCK];
+    TR_SCRATCH const float *key[TR_KEY_BLOCK];
     int last = q.n / 2 * 2;
 
     /* Blocks run past the last key: they read it again. */
@@ -108,7 +108,7 @@ static void turn(float *out, tr_tile k, int d)
 INLINE void scores_block(float *p, const float *q, size_t ld_q, int n_rows, const float *turned,
                          int d)
 {
-    __m256 acc[6][2], key[2];
+    TR_SCRATCH __m256 acc[6][2], key[2];
 
     UNROLL for (int r = 0; r < n_rows; r++)
     {
@@ -147,7 +147,7 @@ INLINE void accumulate_block(float *y, size_t ld_y, const float *p, const float 
                              const int *n_keys, int n_rows, const float *v, size_t ld_v, int width,
                              int full)
 {
-    __m256 acc[4][2], x[2];
+    TR_SCRATCH __m256 acc[4][2], x[2];
     __m256i m[2] = {lanes(width), lanes(width - 8)};
     int common = n_keys[0];
 
@@ -316,7 +316,7 @@ INLINE __m256 sum_fours(const __m256 acc[4])
 INLINE __m256 index_heads(__m256 score, const float *q, const float *w, int n_heads,
                           const float *group, int d)
 {
-    __m256 acc[2][4], key[4];
+    TR_SCRATCH __m256 acc[2][4], key[4];
 
     UNROLL for (int h = 0; h < n_heads; h++)
     {
@@ -545,7 +545,7 @@ INLINE __m256 hadamard_8(__m256 x)
 
 static void hadamard(float *x, int d)
 {
-    __m256 v[TR_D_INDEX_MAX / 8], factor = _mm256_set1_ps(1.0f / sqrtf((float)d));
+    TR_SCRATCH __m256 v[TR_D_INDEX_MAX / 8], factor = _mm256_set1_ps(1.0f / sqrtf((float)d));
     int n = d / 8;
 
     if (d < 8 || d > TR_D_INDEX_MAX) {

@@ -22,7 +22,7 @@ INLINE __mmask16 lanes(int n)
 /* Lane j of the result is the sum of acc[j]'s lanes, the same tree for every j. */
 INLINE __m512 sum_each(const __m512 acc[16])
 {
-    __m512 two[8], four[4], lo, hi;
+    TR_SCRATCH __m512 two[8], four[4], lo, hi;
 
     UNROLL for (int j = 0; j < 8; j++)
     {
@@ -46,7 +46,7 @@ INLINE __m512 sum_each(const __m512 acc[16])
 INLINE void dots_step(__m512 acc[16], const float *q, size_t ld_q, int n_live,
                       const float *const *k, int n_k, int i, __mmask16 m)
 {
-    __m512 row[4];
+    TR_SCRATCH __m512 row[4];
 
     UNROLL for (int r = 0; r < n_live; r++)
     {
@@ -67,7 +67,7 @@ INLINE void dots_block(float *out, const float *q, size_t ld_q, int n_q, int n_l
                        const float *const *k, int d)
 {
     const int n_k = 16 / n_q;
-    __m512 acc[16];
+    TR_SCRATCH __m512 acc[16];
     int i = 0;
 
     UNROLL for (int j = 0; j < 16; j++) acc[j] = _mm512_setzero_ps();
@@ -91,7 +91,7 @@ INLINE void dots_block(float *out, const float *q, size_t ld_q, int n_q, int n_l
 /* Four keys at a time stay in L1 while all rows pass; the last rows, fewer than four, take more keys at once. */
 static void dots(float *out, tr_tile q, tr_tile k, int d)
 {
-    const float *key[TR_KEY_BLOCK], *rest = q.x + (size_t)(q.n / 4 * 4) * q.ld;
+    TR_SCRATCH const float *key[TR_KEY_BLOCK], *rest = q.x + (size_t)(q.n / 4 * 4) * q.ld;
     int n_rest = q.n % 4;
 
     /* Blocks run past the last key: they read it again. */
@@ -112,7 +112,7 @@ static void dots(float *out, tr_tile q, tr_tile k, int d)
 /* Row i of the result is lane i of the rows. */
 INLINE void transpose_16(__m512 x[16])
 {
-    __m512 t[16], u[16];
+    TR_SCRATCH __m512 t[16], u[16];
 
     UNROLL for (int i = 0; i < 16; i += 2)
     {
@@ -146,7 +146,7 @@ static void turn(float *out, tr_tile k, int d)
 {
     for (int s = 0; s < TR_KEY_BLOCK; s += 16, out += 16) {
         for (int i = 0; i < d; i += 16) {
-            __m512 x[16];
+            TR_SCRATCH __m512 x[16];
             UNROLL for (int j = 0; j < 16; j++)
             {
                 x[j] = s + j < k.n
@@ -166,7 +166,7 @@ static void turn(float *out, tr_tile k, int d)
 INLINE void scores_block(float *p, const float *q, size_t ld_q, int n_rows, const float *turned,
                          int d)
 {
-    __m512 acc[6][4], key[4];
+    TR_SCRATCH __m512 acc[6][4], key[4];
 
     UNROLL for (int r = 0; r < n_rows; r++)
     {
@@ -211,7 +211,7 @@ INLINE void accumulate_block(float *y, size_t ld_y, const float *p, const float 
                              const int *n_keys, int n_rows, const float *v, size_t ld_v, int width,
                              int full)
 {
-    __m512 acc[6][4], x[4];
+    TR_SCRATCH __m512 acc[6][4], x[4];
     __mmask16 m[4];
     int s = 0, common = n_keys[0];
 
@@ -385,7 +385,7 @@ INLINE __m512 sum_fours(const __m512 acc[4])
 INLINE __m512 index_heads(__m512 score, const float *q, const float *w, int n_heads,
                           const float *group, int d)
 {
-    __m512 acc[4][4], key[4];
+    TR_SCRATCH __m512 acc[4][4], key[4];
 
     UNROLL for (int h = 0; h < n_heads; h++)
     {
@@ -626,7 +626,7 @@ INLINE __m512 hadamard_16(__m512 x)
 
 static void hadamard(float *x, int d)
 {
-    __m512 v[TR_D_INDEX_MAX / 16], factor = _mm512_set1_ps(1.0f / sqrtf((float)d));
+    TR_SCRATCH __m512 v[TR_D_INDEX_MAX / 16], factor = _mm512_set1_ps(1.0f / sqrtf((float)d));
     int n = d / 16;
 
     if (d < 16 || d > TR_D_INDEX_MAX) {

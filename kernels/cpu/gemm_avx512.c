@@ -190,9 +190,9 @@ static unsigned e4m3_arrange(uint8_t *groups, int n_groups)
 }
 
 /* 16 rows of 16 words: words, pairs and fours of words trade places. Row r of `a` becomes column r. */
-static inline void transpose16(__m512i a[16])
+static inline __attribute__((always_inline)) void transpose16(__m512i a[16])
 {
-    __m512i b[16];
+    TR_SCRATCH __m512i b[16];
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
@@ -222,18 +222,30 @@ static inline void transpose16(__m512i a[16])
         a[i] = b[i];
 }
 
+/* Words [w, w + 16) of the rows; n of them exist. */
+static inline __attribute__((always_inline)) void
+transpose_words(uint8_t *out, const uint8_t *const row[TR_PANEL], int w, int n)
+{
+    const __mmask16 m = first(n);
+    TR_SCRATCH __m512i a[16];
+
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++)
+        a[i] = n >= 16 ? _mm512_loadu_si512(row[i] + 4 * w)
+                       : _mm512_maskz_loadu_epi32(m, row[i] + 4 * w);
+    transpose16(a);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++)
+        if (i < n) _mm512_storeu_si512(out + i * TR_PACK_ALIGN, a[i]);
+}
+
 static void transpose(uint8_t *out, const uint8_t *const row[TR_PANEL], int n_words)
 {
-    for (int w = 0; w < n_words; w += 16) {
-        const __mmask16 m = first(n_words - w);
-        __m512i a[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++)
-            a[i] = _mm512_maskz_loadu_epi32(m, row[i] + 4 * w);
-        transpose16(a);
-        for (int i = 0; i < 16 && w + i < n_words; i++, out += TR_PACK_ALIGN)
-            _mm512_storeu_si512(out, a[i]);
-    }
+    int w = 0;
+
+    for (; w + 16 <= n_words; w += 16)
+        transpose_words(out + w * TR_PACK_ALIGN, row, w, 16);
+    if (w < n_words) transpose_words(out + w * TR_PACK_ALIGN, row, w, n_words - w);
 }
 
 const tr_cpu_kernels tr_cpu_avx512 = {

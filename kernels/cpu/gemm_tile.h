@@ -49,7 +49,7 @@ INLINE void tile_group(vec acc[ROWS_MAX][PANELS_MAX][N_VEC], const int format, c
     if (format == F32) {
 #pragma GCC unroll 4
         for (int j = 0; j < TR_K_GROUP; j++) {
-            vec w[PANELS_MAX][N_VEC];
+            TR_SCRATCH vec w[PANELS_MAX][N_VEC];
 #pragma GCC unroll 4
             for (int p = 0; p < P; p++)
 #pragma GCC unroll 2
@@ -72,7 +72,7 @@ INLINE void tile_group(vec acc[ROWS_MAX][PANELS_MAX][N_VEC], const int format, c
     for (int p = 0; p < P; p++)
 #pragma GCC unroll 2
         for (int v = 0; v < N_VEC; v++) {
-            vec w[TR_K_GROUP];
+            TR_SCRATCH vec w[TR_K_GROUP];
             if (format == E4M3)
                 v_e4m3(w, groups + (size_t)p * w_step, v);
             else
@@ -88,8 +88,8 @@ INLINE void tile_group(vec acc[ROWS_MAX][PANELS_MAX][N_VEC], const int format, c
 INLINE void tile_block(const int format, const int R, const int P, const block_args *b)
 {
     const size_t group_bytes = (size_t)TR_PACK_ALIGN * (format == F32 ? 4 : format == BF16 ? 2 : 1);
-    const float *x[ROWS_MAX];
-    vec acc[ROWS_MAX][PANELS_MAX][N_VEC];
+    TR_SCRATCH const float *x[ROWS_MAX];
+    TR_SCRATCH vec acc[ROWS_MAX][PANELS_MAX][N_VEC];
     const uint8_t *groups = b->groups;
     const size_t w_step = b->w_step;
     int k = b->k, k_end = b->k + b->n_k;
@@ -217,7 +217,7 @@ static void expand_block(float *buffer, int format, const block_args *b, int P)
         for (int i = 0; i < n_groups; i++, group += group_bytes, out += TR_K_GROUP * TR_PANEL)
 #pragma GCC unroll 2
             for (int v = 0; v < N_VEC; v++) {
-                vec w[TR_K_GROUP];
+                TR_SCRATCH vec w[TR_K_GROUP];
                 if (format == BF16)
                     v_bf16(w, group, v);
                 else

@@ -80,16 +80,60 @@ static void find_rows(const pack_block *b, pack_rows *rows, const uint8_t *row[T
     }
 }
 
+typedef uint8_t bytes16 __attribute__((vector_size(16)));
+
+static inline bytes16 load16(const uint8_t *at)
+{
+    bytes16 x;
+    memcpy(&x, at, sizeof x);
+    return x;
+}
+
+/* All lanes of a transposed piece of e4m3: a column of it is 16 lanes beside each other, four of them make a group. */
+static void interleave_columns(const pack_block *b, uint8_t *groups)
+{
+    const bytes16 low1 = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23},
+                  high1 = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31},
+                  low2 = {0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23},
+                  high2 = {8, 9, 24, 25, 10, 11, 26, 27, 12, 13, 28, 29, 14, 15, 30, 31};
+    const uint8_t *column = (const uint8_t *)b->s->src + source_at(b, b->lane, 0);
+
+    for (int i = 0; i < b->n; i += TR_K_GROUP, groups += TR_PACK_ALIGN) {
+        bytes16 c[TR_K_GROUP] = {{0}};
+        for (int j = 0; j < TR_K_GROUP && i + j < b->n; j++)
+            c[j] = load16(column + (size_t)(i + j) * b->s->ld);
+        const bytes16 even = __builtin_shuffle(c[0], c[1], low1),
+                      odd = __builtin_shuffle(c[2], c[3], low1),
+                      even_high = __builtin_shuffle(c[0], c[1], high1),
+                      odd_high = __builtin_shuffle(c[2], c[3], high1);
+        const bytes16 out[4] = {__builtin_shuffle(even, odd, low2),
+                                __builtin_shuffle(even, odd, high2),
+                                __builtin_shuffle(even_high, odd_high, low2),
+                                __builtin_shuffle(even_high, odd_high, high2)};
+        memcpy(groups, out, sizeof out);
+    }
+}
+
+static float scale_of(const pack_block *b, int lane)
+{
+    const tr_linear_src *s = b->s;
+    const int o = b->o + lane - b->lane;
+    const size_t down = (size_t)(s->row0 + (s->transposed ? b->k : o)) / TR_K_BLOCK;
+    const size_t right = (size_t)(s->col0 + (s->transposed ? o : b->k)) / TR_K_BLOCK;
+    return s->scale[down * s->scale_ld + right];
+}
+
 /* nan: a bit for every lane in which there is one. */
 static void pack_scales(const pack_block *b, unsigned nan)
 {
-    const tr_linear_src *s = b->s;
+    /* where the lanes' scale block ends, the next one's scale begins */
+    const int from = b->o + (b->s->transposed ? b->s->col0 : b->s->row0);
+    float scale = 0;
+
     for (int l = b->lane; l < b->lane_end; l++) {
-        int o = b->o + l - b->lane;
-        size_t down = (size_t)(s->row0 + (s->transposed ? b->k : o)) / TR_K_BLOCK;
-        size_t right = (size_t)(s->col0 + (s->transposed ? o : b->k)) / TR_K_BLOCK;
-        float scale = nan >> l & 1 ? NAN : s->scale[down * s->scale_ld + right];
-        memcpy(b->at + l * (int)sizeof scale, &scale, sizeof scale);
+        if (l == b->lane || (from + l - b->lane) % TR_K_BLOCK == 0) scale = scale_of(b, l);
+        const float here = nan >> l & 1 ? NAN : scale;
+        memcpy(b->at + l * (int)sizeof here, &here, sizeof here);
     }
 }
 
@@ -122,17 +166,21 @@ static void pack(const pack_block *b)
     const int n_words = (b->n * tr_format_bytes(b->format) + 3) / 4;
     uint8_t *groups = b->at + b->m->scale_bytes;
     const uint8_t *row[TR_PANEL] = {NULL};
+    const int e4m3 = b->format == TR_W_E4M3_B128, all = b->lane_end - b->lane == TR_PANEL;
     TR_SCRATCH pack_rows rows;
     unsigned nan = 0;
 
-    find_rows(b, &rows, row);
-    if (b->lane_end - b->lane < TR_PANEL) {
-        nan = pack_lanes(b, row);
+    if (all && e4m3 && b->s->transposed) {
+        interleave_columns(b, groups);
     } else {
-        b->d->k.transpose(groups, row, n_words);
-        if (b->format == TR_W_E4M3_B128) nan = b->d->k.e4m3_arrange(groups, n_words);
+        find_rows(b, &rows, row);
+        if (all) b->d->k.transpose(groups, row, n_words);
     }
-    if (b->format == TR_W_E4M3_B128) pack_scales(b, nan);
+    if (!all)
+        nan = pack_lanes(b, row);
+    else if (e4m3)
+        nan = b->d->k.e4m3_arrange(groups, n_words);
+    if (e4m3) pack_scales(b, nan);
 }
 
 static tr_status check_piece(tr_device *d, const tr_linear *w, const tr_linear_src *s)
