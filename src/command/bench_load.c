@@ -19,7 +19,10 @@
 #include "base/clock.h"
 #include "base/size.h"
 
-enum { CHUNK = 512 << 10 }; /* what stays in L2 */
+enum {
+    CHUNK = 512 << 10, /* what stays in L2 */
+    ROUNDS = 3,
+};
 
 typedef struct piece { /* of one tensor's bytes in its file */
     int fd;
@@ -146,11 +149,45 @@ static void report(const char *what, uint64_t bytes, double seconds)
            what, (uintmax_t)bytes, seconds, (double)bytes / seconds);
 }
 
+typedef struct times {
+    double plain, kept, load; /* seconds */
+} times;
+
+static void keep_best(double *best, double seconds, bool first)
+{
+    if (first || seconds < *best) *best = seconds;
+}
+
+/* The two reads and the loading, one after another, so that what else the machine does meets all three. The weights of
+ * the round before are freed first: all rounds find the same memory. */
+static tr_status one_round(const reading *r, tr_opened *opened, const tr_open_options *options,
+                           int n_threads, bool first, times *best, tr_err *err)
+{
+    double plain, kept;
+
+    if (opened->weights) tr_weights_free(opened->weights, opened->device, opened->ops);
+    opened->weights = NULL;
+    tr_status st = read_plainly(r, n_threads, false, &plain, err);
+    if (st == TR_OK) st = read_plainly(r, n_threads, true, &kept, err);
+    if (st != TR_OK) return st;
+    tr_regions_reset(&opened->regions);
+    const uint64_t begun = tr_now_ns();
+    st = opened->device ? tr_weights_load(&opened->weights, &opened->config, &opened->slice,
+                                          opened->checkpoint, options->load_format, options->seed,
+                                          opened->device, opened->ops, NULL, &opened->regions, err)
+                        : tr_open_weights(opened, options, NULL, err);
+    if (st != TR_OK) return st;
+    keep_best(&best->load, (double)(tr_now_ns() - begun) * 1e-9, first);
+    keep_best(&best->plain, plain, first);
+    keep_best(&best->kept, kept, first);
+    return TR_OK;
+}
+
 tr_status tr_bench_load(const tr_bench_options *o, tr_err *err)
 {
     tr_opened opened = {0};
     reading r = {0};
-    double plain = 0, kept = 0;
+    times best = {0};
 
     tr_status st = o->open.load_format == TR_LOAD_SAFETENSORS
                        ? tr_open_checkpoint(&opened, &o->open, err)
@@ -161,21 +198,18 @@ tr_status tr_bench_load(const tr_bench_options *o, tr_err *err)
     st = list_pieces(&r, err);
     if (st != TR_OK) goto done;
     const int n_threads = o->open.n_threads > 0 ? o->open.n_threads : tr_device_threads();
-    st = read_plainly(&r, n_threads, false, &plain, err); /* once before: the page cache is warm */
-    if (st == TR_OK) st = read_plainly(&r, n_threads, false, &plain, err);
-    if (st == TR_OK) st = read_plainly(&r, n_threads, true, &kept, err);
-    if (st != TR_OK) goto done;
-    const uint64_t begun = tr_now_ns();
-    st = tr_open_weights(&opened, &o->open, NULL, err);
-    const double loading = (double)(tr_now_ns() - begun) * 1e-9;
+    st = read_plainly(&r, n_threads, false, &best.plain, err); /* the page cache is warm then */
+    for (int i = 0; i < ROUNDS && st == TR_OK; i++)
+        st = one_round(&r, &opened, &o->open, n_threads, i == 0, &best, err);
     if (st != TR_OK) goto done;
 
     printf("# trireme %s, %s, %s\n", PACKAGE_VERSION, o->open.model_dir,
            tr_device_describe(opened.device));
-    printf("# %-16s %12s %12s %12s   (page cache warm)\n", "load", "MB", "seconds", "GB/s");
-    report("read, one buffer", r.bytes, plain);
-    report("read, new memory", r.bytes, kept);
-    report("load", opened.weights->bytes_read, loading);
+    printf("# %-16s %12s %12s %12s   (page cache warm, best of %d)\n", "load", "MB", "seconds",
+           "GB/s", ROUNDS);
+    report("read, one buffer", r.bytes, best.plain);
+    report("read, new memory", r.bytes, best.kept);
+    report("load", opened.weights->bytes_read, best.load);
     if (o->regions) tr_regions_print(&opened.regions, stdout);
 
 done:
