@@ -2,76 +2,19 @@
 
 #include "engine/engine.h"
 
-#include <errno.h>
-#include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "base/clock.h"
 #include "base/size.h"
 #include "base/stop.h"
-#include "engine/pace.h"
+#include "engine/engine_priv.h"
 #include "engine/plans.h"
 #include "engine/replicas.h"
 #include "engine/report.h"
-#include "engine/scheduler.h"
-#include "engine/wire.h"
 
-enum { POLL_MS = 100, MOST_RING = 64 };
-
-typedef struct slot { /* a place of the step ring */
-    tr_step step;
-    char *staging; /* [n_replicas * bytes_max] the plans' bytes as they came */
-    uint64_t *at;  /* [n_replicas] where each begins; step.plan is this rank's replica's */
-    bool *planned; /* [n_replicas] leader: its scheduler has this step in flight */
-    char *report;  /* [report_bytes_max] what this rank tells the leader of the step */
-    tr_wire wire;  /* staging and report, on their way */
-    uint64_t begun_ns;
-    uint64_t number, t0_ns, t1_ns; /* for the observer; t1_ns 0: not done yet */
-} slot;
-
-struct tr_engine {
-    /* Fixed after creation. */
-    tr_model *model;
-    tr_comm *control;
-    tr_log *log;
-    tr_regions *regions;
-    tr_engine_options options;
-    tr_plan_limits limits;
-    size_t bytes_max, report_bytes_max;
-    int *reporter; /* [options.n_replicas] */
-    int region_plan, region_commit, region_report, region_rest, region_done;
-    tr_watchdog *watch;
-    tr_engine_observer observer;
-    tr_pace *pace;
-
-    /* The main thread's alone. */
-    tr_scheduler **scheduler; /* [options.n_replicas] leader only */
-    tr_step_output *
-        heard; /* [options.n_replicas] leader: what a step of another rank's replica sampled, in heard_text */
-    char **heard_text; /* [report_bytes_max] each */
-    uint64_t n_steps;  /* run here: the same number on every rank */
-    bool broken;
-    slot slot[MOST_RING];
-    int i_slot, n_flight; /* the oldest step in flight, and how many */
-    uint64_t last_done_ns;
-    uint64_t prefill_ns, decode_ns;
-    double overlap; /* of the pipeline, when all is over */
-
-    /* Everybody's, under the lock. */
-    pthread_mutex_t lock;
-    pthread_cond_t room, work,
-        news; /* the queue has room; the main thread has something to do; there is an event */
-    tr_event **queue; /* [options.queue_max] submitted, a circle */
-    int i_queue, n_queue;
-    tr_event *
-        *event; /* [event_cap] finished, a circle; as large as what is submitted and not taken */
-    size_t i_event, n_event, event_cap, n_outstanding;
-    bool closed, stopping, ended;
-    tr_engine_stats stats;
-};
+enum { POLL_MS = 100 };
 
 /* ---- creation ----------------------------------------------------------------------------------- */
 
@@ -107,7 +50,7 @@ static tr_status make_steps(tr_engine *e, tr_err *err)
 
     if (!tr_mul(&bytes, n, e->bytes_max)) bytes = 0;
     for (int i = 0; i < e->options.ring; i++) {
-        slot *s = &e->slot[i];
+        tr_engine_slot *s = &e->slot[i];
         s->staging = bytes ? malloc(bytes) : NULL;
         s->at = tr_calloc(n, sizeof *s->at);
         s->planned = tr_calloc(n, sizeof *s->planned);
@@ -178,7 +121,8 @@ static tr_status take_options(tr_engine *e, const tr_engine_options *options, tr
     if (!o->n_stages) o->n_stages = 1;
     if (!o->queue_max) o->queue_max = 4 * o->max_sequences * o->n_replicas;
     /* One more than there are stages: prompts go ahead while the oldest step's tokens come back. */
-    if (o->n_stages > 1) o->ring = o->n_stages < MOST_RING ? o->n_stages + 1 : MOST_RING;
+    if (o->n_stages > 1)
+        o->ring = o->n_stages < TR_ENGINE_RING_MAX ? o->n_stages + 1 : TR_ENGINE_RING_MAX;
     e->reporter = tr_calloc((size_t)o->n_replicas, sizeof *e->reporter);
     if (!e->reporter) return tr_fail(err, TR_E_MEMORY, "out of memory");
     for (int i = 0; options->reporter && i < o->n_replicas; i++)
@@ -194,7 +138,7 @@ tr_status tr_engine_create(tr_engine **out, tr_model *model, const tr_tokenizer 
     tr_status st = TR_OK;
 
     *out = NULL;
-    if (options->ring < 1 || options->ring > MOST_RING || options->max_sequences < 1 ||
+    if (options->ring < 1 || options->ring > TR_ENGINE_RING_MAX || options->max_sequences < 1 ||
         options->max_sequences > INT32_MAX / 4 || options->queue_max < 0 ||
         options->n_replicas < 0 || options->n_replicas > 4096 || options->i_replica < 0 ||
         options->n_stages < 0)
@@ -276,120 +220,6 @@ void tr_engine_free(tr_engine *e)
     free(e);
 }
 
-/* ---- the ends: any thread ------------------------------------------------------------------------- */
-
-/* Room for one more event, made while its request is submitted, so that delivering allocates nothing. */
-static bool reserve_event(tr_engine *e)
-{
-    if (e->n_outstanding < e->event_cap) return true;
-    size_t cap = e->event_cap ? 2 * e->event_cap : 64;
-    tr_event **event = tr_calloc(cap, sizeof *event);
-    if (!event) return false;
-    for (size_t i = 0; i < e->n_event; i++)
-        event[i] = e->event[(e->i_event + i) % e->event_cap];
-    free(e->event);
-    e->event = event;
-    e->event_cap = cap;
-    e->i_event = 0;
-    return true;
-}
-
-tr_status tr_engine_submit(tr_engine *e, tr_request *request, tr_err *err)
-{
-    tr_status st = TR_OK;
-    tr_event *event = calloc(1, sizeof *event);
-
-    if (!event) {
-        tr_request_free(request);
-        return tr_fail(err, TR_E_MEMORY, "out of memory for a request");
-    }
-    event->request = request;
-    event->submitted_ns = tr_now_ns();
-    if (!e->options.is_leader) {
-        tr_event_free(event);
-        return tr_fail(err, TR_E_USAGE, "requests go to rank 0");
-    }
-    pthread_mutex_lock(&e->lock);
-    while (e->n_queue == e->options.queue_max && !e->closed && !e->stopping && !e->ended)
-        pthread_cond_wait(&e->room, &e->lock);
-    if (e->closed || e->stopping || e->ended) {
-        st = tr_fail(err, TR_E_STOP, "the engine takes no more requests");
-    } else if (!reserve_event(e)) {
-        st = tr_fail(err, TR_E_MEMORY, "out of memory for a request");
-    } else {
-        e->queue[(e->i_queue + e->n_queue++) % e->options.queue_max] = event;
-        e->n_outstanding++;
-        event = NULL;
-        pthread_cond_signal(&e->work);
-    }
-    pthread_mutex_unlock(&e->lock);
-    tr_event_free(event);
-    return st;
-}
-
-void tr_engine_close(tr_engine *e)
-{
-    pthread_mutex_lock(&e->lock);
-    e->closed = true;
-    pthread_cond_broadcast(&e->work);
-    pthread_cond_broadcast(&e->room);
-    pthread_mutex_unlock(&e->lock);
-}
-
-void tr_engine_stop(tr_engine *e)
-{
-    pthread_mutex_lock(&e->lock);
-    e->stopping = true;
-    pthread_cond_broadcast(&e->work);
-    pthread_cond_broadcast(&e->room);
-    pthread_mutex_unlock(&e->lock);
-}
-
-static struct timespec deadline_in(int ms)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    t.tv_sec += ms / 1000;
-    t.tv_nsec += ms % 1000 * 1000000L;
-    if (t.tv_nsec >= 1000000000L) {
-        t.tv_sec++;
-        t.tv_nsec -= 1000000000L;
-    }
-    return t;
-}
-
-int tr_engine_take(tr_engine *e, tr_event **out, int timeout_ms)
-{
-    const struct timespec deadline = deadline_in(timeout_ms > 0 ? timeout_ms : 0);
-    int got = 0;
-
-    *out = NULL;
-    pthread_mutex_lock(&e->lock);
-    while (!e->n_event && !e->ended && timeout_ms > 0)
-        if (pthread_cond_timedwait(&e->news, &e->lock, &deadline) == ETIMEDOUT) break;
-    if (e->n_event) {
-        *out = e->event[e->i_event];
-        e->i_event = (e->i_event + 1) % e->event_cap;
-        e->n_event--;
-        e->n_outstanding--;
-        got = 1;
-    } else if (e->ended) {
-        got = -1;
-    }
-    pthread_mutex_unlock(&e->lock);
-    return got;
-}
-
-tr_engine_stats tr_engine_stats_get(tr_engine *e)
-{
-    pthread_mutex_lock(&e->lock);
-    tr_engine_stats stats = e->stats;
-    stats.waiting += e->n_queue;
-    pthread_mutex_unlock(&e->lock);
-    return stats;
-}
-
 /* ---- the main thread's side of the ends -------------------------------------------------------------- */
 
 static void deliver(tr_engine *e, tr_event *event)
@@ -466,7 +296,7 @@ static bool wait_for_work(tr_engine *e)
 {
     pthread_mutex_lock(&e->lock);
     while (!e->n_queue && !e->closed && !e->stopping && !tr_stop_requested()) {
-        const struct timespec deadline = deadline_in(POLL_MS);
+        const struct timespec deadline = tr_engine_deadline(POLL_MS);
         pthread_cond_timedwait(&e->work, &e->lock, &deadline);
     }
     bool more = e->n_queue || !e->closed;
@@ -477,7 +307,7 @@ static bool wait_for_work(tr_engine *e)
 /* ---- what a step sampled, from the rank that knows to the leader --------------------------------------- */
 
 /* This rank's step is done: tell the leader. */
-static tr_status tell(tr_engine *e, slot *s, tr_err *err)
+static tr_status tell(tr_engine *e, tr_engine_slot *s, tr_err *err)
 {
     const size_t bytes = tr_report_bytes(s->step.plan);
 
@@ -487,7 +317,8 @@ static tr_status tell(tr_engine *e, slot *s, tr_err *err)
 }
 
 /* What replica d's step sampled. */
-static tr_status hear(tr_engine *e, const slot *s, int d, tr_step_output *out, tr_err *err)
+static tr_status hear(tr_engine *e, const tr_engine_slot *s, int d, tr_step_output *out,
+                      tr_err *err)
 {
     const tr_plan *plan = tr_plans_of(s->staging, s->at, d);
     tr_ticket ticket = {0};
@@ -505,7 +336,7 @@ static tr_status hear(tr_engine *e, const slot *s, int d, tr_step_output *out, t
 
 /* ---- steps ------------------------------------------------------------------------------------------ */
 
-static tr_status run_plan(tr_engine *e, slot *s, tr_err *err)
+static tr_status run_plan(tr_engine *e, tr_engine_slot *s, tr_err *err)
 {
     const size_t bytes = s->wire.announced.bytes;
     const uint32_t flags = s->wire.announced.flags;
@@ -532,14 +363,14 @@ static tr_status run_plan(tr_engine *e, slot *s, tr_err *err)
     return flags & TR_STEP_PACE ? tr_pace_tell(e->pace, err) : tr_pace_hear(e->pace, false, err);
 }
 
-static slot *next_slot(tr_engine *e)
+static tr_engine_slot *next_slot(tr_engine *e)
 {
     return &e->slot[(e->i_slot + e->n_flight) % e->options.ring];
 }
 
 static tr_status wait_oldest(tr_engine *e, tr_err *err)
 {
-    slot *s = &e->slot[e->i_slot];
+    tr_engine_slot *s = &e->slot[e->i_slot];
     const tr_step *step = &s->step;
     tr_region_begin(e->regions, e->region_done);
     while (!tr_step_done(e->model, step)) {
@@ -555,7 +386,7 @@ static tr_status wait_oldest(tr_engine *e, tr_err *err)
 
 static void forget_oldest(tr_engine *e)
 {
-    const slot *s = &e->slot[e->i_slot];
+    const tr_engine_slot *s = &e->slot[e->i_slot];
     if (e->observer.step)
         e->observer.step(e->observer.ctx, &(tr_engine_seen){.step = s->number,
                                                             .t0_ns = s->t0_ns,
@@ -567,7 +398,8 @@ static void forget_oldest(tr_engine *e)
 }
 
 /* Plans of all replicas into the slot's staging. *planned false: nobody has anything to do now. */
-static tr_status plan_step(tr_engine *e, slot *s, size_t *bytes, bool *planned, tr_err *err)
+static tr_status plan_step(tr_engine *e, tr_engine_slot *s, size_t *bytes, bool *planned,
+                           tr_err *err)
 {
     *bytes = 0;
     *planned = false;
@@ -590,7 +422,7 @@ static tr_status plan_step(tr_engine *e, slot *s, size_t *bytes, bool *planned, 
 /* Plan a step, send it, enqueue it. *planned false: nothing to plan now. */
 static tr_status begin_step(tr_engine *e, bool *planned, tr_err *err)
 {
-    slot *s = next_slot(e);
+    tr_engine_slot *s = next_slot(e);
     tr_announcement a = {0};
     size_t bytes = 0;
 
@@ -610,7 +442,7 @@ static tr_status begin_step(tr_engine *e, bool *planned, tr_err *err)
 /* Wait for the oldest step, take in what it sampled, hand out what has finished. */
 static tr_status finish_step(tr_engine *e, tr_err *err)
 {
-    slot *s = &e->slot[e->i_slot];
+    tr_engine_slot *s = &e->slot[e->i_slot];
     bool prefill = false;
 
     tr_status st = wait_oldest(e, err);
@@ -657,7 +489,7 @@ static tr_status settle_all(tr_engine *e, tr_err *err)
 static tr_status send_stop(tr_engine *e, tr_status how, tr_err *err)
 {
     const tr_plan *stop = tr_scheduler_stop_plan(e->scheduler[0]); /* has no sections */
-    slot *s = next_slot(e);
+    tr_engine_slot *s = next_slot(e);
     const tr_announcement a = {.bytes = stop->bytes * (uint64_t)e->options.n_replicas,
                                .status = (uint32_t)how};
     tr_status st = tr_wire_settle(&s->wire, e->control, err);
@@ -737,7 +569,7 @@ static tr_status retire_oldest(tr_engine *e, tr_err *err)
 
 static tr_status follow_step(tr_engine *e, bool *last, tr_err *err)
 {
-    slot *s = next_slot(e);
+    tr_engine_slot *s = next_slot(e);
     const tr_announcement *a = &s->wire.announced;
     tr_status st = tr_wire_settle(&s->wire, e->control, err);
 
