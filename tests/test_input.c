@@ -211,6 +211,40 @@ static void test_pipe(void **state)
     tr_input_close(in);
 }
 
+/* Every line belongs to one shard, by its number; a shard alone still sees that the file changed. */
+static void test_shards(void **state)
+{
+    tr_err err;
+    tr_line line;
+    (void)state;
+    puts_to("in", "{\"custom_id\":\"a\"}\n\n{\"custom_id\":\"c\"}\n{\"custom_id\":\"d\"}\ne\n \n");
+    for (uint64_t i = 0; i < 3; i++) { /* lines 1 4, 2 5, 3 6; 2 and 6 are blank */
+        tr_input *in = opened("in", 0);
+        assert_int_equal(tr_input_take_shard(in, (tr_input_shard){i, 3}, &err), TR_OK);
+        assert_int_equal(tr_input_about(in)->n_requests, 4);
+        assert_int_equal(tr_input_about(in)->n_mine, i ? 1 : 2);
+        int got = 0;
+        while (tr_input_next(in, &line, &err) > 0) {
+            assert_int_equal((line.number - 1) % 3, i);
+            got++;
+        }
+        assert_int_equal(got, tr_input_about(in)->n_mine);
+        assert_int_equal(tr_input_check(in, &err), TR_OK);
+        tr_input_close(in);
+    }
+    tr_input *in = opened("in", 0);
+    assert_int_equal(tr_input_take_shard(in, (tr_input_shard){7, 8}, &err), TR_OK);
+    assert_int_equal(tr_input_about(in)->n_mine, 0);
+    expect_end(in);
+    assert_int_equal(tr_input_check(in, &err), TR_OK);
+    tr_input_close(in);
+    in = opened("in", 0);
+    assert_int_equal(tr_input_take_shard(in, (tr_input_shard){0, 1}, &err), TR_OK);
+    assert_int_equal(tr_input_about(in)->n_mine, 4);
+    expect_line(in, 1, "{\"custom_id\":\"a\"}");
+    tr_input_close(in);
+}
+
 static void test_changes(void **state)
 {
     tr_err err;
@@ -278,7 +312,7 @@ int main(void)
         cmocka_unit_test(test_lines),      cmocka_unit_test(test_nothing),
         cmocka_unit_test(test_long_lines), cmocka_unit_test(test_duplicates),
         cmocka_unit_test(test_missing),    cmocka_unit_test(test_pipe),
-        cmocka_unit_test(test_changes),
+        cmocka_unit_test(test_shards),     cmocka_unit_test(test_changes),
     };
     return cmocka_run_group_tests(tests, make_folder, remove_folder);
 }

@@ -83,6 +83,14 @@ static void test_good(void **state)
                 o.response_format_in_prompt && o.dsv31_assistant_after_tool && o.strict_params &&
                 o.resume && o.verbose && o.no_bind && o.no_overlap && o.no_prefix_cache);
     free(copy);
+    assert_int_equal(parse("batch -m M -i in -o out", &o, &err, &copy), TR_OK);
+    assert_true(o.grace == 60 && o.budget_s < 0 && o.shard.i == 0 && o.shard.n == 1);
+    free(copy);
+    assert_int_equal(parse("batch -m M -i in -o out --time-budget 1-00:00:30 --grace 0 --shard 3/8",
+                           &o, &err, &copy),
+                     TR_OK);
+    assert_true(o.grace == 0 && o.budget_s == 86430 && o.shard.i == 3 && o.shard.n == 8);
+    free(copy);
     assert_int_equal(parse("batch --merge -i in -o all p1 p2 p3", &o, &err, &copy), TR_OK);
     assert_int_equal(o.n_parts, 3);
     assert_string_equal(o.part[2], "p3");
@@ -157,9 +165,12 @@ static void test_bad(void **state)
         /* not built yet: refused, the option named */
         {"batch -m M -i in -o out --device gpu", "--device gpu"},
         {"batch -m M -i in -o out --speculate 1", "--speculate 1"},
-        {"batch -m M -i in -o out --time-budget 60", "--time-budget"},
-        {"batch -m M -i in -o out --grace 60", "--grace"},
-        {"batch -m M -i in -o out --shard 1/2", "--shard 1/2"},
+        {"batch -m M -i in -o out --time-budget soon", "--time-budget soon"},
+        {"batch -m M -i in -o out --grace -1", "--grace -1"},
+        {"batch -m M -i in -o out --grace 86401", "--grace"},
+        {"batch -m M -i in -o out --shard 2/2", "--shard 2/2"},
+        {"batch -m M --prompt x --shard 1/2", "--shard"},
+        {"batch --merge -i in -o all --shard 1/2 p", "--shard"},
         {"batch -m M -i in -o out --shard auto", "--shard auto"},
         {"batch -m M -i in -o out --index-topk-freq 4", "--index-topk-freq"},
         {"batch -m M -i in -o out --index-topk-pattern FS", "--index-topk-pattern"},

@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/time.h>
 #include <unistd.h>
 
 /* The one mutable global: a signal handler has no argument of ours. */
@@ -20,7 +21,7 @@ static void on_signal(int number)
 
 tr_status tr_stop_install(tr_err *err)
 {
-    static const int ask[] = {SIGUSR1, SIGTERM, SIGINT};
+    static const int ask[] = {SIGUSR1, SIGTERM, SIGINT, SIGALRM};
     static const int ignore[] = {SIGPIPE, SIGHUP, SIGXFSZ};
     struct sigaction action;
 
@@ -38,23 +39,52 @@ tr_status tr_stop_install(tr_err *err)
     return TR_OK;
 }
 
+void tr_stop_alarm(double seconds)
+{
+    const int64_t us = seconds > 0 ? (int64_t)(seconds * 1e6) + 1 : 0;
+    const struct itimerval t = {
+        .it_value = {.tv_sec = (time_t)(us / 1000000), .tv_usec = (suseconds_t)(us % 1000000)}};
+    setitimer(ITIMER_REAL, &t, NULL); /* of good values it cannot fail */
+}
+
 bool tr_stop_requested(void)
 {
     return stop_signal != 0;
 }
 
-const char *tr_stop_reason(void)
+/* URGENT beside the signal's number. */
+enum { URGENT = 1 << 16 };
+
+uint64_t tr_stop_word(void)
 {
-    switch (stop_signal) {
+    const int number = stop_signal;
+    return (uint64_t)number | (number == SIGTERM ? URGENT : 0);
+}
+
+bool tr_stop_word_urgent(uint64_t word)
+{
+    return word >= URGENT;
+}
+
+const char *tr_stop_word_name(uint64_t word)
+{
+    switch (word & (URGENT - 1)) {
     case 0:
-        return NULL;
+        return word ? "signal" : NULL;
     case SIGUSR1:
         return "USR1";
     case SIGTERM:
         return "TERM";
     case SIGINT:
         return "INT";
+    case SIGALRM:
+        return "the time budget";
     default:
         return "signal";
     }
+}
+
+const char *tr_stop_reason(void)
+{
+    return tr_stop_word_name(tr_stop_word());
 }

@@ -1,9 +1,13 @@
-/* The signal flag: USR1, TERM and INT ask the run to stop at a step boundary (exit 75); a second one ends the process
- * at once (_exit(75)) after the write that is under way. The one mutable global of the program. */
+/* The signal flag: USR1, TERM and INT ask the run to stop (exit 75); a second one ends the process at once (_exit(75)) after
+ * the write that is under way. The one mutable global of the program.
+ *
+ * A rank's signal counts for all of them, so what was asked can travel as one word: of two words the larger is the more
+ * urgent. */
 #ifndef TR_BASE_STOP_H
 #define TR_BASE_STOP_H
 
 #include <stdbool.h>
+#include <stdint.h>
 
 #include "base/err.h"
 
@@ -12,5 +16,16 @@ tr_status tr_stop_install(tr_err *err);
 bool tr_stop_requested(void);
 /* The name of the signal that asked ("USR1"), or NULL. */
 const char *tr_stop_reason(void);
+
+/* So many seconds from now the time budget is over: as if a signal asked then ("the time budget"). 0: it is not. For the time
+ * before the engine runs, which looks at the budget itself. */
+void tr_stop_alarm(double seconds);
+
+/* What this process was asked: 0: nothing. */
+uint64_t tr_stop_word(void);
+/* Of any word, also one that came from another rank and is none: "USR1", "signal"; NULL for 0. */
+const char *tr_stop_word_name(uint64_t word);
+/* TERM: the end is near. USR1 and INT leave the time that --grace says. */
+bool tr_stop_word_urgent(uint64_t word);
 
 #endif

@@ -17,6 +17,7 @@ struct tr_input {
     struct stat before;
     tr_input_info info;
     size_t max_line;
+    tr_input_shard shard;
     tr_lines *lines; /* second pass */
     tr_hasher *hasher;
     bool at_end;
@@ -157,6 +158,7 @@ static tr_status first_pass(tr_input *in, tr_err *err)
         goto done;
     }
     in->info.bytes = line.offset;
+    in->info.n_mine = in->info.n_requests;
     tr_hasher_hex(hasher, in->info.hash);
     if (in->info.bytes != (uint64_t)in->before.st_size)
         st = tr_fail(err, TR_E_INPUT, "%s: its size changed while it was read", in->path);
@@ -176,6 +178,7 @@ tr_status tr_input_open(tr_input **out, const char *path, size_t max_line, tr_er
     tr_input *in = calloc(1, sizeof *in);
     if (!in) return tr_fail(err, TR_E_MEMORY, "%s: out of memory", path);
     in->fd = -1;
+    in->shard.n = 1;
     in->max_line = max_line ? max_line : TR_LINE_MAX;
     in->path = strdup(strcmp(path, "-") ? path : "standard input");
     in->hasher = tr_hasher_create();
@@ -211,9 +214,36 @@ const tr_input_info *tr_input_about(const tr_input *in)
     return &in->info;
 }
 
+static bool is_mine(const tr_input *in, const tr_line *line)
+{
+    return (line->number - 1) % in->shard.n == in->shard.i;
+}
+
+/* Counted by a pass of its own, over the lines alone. */
+tr_status tr_input_take_shard(tr_input *in, tr_input_shard shard, tr_err *err)
+{
+    tr_lines *lines = NULL;
+    tr_line line;
+    int got;
+
+    in->shard = shard;
+    if (shard.n == 1) return TR_OK;
+    tr_status st = tr_lines_open(&lines, in->fd, in->path, in->max_line, NULL, err);
+    if (st != TR_OK) return st;
+    in->info.n_mine = 0;
+    while ((got = next_line(lines, &line, err)) > 0)
+        in->info.n_mine += is_mine(in, &line);
+    tr_lines_close(lines);
+    return got < 0 ? err->status : TR_OK;
+}
+
 int tr_input_next(tr_input *in, tr_line *line, tr_err *err)
 {
-    int got = next_line(in->lines, line, err);
+    int got;
+
+    do
+        got = next_line(in->lines, line, err);
+    while (got > 0 && !is_mine(in, line));
     if (got == 0) in->at_end = true;
     return got;
 }

@@ -11,7 +11,6 @@
 #include <time.h>
 
 #include "base/clock.h"
-#include "base/stop.h"
 
 enum { QUEUE = 256, WAIT_MS = 20, MS = 1000000 };
 
@@ -241,7 +240,7 @@ static void short_count(double x, char *out, size_t size)
 static void progress(job *j)
 {
     tr_engine_stats s = tr_engine_stats_get(j->o->engine);
-    uint64_t total = tr_input_about(j->o->input)->n_requests;
+    uint64_t total = tr_input_about(j->o->input)->n_mine;
     uint64_t mine = j->c->answered + j->c->refused + j->c->invalid + j->c->failed;
     uint64_t done = mine + atomic_load(&j->n_skipped);
     double seconds = (double)(tr_now_ns() - j->begun_ns) / 1e9;
@@ -290,8 +289,7 @@ static void *writer(void *arg)
             if (reader_is_done(j)) break;
             if (!busy) nap(WAIT_MS);
         }
-        if (tr_stop_requested() && !atomic_exchange(&j->stopping, true))
-            tr_engine_stop(j->o->engine);
+        if (tr_engine_draining(j->o->engine)) atomic_store(&j->stopping, true);
         tr_region_begin(j->o->write_regions, j->region_tick);
         tr_status st = j->writer_st == TR_OK ? tr_journal_tick(j->o->journal, &err) : TR_OK;
         tr_region_end(j->o->write_regions, 0, 0);
@@ -315,7 +313,7 @@ static void summary(const job *j)
 {
     const tr_job_counts *c = j->c;
     tr_engine_stats s = tr_engine_stats_get(j->o->engine);
-    uint64_t total = tr_input_about(j->o->input)->n_requests;
+    uint64_t total = tr_input_about(j->o->input)->n_mine;
     uint64_t done = c->skipped + c->answered + c->refused + c->invalid + c->failed;
     struct rusage usage;
     tr_buf kinds = {0};
@@ -341,11 +339,12 @@ static void summary(const job *j)
                 per_second(s.decode_tokens - s.mixed_decode_tokens, s.decode_ns),
                 (uintmax_t)s.steps, (uintmax_t)s.preemptions,
                 (double)(tr_now_ns() - j->begun_ns) / 1e9, (double)usage.ru_maxrss * 1024 / 1e9);
+    const char *reason = tr_engine_drain_reason(j->o->engine);
     if (done < total)
         tr_log_info(j->o->log,
                     "%s%s: %ju requests have no record yet; the same command goes on with them",
-                    tr_stop_requested() ? "stopped by " : "ended early",
-                    tr_stop_requested() ? tr_stop_reason() : "", (uintmax_t)(total - done));
+                    reason ? "stopped by " : "ended early", reason ? reason : "",
+                    (uintmax_t)(total - done));
 }
 
 /* What the run amounts to: a failure to record outweighs a failure to compute, that one a
@@ -353,6 +352,7 @@ static void summary(const job *j)
 static tr_status outcome(job *j, tr_status engine_st, const tr_err *engine_err, tr_err *err)
 {
     const tr_job_counts *c = j->c;
+    const char *reason = tr_engine_drain_reason(j->o->engine);
     uint64_t done = c->answered + c->refused + c->invalid + c->failed;
     const tr_err *from = NULL;
 
@@ -371,9 +371,10 @@ static tr_status outcome(job *j, tr_status engine_st, const tr_err *engine_err, 
             err, TR_E_DEVICE,
             "%ju of %ju requests failed with numerical_error: suspect device or checkpoint",
             (uintmax_t)c->numerical, (uintmax_t)done);
-    if (engine_st == TR_E_STOP)
-        return tr_fail(err, TR_E_STOP, "stopped by %s",
-                       tr_stop_reason() ? tr_stop_reason() : "request");
+    /* What had been submitted may have finished, and the reader have left lines behind. */
+    if (engine_st == TR_E_STOP ||
+        (reason && done + c->skipped < tr_input_about(j->o->input)->n_mine))
+        return tr_fail(err, TR_E_STOP, "stopped by %s", reason ? reason : "request");
     return TR_OK;
 }
 

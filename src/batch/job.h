@@ -34,7 +34,7 @@ typedef struct
     int n_kinds;
 } tr_job_counts;
 
-/* Until the input is done (TR_OK), a signal asks to stop (TR_E_STOP), or something fails. Prints
+/* Until the input is done (TR_OK), a signal or the time budget ends it early (TR_E_STOP), or something fails. Prints
  * progress and a summary. More than 1 % numerical_error: TR_E_DEVICE. The journal is left open. */
 tr_status tr_job_run(const tr_job_options *options, tr_job_counts *counts, tr_err *err);
 

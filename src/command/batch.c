@@ -5,11 +5,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
+#include "base/clock.h"
 #include "base/stop.h"
 #include "batch/merge.h"
 #include "command/batch_run.h"
 #include "command/command.h"
+#include "command/limit.h"
 #include "command/options.h"
 #include "mpi/start.h"
 
@@ -47,16 +50,36 @@ static void give_up(const tr_world *world, const tr_err *err)
     tr_world_abort(err->status);
 }
 
-static tr_status with_ranks(const tr_batch_options *options, tr_err *err)
+/* The end of the job's time into the options, and an alarm until the engine looks after it. False: Slurm's is not to be
+ * believed. */
+static bool find_end(tr_batch_options *o)
+{
+    double seconds = o->budget_s;
+    bool odd = false;
+
+    if (!o->budget_text)
+        seconds = tr_limit_slurm(getenv("SLURM_JOB_END_TIME"), (int64_t)time(NULL), &odd);
+    if (seconds < 0) return !odd;
+    o->end_ns = tr_now_ns() + (uint64_t)(seconds * 1e9);
+    o->margin_s = tr_limit_margin(seconds);
+    tr_stop_alarm(seconds > o->margin_s ? seconds - o->margin_s : 1e-6);
+    return true;
+}
+
+static tr_status with_ranks(tr_batch_options *options, tr_err *err)
 {
     tr_world world;
     tr_run *run = NULL;
     tr_log *log = NULL;
+    const bool believed = find_end(options);
     tr_status st = tr_world_start(&world, err);
 
     if (st != TR_OK) goto done;
     bool leads = world.rank == 0;
     log = tr_log_create(stderr, !leads, options->verbose);
+    if (!believed)
+        tr_log_warn(log, "SLURM_JOB_END_TIME is %s: no time to come, there is no time budget",
+                    getenv("SLURM_JOB_END_TIME"));
     run = tr_run_create(options, &world, log);
     st = tr_agree(&world, run && log ? TR_OK : tr_fail(err, TR_E_MEMORY, "out of memory"), err);
     if (st == TR_OK) st = phases(run, &world, err);

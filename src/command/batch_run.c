@@ -19,6 +19,7 @@
 #include "command/open.h"
 
 enum { MODEL_LEN_MAX = 16384, SMALL_FILE_MAX = 16 << 20, N_FIELDS = 18, FIELD_MAX = 96 };
+enum { TERM_GRACE_S = 5 }; /* Slurm's KillWait is 30 s (parallel.md 10.3) */
 
 struct tr_run {
     const tr_batch_options *o;
@@ -283,7 +284,7 @@ static tr_status make_identity(const tr_run *run, identity *id, tr_err *err)
               run->tokenizer ? tr_tokenizer_identity(run->tokenizer) : "none");
     add_field(id, "kv_dtype", "%s", run->o->kv_dtype);
     add_field(id, "max_model_len", "%d", run->max_model_len);
-    add_field(id, "shard", "0/1");
+    add_field(id, "shard", "%ju/%ju", (uintmax_t)run->o->shard.i, (uintmax_t)run->o->shard.n);
     add_field(id, "seed", "%jd", (intmax_t)run->o->seed);
     add_field(id, "temperature", "%.9g", d->temperature);
     add_field(id, "top_p", "%.9g", d->top_p);
@@ -503,6 +504,11 @@ tr_status tr_run_engine(tr_run *run, tr_err *err)
         .i_stage = grid->at.pp,
         .host = run->world->host,
         .reporter = run->reporter,
+        .drain = {.grace_s = run->o->input ? (double)run->o->grace
+                                           : 0, /* who asks one thing waits no longer */
+                  .term_grace_s = TERM_GRACE_S,
+                  .end_ns = run->o->end_ns,
+                  .margin_s = run->o->margin_s},
     };
     if (st == TR_OK)
         st = tr_engine_create(&run->engine, run->opened.model, run->tokenizer, run->opened.control,
@@ -562,6 +568,7 @@ void tr_run_close_profile(tr_run *run)
 
 tr_status tr_run_job(tr_run *run, tr_err *err)
 {
+    tr_stop_alarm(0); /* the engine looks at the budget itself */
     if (!run->leads) return tr_engine_run(run->engine, err);
     tr_job_counts counts;
     tr_err later;
@@ -614,8 +621,10 @@ tr_status tr_run_input(tr_run *run, tr_err *err)
 {
     if (!run->leads || !run->o->input) return TR_OK;
     tr_status st = tr_input_open(&run->input, run->o->input, 0, err);
-    if (st == TR_OK && !tr_input_about(run->input)->n_requests)
-        tr_log_warn(run->log, "%s: no requests in it", run->o->input);
+    if (st == TR_OK) st = tr_input_take_shard(run->input, run->o->shard, err);
+    if (st == TR_OK && !tr_input_about(run->input)->n_mine)
+        tr_log_warn(run->log, "%s: no requests in it%s", run->o->input,
+                    run->o->shard.n > 1 ? " for this shard" : "");
     return st;
 }
 

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "base/size.h"
+#include "command/limit.h"
 
 enum { FIRST_CODE = 256, HELP_INDENT = 28, HELP_WIDTH = 80 };
 
@@ -247,11 +248,15 @@ static const tr_option batch_table[] = {
      "join the outputs PART... of one input, in input order"},
     {"resume", 0, TR_OPTION_FLAG, AT(resume), 0, 0, NULL, NULL,
      "fail unless there is a run to go on with (going on is the default)"},
+    {"time-budget", 0, TR_OPTION_TEXT, AT(budget_text), 0, 0, "T", NULL,
+     "end in good time before T is over: seconds, or MM:SS, HH:MM:SS, D-HH:MM:SS (default: until "
+     "SLURM_JOB_END_TIME where it is set)"},
+    {"grace", 0, TR_OPTION_INT, AT(grace), 0, 86400, "S", NULL,
+     "seconds that running requests have to finish after USR1 or INT; after TERM 5 at most (default 60)"},
+    {"shard", 0, TR_OPTION_TEXT, AT(shard_text), 0, 0, "I/N", NULL,
+     "answer line k of IN (from 0) if k mod N is I; auto: by the Slurm job array's task"},
     {"verbose", 0, TR_OPTION_FLAG, AT(verbose), 0, 0, NULL, NULL, "say more"},
     {"help", 'h', TR_OPTION_FLAG, AT(help), 0, 0, NULL, NULL, "this text"},
-    {"time-budget", 0, TR_OPTION_ABSENT, 0, 0, 0, "T", NULL, NULL},
-    {"grace", 0, TR_OPTION_ABSENT, 0, 0, 0, "S", NULL, NULL},
-    {"shard", 0, TR_OPTION_ABSENT, 0, 0, 0, "I/N", "0/1", NULL},
     {"profile", 0, TR_OPTION_TEXT, AT(profile), 0, 0, "FILE.h5", NULL,
      "leave an account of the run, of every rank, in HDF5: FILE.h5 over FILE.h5.d"},
     {"profile-trace", 0, TR_OPTION_FLAG, AT(profile_trace), 0, 0, NULL, NULL,
@@ -280,6 +285,9 @@ static bool absent(const char *path)
 static tr_status batch_together(const tr_batch_options *o, tr_err *err)
 {
     if (o->merge) {
+        if (o->shard_text)
+            return tr_fail(err, TR_E_USAGE,
+                           "--merge joins all shards: --shard does not go with it");
         if (absent(o->input) || absent(o->output) || !o->n_parts)
             return tr_fail(err, TR_E_USAGE, "--merge needs -i IN, -o OUT and the parts to join");
         return TR_OK;
@@ -292,6 +300,8 @@ static tr_status batch_together(const tr_batch_options *o, tr_err *err)
     if (!o->prompt && absent(o->input))
         return tr_fail(err, TR_E_USAGE, "-i IN or --prompt TEXT is missing");
     if (!o->prompt && absent(o->output)) return tr_fail(err, TR_E_USAGE, "-o OUT is missing");
+    if (o->prompt && o->shard.n > 1)
+        return tr_fail(err, TR_E_USAGE, "--prompt and --shard exclude each other");
     if (o->resume && !strcmp(o->output, "-"))
         return tr_fail(err, TR_E_USAGE, "--resume: -o - cannot be resumed");
     if (absent(o->profile) && (o->profile || o->papi || o->profile_trace))
@@ -312,12 +322,19 @@ tr_status tr_batch_options_parse(tr_batch_options *out, int argc, char **argv, t
         .max_batch_tokens = 1024,
         .max_sequences = 32,
         .profile_flush = 30,
+        .grace = 60,
+        .budget_s = -1,
+        .shard = {.n = 1},
     };
     tr_status st = tr_options_parse(batch_table, N_BATCH, out, argc, argv, &rest, err);
     if (st != TR_OK) return st;
     out->part = argv + rest;
     out->n_parts = argc - rest;
-    return out->help ? TR_OK : batch_together(out, err);
+    if (out->help) return TR_OK;
+    if (out->budget_text) st = tr_limit_time(&out->budget_s, out->budget_text, err);
+    if (st == TR_OK && out->shard_text)
+        st = tr_limit_shard(&out->shard, out->shard_text, getenv, err);
+    return st == TR_OK ? batch_together(out, err) : st;
 }
 
 void tr_batch_options_help(FILE *out)

@@ -10,6 +10,7 @@
 #include <stdio.h>
 
 #include "base/err.h"
+#include "batch/input.h"
 #include "command/ranks.h"
 
 typedef enum tr_option_kind {
@@ -57,6 +58,13 @@ typedef struct tr_batch_options {
     int64_t max_batch_tokens, max_sequences, seed;
     tr_rank_options ranks;
     int64_t step_timeout; /* seconds; 0: the default */
+    int64_t grace;        /* seconds that running requests have after USR1 or INT */
+    double budget_s;      /* --time-budget, from the start of the program; < 0: none given */
+    tr_input_shard shard; /* --shard */
+    const char *budget_text, *shard_text; /* as given, or NULL */
+    uint64_t
+        end_ns; /* of the job, by the budget or Slurm (tr_now_ns); 0: none. Of this, saving and leaving take margin_s */
+    double margin_s;
     bool default_thinking, thinking_only, allow_tools, literal_content, response_format_in_prompt;
     bool dsv31_assistant_after_tool, strict_params;
     const char *profile, *papi; /* NULL: none */

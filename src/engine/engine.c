@@ -15,6 +15,8 @@
 #include "engine/report.h"
 
 enum { POLL_MS = 100 };
+/* How often ranks exchange what they were asked. Everybody sends a word to everybody: a thousand ranks do it less often. */
+static const uint64_t exchange_ns = 250000000, exchange_rank_ns = 4000000, idle_ns = 1000000000;
 
 /* ---- creation ----------------------------------------------------------------------------------- */
 
@@ -288,17 +290,17 @@ static bool asked_to_stop(tr_engine *e)
     pthread_mutex_lock(&e->lock);
     bool stopping = e->stopping;
     pthread_mutex_unlock(&e->lock);
-    return stopping || tr_stop_requested();
+    return stopping;
 }
 
-/* Nothing to run: wait for a request. False: none will come. A signal does not wake a condition, hence the polling. */
+/* Nothing to run: wait a while for a request. False: none will come. */
 static bool wait_for_work(tr_engine *e)
 {
+    const struct timespec deadline = tr_engine_deadline(POLL_MS);
+
     pthread_mutex_lock(&e->lock);
-    while (!e->n_queue && !e->closed && !e->stopping && !tr_stop_requested()) {
-        const struct timespec deadline = tr_engine_deadline(POLL_MS);
+    if (!e->n_queue && !e->closed && !e->stopping)
         pthread_cond_timedwait(&e->work, &e->lock, &deadline);
-    }
     bool more = e->n_queue || !e->closed;
     pthread_mutex_unlock(&e->lock);
     return more;
@@ -335,6 +337,36 @@ static tr_status hear(tr_engine *e, const tr_engine_slot *s, int d, tr_step_outp
 }
 
 /* ---- steps ------------------------------------------------------------------------------------------ */
+
+/* Once begun, an exchange goes on beside the steps; what came of it is looked at when the next one begins. */
+static tr_status hear_words(tr_engine *e, tr_err *err)
+{
+    if (!e->exchanging) return TR_OK;
+    e->exchanging = false;
+    tr_status st = tr_comm_wait(e->control, TR_LANE_MAIN, e->words, err);
+    if (!st && e->word > e->heard_word) e->heard_word = e->word;
+    return st;
+}
+
+static tr_status exchange_words(tr_engine *e, tr_err *err)
+{
+    tr_status st = hear_words(e, err);
+
+    if (st) return st;
+    e->word = tr_stop_word();
+    e->exchanged_ns = tr_now_ns();
+    st = tr_comm_all_max_u64(e->control, &e->word, 1, &e->words, err);
+    e->exchanging = !st;
+    return st;
+}
+
+static bool exchange_is_due(const tr_engine *e)
+{
+    const int n = tr_comm_size(e->control);
+    const uint64_t by_size = (uint64_t)n * exchange_rank_ns;
+    return n > 1 &&
+           tr_now_ns() - e->exchanged_ns >= (by_size > exchange_ns ? by_size : exchange_ns);
+}
 
 static tr_status run_plan(tr_engine *e, tr_engine_slot *s, tr_err *err)
 {
@@ -433,8 +465,10 @@ static tr_status begin_step(tr_engine *e, bool *planned, tr_err *err)
     if (!st) st = plan_step(e, s, &bytes, planned, err);
     a.bytes = bytes;
     a.flags = (e->n_flight + 1 >= e->options.n_stages ? TR_STEP_FULL : 0) |
-              (tr_pace_due(e->pace) ? TR_STEP_PACE : 0);
+              (tr_pace_due(e->pace) ? TR_STEP_PACE : 0) | (exchange_is_due(e) ? TR_STEP_ASK : 0);
+    e->rests = e->rests && !*planned;
     if (!st && *planned) st = tr_wire_give(&s->wire, e->control, a, s->staging, err);
+    if (!st && *planned && (a.flags & TR_STEP_ASK)) st = exchange_words(e, err);
     tr_region_end(e->regions, 0, 0);
     return !st && *planned ? run_plan(e, s, err) : st;
 }
@@ -465,12 +499,16 @@ static tr_status finish_step(tr_engine *e, tr_err *err)
     const uint64_t now = tr_now_ns();
     const uint64_t from = s->begun_ns > e->last_done_ns ? s->begun_ns : e->last_done_ns;
     *(prefill ? &e->prefill_ns : &e->decode_ns) += now - from;
+    tr_drain_step(&e->drain, now - from, !prefill);
     e->last_done_ns = now;
     publish_stats(e);
     forget_oldest(e);
     for (int d = 0; d < e->options.n_replicas; d++)
-        for (tr_event *event; (event = tr_scheduler_event(e->scheduler[d]));)
+        for (tr_event *event; (event = tr_scheduler_event(e->scheduler[d]));) {
+            if (event->kind == TR_EVENT_DONE)
+                tr_drain_request(&e->drain, event->done_ns - event->begun_ns);
             deliver(e, event);
+        }
     tr_region_end(e->regions, 0, 0);
     return TR_OK;
 }
@@ -498,6 +536,7 @@ static tr_status send_stop(tr_engine *e, tr_status how, tr_err *err)
         memcpy(s->staging + (size_t)d * stop->bytes, stop, stop->bytes);
     if (!st) st = tr_wire_give(&s->wire, e->control, a, s->staging, err);
     if (!st) st = settle_all(e, err);
+    if (!st) st = hear_words(e, err);
     return st ? st : tr_pace_sum_up(e->pace, &e->overlap, err);
 }
 
@@ -508,11 +547,59 @@ static bool all_idle(const tr_engine *e)
     return true;
 }
 
+/* There is nothing to do: the others are told (they would miss a step), and asked. */
+static tr_status rest(tr_engine *e, tr_err *err)
+{
+    tr_engine_slot *s = next_slot(e);
+
+    tr_watchdog_rest(e->watch);
+    if (tr_comm_size(e->control) == 1 || (e->rests && tr_now_ns() - e->exchanged_ns < idle_ns))
+        return TR_OK;
+    e->rests = true;
+    tr_status st = tr_wire_settle(&s->wire, e->control, err);
+    if (!st)
+        st =
+            tr_wire_give(&s->wire, e->control, (tr_announcement){.flags = TR_STEP_IDLE}, NULL, err);
+    return st ? st : exchange_words(e, err);
+}
+
+/* Is the run to end? Then nothing new is begun; now and then what cannot be finished any more makes room. */
+static bool drains(tr_engine *e)
+{
+    const uint64_t now = tr_now_ns(), mine = tr_stop_word();
+
+    if (!tr_drain_look(&e->drain, now, mine > e->heard_word ? mine : e->heard_word)) return false;
+    if (e->drained_ns && now - e->drained_ns < idle_ns) return true;
+    e->drained_ns = now;
+    e->n_go_on = 0;
+    for (int d = 0; d < e->options.n_replicas; d++)
+        e->n_go_on += tr_scheduler_drain(e->scheduler[d], tr_drain_tokens(&e->drain, now));
+    pthread_mutex_lock(&e->lock);
+    e->drain_reason = tr_drain_reason(&e->drain);
+    pthread_cond_broadcast(&e->room);
+    pthread_mutex_unlock(&e->lock);
+    return true;
+}
+
+/* Drained. TR_OK: of what was submitted nothing is left, and nothing more will be: whoever submits has been told, or had ended
+ * before. */
+static tr_status drained(tr_engine *e, tr_err *err)
+{
+    bool more = true;
+
+    for (int i = 0; i < 5 && more && all_idle(e); i++)
+        more = wait_for_work(e);
+    return more || !all_idle(e) ? tr_fail(err, TR_E_STOP, "stopped at a step boundary") : TR_OK;
+}
+
 static tr_status steps(tr_engine *e, tr_err *err)
 {
     for (;;) {
         bool planned = false;
-        take_in(e);
+        const bool draining = drains(e);
+        if (draining && (e->n_go_on == 0 || tr_drain_over(&e->drain, tr_now_ns())))
+            return drained(e, err);
+        if (!draining) take_in(e);
         if (asked_to_stop(e)) return tr_fail(err, TR_E_STOP, "stopped at a step boundary");
         tr_status st = begin_step(e, &planned, err);
         if (st) return st;
@@ -520,11 +607,14 @@ static tr_status steps(tr_engine *e, tr_err *err)
         if (e->n_flight) {
             st = finish_step(e, err);
             if (st) return st;
+        } else if (draining) {
+            return drained(e, err);
         } else if (!all_idle(e)) {
             return tr_fail(err, TR_E_USAGE, "the scheduler is stuck with %d running choices",
                            tr_engine_stats_get(e).running);
         } else {
-            tr_watchdog_rest(e->watch);
+            st = rest(e, err);
+            if (st) return st;
             tr_region_begin(e->regions, e->region_rest);
             const bool more = wait_for_work(e);
             tr_region_end(e->regions, 0, 0);
@@ -577,6 +667,11 @@ static tr_status follow_step(tr_engine *e, bool *last, tr_err *err)
     if (!st)
         st = tr_wire_get(&s->wire, e->control, s->staging, sizeof(tr_plan),
                          e->bytes_max * (size_t)e->options.n_replicas, err);
+    if (!st && (a->flags & (TR_STEP_ASK | TR_STEP_IDLE))) st = exchange_words(e, err);
+    if (!st && !a->bytes) { /* nothing to do */
+        tr_watchdog_rest(e->watch);
+        return TR_OK;
+    }
     if (!st) st = run_plan(e, s, err);
     if (st) return st;
     *last = s->step.plan->flags & TR_PLAN_STOP;
@@ -597,7 +692,8 @@ static tr_status follow(tr_engine *e, tr_err *err)
         if (st && !last) e->broken = true;
     }
     tr_err ignored;
-    if (!e->broken && !settle_all(e, &ignored)) tr_pace_sum_up(e->pace, &e->overlap, &ignored);
+    if (!e->broken && !settle_all(e, &ignored) && !hear_words(e, &ignored))
+        tr_pace_sum_up(e->pace, &e->overlap, &ignored);
     return st;
 }
 
@@ -619,8 +715,10 @@ void tr_engine_watch(tr_engine *e, tr_watchdog *watch)
 
 tr_status tr_engine_run(tr_engine *e, tr_err *err)
 {
+    tr_drain_begin(&e->drain, &e->options.drain);
     tr_status st = e->options.is_leader ? lead(e, err) : follow(e, err);
 
+    tr_watchdog_rest(e->watch); /* the writer may still have to save */
     pthread_mutex_lock(&e->lock);
     e->stats.overlap = e->overlap;
     e->ended = true;

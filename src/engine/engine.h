@@ -4,12 +4,16 @@
  * every step; planning costs microseconds, so one rank can do it for all, and there is nothing to exchange.)
  *
  * The step loop around scheduler, pages, model and step ring. Two thread-safe ends, submit and take (the batch reader and
- * the journal writer are threads; serve will be another pair), and one MPI thread in the middle that runs the steps. */
+ * the journal writer are threads; serve will be another pair), and one MPI thread in the middle that runs the steps.
+ *
+ * A signal that reaches any rank counts (base/stop.h): a few times a second the leader's message says that all ranks exchange
+ * what they were asked. */
 #ifndef TR_ENGINE_ENGINE_H
 #define TR_ENGINE_ENGINE_H
 
 #include "base/log.h"
 #include "base/region.h"
+#include "engine/drain.h"
 #include "engine/request.h"
 #include "model/model.h"
 #include "mpi/comm.h"
@@ -34,6 +38,8 @@ typedef struct tr_engine_options {
     const char *host;      /* this rank's, for messages; NULL: unknown */
     /* [n_replicas] the rank of `control` that tells the leader what a replica's steps sampled; NULL: the leader itself. */
     const int *reporter;
+    tr_drain_options
+        drain; /* the leader's: how a signal or the time budget ends the run; zeros: at the next boundary */
 } tr_engine_options;
 
 typedef struct tr_engine_stats {
@@ -85,10 +91,16 @@ tr_status tr_engine_submit(tr_engine *e, tr_request *takes, tr_err *err);
 void tr_engine_close(tr_engine *e);
 /* Any thread: leave at the next step boundary; running and waiting requests are dropped without an event. */
 void tr_engine_stop(tr_engine *e);
+/* Any thread, the leader's: nothing new is begun because a signal came (to any rank) or the time budget ends; what runs may
+ * still finish (engine/drain.h). */
+bool tr_engine_draining(tr_engine *e);
+/* Why: "USR1", "the time budget"; NULL while it is not draining. */
+const char *tr_engine_drain_reason(tr_engine *e);
 /* Any thread: 1 and *out (the caller's), 0 after timeout_ms without an event, -1 when run has returned and all is taken. */
 int tr_engine_take(tr_engine *e, tr_event **out, int timeout_ms);
 
-/* Main thread, leader and followers, until closed and finished (TR_OK), stopped (TR_E_STOP) or failed. */
+/* Main thread, leader and followers, until closed and finished (TR_OK), stopped or drained (TR_E_STOP on every rank, at the
+ * same step) or failed. What was begun before a drain and finished in it is TR_OK when nothing else had been submitted. */
 tr_status tr_engine_run(tr_engine *e, tr_err *err);
 /* After run: it failed in the middle of a step, and other ranks may be waiting in it for ever. Only ending the job helps. */
 bool tr_engine_broken(const tr_engine *e);

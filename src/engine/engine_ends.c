@@ -42,9 +42,10 @@ tr_status tr_engine_submit(tr_engine *e, tr_request *request, tr_err *err)
         return tr_fail(err, TR_E_USAGE, "requests go to rank 0");
     }
     pthread_mutex_lock(&e->lock);
-    while (e->n_queue == e->options.queue_max && !e->closed && !e->stopping && !e->ended)
+    while (e->n_queue == e->options.queue_max && !e->closed && !e->stopping && !e->drain_reason &&
+           !e->ended)
         pthread_cond_wait(&e->room, &e->lock);
-    if (e->closed || e->stopping || e->ended) {
+    if (e->closed || e->stopping || e->drain_reason || e->ended) {
         st = tr_fail(err, TR_E_STOP, "the engine takes no more requests");
     } else if (!reserve_event(e)) {
         st = tr_fail(err, TR_E_MEMORY, "out of memory for a request");
@@ -75,6 +76,19 @@ void tr_engine_stop(tr_engine *e)
     pthread_cond_broadcast(&e->work);
     pthread_cond_broadcast(&e->room);
     pthread_mutex_unlock(&e->lock);
+}
+
+const char *tr_engine_drain_reason(tr_engine *e)
+{
+    pthread_mutex_lock(&e->lock);
+    const char *reason = e->drain_reason;
+    pthread_mutex_unlock(&e->lock);
+    return reason;
+}
+
+bool tr_engine_draining(tr_engine *e)
+{
+    return tr_engine_drain_reason(e) != NULL;
 }
 
 struct timespec tr_engine_deadline(int ms)

@@ -50,7 +50,15 @@ struct tr_engine {
     int i_slot, n_flight; /* the oldest step in flight, and how many */
     uint64_t last_done_ns;
     uint64_t prefill_ns, decode_ns;
-    double overlap; /* of the pipeline, when all is over */
+    double overlap;      /* of the pipeline, when all is over */
+    tr_drain drain;      /* leader: when and how the run ends early */
+    uint64_t drained_ns; /* leader: when the schedulers were last told what still fits */
+    int n_go_on;         /* leader, draining: requests that may still finish */
+    uint64_t word,
+        heard_word;  /* an exchange of what ranks were asked (base/stop.h); what was heard */
+    tr_ticket words; /* of the exchange under way */
+    bool exchanging, rests;
+    uint64_t exchanged_ns;
 
     /* Everybody's, under the lock. */
     pthread_mutex_t lock;
@@ -62,6 +70,7 @@ struct tr_engine {
         *event; /* [event_cap] finished, a circle; as large as what is submitted and not taken */
     size_t i_event, n_event, event_cap, n_outstanding;
     bool closed, stopping, ended;
+    const char *drain_reason; /* NULL: not draining */
     tr_engine_stats stats;
 };
 

@@ -5,6 +5,7 @@
 #include <assert.h>
 #include <string.h>
 
+#include "base/clock.h"
 #include "engine/scheduler_priv.h"
 
 /* ---- deciding a step: who gets rows --------------------------------------------------------------- */
@@ -190,6 +191,7 @@ static void count_cached(tr_scheduler *s, tr_group *g, int n_tokens)
 {
     if (g->counted) return;
     g->counted = true;
+    g->event->begun_ns = tr_now_ns();
     g->event->cached_tokens = n_tokens;
     s->stats.cached_tokens += (uint64_t)n_tokens;
     s->stats.prompt_tokens += (uint64_t)g->n_prompt;
@@ -236,6 +238,10 @@ static void admit(tr_scheduler *s)
     while (q && s->n_running < s->options.max_sequences && s->batch_left > 0) {
         tr_sequence *next = q->next;
         if (q->n_flight) return; /* preempted with a token on its way */
+        if (s->draining && (!q->group->counted || q->group->aside)) {
+            q = next;
+            continue;
+        }
         const int32_t *lender = find_lender(q);
         if (!lender && sibling_runs(q)) {
             q = next;

@@ -82,7 +82,7 @@ typedef struct tr_event { /* owned by whoever took it; tr_event_free frees the r
     int cached_tokens; /* of the prompt, found in the cache: depends on what ran before */
     const char *code;  /* FAILED: "numerical_error", "context_length_exceeded", ... (static) */
     char message[256];
-    uint64_t submitted_ns, first_token_ns, done_ns;
+    uint64_t submitted_ns, begun_ns, first_token_ns, done_ns; /* begun: admitted to a slot */
 } tr_event;
 
 void tr_request_free(tr_request *r);

@@ -406,6 +406,31 @@ bool tr_scheduler_idle(const tr_scheduler *s)
     return !s->groups.first;
 }
 
+static bool fits(const tr_group *g, int64_t most)
+{
+    for (int i = 0; i < g->n_choices; i++)
+        if (g->sequence[i].state != TR_SEQUENCE_DONE &&
+            tr_sequence_needs_more(&g->sequence[i]) > most)
+            return false;
+    return true;
+}
+
+int tr_scheduler_drain(tr_scheduler *s, int64_t most)
+{
+    int n = 0;
+
+    s->draining = true;
+    for (tr_group *g = s->groups.first; g; g = g->next) {
+        if (!g->counted || g->aside) continue;
+        g->aside = !fits(g, most);
+        n += !g->aside;
+        for (int i = 0; i < g->n_choices && g->aside; i++)
+            if (g->sequence[i].state == TR_SEQUENCE_RUNNING)
+                tr_scheduler_preempt(s, &g->sequence[i]);
+    }
+    return n;
+}
+
 /* ---- state for callers ------------------------------------------------------------ */
 
 const tr_plan *tr_scheduler_stop_plan(tr_scheduler *s)

@@ -69,6 +69,10 @@ bool tr_scheduler_wants(const tr_scheduler *s);
  * are here already have run. 0 for one whose prompt is scored: it computes every row. */
 int tr_scheduler_known(const tr_scheduler *s, const tr_request *r);
 bool tr_scheduler_idle(const tr_scheduler *s); /* nobody waits or runs */
+/* From now on no request is begun. Those begun go on, but for those that need more than `most` further tokens of one choice
+ * for sure (no end token, no stop string can end them before): their choices leave slots and pages for good, their tokens
+ * stay. To be called again as time runs out. Returns how many requests go on. */
+int tr_scheduler_drain(tr_scheduler *s, int64_t most);
 
 /* The next step's plan, valid until the next call; NULL in *plan: nothing can be planned before a commit (or at all). With
  * fewer than `ring` steps in flight. Fails only when the builder refuses, which limits rule out. */

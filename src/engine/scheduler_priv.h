@@ -49,6 +49,7 @@ struct tr_scheduler {
     int batch_left, rows_left, head_left, changes_left, decode_left;
     bool waits_for_pages; /* an older sequence waits: no younger one may take a page before it */
     bool preempted;
+    bool draining; /* no request is begun any more */
 };
 
 static inline int tr_pages_for(int n_rows)

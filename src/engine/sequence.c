@@ -158,6 +158,15 @@ void tr_event_fail(tr_event *e, const char *code, const char *fmt, ...)
     e->done_ns = tr_now_ns();
 }
 
+int tr_sequence_needs_more(const tr_sequence *q)
+{
+    const tr_params *p = q->group->params;
+    const bool only_length = p->ignore_eos && !p->n_stop && !p->n_stop_tokens;
+    const int least = only_length ? p->max_tokens : p->n_stop ? 0 : p->min_tokens;
+
+    return least > q->n_token ? least - q->n_token : 0;
+}
+
 /* ---- logit changes (chat.md 4.2) --------------------------------------------------------------- */
 
 static bool masks_now(const tr_sequence *q)

@@ -57,7 +57,8 @@ struct tr_group {
     const int32_t *prompt;
     int n_prompt;
     int n_choices, n_live, n_unborn;
-    bool counted;          /* its prompt in the statistics of the cache: at the first admission */
+    bool counted; /* begun: its prompt is in the statistics of the cache */
+    bool aside;   /* of a run that ends: it could not be finished, so it is not gone on with */
     tr_sequence *sequence; /* [n_choices] */
     tr_stops *stops;
 
@@ -98,6 +99,8 @@ static inline bool tr_sequence_samples(const tr_sequence *q) /* another token ma
 {
     return tr_sequence_generated(q) < q->group->params->max_tokens;
 }
+/* Tokens it needs for sure before anything can end it. */
+int tr_sequence_needs_more(const tr_sequence *q);
 /* Penalties look at the tokens themselves, so all must be known. Bias and min_tokens do not. */
 static inline bool tr_sequence_needs_tokens(const tr_sequence *q)
 {

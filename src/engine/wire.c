@@ -27,6 +27,7 @@ tr_status tr_wire_give(tr_wire *w, tr_comm *control, tr_announcement announced, 
 {
     w->announced = announced;
     tr_status st = broadcast(w, control, &w->announced, sizeof w->announced, err);
+    if (announced.flags & TR_STEP_IDLE) return st;
     return st == TR_OK ? broadcast(w, control, plans, announced.bytes, err) : st;
 }
 
@@ -37,6 +38,7 @@ tr_status tr_wire_get(tr_wire *w, tr_comm *control, void *plans, size_t bytes_mi
     tr_status st = broadcast(w, control, &w->announced, sizeof *a, err);
 
     if (st != TR_OK) return st;
+    if ((a->flags & TR_STEP_IDLE) && !a->bytes && !a->status) return TR_OK;
     if (a->bytes < bytes_min || a->bytes > bytes_max || a->status > TR_E_STOP)
         return tr_fail(err, TR_E_COMM, "plans of %llu bytes were announced, status %u",
                        (unsigned long long)a->bytes, (unsigned)a->status);

@@ -16,6 +16,8 @@ enum {
     TR_STEP_FULL =
         1, /* all stages of the pipeline have something to do while this step is planned */
     TR_STEP_PACE = 2, /* behind this step every rank says how fast it is (pace.h) */
+    TR_STEP_ASK = 4,  /* beside this step every rank says what it was asked (base/stop.h) */
+    TR_STEP_IDLE = 8, /* no plans follow: there is nothing to do but to ask */
 };
 typedef struct tr_announcement {
     uint64_t bytes;  /* of all blocks that follow */
@@ -34,7 +36,7 @@ typedef struct tr_wire { /* of one place of the ring; begins as zeros */
 /* Nothing of this place is on its way any more: its buffers may be written again. */
 tr_status tr_wire_settle(tr_wire *w, tr_comm *control, tr_err *err);
 
-/* Rank 0: *announced and that many bytes of `plans` to all. Both are kept until settled. */
+/* Rank 0: *announced and that many bytes of `plans` (idle: none) to all. Both are kept until settled. */
 tr_status tr_wire_give(tr_wire *w, tr_comm *control, tr_announcement announced, void *plans,
                        tr_err *err);
 /* The others: rank 0's announcement and plans. TR_E_COMM when fewer than bytes_min or more than bytes_max are announced, or

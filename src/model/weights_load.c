@@ -9,6 +9,7 @@
 
 #include "base/clock.h"
 #include "base/size.h"
+#include "base/stop.h"
 #include "kernels/number.h"
 
 void tr_loader_done(tr_loader *l)
@@ -72,6 +73,8 @@ static tr_status locate(const tr_loader *l, const tr_wanted *w, const tr_tensor 
                         tr_stored *stored, tr_err *err)
 {
     *tensor = NULL;
+    if (tr_stop_requested())
+        return tr_fail(err, TR_E_STOP, "stopped by %s while loading", tr_stop_reason());
     if (l->dummy) {
         *stored = tr_dummy_stored(l->config, w);
         return TR_OK;
