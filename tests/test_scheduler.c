@@ -4,6 +4,13 @@
 
 #include "scheduler_world.h"
 
+static void submit(world *w)
+{
+    tr_request *r = make_request(w);
+    w->finished[r->id % (1 << 16)] = false;
+    submit_request(w, r);
+}
+
 /* Run n steps with a stream of requests, then let everybody finish. */
 static void run_world(uint64_t seed, uint64_t n_steps, tr_scheduler_stats *sum)
 {
@@ -90,6 +97,7 @@ static tr_event *add(world *w, tr_request *r)
     tr_event *e = calloc(1, sizeof *e);
     r->id = w->n_requests++;
     w->submitted_at[r->id % (1 << 16)] = w->n_steps;
+    w->finished[r->id % (1 << 16)] = false;
     e->request = r;
     return tr_scheduler_add(w->scheduler, e);
 }

@@ -18,7 +18,9 @@ typedef struct job {
     const tr_job_options *o;
     tr_job_counts *c;     /* the writer's, except skipped: the reader's */
     atomic_bool stopping; /* admit nothing more */
-    atomic_ullong n_skipped;
+    atomic_ullong n_skipped, n_continued;
+    uint64_t saved_ns;     /* the writer's: when it last asked for what is to be saved */
+    uint64_t save_cost_ns; /* of the last saving: steps lost and processor time */
     /* Records of refused lines, on their way from the reader to the writer. */
     pthread_mutex_t lock;
     pthread_cond_t changed;
@@ -69,6 +71,22 @@ static void push(job *j, tr_buf line, const char *code)
     pthread_mutex_unlock(&j->lock);
 }
 
+/* What an earlier job has saved of this request goes with it. */
+static void go_on_from(job *j, tr_request *r, uint64_t line)
+{
+    tr_progress *p = j->o->saved ? tr_saved_find(j->o->saved, line) : NULL;
+
+    if (!p) return;
+    if (tr_progress_fits(p, r, j->o->request.vocab_size)) {
+        r->progress = p;
+        atomic_fetch_add(&j->n_continued, 1);
+        return;
+    }
+    tr_log_warn(j->o->log, "line %ju: what was saved is not of its request: it starts over",
+                (uintmax_t)line);
+    tr_progress_free(p);
+}
+
 static tr_status read_one(job *j, tr_parser *parser, tr_envelope *e, const tr_line *line,
                           tr_err *err)
 {
@@ -80,6 +98,7 @@ static tr_status read_one(job *j, tr_parser *parser, tr_envelope *e, const tr_li
     if (st != TR_OK) return st;
     if (tr_journal_has(o->journal, e->key)) {
         atomic_fetch_add(&j->n_skipped, 1);
+        if (o->saved) tr_saved_done(o->saved, e->line);
         return TR_OK;
     }
     st = tr_parser_line(parser, e, &parsed, err);
@@ -87,6 +106,7 @@ static tr_status read_one(job *j, tr_parser *parser, tr_envelope *e, const tr_li
     while (tr_journal_stalled(o->journal) && !atomic_load(&j->stopping))
         nap(50);
     if (parsed.kind == TR_PARSED_REQUEST) {
+        go_on_from(j, parsed.request, e->line);
         tr_region_begin(o->read_regions, j->region_submit);
         st = tr_engine_submit(o->engine, parsed.request, err);
         tr_region_end(o->read_regions, 0, 0);
@@ -220,10 +240,73 @@ static void write_event(job *j, tr_event *event)
         } else {
             j->c->answered++;
         }
+        if (j->o->saved) tr_saved_done(j->o->saved, event->request->id);
     }
     free(line.s);
     tr_event_free(event);
 }
+
+/* ---- saving ---------------------------------------------------------------------------------- */
+
+static uint64_t thread_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* How long to wait from one saving to the next. */
+static double save_interval_s(const job *j, uint64_t now_ns)
+{
+    enum { COST_SHARE = 200, PART = 8, LEAST_S = 1, MOST_S = 120 };
+    double s = (double)(now_ns - j->begun_ns) / 1e9 / PART;
+    const double least = COST_SHARE * (double)j->save_cost_ns / 1e9;
+
+    if (j->o->save_every_s >= 0) return j->o->save_every_s;
+    if (s < LEAST_S) s = LEAST_S;
+    if (s > MOST_S) s = MOST_S;
+    return s > least ? s : least;
+}
+
+/* Of what runs, when there is something new; *spent: what it took. */
+static void save(job *j, tr_saved_counts *counts)
+{
+    tr_progress *list;
+    uint64_t spent_ns;
+
+    if (!tr_engine_take_progress(j->o->engine, &list, &spent_ns)) return;
+    const uint64_t begun_ns = thread_ns();
+    tr_saved_write(j->o->saved, list, counts); /* a failure is warned about, and no more */
+    tr_progress_free_list(list);
+    j->save_cost_ns = spent_ns + thread_ns() - begun_ns;
+}
+
+static void save_now_and_then(job *j)
+{
+    tr_saved_counts counts;
+    const uint64_t now_ns = tr_now_ns();
+
+    if (!j->o->saved || j->o->save_every_s == 0) return;
+    save(j, &counts);
+    if ((double)(now_ns - j->saved_ns) / 1e9 < save_interval_s(j, now_ns)) return;
+    j->saved_ns = now_ns;
+    if (!tr_engine_draining(j->o->engine)) tr_engine_ask_progress(j->o->engine);
+}
+
+/* The run has ended: for the next one, or there is none. */
+static void save_at_end(job *j, tr_status engine_st)
+{
+    const uint64_t done =
+        j->c->skipped + j->c->answered + j->c->refused + j->c->invalid + j->c->failed;
+
+    if (!j->o->saved) return;
+    if (engine_st == TR_OK && done == tr_input_about(j->o->input)->n_mine)
+        tr_saved_remove(j->o->saved);
+    else if (engine_st == TR_OK || engine_st == TR_E_STOP)
+        save(j, &j->c->saved);
+}
+
+/* ---- progress -------------------------------------------------------------------------------- */
 
 /* "12.3 k" */
 static void short_count(double x, char *out, size_t size)
@@ -286,7 +369,7 @@ static void *writer(void *arg)
         if (got < 0) {
             /* The engine has ended; the reader learns it from its next submit, or from this. */
             atomic_store(&j->stopping, true);
-            if (reader_is_done(j)) break;
+            if (reader_is_done(j)) break; /* what the engine left is saved behind this */
             if (!busy) nap(WAIT_MS);
         }
         if (tr_engine_draining(j->o->engine)) atomic_store(&j->stopping, true);
@@ -297,6 +380,7 @@ static void *writer(void *arg)
             j->writer_err = err;
             writer_failed(j, st);
         }
+        save_now_and_then(j);
         progress(j);
     }
     return NULL;
@@ -309,6 +393,23 @@ static double per_second(uint64_t tokens, uint64_t ns)
     return ns ? (double)tokens * 1e9 / (double)ns : 0;
 }
 
+/* What was dropped, what of it was saved, and how to go on. */
+static void say_what_is_left(const job *j, uint64_t n)
+{
+    const tr_saved_counts *saved = &j->c->saved;
+    const char *reason = tr_engine_drain_reason(j->o->engine);
+    char kept[128] = "";
+
+    if (!n) return;
+    if (saved->requests)
+        snprintf(kept, sizeof kept, ", %ju of them begun, with %ju tokens saved",
+                 (uintmax_t)saved->requests, (uintmax_t)saved->tokens);
+    tr_log_info(j->o->log, "%s%s: %ju requests have no record yet%s; %s",
+                reason ? "stopped by " : "ended early", reason ? reason : "", (uintmax_t)n, kept,
+                j->o->saved ? "the same command goes on with them"
+                            : "only with -o FILE could the same command go on with them");
+}
+
 static void summary(const job *j)
 {
     const tr_job_counts *c = j->c;
@@ -317,16 +418,20 @@ static void summary(const job *j)
     uint64_t done = c->skipped + c->answered + c->refused + c->invalid + c->failed;
     struct rusage usage;
     tr_buf kinds = {0};
+    char went_on[64] = "";
 
     for (int i = 0; i < c->n_kinds; i++)
         tr_buf_printf(&kinds, "%s%ju %s", i ? ", " : " (", (uintmax_t)c->n_code[i], c->code[i]);
     if (c->n_kinds) tr_buf_puts(&kinds, ")");
+    if (c->continued)
+        snprintf(went_on, sizeof went_on, ", %ju went on from their saved tokens",
+                 (uintmax_t)c->continued);
     tr_log_info(j->o->log,
                 "%ju requests: %ju answered, %ju refused, %ju failed, %ju invalid lines%s; %ju had "
-                "a record before",
+                "a record before%s",
                 (uintmax_t)total, (uintmax_t)c->answered, (uintmax_t)c->refused,
                 (uintmax_t)c->failed, (uintmax_t)c->invalid, kinds.n ? kinds.s : "",
-                (uintmax_t)c->skipped);
+                (uintmax_t)c->skipped, went_on);
     free(kinds.s);
     memset(&usage, 0, sizeof usage);
     getrusage(RUSAGE_SELF, &usage);
@@ -339,12 +444,7 @@ static void summary(const job *j)
                 per_second(s.decode_tokens - s.mixed_decode_tokens, s.decode_ns),
                 (uintmax_t)s.steps, (uintmax_t)s.preemptions,
                 (double)(tr_now_ns() - j->begun_ns) / 1e9, (double)usage.ru_maxrss * 1024 / 1e9);
-    const char *reason = tr_engine_drain_reason(j->o->engine);
-    if (done < total)
-        tr_log_info(j->o->log,
-                    "%s%s: %ju requests have no record yet; the same command goes on with them",
-                    reason ? "stopped by " : "ended early", reason ? reason : "",
-                    (uintmax_t)(total - done));
+    say_what_is_left(j, total - done);
 }
 
 /* What the run amounts to: a failure to record outweighs a failure to compute, that one a
@@ -388,7 +488,7 @@ tr_status tr_job_run(const tr_job_options *options, tr_job_counts *counts, tr_er
     if (!j) return tr_fail(err, TR_E_MEMORY, "out of memory");
     j->o = options;
     j->c = counts;
-    j->begun_ns = tr_now_ns();
+    j->begun_ns = j->saved_ns = tr_now_ns();
     name_regions(j);
     pthread_mutex_init(&j->lock, NULL);
     pthread_cond_init(&j->changed, NULL);
@@ -409,6 +509,8 @@ tr_status tr_job_run(const tr_job_options *options, tr_job_counts *counts, tr_er
     if (reading) pthread_join(read_thread, NULL);
     pthread_join(write_thread, NULL);
     counts->skipped = atomic_load(&j->n_skipped);
+    counts->continued = atomic_load(&j->n_continued);
+    save_at_end(j, engine_st);
     summary(j);
     st = outcome(j, engine_st, &engine_err, err);
 done:

@@ -8,6 +8,7 @@
 #include "batch/journal.h"
 #include "batch/record.h"
 #include "batch/request.h"
+#include "batch/saved.h"
 #include "engine/engine.h"
 
 enum { TR_JOB_KINDS_MAX = 32 };
@@ -15,6 +16,10 @@ enum { TR_JOB_KINDS_MAX = 32 };
 typedef struct tr_job_options { /* all borrowed */
     tr_input *input;
     tr_journal *journal;
+    tr_saved *saved; /* NULL: nothing is saved or gone on with */
+    /* Seconds between two savings of running requests. 0: only when the run is stopped. < 0: an eighth of the time the run has
+     * taken so far, within 1 and 120, and so rarely that it costs less than half a percent of the time. */
+    double save_every_s;
     tr_engine *engine;
     tr_request_options request;
     tr_record_options record;
@@ -26,7 +31,9 @@ typedef struct tr_job_options { /* all borrowed */
 
 typedef struct
     tr_job_counts { /* of this run; requests of the input that have no record are in none of them */
-    uint64_t skipped; /* had a record */
+    uint64_t skipped;      /* had a record */
+    uint64_t continued;    /* went on from what was saved */
+    tr_saved_counts saved; /* at the end: what the next job goes on with */
     uint64_t answered, refused, invalid, failed;
     uint64_t numerical;                 /* of failed: numerical_error */
     const char *code[TR_JOB_KINDS_MAX]; /* refused and failed by code; static strings */

@@ -30,6 +30,7 @@ struct tr_run {
     tr_log *log;
     tr_input *input; /* NULL with --prompt */
     tr_journal *journal;
+    tr_saved *saved;
     tr_open_options open;
     tr_opened opened;
     tr_dtype kv_dtype;
@@ -389,7 +390,15 @@ tr_status tr_run_journal(tr_run *run, tr_err *err)
                 .log = run->log},
         .input_hash = tr_input_about(run->input)->hash,
     };
-    return tr_journal_open(&run->journal, &o, err);
+    st = tr_journal_open(&run->journal, &o, err);
+    if (st != TR_OK) return st;
+    const tr_saved_options saved = {
+        .out_path = run->o->output, .field = id.field, .n_fields = id.n, .log = run->log};
+    st = tr_saved_open(&run->saved, &saved, err);
+    if (st == TR_OK && tr_saved_count(run->saved))
+        tr_log_info(run->log, "%s.saved: %zu requests have saved tokens", run->o->output,
+                    tr_saved_count(run->saved));
+    return st;
 }
 
 /* ---- the model ------------------------------------------------------------------------------- */
@@ -583,6 +592,8 @@ tr_status tr_run_job(tr_run *run, tr_err *err)
     tr_job_options job = {
         .input = run->input,
         .journal = run->journal,
+        .saved = run->saved,
+        .save_every_s = (double)run->o->save_every,
         .engine = run->engine,
         .request = run->request,
         .record = record,
@@ -654,7 +665,8 @@ void tr_run_free(tr_run *run)
 {
     if (!run) return;
     tr_watchdog_stop(run->watchdog);
-    tr_journal_close(run->journal, NULL);
+    tr_saved_close(run->saved);
+    tr_journal_close(run->journal, NULL); /* gives the lock back */
     tr_run_profile_free(run->profile);
     tr_engine_free(run->engine);
     free(run->reporter);

@@ -253,6 +253,8 @@ static const tr_option batch_table[] = {
      "SLURM_JOB_END_TIME where it is set)"},
     {"grace", 0, TR_OPTION_INT, AT(grace), 0, 86400, "S", NULL,
      "seconds that running requests have to finish after USR1 or INT; after TERM 5 at most (default 60)"},
+    {"save-every", 0, TR_OPTION_INT, AT(save_every), 0, 86400, "S", NULL,
+     "save running requests' tokens so often, seconds; 0: only when stopped (default: now and then)"},
     {"shard", 0, TR_OPTION_TEXT, AT(shard_text), 0, 0, "I/N", NULL,
      "answer line k of IN (from 0) if k mod N is I; auto: by the Slurm job array's task"},
     {"verbose", 0, TR_OPTION_FLAG, AT(verbose), 0, 0, NULL, NULL, "say more"},
@@ -323,6 +325,7 @@ tr_status tr_batch_options_parse(tr_batch_options *out, int argc, char **argv, t
         .max_sequences = 32,
         .profile_flush = 30,
         .grace = 60,
+        .save_every = -1,
         .budget_s = -1,
         .shard = {.n = 1},
     };

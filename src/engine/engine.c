@@ -197,6 +197,7 @@ void tr_engine_free(tr_engine *e)
         tr_event_free(e->queue[(e->i_queue + i) % e->options.queue_max]);
     for (size_t i = 0; i < e->n_event; i++)
         tr_event_free(e->event[(e->i_event + i) % e->event_cap]);
+    tr_progress_free_list(e->progress);
     free(e->queue);
     free(e->event);
     for (int d = 0; d < e->options.n_replicas; d++) {
@@ -277,7 +278,11 @@ static void take_in(tr_engine *e)
         e->n_queue--;
         pthread_cond_signal(&e->room);
         pthread_mutex_unlock(&e->lock);
+        const tr_request *request = event->request; /* whoever has the event then */
         event = tr_scheduler_add(e->scheduler[d], event);
+        if (request->progress && request->progress->unfit)
+            tr_log_warn(e->log, "request %llu: what was saved of it does not fit: it starts over",
+                        (unsigned long long)request->id);
         if (event) {
             publish_stats(e);
             deliver(e, event);
@@ -285,12 +290,37 @@ static void take_in(tr_engine *e)
     }
 }
 
-static bool asked_to_stop(tr_engine *e)
+static bool asked_to_stop(tr_engine *e, bool *progress_wanted)
 {
     pthread_mutex_lock(&e->lock);
     bool stopping = e->stopping;
+    *progress_wanted = e->progress_wanted;
     pthread_mutex_unlock(&e->lock);
     return stopping;
+}
+
+/* Between steps: what unfinished requests have so far, for whoever takes it. */
+static void make_progress(tr_engine *e)
+{
+    const uint64_t begun_ns = tr_now_ns();
+    tr_progress *list = NULL;
+    int bad = 0;
+
+    for (int d = 0; d < e->options.n_replicas && !bad; d++)
+        bad = tr_scheduler_progress(e->scheduler[d], &list);
+    if (bad) {
+        tr_log_warn(e->log, "no memory for a copy of the running requests: nothing is saved");
+        tr_progress_free_list(list);
+        list = NULL;
+    }
+    pthread_mutex_lock(&e->lock);
+    tr_progress *older = e->progress;
+    e->progress = list;
+    e->progress_made = !bad;
+    e->progress_wanted = false;
+    e->progress_ns = tr_now_ns() - begun_ns;
+    pthread_mutex_unlock(&e->lock);
+    tr_progress_free_list(older);
 }
 
 /* Nothing to run: wait a while for a request. False: none will come. */
@@ -595,12 +625,14 @@ static tr_status drained(tr_engine *e, tr_err *err)
 static tr_status steps(tr_engine *e, tr_err *err)
 {
     for (;;) {
-        bool planned = false;
+        bool planned = false, progress_wanted;
         const bool draining = drains(e);
         if (draining && (e->n_go_on == 0 || tr_drain_over(&e->drain, tr_now_ns())))
             return drained(e, err);
         if (!draining) take_in(e);
-        if (asked_to_stop(e)) return tr_fail(err, TR_E_STOP, "stopped at a step boundary");
+        if (asked_to_stop(e, &progress_wanted))
+            return tr_fail(err, TR_E_STOP, "stopped at a step boundary");
+        if (progress_wanted) make_progress(e);
         tr_status st = begin_step(e, &planned, err);
         if (st) return st;
         if (planned && e->n_flight < e->options.ring) continue;
@@ -634,6 +666,7 @@ static tr_status lead(tr_engine *e, tr_err *err)
         if (finished && err) *err = ignored;
         if (finished) st = finished;
     }
+    if (st == TR_E_STOP && !e->broken) make_progress(e);
     tr_log_debug(e->log, "engine: %llu steps, %llu preemptions",
                  (unsigned long long)tr_engine_stats_get(e).steps,
                  (unsigned long long)tr_engine_stats_get(e).preemptions);

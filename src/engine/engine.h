@@ -14,6 +14,7 @@
 #include "base/log.h"
 #include "base/region.h"
 #include "engine/drain.h"
+#include "engine/progress.h"
 #include "engine/request.h"
 #include "model/model.h"
 #include "mpi/comm.h"
@@ -98,6 +99,12 @@ bool tr_engine_draining(tr_engine *e);
 const char *tr_engine_drain_reason(tr_engine *e);
 /* Any thread: 1 and *out (the caller's), 0 after timeout_ms without an event, -1 when run has returned and all is taken. */
 int tr_engine_take(tr_engine *e, tr_event **out, int timeout_ms);
+
+/* Any thread: at the next step boundary copy how far every unfinished request has come. */
+void tr_engine_ask_progress(tr_engine *e);
+/* Any thread: the newest copy nobody has taken (the caller's: tr_progress_free_list; may be empty) and the time it took, which
+ * the steps lost. False: there is none. When run ends with TR_E_STOP it leaves one, asked or not. */
+bool tr_engine_take_progress(tr_engine *e, tr_progress **list, uint64_t *spent_ns);
 
 /* Main thread, leader and followers, until closed and finished (TR_OK), stopped or drained (TR_E_STOP on every rank, at the
  * same step) or failed. What was begun before a drain and finished in it is TR_OK when nothing else had been submitted. */

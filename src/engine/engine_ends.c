@@ -78,6 +78,25 @@ void tr_engine_stop(tr_engine *e)
     pthread_mutex_unlock(&e->lock);
 }
 
+void tr_engine_ask_progress(tr_engine *e)
+{
+    pthread_mutex_lock(&e->lock);
+    e->progress_wanted = true;
+    pthread_mutex_unlock(&e->lock);
+}
+
+bool tr_engine_take_progress(tr_engine *e, tr_progress **list, uint64_t *spent_ns)
+{
+    pthread_mutex_lock(&e->lock);
+    const bool made = e->progress_made;
+    *list = e->progress;
+    *spent_ns = e->progress_ns;
+    e->progress = NULL;
+    e->progress_made = false;
+    pthread_mutex_unlock(&e->lock);
+    return made;
+}
+
 const char *tr_engine_drain_reason(tr_engine *e)
 {
     pthread_mutex_lock(&e->lock);

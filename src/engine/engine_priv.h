@@ -71,6 +71,9 @@ struct tr_engine {
     size_t i_event, n_event, event_cap, n_outstanding;
     bool closed, stopping, ended;
     const char *drain_reason; /* NULL: not draining */
+    bool progress_wanted, progress_made;
+    tr_progress *progress; /* progress_made: a list */
+    uint64_t progress_ns;
     tr_engine_stats stats;
 };
 

@@ -4,6 +4,8 @@
 
 #include <stdlib.h>
 
+#include "engine/progress.h"
+
 void tr_request_free(tr_request *r)
 {
     if (!r) return;
@@ -13,28 +15,28 @@ void tr_request_free(tr_request *r)
     free(r->params.stop);
     free(r->params.stop_token);
     free(r->params.bias);
+    tr_progress_free(r->progress);
     free(r->prompt);
     free(r);
 }
 
-static void scores_free(tr_scores *s)
+void tr_event_clear(tr_event *e)
 {
-    free(s->logprob);
-    free(s->rank);
-    free(s->top_token);
-    free(s->top_logprob);
+    for (int i = 0; e->choice && i < e->n_choices; i++) {
+        free(e->choice[i].token);
+        free(e->choice[i].text);
+        tr_scores_free(&e->choice[i].scores);
+    }
+    free(e->choice);
+    e->choice = NULL;
+    e->n_choices = 0;
+    tr_scores_free(&e->prompt_scores);
 }
 
 void tr_event_free(tr_event *e)
 {
     if (!e) return;
-    for (int i = 0; e->choice && i < e->n_choices; i++) {
-        free(e->choice[i].token);
-        free(e->choice[i].text);
-        scores_free(&e->choice[i].scores);
-    }
-    free(e->choice);
-    scores_free(&e->prompt_scores);
+    tr_event_clear(e);
     tr_request_free(e->request);
     free(e);
 }

@@ -36,13 +36,16 @@ typedef struct tr_params { /* chat.md 4.2 */
     int n_prompt_logprobs; /* -1: none; 0..20: score the prompt's tokens */
 } tr_params;
 
+typedef struct tr_progress tr_progress; /* engine/progress.h */
+
 typedef struct tr_request { /* owned; tr_request_free */
     uint64_t id;            /* the caller's: line number */
     int32_t *prompt;
     size_t n_prompt; /* >= 1 */
     tr_params params;
-    bool stream; /* TR_EVENT_TOKENS wanted (serve) */
-    void *user;  /* the caller's, untouched; free_user (may be NULL) is called by tr_request_free */
+    tr_progress *progress; /* owned: goes on from there; NULL: from the beginning */
+    bool stream;           /* TR_EVENT_TOKENS wanted (serve) */
+    void *user; /* the caller's, untouched; free_user (may be NULL) is called by tr_request_free */
     void (*free_user)(void *user);
 } tr_request;
 
@@ -87,6 +90,7 @@ typedef struct tr_event { /* owned by whoever took it; tr_event_free frees the r
 
 void tr_request_free(tr_request *r);
 void tr_event_free(tr_event *e);
+void tr_event_clear(tr_event *e); /* the choices and scores alone */
 /* SplitMix64 of key and i; i = 0 gives a key of its own too. */
 uint64_t tr_choice_key(uint64_t key, int i);
 

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/progress.h"
 #include "engine/scheduler_priv.h"
 
 /* ---- creation ----------------------------------------------------------------------------------- */
@@ -334,12 +335,31 @@ static bool acceptable(const tr_scheduler *s, tr_event *e)
     return true;
 }
 
+/* The request's group, where it had come to. What does not fit is marked, and the request begins anew. */
+static tr_group *make_group(tr_scheduler *s, tr_event *e)
+{
+    tr_group *g = tr_group_create(e, &s->options);
+    tr_progress *p = e->request->progress;
+
+    if (!g || !p) return g;
+    if (tr_group_restore(g, p, &s->options)) {
+        tr_progress_free(p);
+        e->request->progress = NULL;
+        return g;
+    }
+    p->unfit = true;
+    g->event = NULL;
+    tr_group_free(g);
+    tr_event_clear(e);
+    return tr_group_create(e, &s->options);
+}
+
 tr_event *tr_scheduler_add(tr_scheduler *s, tr_event *e)
 {
     tr_group *g = NULL;
 
     if (acceptable(s, e)) {
-        g = tr_group_create(e, &s->options);
+        g = make_group(s, e);
         if (!g) tr_event_fail(e, "out_of_memory", "no memory for the request");
     }
     if (!g) {
@@ -425,10 +445,24 @@ int tr_scheduler_drain(tr_scheduler *s, int64_t most)
         g->aside = !fits(g, most);
         n += !g->aside;
         for (int i = 0; i < g->n_choices && g->aside; i++)
-            if (g->sequence[i].state == TR_SEQUENCE_RUNNING)
-                tr_scheduler_preempt(s, &g->sequence[i]);
+            if (g->sequence[i].state == TR_SEQUENCE_RUNNING) {
+                leave(s, &g->sequence[i]);
+                waiting_insert(s, &g->sequence[i]);
+            }
     }
     return n;
+}
+
+int tr_scheduler_progress(const tr_scheduler *s, tr_progress **list)
+{
+    for (const tr_group *g = s->groups.first; g; g = g->next) {
+        tr_progress *p;
+        if (tr_group_progress(g, &p) < 0) return -1;
+        if (!p) continue;
+        p->next = *list;
+        *list = p;
+    }
+    return 0;
 }
 
 /* ---- state for callers ------------------------------------------------------------ */

@@ -58,7 +58,7 @@ typedef struct tr_scheduler tr_scheduler;
 tr_status tr_scheduler_create(tr_scheduler **out, const tr_scheduler_options *options, tr_err *err);
 void tr_scheduler_free(tr_scheduler *s); /* drops what has not been taken, requests too */
 
-/* A request to the end of the queue, as an event of which only request and submitted_ns are filled in. Takes it; it comes
+/* A request to the end of the queue, from the beginning or from its progress (which is then freed, or marked unfit), as an event of which only request and submitted_ns are filled in. Takes it; it comes
  * back from tr_scheduler_event, DONE or FAILED, or right here when it is over at once (refused, or nothing to compute:
  * the caller's then); NULL otherwise. Streaming is refused until serve comes. Everything a request needs is allocated here, but for its outputs
  * (tokens, scores, text, counts of penalties), which grow geometrically. */
@@ -73,6 +73,10 @@ bool tr_scheduler_idle(const tr_scheduler *s); /* nobody waits or runs */
  * for sure (no end token, no stop string can end them before): their choices leave slots and pages for good, their tokens
  * stay. To be called again as time runs out. Returns how many requests go on. */
 int tr_scheduler_drain(tr_scheduler *s, int64_t most);
+
+/* Copies of how far every unfinished request has come (engine/progress.h), in front of *list; those without a token or score
+ * have none. 0, or -1: out of memory. At any step boundary: tokens in flight are not in it. */
+int tr_scheduler_progress(const tr_scheduler *s, tr_progress **list);
 
 /* The next step's plan, valid until the next call; NULL in *plan: nothing can be planned before a commit (or at all). With
  * fewer than `ring` steps in flight. Fails only when the builder refuses, which limits rule out. */

@@ -9,6 +9,7 @@
 
 #include "base/clock.h"
 #include "base/size.h"
+#include "engine/progress.h"
 
 /* ---- making ---------------------------------------------------------------------------------- */
 
@@ -27,21 +28,6 @@ static int sort_distinct(int32_t *id, int n, int n_vocab)
     for (int i = 0; i < n; i++)
         if (id[i] >= 0 && id[i] < n_vocab && (m == 0 || id[m - 1] != id[i])) id[m++] = id[i];
     return m;
-}
-
-static bool scores_create(tr_scores *s, int n, int n_top)
-{
-    size_t n_all;
-
-    *s = (tr_scores){.n_top = n_top};
-    if (!n) return true;
-    if (!tr_mul(&n_all, (size_t)n, (size_t)n_top)) return false;
-    s->logprob = tr_calloc((size_t)n, sizeof *s->logprob);
-    s->rank = tr_calloc((size_t)n, sizeof *s->rank);
-    s->top_token = tr_calloc(n_all, sizeof *s->top_token);
-    s->top_logprob = tr_calloc(n_all, sizeof *s->top_logprob);
-    s->n = n;
-    return s->logprob && s->rank && s->top_token && s->top_logprob;
 }
 
 static bool sequence_create(tr_sequence *q, tr_group *g, int i_choice,
@@ -112,9 +98,11 @@ tr_group *tr_group_create(tr_event *event, const tr_scheduler_options *options)
         }
     }
     if (ok)
-        ok = scores_create(&event->prompt_scores, g->n_scores,
-                           g->n_scores ? r->params.n_prompt_logprobs : 0);
+        ok = tr_scores_create(&event->prompt_scores, g->n_scores,
+                              g->n_scores ? r->params.n_prompt_logprobs : 0);
     if (!ok) {
+        event->n_choices = g->n_choices;
+        tr_event_clear(event);
         tr_group_free(g); /* has no event yet */
         return NULL;
     }
@@ -350,4 +338,95 @@ void tr_group_finish(tr_group *g)
     }
     g->event->kind = TR_EVENT_DONE;
     g->event->done_ns = tr_now_ns();
+}
+
+/* ---- progress out and in --------------------------------------------------------------------------- */
+
+static bool copy_choice(tr_progress_choice *to, const tr_sequence *q)
+{
+    const int n = q->n_token, n_scores = q->scores.n < n ? q->scores.n : n;
+
+    if (!n) return true;
+    to->token = tr_calloc((size_t)n, sizeof *to->token);
+    if (!to->token || !tr_scores_create(&to->scores, n_scores, q->scores.n_top)) return false;
+    memcpy(to->token, q->token, (size_t)n * sizeof *to->token);
+    to->n_token = n;
+    tr_scores_copy(&to->scores, &q->scores, n_scores);
+    return true;
+}
+
+int tr_group_progress(const tr_group *g, tr_progress **out)
+{
+    const tr_params *params = g->params;
+    bool any = g->n_scores_taken > 0;
+
+    *out = NULL;
+    for (int i = 0; i < g->n_choices; i++)
+        any = any || g->sequence[i].n_token > 0;
+    if (!any) return 0;
+    tr_progress *p = tr_progress_create(g->n_choices);
+    if (!p) return -1;
+    p->id = g->event->request->id;
+    p->prompt = tr_progress_prompt_hash(g->prompt, (size_t)g->n_prompt);
+    p->key = params->key;
+    p->n_prompt = g->n_prompt;
+    p->max_tokens = params->max_tokens;
+    p->n_logprobs = params->n_logprobs;
+    p->n_prompt_logprobs = params->n_prompt_logprobs;
+    /* Scores are taken in the order of the prompt, so those there are stand at the beginning. */
+    bool ok = tr_scores_create(&p->prompt_scores, g->n_scores_taken, g->event->prompt_scores.n_top);
+    if (ok) tr_scores_copy(&p->prompt_scores, &g->event->prompt_scores, g->n_scores_taken);
+    for (int i = 0; i < g->n_choices && ok; i++)
+        ok = copy_choice(&p->choice[i], &g->sequence[i]);
+    if (!ok) {
+        tr_progress_free(p);
+        return -1;
+    }
+    *out = p;
+    return 1;
+}
+
+/* The tokens as if a step had sampled them one by one. Nobody may end before the last of them. */
+static bool replay(tr_sequence *q, const tr_progress_choice *c, const tr_scheduler_options *options)
+{
+    int32_t token = 0, rank = 0, top_token[TR_MAX_LOGPROBS];
+    float logprob = 0, top_logprob[TR_MAX_LOGPROBS];
+    const tr_step_output row = {.n_head = 1,
+                                .token = &token,
+                                .logprob = &logprob,
+                                .rank = &rank,
+                                .top_token = top_token,
+                                .top_logprob = top_logprob};
+    const size_t n_top = (size_t)c->scores.n_top;
+    int ended = 0;
+
+    for (int i = 0; i < c->n_token && !ended; i++) {
+        token = c->token[i];
+        if (c->scores.n) {
+            logprob = c->scores.logprob[i];
+            rank = c->scores.rank[i];
+            memcpy(top_token, c->scores.top_token + (size_t)i * n_top, n_top * sizeof *top_token);
+            memcpy(top_logprob, c->scores.top_logprob + (size_t)i * n_top,
+                   n_top * sizeof *top_logprob);
+        }
+        ended = tr_sequence_take(q, &row, 0, options);
+    }
+    if (ended < 0 || q->n_token != c->n_token) return false;
+    if (ended > 0) {
+        q->state = TR_SEQUENCE_DONE;
+        q->group->n_live--;
+        q->group->n_unborn--;
+    }
+    return true;
+}
+
+bool tr_group_restore(tr_group *g, const tr_progress *p, const tr_scheduler_options *options)
+{
+    if (!tr_progress_fits(p, g->event->request, options->limits.n_vocab)) return false;
+    tr_scores_copy(&g->event->prompt_scores, &p->prompt_scores, p->prompt_scores.n);
+    g->n_scores_planned = g->n_scores_taken = p->prompt_scores.n;
+    for (int i = 0; i < g->n_choices; i++)
+        if (!replay(&g->sequence[i], &p->choice[i], options)) return false;
+    g->event->first_token_ns = 0; /* of this run none yet */
+    return g->n_live > 0;         /* who has finished has a record, or must be computed */
 }

@@ -119,6 +119,10 @@ int tr_sequence_take(tr_sequence *q, const tr_step_output *out, int h,
                      const tr_scheduler_options *options);
 /* The log-probability of prompt token i + 1. */
 void tr_group_take_score(tr_group *g, const tr_step_output *out, int h, int i);
+/* A copy of what a group has so far: 1; 0: nothing yet (*out NULL); -1: out of memory. */
+int tr_group_progress(const tr_group *g, tr_progress **out);
+/* Into a new group. False: it does not fit, or memory ran out: the group is only good to be freed. */
+bool tr_group_restore(tr_group *g, const tr_progress *p, const tr_scheduler_options *options);
 /* All choices have ended: the event becomes DONE. */
 void tr_group_finish(tr_group *g);
 void tr_event_fail(tr_event *e, const char *code, const char *fmt, ...)

@@ -49,7 +49,7 @@ fi
 # The layers that take bytes from outside; what needs MPI or kernels is not linked.
 list_sources()
 {
-    echo src/engine/request.c
+    printf '%s\n' src/engine/progress.c src/engine/request.c
     for f in src/base/*.c src/text/*.c src/batch/*.c src/model/*.c; do
         case $f in
         src/batch/job.c | src/batch/prompt.c) ;; # the engine's callers
