@@ -173,14 +173,15 @@ static void drain(saga *s)
 {
     world *w = s->w;
     const int most = pick(&w->random, 0, 60);
-    const uint64_t n_done = w->n_done;
+    const uint64_t n_done = w->n_done, n_failed = w->n_failed;
     const int n = tr_scheduler_drain(w->scheduler, most);
 
     while (turn(w)) {
     }
     assert_true(tr_scheduler_consistent(w->scheduler));
     assert_int_equal(tr_scheduler_stats_get(w->scheduler).running, 0);
-    assert_int_equal(w->n_done - n_done, n);
+    /* A token in flight may fail one that was let go. */
+    assert_in_range(w->n_done - n_done, n, (uint64_t)n + w->n_failed - n_failed);
     assert_int_equal(tr_scheduler_drain(w->scheduler, 0), 0);
 }
 

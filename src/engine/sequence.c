@@ -151,8 +151,9 @@ int tr_sequence_needs_more(const tr_sequence *q)
     const tr_params *p = q->group->params;
     const bool only_length = p->ignore_eos && !p->n_stop && !p->n_stop_tokens;
     const int least = only_length ? p->max_tokens : p->n_stop ? 0 : p->min_tokens;
+    const int has = tr_sequence_generated(q);
 
-    return least > q->n_token ? least - q->n_token : 0;
+    return least > has ? least - has : 0;
 }
 
 /* ---- logit changes (chat.md 4.2) --------------------------------------------------------------- */

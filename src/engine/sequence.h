@@ -99,7 +99,7 @@ static inline bool tr_sequence_samples(const tr_sequence *q) /* another token ma
 {
     return tr_sequence_generated(q) < q->group->params->max_tokens;
 }
-/* Tokens it needs for sure before anything can end it. */
+/* Further tokens it needs for sure before anything can end it; what is in flight is not further. */
 int tr_sequence_needs_more(const tr_sequence *q);
 /* Penalties look at the tokens themselves, so all must be known. Bias and min_tokens do not. */
 static inline bool tr_sequence_needs_tokens(const tr_sequence *q)
