@@ -14,6 +14,8 @@
 
 #include "base/stop.h"
 #include "engine/drain.h"
+#include "fixture.h"
+#include "vectors.h"
 
 #define S UINT64_C(1000000000)
 
@@ -55,6 +57,21 @@ static void test_words(void **state)
     assert_true(tr_stop_requested());
     assert_string_equal(tr_stop_reason(), "the time budget");
     assert_int_equal(tr_stop_word(), SIGALRM);
+}
+
+/* Whoever is asked to stop while it loads does not load on. */
+static void test_loading(void **state)
+{
+    char dir[512];
+    tr_fixture f;
+    const tr_fixture_options options = {
+        .dir = tr_source_path(dir, sizeof dir, "models/tiny"), .kv_dtype = TR_F32, .n_threads = 1};
+    (void)state;
+    assert_true(tr_stop_requested()); /* test_words asked */
+    assert_int_not_equal(tr_fixture_open(&f, &options), 0);
+    assert_int_equal(f.err.status, TR_E_STOP);
+    assert_non_null(strstr(f.err.text, "stopped by the time budget while loading"));
+    tr_fixture_close(&f);
 }
 
 static void test_graces(void **state)
@@ -143,9 +160,8 @@ static void test_tokens(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_words),
-        cmocka_unit_test(test_graces),
-        cmocka_unit_test(test_budget),
+        cmocka_unit_test(test_words),  cmocka_unit_test(test_loading),
+        cmocka_unit_test(test_graces), cmocka_unit_test(test_budget),
         cmocka_unit_test(test_tokens),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

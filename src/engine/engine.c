@@ -600,10 +600,15 @@ static bool drains(tr_engine *e)
 
     if (!tr_drain_look(&e->drain, now, mine > e->heard_word ? mine : e->heard_word)) return false;
     if (e->drained_ns && now - e->drained_ns < idle_ns) return true;
+    const bool first = !e->drained_ns;
     e->drained_ns = now;
     e->n_go_on = 0;
     for (int d = 0; d < e->options.n_replicas; d++)
         e->n_go_on += tr_scheduler_drain(e->scheduler[d], tr_drain_tokens(&e->drain, now));
+    if (first)
+        tr_log_info(e->log, "%s: nothing new is begun; %d requests have %.0f s to finish",
+                    tr_drain_reason(&e->drain), e->n_go_on,
+                    e->drain.until_ns > now ? (double)(e->drain.until_ns - now) / 1e9 : 0.0);
     pthread_mutex_lock(&e->lock);
     e->drain_reason = tr_drain_reason(&e->drain);
     pthread_cond_broadcast(&e->room);
