@@ -88,7 +88,7 @@ style_step()
         }' {} +)
     [ -z "$complaints" ] || { echo "$complaints" && return 1; }
     need shellcheck || return 77
-    shellcheck bootstrap jobs/install-deps jobs/quickstart tests/run tests/*.sh tests/fuzz/run.sh || return 1
+    shellcheck bootstrap jobs/install-deps jobs/quickstart jobs/*.sbatch tests/run tests/*.sh tests/fuzz/run.sh || return 1
     need clang-format-14 || return 77
     complaints=$(find src kernels mpi tests -name '*.[ch]' -exec clang-format-14 --dry-run {} + 2>&1 |
         sed -n 's/:.* code should be clang-formatted .*/: not as clang-format-14 writes it/p' | sort -u)
@@ -150,6 +150,11 @@ rank_kill_step()
     COMPARE=$compare "$TR_SRCDIR/tests/run_rank_kill.sh" "$TRIREME" "$model" "$1"
 }
 
+slurm_step()
+{
+    COMPARE=$compare "$TR_SRCDIR/tests/run_slurm.sh" "$TRIREME" "$model"
+}
+
 faults_step()
 {
     "$TR_SRCDIR/tests/run_faults.sh" "$TRIREME" "$model"
@@ -178,6 +183,7 @@ step profile-kill-10 profile_kill_step 10
 step grids grids_step
 step two-hosts two_hosts_step
 step rank-kill-3 rank_kill_step 3
+step slurm slurm_step
 step faults faults_step
 step nth nth_step --quick
 step fuzz fuzz_step
