@@ -6,6 +6,7 @@
 #   nth-asan     sanitizer, where a leak counts too
 #   kill         kill -9 at random moments, in independent series
 #   profile-kill the same of 100 runs with a profile, each killed one's file then made readable
+#   slurm        jobs on a Slurm of this machine's own: 100 time limits, 20 lost nodes
 #   fuzz         every parser's target
 # Exit status: 0 nothing found; 1 a finding; 2 usage.
 #
@@ -16,7 +17,7 @@
 # Environment: TR_BUILDDIR, a configured build (for building; make check-campaign sets it). Logs are in DIR/log.
 # shellcheck disable=SC2317 # functions are called by name
 set -u
-jobs=$(getconf _NPROCESSORS_ONLN) seconds=0 executions=10000000 kills=1000 steps=overhead,crash,nth,nth-asan,kill,profile-kill,fuzz
+jobs=$(getconf _NPROCESSORS_ONLN) seconds=0 executions=10000000 kills=1000 steps=overhead,crash,nth,nth-asan,kill,profile-kill,slurm,fuzz
 dir='' build=yes run=yes
 usage()
 {
@@ -47,8 +48,10 @@ export OMP_WAIT_POLICY=passive
 
 build_all()
 {
-    make -s -C "${TR_BUILDDIR:?}" -j "$jobs" trireme tests/fault/resume_state tests/fault/nan_check || return 1
-    cp "$TR_BUILDDIR/trireme" "$TR_BUILDDIR/tests/fault/resume_state" "$TR_BUILDDIR/tests/fault/nan_check" "$dir" || return 1
+    make -s -C "${TR_BUILDDIR:?}" -j "$jobs" trireme tests/fault/resume_state tests/fault/nan_check \
+        tests/compare_records || return 1
+    cp "$TR_BUILDDIR/trireme" "$TR_BUILDDIR/tests/fault/resume_state" "$TR_BUILDDIR/tests/fault/nan_check" \
+        "$TR_BUILDDIR/tests/compare_records" "$dir" || return 1
     mkdir -p "$dir/address" && cd "$dir/address" || return 1
     [ -f Makefile ] || "$top/configure" -q --enable-sanitize=address,undefined CFLAGS='-O2 -g' || return 1
     make -s -j "$jobs" trireme && cp trireme "$dir/trireme-asan" || return 1
@@ -98,6 +101,11 @@ profile_kill_step()
     TMPDIR=$dir/tmp "$top/tests/run_profile_kill.sh" "$dir/trireme" "$top/models/tiny" 100
 }
 
+slurm_step()
+{
+    COMPARE=$dir/compare_records "$top/tests/run_slurm_campaign.sh" "$dir/trireme" "$top/models/tiny"
+}
+
 fuzz_step()
 {
     left=0
@@ -127,7 +135,7 @@ for name in $(echo "$steps" | tr , ' '); do
     # What counts of each step; of a finding, enough to begin with.
     case $status,$name in
     0,nth | 0,nth-asan) grep -E ' reaches |no memory and say|faults, ' "$dir/log/$name" ;;
-    0,crash | 0,kill) tail -n 2 "$dir/log/$name" ;;
+    0,crash | 0,kill | 0,slurm) tail -n 2 "$dir/log/$name" ;;
     0,* | 77,*) cat "$dir/log/$name" ;;
     *) grep -E -A 12 'FAILED|^series|not so' "$dir/log/$name" | head -n 40 && tail -n 12 "$dir/log/$name" ;;
     esac | sed 's/^/    /' | tee -a "$dir/log/table"
