@@ -60,20 +60,20 @@ edit array.sbatch array 10 "$one" 'input=many output=array' "shards=3 options=($
 array=$(sed -n 's/^\([0-9]*\): 3 shards; \([0-9]*\): .*/\1 \2/p' "$dir/array.said")
 [ -n "$array" ] || { complain array "no job numbers: $(cat "$dir/array.said")"; exit 1; }
 # The last part has the number of the whole array, which must not be requeued with it.
-until [ -s "$dir/array.2" ] || [ -z "$(squeue -h -j "${array% *}_2")" ]; do sleep 0.05; done
+until [ -s "$dir/array.2" ] || over "${array% *}_2"; do sleep 0.05; done
 scancel --signal=USR1 "${array% *}_2"
 
 edit requeue.sbatch fault 10 "$two" 'input=many output=fault' "options=($exact --pp 2)"
 submit fault
 fault=$id
-until [ "$(records "$dir/fault")" -gt 3 ] || [ -z "$(squeue -h -j "$fault")" ]; do sleep 0.05; done
+until [ "$(records "$dir/fault")" -gt 3 ] || over "$fault"; do sleep 0.05; done
 victim=$(ranks "$fault" | tail -n 1)
 kill -9 "${victim:-no rank}" || complain fault 'no rank to kill'
 
 edit batch-mpirun.sbatch mpirun 10 "$two" 'input=many output=mpirun' "options=($exact --pp 2 --grace 0)"
 submit mpirun
 mpirun=$id
-until [ -s "$dir/mpirun" ] || [ -z "$(squeue -h -j "$mpirun")" ]; do sleep 0.05; done
+until [ -s "$dir/mpirun" ] || over "$mpirun"; do sleep 0.05; done
 scancel --batch --signal=USR1 "$mpirun" # as before the time limit
 await_end 60 "$mpirun"
 expect mpirun "$mpirun" FAILED 75

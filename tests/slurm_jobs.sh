@@ -111,12 +111,19 @@ field() {
     say "${text:--}"
 }
 
+# over JOB: it neither waits nor runs. A controller that does not answer proves nothing.
+over() {
+    local text
+    text=$(squeue -h -j "$1" 2>&1) || { [[ $text == *'Invalid job id'* ]] && return; return 1; }
+    [ -z "$text" ]
+}
+
 # await_end SECONDS JOB...: until none of them waits or runs.
 await_end() {
     local until=$((SECONDS + $1)) job
     shift
     for job; do
-        while [ -n "$(squeue -h -j "$job" 2>/dev/null)" ]; do
+        until over "$job"; do
             [ "$SECONDS" -lt "$until" ] || { complain job "job $job does not end: $(squeue -h -j "$job")"; return 1; }
             sleep 0.3
         done
@@ -212,7 +219,7 @@ lose_node() {
     for node; do
         before=$(records "$out")
         until [ "$(records "$out")" -ge $((before + more)) ] && is "$job" RUNNING "$restarts"; do
-            is "$job" RUNNING "$restarts" || is "$job" PENDING "$restarts" || is "$job" CONFIGURING "$restarts" || break 2
+            ! over "$job" || break 2
             sleep 0.1
         done
         "$cluster" drop "$node"

@@ -44,8 +44,17 @@ echo "$LEFT"
 END
 stand_in scontrol <<'END'
 case $1 in
-show) echo "JobId=7 JobName=x Requeue=1 Restarts=$RESTARTS BatchFlag=1" ;;
-requeue) echo "requeue $2" >>said ;;
+show)
+    # DEAF: so many times it does not answer.
+    n=$(cat deaf 2>/dev/null)
+    echo $((n + 1)) >deaf
+    [ "${n:-0}" -ge "${DEAF:-0}" ] || exit 1
+    echo "JobId=7 JobName=x Requeue=1 Restarts=$RESTARTS BatchFlag=1"
+    ;;
+requeue)
+    echo "requeue $2" >>said
+    exit "${REFUSES:-0}"
+    ;;
 esac
 END
 stand_in sleep <<'END'
@@ -81,6 +90,7 @@ run() {
     tr ' ' '\n' <<<"$2" >codes
     shift 2
     : >said
+    rm -f deaf
     env SLURM_JOB_ID=7 SLURM_NTASKS=2 SLURM_NNODES=1 SLURM_JOB_NODELIST=n1 LEFT=9:59 RESTARTS=0 "$@" bash "$script" >log 2>&1
     code=$?
 }
@@ -117,6 +127,12 @@ both() {
     rule "$script" "$job" '2 2 0' 1 0 no "$@"
     [ "$(grep -c '^sleep 30$' said)" -eq 2 ] || complain "$script: it did not wait for the output: $(cat said)"
     rule "$script" "$job" '2 2 2 2 2 0' 1 2 no "$@"
+    # A controller that is slow to answer, that does not, that does not want to.
+    rule "$script" "$job" 75 1 75 yes DEAF=4 "$@"
+    [ "$(grep -c '^sleep 20$' said)" -eq 4 ] || complain "$script: it did not wait for Slurm: $(cat said)"
+    rule "$script" "$job" 75 1 75 no DEAF=5 "$@"
+    run "$script" 75 REFUSES=1 "$@"
+    if [ "$code" -ne 75 ] || ! grep -q 'Slurm refuses: sbatch' log; then complain "$script: it does not say that Slurm refuses"; fi
     # A copy on a node that came back: the job has been restarted meanwhile.
     run "$script" 75 SLURM_RESTART_COUNT=1 RESTARTS=2 "$@"
     if [ "$code" -ne 75 ] || grep -q ^requeue said; then complain "$script: an old copy requeues the job"; fi
