@@ -118,15 +118,20 @@ both() {
     rule "$script" "$job" 75 99 75 yes "$@"
     grep -q -e 'trireme batch -m tiny -i in -o out.* --time-budget 9:59 --tp 2$' said || complain "$script: srun was given: $(cat said)"
     # Five faults, whatever was before and between; the sixth is one too many.
-    for c in 86 137 75 86 137 86; do rule "$script" "$job" "$c" 40 "$c" yes "$@"; done
-    rule "$script" "$job" 137 46 137 no "$@"
+    for c in 86 '137 137' 75 86 '137 137' 86; do rule "$script" "$job" "$c" 40 "${c#* }" yes "$@"; done
+    rule "$script" "$job" '137 137' 46 137 no "$@"
     rule "$script" "$job" 86 47 86 no "$@"
     rule "$script" "$job" 75 48 75 yes "$@"
-    # The output is held by ranks on a lost node: not at a first start; then until it is free, or five times.
+    # Ranks on a lost node hold the output: not at a first start; then until it is free, or five times.
     rule "$script" "$job" '2 0' 0 2 no "$@"
     rule "$script" "$job" '2 2 0' 1 0 no "$@"
     [ "$(grep -c '^sleep 30$' said)" -eq 2 ] || complain "$script: it did not wait for the output: $(cat said)"
     rule "$script" "$job" '2 2 2 2 2 0' 1 2 no "$@"
+    # Or what is left there ends the new ranks, once.
+    rule "$script" "$job" '137 0' 1 0 no "$@"
+    rule "$script" "$job" '1 75' 1 75 yes "$@"
+    rule "$script" "$job" '1 1 0' 1 1 no "$@"
+    for c in 65 70 71 74; do rule "$script" "$job" "$c 0" 1 "$c" no "$@"; done
     # A controller that is slow to answer, that does not, that does not want to.
     rule "$script" "$job" 75 1 75 yes DEAF=4 "$@"
     [ "$(grep -c '^sleep 20$' said)" -eq 4 ] || complain "$script: it did not wait for Slurm: $(cat said)"
