@@ -109,17 +109,14 @@ grep -qsx "$fault exit 137, start 1 on tr1" "$dir/fault.faults" || complain faul
 same fault many "$dir/fault"
 say "a rank killed, requeued: $verdict"
 
-if "$trireme" batch --help | grep -q -e --profile; then
-    edit profile.sbatch profile 10 "$two" 'input=many requests=20' "options=($exact --pp 2)"
-    submit profile
-    await_end 60 "$id"
-    expect profile "$id" COMPLETED 0
-    [ -s "$dir/profile-$id/profile.h5" ] || complain profile 'there is no profile'
-    [ "$(records "$dir/profile-$id/answers.jsonl")" -eq 20 ] || complain profile 'there are not 20 answers'
-    say "profile of 20 requests: $(du -h "$dir/profile-$id/profile.h5" | cut -f 1)"
-else
-    say 'profile.sbatch not run: this trireme has no --profile'
-fi
+edit profile.sbatch profile 10 "$two" 'input=many requests=20' "options=($exact --pp 2)"
+submit profile
+await_end 60 "$id"
+expect profile "$id" COMPLETED 0
+[ -s "$dir/profile-$id/profile.h5" ] || complain profile 'there is no profile'
+[ "$(records "$dir/profile-$id/answers.jsonl")" -eq 20 ] || complain profile 'there are not 20 answers'
+grep -q '2 ranks on 1 node; .* 20 requests (0 failed)' "$dir/profile.$id.out" || complain profile 'no page of where the time went'
+say "profile of 20 requests: $(du -h "$dir/profile-$id/profile.h5" | cut -f 1)"
 
 await_end 150 "$limit"
 rm "$dir/paced"
