@@ -99,6 +99,9 @@ if not part and ranks > 1:
 if not part:
     q = f["requests"][:]
     assert len(q) > 0 and (q["t_arrive"] <= q["t_first"]).all() and (q["t_first"] <= q["t_done"]).all()
+    assert (q["dp"] >= 0).all() and (q["chunks"] >= (q["n_prompt"] > q["n_cached"] + 1)).all(), q
+    gaps = q["n_out"] > 1
+    assert (q["itl_p50_ns"][gaps] > 0).all() and (q["itl_p50_ns"] <= q["itl_p99_ns"]).all()
     assert (np.sort(q["line"]) == np.unique(q["line"])).all()
     assert f["memory"]["weights"].max() > 0 and f["kv"]["misses"].max() > 0
     loaded = f["io/load"][:]["bytes"].sum(1)

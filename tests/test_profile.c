@@ -20,6 +20,7 @@
 #include <hdf5.h>
 
 #include "base/clock.h"
+#include "engine/gaps.h"
 #include "mpi/comm.h"
 #include "profile/join.h"
 #include "profile/profile.h"
@@ -479,6 +480,33 @@ static void it_says_why_it_cannot_begin(void **state)
     assert_false(tr_profile_well(NULL));
 }
 
+/* Percentiles of times between tokens are right within an eighth, and ends of the scale are no trap. */
+static void gaps_are_right_within_an_eighth(void **state)
+{
+    tr_gaps g = {{0}};
+
+    (void)state;
+    assert_int_equal(tr_gaps_percentile(&g, 0.5), 0);
+    for (int i = 1; i <= 1000; i++)
+        tr_gaps_add(&g, (uint64_t)i * 100000);
+    assert_in_range(tr_gaps_percentile(&g, 0.5), 50000000 / 8 * 7, 50000000 / 8 * 9);
+    assert_in_range(tr_gaps_percentile(&g, 0.99), 99000000 / 8 * 7, 99000000 / 8 * 9);
+    for (int bit = 10; bit < 32; bit++)
+        for (uint64_t quarter = 0; quarter < 4; quarter++) {
+            const uint64_t ns = (4 + quarter) << bit >> 2;
+            g = (tr_gaps){{0}};
+            tr_gaps_add(&g, ns);
+            const uint64_t got = tr_gaps_percentile(&g, 1);
+            assert_true(got >= ns && got - ns <= ns / 8);
+        }
+    g = (tr_gaps){{0}};
+    tr_gaps_add(&g, 0);
+    assert_in_range(tr_gaps_percentile(&g, 0.5), 1, 2048);
+    g = (tr_gaps){{0}};
+    tr_gaps_add(&g, UINT64_MAX);
+    assert_true(tr_gaps_percentile(&g, 0.5) > 3000000000u);
+}
+
 static int make(void **state)
 {
     (void)state;
@@ -502,6 +530,7 @@ int main(void)
         cmocka_unit_test(full_buffers_are_counted),
         cmocka_unit_test(a_full_disk_ends_the_profile_only),
         cmocka_unit_test(it_says_why_it_cannot_begin),
+        cmocka_unit_test(gaps_are_right_within_an_eighth),
     };
     return cmocka_run_group_tests(tests, make, clear);
 }

@@ -239,11 +239,14 @@ static void see_event(void *ctx, const tr_event *e)
     const bool failed = e->kind == TR_EVENT_FAILED;
     tr_prof_request q = {
         .line = e->request->id,
-        .dp = -1,
+        .dp = (int16_t)e->replica,
         .t_arrive = tr_profile_time(r->profile, e->submitted_ns),
         .t_done = tr_profile_time(r->profile, e->done_ns),
         .n_prompt = (uint32_t)e->request->n_prompt,
         .n_cached = (uint32_t)e->cached_tokens,
+        .chunks = (uint16_t)(e->n_chunks < UINT16_MAX ? e->n_chunks : UINT16_MAX),
+        .itl_p50_ns = e->itl_p50_ns,
+        .itl_p99_ns = e->itl_p99_ns,
         .finish = failed ? 2 : 0,
     };
 

@@ -535,6 +535,7 @@ static tr_status finish_step(tr_engine *e, tr_err *err)
     forget_oldest(e);
     for (int d = 0; d < e->options.n_replicas; d++)
         for (tr_event *event; (event = tr_scheduler_event(e->scheduler[d]));) {
+            event->replica = d;
             if (event->kind == TR_EVENT_DONE)
                 tr_drain_request(&e->drain, event->done_ns - event->begun_ns);
             deliver(e, event);

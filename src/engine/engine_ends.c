@@ -37,6 +37,7 @@ tr_status tr_engine_submit(tr_engine *e, tr_request *request, tr_err *err)
     }
     event->request = request;
     event->submitted_ns = tr_now_ns();
+    event->replica = -1;
     if (!e->options.is_leader) {
         tr_event_free(event);
         return tr_fail(err, TR_E_USAGE, "requests go to rank 0");

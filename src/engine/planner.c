@@ -343,6 +343,7 @@ static int write_span(tr_scheduler *s, tr_flight *f, tr_sequence *q)
     }
     if (tr_plan_add_span(s->builder, span) < 0 || write_head(s, f, q, span.n_logits) < 0) return -1;
     *(is_decode(q) ? &f->n_decode : &f->n_prefill) += n;
+    g->event->n_chunks += is_prompt;
     if (is_prompt && s->options.prefix_cache)
         f->written[f->n_written++] = (tr_written){.sequence = q, .end = end};
     if (scores) g->n_scores_planned = end < g->n_scores ? end : g->n_scores;

@@ -301,7 +301,10 @@ int tr_sequence_take(tr_sequence *q, const tr_step_output *out, int h,
         q->scores.n = q->n_token + 1;
     }
     q->token[q->n_token++] = token;
-    if (!q->group->event->first_token_ns) q->group->event->first_token_ns = tr_now_ns();
+    const uint64_t now = tr_now_ns();
+    if (!q->group->event->first_token_ns) q->group->event->first_token_ns = now;
+    if (q->token_ns) tr_gaps_add(&q->group->gaps, now - q->token_ns);
+    q->token_ns = now;
     if (tr_sequence_needs_tokens(q) && !count_token(q, token)) return -1;
 
     if (v->bytes) bytes = v->bytes(v->ctx, token, &n_bytes);
@@ -339,6 +342,8 @@ void tr_group_finish(tr_group *g)
     }
     g->event->kind = TR_EVENT_DONE;
     g->event->done_ns = tr_now_ns();
+    g->event->itl_p50_ns = tr_gaps_percentile(&g->gaps, 0.5);
+    g->event->itl_p99_ns = tr_gaps_percentile(&g->gaps, 0.99);
 }
 
 /* ---- progress out and in --------------------------------------------------------------------------- */

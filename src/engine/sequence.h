@@ -3,6 +3,7 @@
 #ifndef TR_ENGINE_SEQUENCE_H
 #define TR_ENGINE_SEQUENCE_H
 
+#include "engine/gaps.h"
 #include "engine/request.h"
 #include "engine/scheduler.h"
 #include "engine/stopper.h"
@@ -44,7 +45,8 @@ typedef struct tr_sequence {
     int scores_cap;
     tr_stopper *stopper;
     tr_finish finish;
-    tr_count *count; /* [n_count] sorted by token; only with penalties */
+    uint64_t token_ns; /* when its newest token was taken, 0: none was */
+    tr_count *count;   /* [n_count] sorted by token; only with penalties */
     int n_count, count_cap;
 
     struct tr_sequence *prev, *next; /* the waiting queue */
@@ -61,6 +63,7 @@ struct tr_group {
     bool aside;   /* of a run that ends: it could not be finished, so it is not gone on with */
     tr_sequence *sequence; /* [n_choices] */
     tr_stops *stops;
+    tr_gaps gaps;
 
     int32_t *distinct; /* sorted distinct prompt tokens; only with a repetition penalty */
     int n_distinct;

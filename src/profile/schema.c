@@ -111,8 +111,8 @@ static const tr_field request_fields[] = {
     F(n_drafted,  U4, "tokens", "drafts verified"),
     F(n_accepted, U4, "tokens", "drafts accepted"),
     F(chunks,     U2, "1",      "steps in which its prompt was computed"),
-    F(itl_p50_ns, U4, "ns",     "time between tokens, median"),
-    F(itl_p99_ns, U4, "ns",     "time between tokens, 99th percentile"),
+    F(itl_p50_ns, U4, "ns",     "time between tokens, median, within an eighth"),
+    F(itl_p99_ns, U4, "ns",     "the same, 99th percentile"),
     CODE(tr_prof_request, finish, tr_finish_names, "how it ended"),
 };
 #undef F
