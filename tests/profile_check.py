@@ -1,5 +1,6 @@
 """Exports of tests/test_profile_command.sh in the folder given: c.json c1.json cz.json h.json h3.json tau csv, of 4 ranks, 3 layers,
-6 steps with a trace. Prints what is wrong and ends with 1; says which consumers are not installed."""
+6 steps with a trace; r.json of a real run where there was one. Prints what is wrong and ends with 1; says which consumers are
+not installed."""
 import ast
 import collections
 import csv
@@ -85,13 +86,16 @@ def check_chrome():
     except ImportError:
         jsonschema = None
         print("skipped: the trace's schema: no jsonschema for python3")
-    for name in ("c.json", "c1.json", "cz.json"):
+    names = ["c.json", "c1.json", "cz.json"] + (["r.json"] if os.path.exists(path("r.json")) else [])
+    for name in names:
         trace = load(name)
         if jsonschema:
             jsonschema.validate(trace, TRACE)
         pairs = check_pairs(trace["traceEvents"])
         if name == "cz.json":
             assert not pairs, "a run without steps has none"
+        else:
+            assert pairs["step"] > 0, pairs
     events = load("c.json")["traceEvents"]
     pairs = check_pairs(events)
     assert pairs["step"] == 2 * N_RANKS * N_STEPS, pairs  # once by /steps, once by /trace
@@ -187,14 +191,14 @@ def check_csv():
         "log": (1, "line text"),
         "groups": (2, "id name size members"),
         "memory": (N_RANKS * 5, "rank t_ns weights kv free"),
-        "counters": (N_RANKS * 5, "source name rank t_ns value"),
+        "counters": (N_RANKS * 5, "source name rank t_ns value units"),
     }
     for name, (n, columns) in rows.items():
         t = table(name)
         assert len(t) == n, f"{name}: {len(t)} rows, not {n}"
         for c in columns.split():
             assert c in t[0], f"{name}: no column {c}"
-    for name in ("run", "phases", "balance", "kv", "io", "phase_counters"):
+    for name in ("run", "phases", "balance", "kv", "io", "phase_counters", "counters_absent"):
         table(name)
     run = {(r["object"], r["name"]): r["value"] for r in table("run")}
     assert run[("/run", "command_line")] == 'trireme batch "quoted", comma'

@@ -88,6 +88,28 @@ else
     echo 'skipped: .part files: no h5clear here (Debian: hdf5-tools)'
 fi
 
+# ---- a real run, of two ranks
+if [ -n "${MPIEXEC-}" ]; then
+    export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1 OMP_NUM_THREADS=1
+    if [ "$(id -u)" -eq 0 ]; then
+        export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+    fi
+    for i in 1 2 3; do
+        echo '{"custom_id": "'$i'", "method": "POST", "url": "/v1/completions", "body": {"prompt": [41, 42, 43], "max_tokens": 4}}'
+    done >in.jsonl
+    "$MPIEXEC" -n 2 "$TRIREME" batch -m "$TR_SRCDIR/models/tiny" -i in.jsonl -o out.jsonl --max-model-len 256 --tp 2 \
+        --profile run.h5 --profile-trace >out 2>&1 || fail "batch --profile: $(cat out)"
+    "$TRIREME" profile show run.h5 >out || fail 'show of a real run'
+    grep -q '^model tiny; 2 ranks on 1 node' out && grep -q '3 requests (0 failed)' out && ! grep -q '^note' out ||
+        fail "a real run is shown as $(head -5 out)"
+    "$TRIREME" profile pack run.h5.d -o real.h5 && "$TRIREME" profile export run.h5 --chrome -o r.json &&
+        "$TRIREME" profile diff run.h5 real.h5 --csv --by path >out || fail 'pack, export or diff of a real run'
+    awk -F, 'NR > 1 && $(NF - 2) != "1.000" { print; bad = 1 } END { exit bad || NR < 40 }' out ||
+        fail 'packing a real run changed a time'
+else
+    echo 'skipped: a real run: no MPI launcher was found'
+fi
+
 # ---- exports
 "$TRIREME" profile export p.h5 --chrome -o c.json && "$TRIREME" profile export one.h5 --chrome >c1.json &&
     "$TRIREME" profile export z.h5 --chrome -o cz.json && "$TRIREME" profile export p.h5 --hatchet -o h.json &&

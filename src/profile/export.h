@@ -14,8 +14,9 @@ tr_status tr_export_chrome(FILE *out, tr_reader *r, tr_err *err);
 /* TAU's text profiles in a folder, profile.RANK.0.STREAM: flat and call path entries, microseconds, bytes as user events. */
 tr_status tr_export_tau(const char *folder, tr_reader *r, tr_err *err);
 
-/* One table per file in a folder: run, ranks, groups, regions, steps, requests, comm, matrix, overlap, experts, rank_tokens,
- * balance, kv, memory, counters, io, log and trace; those that the profile has. The first line names the columns. */
+/* One table per file in a folder: run, ranks, groups, regions, phases, steps, requests, comm, matrix, overlap, experts,
+ * rank_tokens, balance, kv, memory, counters, counters_absent, phase_counters, io, log and trace; empty where the profile has
+ * nothing. The first line names the columns. */
 tr_status tr_export_csv(const char *folder, tr_reader *r, tr_err *err);
 
 /* Hatchet's literal: a list of trees as JSON. rank -1: means over ranks, with the largest and the rank that has it. */

@@ -335,7 +335,8 @@ static tr_status put_matrix(FILE *out, tables *t, tr_err *err)
 }
 
 /* "/counters/papi/perf::TASK-CLOCK" of a rank, with the moments of its source. */
-static tr_status put_counter(FILE *out, tables *t, const char *path, int rank, tr_err *err)
+static tr_status put_counter(FILE *out, tables *t, const char *path, const char *units, int rank,
+                             tr_err *err)
 {
     char when[768];
     const char *name = path + strlen("/counters/"), *slash = strchr(name, '/');
@@ -353,6 +354,8 @@ static tr_status put_counter(FILE *out, tables *t, const char *path, int rank, t
         put_text(out, slash + 1);
         fprintf(out, ",%d,%jd,", rank, (intmax_t)at);
         put_real(out, v);
+        fputc(',', out);
+        put_text(out, units);
         fputc('\n', out);
     }
     free(value.at);
@@ -365,10 +368,34 @@ static tr_status put_counters(FILE *out, tables *t, tr_err *err)
     char **paths = NULL;
     size_t n = 0;
     tr_status st = tr_reader_names(t->r, TR_D_COUNTER, &paths, &n, err);
-    fputs("source,name,rank,t_ns,value\n", out);
-    for (size_t k = 0; k < n && st == TR_OK; k++)
+    fputs("source,name,rank,t_ns,value,units\n", out);
+    for (size_t k = 0; k < n && st == TR_OK; k++) {
+        char *units = tr_reader_attribute_of(t->r, paths[k], "units");
         for (int i = 0; i < t->n_ranks && st == TR_OK; i++)
-            st = put_counter(out, t, paths[k], i, err);
+            st = put_counter(out, t, paths[k], units ? units : "", i, err);
+        free(units);
+    }
+    tr_h5_texts_free(paths, n);
+    return st;
+}
+
+/* Counters that could not be counted, with the reason. */
+static tr_status put_absent(FILE *out, tables *t, tr_err *err)
+{
+    char **paths = NULL;
+    size_t n = 0;
+    tr_status st = tr_reader_names(t->r, TR_D_COUNTER, &paths, &n, err);
+    fputs("name,reason\n", out);
+    for (size_t k = 0; k < n && st == TR_OK; k++) {
+        char *why = tr_reader_attribute_of(t->r, paths[k], "absent");
+        if (why) {
+            put_text(out, paths[k] + strlen("/counters/"));
+            fputc(',', out);
+            put_text(out, why);
+            fputc('\n', out);
+        }
+        free(why);
+    }
     tr_h5_texts_free(paths, n);
     return st;
 }
@@ -484,6 +511,7 @@ static const table all_tables[] = {
     {"kv.csv", NULL, TR_D_KV},
     {"memory.csv", NULL, TR_D_MEMORY},
     {"counters.csv", put_counters, 0},
+    {"counters_absent.csv", put_absent, 0},
     {"phase_counters.csv", put_phase_counters, 0},
     {"io.csv", NULL, TR_D_LOAD},
     {"log.csv", put_log, 0},

@@ -355,6 +355,36 @@ static void show_layers(FILE *out, const tr_summary *s)
         advise(out, "No layer stands out.");
 }
 
+/* ---- counters ------------------------------------------------------------------------------------------------------ */
+
+/* As many as fit into a few lines; nothing where no counter was asked for. */
+static void show_counters(FILE *out, const tr_summary *s)
+{
+    enum { COUNTERS_SHOWN = 8 };
+    int n = 0, absent = 0;
+    if (s->n_counters == 0) return;
+    fprintf(out, "\nCOUNTERS (of a rank)\n");
+    for (int i = 0; i < s->n_counters; i++) {
+        const tr_summary_counter *c = &s->counter[i];
+        absent += c->absent != NULL;
+        if (c->absent || n == COUNTERS_SHOWN) continue;
+        const bool is_time = !strcmp(c->units, "ns");
+        fprintf(out, "  %-32.32s %9s %-3.3s", c->name,
+                is_time ? tr_figure_time(c->value * 1e-9).s : tr_figure_rate(c->value).s,
+                is_time || !strcmp(c->units, "1") ? "" : c->units);
+        fputs(n++ % 2 ? "\n" : "", out);
+    }
+    if (n % 2) fputc('\n', out);
+    for (int i = 0; i < s->n_counters && absent > 0; i++) {
+        const tr_summary_counter *c = &s->counter[i];
+        if (!c->absent) continue;
+        fprintf(out, "  not counted: %.30s (%.50s)", c->name, c->absent);
+        if (absent > 1) fprintf(out, ", %d more", absent - 1);
+        fputc('\n', out);
+        break;
+    }
+}
+
 /* ---- tokens over time ---------------------------------------------------------------------------------------------- */
 
 static double largest(const double *v, int n)
@@ -439,5 +469,6 @@ void tr_profile_show(FILE *out, const tr_reader *r, const tr_summary *s, int n_o
     show_comm(out, s);
     show_balance(out, s);
     show_layers(out, s);
+    show_counters(out, s);
     show_tokens(out, s);
 }

@@ -299,6 +299,7 @@ tr_status tr_summary_make(tr_summary *s, tr_reader *r, tr_err *err)
     if (st == TR_OK) st = tr_summary_comms(s, r, err);
     if (st == TR_OK) st = tr_summary_experts(s, r, err);
     if (st == TR_OK) st = tr_summary_cache(s, r, err);
+    if (st == TR_OK) st = tr_summary_counters(s, r, err);
     if (st == TR_OK) qsort(s->layer, (size_t)s->n_layers, sizeof *s->layer, worst);
     free(root);
     if (st != TR_OK) tr_summary_free(s);
@@ -311,5 +312,11 @@ void tr_summary_free(tr_summary *s)
     free(s->rank);
     free(s->layer);
     free(s->comm);
+    for (int i = 0; i < s->n_counters; i++) {
+        free(s->counter[i].name);
+        free(s->counter[i].units);
+        free(s->counter[i].absent);
+    }
+    free(s->counter);
     *s = (tr_summary){0};
 }

@@ -54,6 +54,14 @@ typedef struct tr_summary_even {   /* even work: largest over mean, 0: not known
     int rank_tokens_most;
 } tr_summary_even;
 
+/* A counter: of sums (PAPI and our own) the last value, of readings (NVML) the mean; of a rank, the mean of those that have it. */
+typedef struct tr_summary_counter {
+    char *name;   /* "papi/perf::TASK-CLOCK" */
+    char *units;  /* "" where they are not known */
+    char *absent; /* why it could not be counted; NULL: it was */
+    double value;
+} tr_summary_counter;
+
 typedef struct tr_summary {
     double run_s; /* of the main stream, the mean */
     int n_present, n_nodes;
@@ -79,6 +87,8 @@ typedef struct tr_summary {
     double ttft_p50_s, ttft_p99_s, tpot_p50_s; /* 0: not known */
     double kv_used;                    /* largest share of the pages in use, -1: not known */
     uint64_t cache_hits, cache_misses; /* tokens */
+    tr_summary_counter *counter;
+    int n_counters;
 } tr_summary;
 
 /* The root of the stream that has the steps; -1: no regions. */
