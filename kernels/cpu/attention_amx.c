@@ -122,28 +122,22 @@ static void turn_keys(task *t)
     }
 }
 
-/* Tiles of 16 pairs of keys by 16 columns. */
+/* Tiles of 16 pairs of keys by 16 columns, two tiles' columns at a time: rows of one tile follow each other, those of
+ * many tiles would all want the same few sets of L1. Pairs past the last key are zeros: read_keys made them. */
 static void pair_values(task *t)
 {
     const int ld = t->n_steps * TR_TILE_STEP;
-
-    for (int s = 0; s < t->n_keys; s += 2) {
-        const uint16_t *a = t->key + s * ld, *b = a + ld;
-        uint8_t *to = t->value + s / TR_TILE_STEP * TR_TILE_BYTES + s % TR_TILE_STEP / 2 * 64;
-        for (int c = 0; c < t->n_columns; c += 2, a += 32, b += 32) {
-            __m512i x = _mm512_load_si512(a), y = _mm512_load_si512(b);
-            _mm512_store_si512(to, _mm512_unpacklo_epi16(x, y));
-            to += KEY_STEPS * TR_TILE_BYTES;
-            _mm512_store_si512(to, _mm512_unpackhi_epi16(x, y));
-            to += KEY_STEPS * TR_TILE_BYTES;
-        }
-    }
-    /* pairs of zero keys: read_keys made them */
     const int end = (t->n_keys + TR_TILE_STEP - 1) / TR_TILE_STEP * TR_TILE_STEP;
-    for (int s = (t->n_keys + 1) / 2 * 2; s < end; s += 2) {
-        uint8_t *to = t->value + s / TR_TILE_STEP * TR_TILE_BYTES + s % TR_TILE_STEP / 2 * 64;
-        for (int c = 0; c < t->n_columns; c++, to += KEY_STEPS * TR_TILE_BYTES)
-            _mm512_store_si512(to, _mm512_setzero_si512());
+    uint8_t *to = t->value;
+
+    for (int c = 0; c < t->n_columns; c += 2, to += 2 * KEY_STEPS * TR_TILE_BYTES) {
+        const uint16_t *key = t->key + c / 2 * TR_TILE_STEP;
+        for (int s = 0; s < end; s += 2, key += 2 * ld) {
+            __m512i x = _mm512_load_si512(key), y = _mm512_load_si512(key + ld);
+            uint8_t *at = to + s / 2 * 64; /* a tile of the next step follows a tile */
+            _mm512_store_si512(at, _mm512_unpacklo_epi16(x, y));
+            _mm512_store_si512(at + KEY_STEPS * TR_TILE_BYTES, _mm512_unpackhi_epi16(x, y));
+        }
     }
 }
 
