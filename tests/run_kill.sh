@@ -3,21 +3,32 @@
 # let it finish. OUT must then hold exactly one record for every request, the same ones as an uninterrupted run's but for
 # `created` and `cached_tokens`.
 #
-# usage: run_kill.sh TRIREME MODEL N_KILLS [SEED [SERIES]]
+# Some answers are long enough that what running requests have generated is saved and gone on with (OUT.saved).
+#
+# usage: run_kill.sh TRIREME MODEL N_KILLS [SEED [SERIES [GRID]]]
 #   SERIES   so many independent series at a time (default 1), with seeds SEED, SEED + 1, ..., one thread each; together they
 #            kill N_KILLS times
+#   GRID     options of two ranks, such as "--tp 2": the launcher starts them, and a random rank is killed (default: alone)
 set -u
 
 if [ $# -lt 3 ]; then
-    echo "usage: $0 TRIREME MODEL N_KILLS [SEED [SERIES]]" >&2
+    echo "usage: $0 TRIREME MODEL N_KILLS [SEED [SERIES [GRID]]]" >&2
     exit 2
 fi
-trireme=$1 model=$2 wanted=$3 seed=${4:-1} series=${5:-1}
+trireme=$1 model=$2 wanted=$3 seed=${4:-1} series=${5:-1} grid=${6:-}
 RANDOM=$seed
-python=${PYTHON:-python3}
+python=${PYTHON:-python3} mpiexec=${MPIEXEC-mpirun}
 export OMP_WAIT_POLICY=passive
-# One rank talks to nobody: no daemon that outlives a killed job, no networks to look for, a start of 20 ms instead of 300.
-export OMPI_MCA_ess_singleton_isolated=1 OMPI_MCA_pml=ob1 OMPI_MCA_btl=self OMPI_MCA_mtl=^ofi
+if [ -z "$grid" ]; then
+    # One rank talks to nobody: no daemon that outlives a killed job, no networks to look for, a start of 20 ms instead of 300.
+    export OMPI_MCA_ess_singleton_isolated=1 OMPI_MCA_pml=ob1 OMPI_MCA_btl=self OMPI_MCA_mtl=^ofi
+    most_ms=2000
+else
+    command -v "${mpiexec:-none}" >/dev/null || { echo 'no MPI launcher was found'; exit 77; }
+    export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1 OMPI_MCA_hwloc_base_binding_policy=none
+    export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+    most_ms=4000
+fi
 command -v "$python" >/dev/null || { echo "skipped: no $python to compare records with" >&2; exit 77; }
 
 dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-kill.XXXXXX") || exit 1
@@ -30,7 +41,7 @@ if [ "$series" -gt 1 ]; then
     for ((i = 0; i < series; i++)); do
         share=$(((wanted + series - 1 - i) / series))
         [ "$share" -gt 0 ] || continue
-        "$0" "$trireme" "$model" "$share" $((seed + i)) >"$dir/$i.log" 2>&1 &
+        "$0" "$trireme" "$model" "$share" $((seed + i)) 1 "$grid" >"$dir/$i.log" 2>&1 &
         pids+=($!)
     done
     for ((i = 0; i < ${#pids[@]}; i++)); do
@@ -38,11 +49,11 @@ if [ "$series" -gt 1 ]; then
     done
     awk -v bad="$bad" -v series="${#pids[@]}" '
         / records: / { lost += $3; more += $5; altered += $8; checked += $1 }
-        / kills in / { kills += $1; runs += $4; jobs += $6; torn += $9 }
+        / kills in / { kills += $1; runs += $4; jobs += $6; torn += $9; saved += $14 }
         END {
             printf "%d records compared: %d lost, %d too many, %d altered\n", checked, lost, more, altered
-            printf "%d kills in %d runs, %d jobs finished, %d torn ends met; %d series, %d failed\n", kills, runs, jobs, torn,
-                series, bad
+            printf "%d kills in %d runs, %d jobs finished, %d torn ends met, %d runs had saved tokens; %d series, %d failed\n",
+                kills, runs, jobs, torn, saved, series, bad
         }' "$dir"/*.log
     exit $((bad > 0))
 fi
@@ -75,6 +86,8 @@ for i in range(200):
     if kind == 6:
         line["url"] = "/v1/completions"
         body = {"prompt": [random.randrange(2000) for _ in range(random.randrange(1, 200))], "max_tokens": 12, "prompt_logprobs": 1}
+    if kind == 9:
+        body.update(max_tokens=300, n=1 + i % 3, stop_token_ids=[], min_tokens=250)
     if kind == 7 and i % 20 == 7:
         body["temperature"] = 7  # refused
     line["body"] = body
@@ -85,7 +98,17 @@ for i in range(200):
 PY
 
 job() { # OUT; in a shell of its own, which it replaces: the process to kill is the job itself
-    exec "$trireme" batch -m "$model" -i "$dir/in.jsonl" -o "$1" --max-sequences 8 --max-model-len 512
+    local run=("$trireme" batch -m "$model" -i "$dir/in.jsonl" -o "$1" --max-sequences 8 --max-model-len 512 --save-every 1)
+    # shellcheck disable=SC2206 # a list of options
+    [ -z "$grid" ] || run=("$mpiexec" -n 2 "${run[@]}" $grid)
+    exec "${run[@]}"
+}
+
+victim() { # the process to kill
+    local all
+    [ -n "$grid" ] || { echo "$pid" && return; }
+    mapfile -t all < <(pgrep -P "$pid" -x trireme)
+    [ "${#all[@]}" -eq 0 ] || echo "${all[RANDOM % ${#all[@]}]}"
 }
 
 # Records of both files as sets, without created and cached_tokens; every request exactly once.
@@ -127,18 +150,23 @@ PY
 echo "uninterrupted run"
 (job "$dir/whole.jsonl") 2>"$dir/log" || { cat "$dir/log"; exit 1; }
 
-kills=0 runs=0 finished=0 torn=0
+kills=0 runs=0 finished=0 torn=0 saved=0
 rm -f "$dir"/killed.jsonl*
 while :; do
     job "$dir/killed.jsonl" 2>"$dir/log" &
     pid=$!
     runs=$((runs + 1))
     if [ "$kills" -lt "$wanted" ]; then
-        sleep "0.$(printf %03d $((RANDOM % 1000)))"
-        if kill -9 "$pid" 2>/dev/null; then
+        ms=$((RANDOM % most_ms))
+        sleep "$((ms / 1000)).$(printf %03d $((ms % 1000)))"
+        until hit=$(victim) && [ -n "$hit" ] || ! kill -0 "$pid" 2>/dev/null; do
+            sleep 0.02 # the launcher is still at it
+        done
+        if [ -n "$hit" ] && kill -9 "$hit" 2>/dev/null; then
             kills=$((kills + 1))
             wait "$pid" 2>/dev/null
             status=$?
+            grep -q 'requests have saved tokens' "$dir/log" && saved=$((saved + 1))
             [ "$status" -eq 137 ] || { [ "$status" -eq 0 ] && kills=$((kills - 1)); }
             if [ -s "$dir/killed.jsonl" ] && [ -n "$(tail -c 1 "$dir/killed.jsonl")" ]; then
                 torn=$((torn + 1))
@@ -154,8 +182,10 @@ while :; do
         exit 1
     fi
     finished=$((finished + 1))
+    grep -q 'requests have saved tokens' "$dir/log" && saved=$((saved + 1))
+    [ ! -e "$dir/killed.jsonl.saved" ] || { echo "a finished job left OUT.saved"; exit 1; }
     compare "$dir/killed.jsonl" || exit 1
     [ "$kills" -ge "$wanted" ] && break
     rm -f "$dir"/killed.jsonl*
 done
-echo "$kills kills in $runs runs, $finished jobs finished, $torn torn ends met"
+echo "$kills kills in $runs runs, $finished jobs finished, $torn torn ends met and $saved runs had saved tokens"

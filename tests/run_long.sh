@@ -155,6 +155,17 @@ slurm_step()
     COMPARE=$compare "$TR_SRCDIR/tests/run_slurm.sh" "$TRIREME" "$model"
 }
 
+# What stops and faults leave, on two ranks too.
+stop_step()
+{
+    COMPARE=$compare "$TR_SRCDIR/tests/run_stop.sh" "$TRIREME" "$model" 300 4
+}
+
+rank_faults_step()
+{
+    COMPARE=$compare "$TR_SRCDIR/tests/run_rank_faults.sh" "$TRIREME" "$model"
+}
+
 faults_step()
 {
     "$TR_SRCDIR/tests/run_faults.sh" "$TRIREME" "$model"
@@ -184,6 +195,8 @@ step grids grids_step
 step two-hosts two_hosts_step
 step rank-kill-3 rank_kill_step 3
 step slurm slurm_step
+step stop stop_step
+step rank-faults rank_faults_step
 step faults faults_step
 step nth nth_step --quick
 step fuzz fuzz_step

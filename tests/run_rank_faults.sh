@@ -109,9 +109,9 @@ has 'TERM to rank 1: why' 'TERM: nothing new is begun; [0-9]* requests have 5 s'
 is 'TERM to rank 1: records went on' yes "$([ "$(lines many.out)" -gt "$n" ] && echo yes)"
 n=$(lines many.out)
 sed 's/"max_tokens":[0-9]*/"max_tokens":400,"logit_bias":{"2026":-100}/' in >slow
-begin -1 slow slow.out --grace 600
-for ((i = 0; i < 400; i++)); do
-    grep -q 'GB of weights' log && break
+begin -1 slow slow.out --grace 600 --save-every 1
+for ((i = 0; i < 1200; i++)); do # until it generates
+    [ -s slow.out.saved ] && break
     sleep 0.05
 done
 pid=$(rank_pid 1)

@@ -19,9 +19,9 @@
 
 enum { N_REQUESTS = 7, MAX_LEN = 256, N_SLOTS = 6, BATCH = 24, EOS = 2026, STEPS_MAX = 200 };
 
-typedef struct stopper_at { /* counts steps, and stops the engine before one of them */
+typedef struct stopper_at { /* counts steps, and stops the engine behind one of them */
     tr_engine *engine;
-    int region, n, at;
+    int n, at;
 } stopper_at;
 
 static tr_fixture f;
@@ -57,14 +57,14 @@ static tr_request *make_request(uint64_t id)
     return r;
 }
 
-static void before_region(void *ctx, int region, uint64_t now_ns)
+static void after_step(void *ctx, const tr_engine_seen *seen)
 {
     stopper_at *s = ctx;
-    (void)now_ns;
-    if (region == s->region && s->n++ == s->at) tr_engine_stop(s->engine);
+    (void)seen;
+    if (++s->n == s->at) tr_engine_stop(s->engine);
 }
 
-/* One engine over the requests that have no event yet, with their progress; stopped before step `at` (-1: not). What is left
+/* One engine over the requests that have no event yet, with their progress; stopped behind step `at` (0: before the first, -1: not). What is left
  * of it becomes the new progress. Returns how many steps there were, about. */
 static int run(int ring, int at, tr_event **event, tr_progress **progress)
 {
@@ -86,8 +86,7 @@ static int run(int ring, int at, tr_event **event, tr_progress **progress)
     if (tr_engine_create(&engine, f.model, tokenizer, f.self, &o, NULL, &f.regions, &err) != TR_OK)
         fail_msg("%s", err.text);
     s.engine = engine;
-    s.region = tr_region_id(&f.regions, "engine/plan");
-    f.regions.sink = (tr_region_sink){.ctx = &s, .begin = before_region};
+    tr_engine_observe(engine, (tr_engine_observer){.ctx = &s, .step = after_step});
     for (uint64_t id = 1; id <= N_REQUESTS; id++) {
         if (event[id]) continue;
         tr_request *r = make_request(id);
@@ -97,9 +96,9 @@ static int run(int ring, int at, tr_event **event, tr_progress **progress)
         assert_int_equal(tr_engine_submit(engine, r, &err), TR_OK);
     }
     tr_engine_close(engine);
+    if (at == 0) tr_engine_stop(engine);
     const tr_status st = tr_engine_run(engine, &err);
-    if (st != TR_OK) assert_true(st == TR_E_STOP && at >= 0 && s.n > at);
-    f.regions.sink = (tr_region_sink){.ctx = NULL};
+    if (st != TR_OK) assert_true(st == TR_E_STOP && at >= 0 && s.n >= at);
     while (tr_engine_take(engine, &done, 0) == 1) {
         assert_int_equal(done->kind, TR_EVENT_DONE);
         assert_true(!done->request->progress && !event[done->request->id]);

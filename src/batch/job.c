@@ -21,6 +21,7 @@ typedef struct job {
     atomic_ullong n_skipped, n_continued;
     uint64_t saved_ns;     /* the writer's: when it last asked for what is to be saved */
     uint64_t save_cost_ns; /* of the last saving: steps lost and processor time */
+    uint64_t n_saves, all_saves_ns;
     /* Records of refused lines, on their way from the reader to the writer. */
     pthread_mutex_t lock;
     pthread_cond_t changed;
@@ -279,6 +280,8 @@ static void save(job *j, tr_saved_counts *counts)
     tr_saved_write(j->o->saved, list, counts); /* a failure is warned about, and no more */
     tr_progress_free_list(list);
     j->save_cost_ns = spent_ns + thread_ns() - begun_ns;
+    j->all_saves_ns += j->save_cost_ns;
+    j->n_saves++;
 }
 
 static void save_now_and_then(job *j)
@@ -444,6 +447,10 @@ static void summary(const job *j)
                 per_second(s.decode_tokens - s.mixed_decode_tokens, s.decode_ns),
                 (uintmax_t)s.steps, (uintmax_t)s.preemptions,
                 (double)(tr_now_ns() - j->begun_ns) / 1e9, (double)usage.ru_maxrss * 1024 / 1e9);
+    if (j->n_saves)
+        tr_log_debug(j->o->log, "saved %ju times: %.3f ms of steps and processor in all, %.4f %%",
+                     (uintmax_t)j->n_saves, (double)j->all_saves_ns / 1e6,
+                     100 * (double)j->all_saves_ns / (double)(tr_now_ns() - j->begun_ns));
     say_what_is_left(j, total - done);
 }
 
