@@ -468,7 +468,7 @@ static bool is_leftover(char **names, size_t i)
 static tr_status open_folder(tr_reader *r, const char *folder, tr_err *err)
 {
     char path[4096], **names = NULL;
-    size_t n = 0;
+    size_t n = 0, n_open = 0;
     tr_err why;
     tr_status st = list_folder(folder, is_rank_file, &names, &n, err);
     if (st == TR_OK && n == 0)
@@ -480,14 +480,19 @@ static tr_status open_folder(tr_reader *r, const char *folder, tr_err *err)
         snprintf(path, sizeof path, "%s/%s", folder, names[i]);
         tr_status one = add_file(r, path, &why);
         if (one == TR_OK) continue;
-        if (one == TR_E_MEMORY || strstr(why.text, "h5clear -s")) { /* the user can mend that */
-            if (err) *err = why;
+        if (err) *err = why;
+        if (one == TR_E_MEMORY)
             st = one;
-        } else {
+        else if (strstr(why.text, "h5clear -s")) /* the user can mend that: it is not left out */
+            n_open++;
+        else
             tr_reader_say(r, "left out: %s", why.text);
-            if (err) *err = why;
-        }
     }
+    if (st == TR_OK && n_open > 0)
+        st = tr_fail(err, TR_E_INPUT,
+                     "%s: %zu of %zu files were not closed by the run that wrote them; when it has "
+                     "ended: for f in %s/*.part; do h5clear -s \"$f\"; done",
+                     folder, n_open, n, folder);
     if (st == TR_OK && r->n_files == 0)
         st = tr_within(err, "%s: none of its %zu files can be read", folder, n);
     tr_h5_texts_free(names, n);
