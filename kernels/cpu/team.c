@@ -21,6 +21,10 @@ enum {
     PAUSES = 16, /* between two looks at the clock */
 };
 
+/* Of a member's stack, at least: the kernels' scratch takes up to 2 MB of it, and where `ulimit -s` is unlimited glibc
+ * gives a thread no more than that. */
+enum { STACK_BYTES = 4 << 20 };
+
 /* A word that some wait on until another changes it, and how many of them sleep: while nobody does, a change is a
  * store. The sleeper counts itself, then the kernel looks at the word; the waker changes the word, then looks at the
  * count: one of them sees the other. */
@@ -168,14 +172,17 @@ int tr_team_size(const tr_team *t)
 static tr_status start(member *m, const int *cpu, tr_err *err)
 {
     pthread_attr_t attr;
+    size_t stack = 0;
     int code = pthread_attr_init(&attr);
 
     if (code == 0) {
+        if (pthread_attr_getstacksize(&attr, &stack) == 0 && stack < STACK_BYTES)
+            code = pthread_attr_setstacksize(&attr, STACK_BYTES);
         if (cpu) {
             cpu_set_t one;
             CPU_ZERO(&one);
             CPU_SET(*cpu, &one);
-            code = pthread_attr_setaffinity_np(&attr, sizeof one, &one);
+            if (code == 0) code = pthread_attr_setaffinity_np(&attr, sizeof one, &one);
         }
         if (code == 0) code = pthread_create(&m->thread, &attr, member_main, m);
         pthread_attr_destroy(&attr);
