@@ -2,7 +2,7 @@
  *
  * walk (many rows): a block of threads takes 64 heads of a row through all of the row's keys. Two warpgroups each own half of
  * the 512 output columns, in registers; warpgroup w makes the probabilities of the blocks w, w + 2, ... and hands them
- * to the other; both take the blocks in order.
+ * to the other; of each pair of blocks it takes its own first, so that they work side by side.
  *
  * split (few rows): the probabilities of all blocks are made side by side (a block's depend on nothing else), then groups of
  * columns walk over all keys side by side, in the same order. No sum is ever cut, so nothing needs combining. */
@@ -21,6 +21,9 @@ struct walk_shared { /* behind the tiles: queries, two blocks of keys */
     struct ring ring;
     float2 reference[2][128]; /* of the probabilities handed over */
     float sum[2][2][HEADS];   /* [task & 1][warpgroup][head] */
+    volatile int kept
+        [8]
+        [3]; /* a computing warp's own: what it needs at the end of a task; registers are short */
 };
 enum { WALK_BYTES = 3 * BLOCK + (int)sizeof(walk_shared) + 1024 };
 
@@ -65,13 +68,13 @@ __device__ __forceinline__ void block_scores(float (&s)[32], ring *ring, uint32_
         }
     };
 
-    wait_keys(&ring->full[b][0], parity);
+    barrier_wait(&ring->full[b][b], parity);
+    wait_keys(&ring->rope_full[b], parity); /* comes with the first half: a fence less */
     wgmma_fence();
-    tiles(0, 4, true);
-    wait_keys(&ring->rope_full[b], parity);
+    tiles(4 * b, 4, true);
     tiles(ROPE_TILE, 1, false);
-    wait_keys(&ring->full[b][1], parity);
-    tiles(4, 4, false);
+    wait_keys(&ring->full[b][1 - b], parity);
+    tiles(4 - 4 * b, 4, false);
     wgmma_commit();
     wgmma_wait<0>();
 }
@@ -96,6 +99,8 @@ __device__ __forceinline__ void receive(walk_shared *sh, uint32_t keys, int b, u
     barrier_wait(&sh->ring.given[b], parity);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
+        if (i == 0) wgmma_wait<1>(); /* p was the operand of the instructions under way */
+        if (i == 2) wgmma_wait<0>();
         uint4 v = load16_shared(from + (uint32_t)(2048 * i));
         p.p[4 * i] = v.x, p.p[4 * i + 1] = v.y, p.p[4 * i + 2] = v.z, p.p[4 * i + 3] = v.w;
     }
@@ -104,41 +109,37 @@ __device__ __forceinline__ void receive(walk_shared *sh, uint32_t keys, int b, u
     warp_arrive(&sh->ring.rope_free[b]);
 }
 
-/* The values of a pair: the even block, then the odd one. p: of the warpgroup's own block. */
+/* The values of a pair: the warpgroup's own block (p), then the other's, which arrives meanwhile. */
 __device__ __forceinline__ void take_pair(walk_shared *sh, uint32_t tiles, int wg, uint32_t parity,
-                                          probs &p, float (&o)[128], state &s, int t)
+                                          probs &p, float (&o)[2][64], state<1> &s, int t)
 {
-    uint32_t even = tiles + BLOCK, odd = tiles + 2 * BLOCK, column = (uint32_t)(wg * 4 * TILE);
+    uint32_t own = tiles + (uint32_t)((1 + wg) * BLOCK),
+             other = tiles + (uint32_t)((2 - wg) * BLOCK);
+    uint32_t column = (uint32_t)(wg * 4 * TILE);
     float keep[2];
-    probs second;
 
-    give(sh, wg ? odd : even, wg, p, t);
-    if (wg == 1) {
-        second = p;
-        receive(sh, even, 0, parity, p, t);
-    }
-    take_reference(s, p, 0, wg == 0, keep);
-    take_values(o, keep, p.p, even + column);
-    if (wg == 0) receive(sh, odd, 1, parity, second, t);
-    take_reference(s, second, 1, wg == 1, keep);
+    give(sh, own, wg, p, t);
+    take_reference(s, p, 0, keep);
+    take_values(o, keep, p.p, own + column);
+    receive(sh, other, 1 - wg, parity, p, t);
+    warp_arrive(&sh->ring.free[wg][wg]);
+    take_reference(s, p, -1, keep);
+    take_values(o, keep, p.p, other + column);
     wgmma_wait<0>();
-    warp_arrive(&sh->ring.free[0][wg]);
-    take_values(o, keep, second.p, odd + column);
-    wgmma_wait<0>();
-    warp_arrive(&sh->ring.free[1][wg]);
+    warp_arrive(&sh->ring.free[1 - wg][wg]);
 }
 
 /* Sums of both warpgroups, out and lse of a row's 64 heads; o is warpgroup w's half of the columns. */
 template <bool FP8>
 __device__ __forceinline__ void finish(const job &j, const work &w, walk_shared *sh, int slot,
-                                       int wg, int t, const float (&o)[128], state &s)
+                                       int wg, int t, const float (&o)[2][64], state<1> &s)
 {
     int head = t / 32 * 16 + (t & 31) / 4;
     float own[2], total[2];
 
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        own[r] = sum_of_four(s.sum[0][r] + s.sum[1][r]); /* one of them is 0 */
+        own[r] = sum_of_four(s.sum[0][r]);
         if ((t & 3) == 0) sh->sum[slot][wg][head + 8 * r] = own[r];
     }
     named_barrier(1, 256);
@@ -154,32 +155,52 @@ __device__ __forceinline__ void finish(const job &j, const work &w, walk_shared 
     }
 }
 
+__device__ __forceinline__ void kept_store(volatile int *kept, int task, int slot, const work &w)
+{
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+        kept[0] = task << 1 | slot;
+        kept[1] = w.row;
+        kept[2] = w.group;
+    }
+    __syncwarp();
+}
+__device__ __forceinline__ void kept_load(volatile int *kept, int &task, int &slot, work &w)
+{
+    slot = kept[0] & 1;
+    task = kept[0] >> 1;
+    w.row = kept[1];
+    w.group = kept[2];
+}
+
 /* Warpgroup wg of 0 and 1. SCORES: only the probabilities, into the workspace. */
 template <bool FP8, bool SCORES>
 __device__ __forceinline__ void math(const job &j, walk_shared *sh, uint32_t tiles, int n_live,
                                      int wg)
 {
-    int t = threadIdx.x % 128, task = blockIdx.x, slot = 0;
+    int t = threadIdx.x % 128, task = blockIdx.x;
     uint32_t parity = 0;
     ring *ring = &sh->ring;
+    volatile int *kept = sh->kept[threadIdx.x / 32];
     work w;
 
-    for (; next_work(j, n_live, task, w); slot ^= 1) {
-        float o[SCORES ? 4 : 128];
-        state s;
+    for (int slot = 0; next_work(j, n_live, task, w); slot ^= 1) {
+        float o[2][SCORES ? 2 : 64];
+        state<1> s;
         if (SCORES && w.first >= w.last) continue;
-        state_clear(s);
-#pragma unroll
-        for (int i = 0; i < (SCORES ? 4 : 128); i++)
-            o[i] = 0.0f;
+        if (!SCORES) kept_store(kept, task, slot, w);
         if (w.first < w.last) {
             named_barrier(2, 256); /* both warpgroups are done with the queries before */
-            load_queries<FP8, HEADS>(j.q + ((size_t)w.row * j.n_heads + (size_t)w.group * HEADS) *
-                                               D_KEY * 2,
-                                     HEADS, tiles);
+            load_queries<FP8, HEADS, 5>(
+                j.q + ((size_t)w.row * j.n_heads + (size_t)w.group * HEADS) * D_KEY * 2, HEADS,
+                tiles);
             fence_async_shared();
             named_barrier(2, 256);
         }
+        state_clear(s);
+#pragma unroll
+        for (int i = 0; i < (SCORES ? 4 : 128); i++)
+            o[i / (SCORES ? 2 : 64)][i % (SCORES ? 2 : 64)] = 0.0f;
         for (int pair = w.first; pair < w.last; pair++, parity ^= 1) {
             float x[32];
             probs p;
@@ -195,19 +216,19 @@ __device__ __forceinline__ void math(const job &j, walk_shared *sh, uint32_t til
             else
                 take_pair(sh, tiles, wg, parity, p, o, s, t);
         }
-        if constexpr (!SCORES) finish<FP8>(j, w, sh, slot, wg, t, o, s);
+        if constexpr (!SCORES) {
+            kept_load(kept, task, slot, w);
+            finish<FP8>(j, w, sh, slot, wg, t, o, s);
+        }
     }
 }
 
-template <bool SCORES> constexpr int WALK_FETCHERS = SCORES ? 256 : 128;
-
 /* Warpgroups 0 and 1 compute, the rest fetch. One block a SM, as many as there are SMs. */
 template <bool FP8, bool SCORES>
-__global__ void __launch_bounds__(256 + WALK_FETCHERS<SCORES>, 1)
+__global__ void __launch_bounds__(256 + FETCHERS<FP8, !SCORES>, 1)
     sparse_mla_walk(const __grid_constant__ job j)
 {
     extern __shared__ uint8_t raw[];
-    constexpr int F = WALK_FETCHERS<SCORES>;
     uint8_t *base = raw + (1024 - (smem_address(raw) & 1023)) % 1024;
     walk_shared *sh = (walk_shared *)(base + 3 * BLOCK);
     uint32_t tiles = smem_address(base);
@@ -215,13 +236,13 @@ __global__ void __launch_bounds__(256 + WALK_FETCHERS<SCORES>, 1)
 
     prefetch_first(j);
     if (SCORES) dependent_launch();
-    if (threadIdx.x == 0) ring_init<FP8, F>(&sh->ring);
+    if (threadIdx.x == 0) ring_init<FP8, FETCHERS<FP8, !SCORES>>(&sh->ring);
     __syncthreads();
     if (wg >= 2) {
-        registers_lower<FETCH_REGISTERS<F>>();
-        produce<FP8, F>(j, &sh->ring, tiles + BLOCK, n_live);
+        registers_set<FETCH_REGISTERS<FP8, !SCORES>>();
+        produce<FP8, !SCORES>(j, &sh->ring, tiles + BLOCK, n_live);
     } else {
-        registers_raise<MATH_REGISTERS<F>>();
+        registers_set<MATH_REGISTERS<FP8, !SCORES>>();
         math<FP8, SCORES>(j, sh, tiles, n_live, wg);
     }
 }
@@ -239,6 +260,13 @@ template <int T> __host__ __device__ constexpr int stage_bytes()
     return T * TILE + PROBS_BYTES;
 }
 
+/* The i-th block for a column: the right half takes the odd one of a pair first, as `walk` does. */
+__device__ __forceinline__ int column_block(int i, int tile, int n_blocks)
+{
+    int other = i ^ 1;
+    return tile >= 4 && other < n_blocks ? other : i;
+}
+
 /* 256 threads bring [64 keys, 64 T latents] of one block after another. */
 template <bool FP8, int T>
 __device__ __forceinline__ void column_fetch(const job &j, column_shared *sh, uint32_t stages,
@@ -250,7 +278,9 @@ __device__ __forceinline__ void column_fetch(const job &j, column_shared *sh, ui
     float scale[COLUMN_AHEAD];
     ring_position<COLUMN_STAGES> at;
 
-    auto key = [&](int i, int u) { return sh->list[i * KEYS + row + (FP8 ? 0 : 32 * (u & 1))]; };
+    auto key = [&](int i, int u) {
+        return sh->list[column_block(i, tile, n_blocks) * KEYS + row + (FP8 ? 0 : 32 * (u & 1))];
+    };
     auto load = [&](int slot, int i) {
 #pragma unroll
         for (int u = 0; u < UNITS; u++) {
@@ -268,9 +298,8 @@ __device__ __forceinline__ void column_fetch(const job &j, column_shared *sh, ui
         for (int u = 0; u < UNITS; u++) {
             int32_t x = key(i, u);
             if (FP8) {
-                expand16(raw[slot][u], factor_bf16(scale[slot], x >= 0),
-                         to + (uint32_t)(u * TILE) + ((uint32_t)((2 * c) ^ (row & 7)) << 4),
-                         to + (uint32_t)(u * TILE) + ((uint32_t)((2 * c + 1) ^ (row & 7)) << 4));
+                uint32_t even = to + (uint32_t)(u * TILE) + ((uint32_t)((2 * c) ^ (row & 7)) << 4);
+                expand16<0>(raw[slot][u], factor_bf16(scale[slot], x >= 0), even, even ^ 16);
             } else {
                 uint4 v = x >= 0 ? raw[slot][u] : uint4{0, 0, 0, 0};
                 store16(to + (uint32_t)(u / 2 * TILE + (u & 1) * 4096) +
@@ -299,7 +328,7 @@ __device__ __forceinline__ void column_fetch(const job &j, column_shared *sh, ui
 /* One thread brings the probabilities, which the kernel before makes. */
 template <int T>
 __device__ __forceinline__ void column_probs(const job &j, column_shared *sh, uint8_t *stages,
-                                             int row, int group, int n_blocks)
+                                             int row, int group, int tile, int n_blocks)
 {
     ring_position<COLUMN_STAGES> at;
 
@@ -307,8 +336,9 @@ __device__ __forceinline__ void column_probs(const job &j, column_shared *sh, ui
     for (int i = 0; i < n_blocks; i++, at.next()) {
         barrier_wait(&sh->free[at.stage], at.parity ^ 1);
         barrier_expect(&sh->full[at.stage], PROBS_BYTES);
-        bulk_load(stages + at.stage * stage_bytes<T>() + T * TILE, probs_at(j, row, group, i),
-                  PROBS_BYTES, &sh->full[at.stage]);
+        bulk_load(stages + at.stage * stage_bytes<T>() + T * TILE,
+                  probs_at(j, row, group, column_block(i, tile, n_blocks)), PROBS_BYTES,
+                  &sh->full[at.stage]);
     }
 }
 
@@ -319,22 +349,22 @@ __device__ __forceinline__ void column_math(const job &j, column_shared *sh, uin
                                             int row, int group, int tile, int n_blocks)
 {
     int t = threadIdx.x;
-    float o[32 * T], keep[2][2];
-    state s;
+    float o[1][32 * T], keep[2][2];
+    state<2> s;
     probs p[2];
     ring_position<COLUMN_STAGES> at, ahead;
 
     auto ready = [&](int e, int i) {
         wait_keys(&sh->full[ahead.stage], ahead.parity);
         probs_load(stages + ahead.stage * stage_bytes<T>() + T * TILE, p[e], t);
-        take_reference(s, p[e], i & 1, true, keep[e]);
+        take_reference(s, p[e], column_block(i, tile, n_blocks) & 1, keep[e]);
         ahead.next();
     };
 
     state_clear(s);
 #pragma unroll
     for (int i = 0; i < 32 * T; i++)
-        o[i] = 0.0f;
+        o[0][i] = 0.0f;
     if (n_blocks) ready(0, 0);
     for (int i0 = 0; i0 < n_blocks; i0 += 2) {
 #pragma unroll
@@ -397,7 +427,7 @@ __global__ void __launch_bounds__(COLUMN_THREADS, 1)
     else if (threadIdx.x < 128 + 256)
         column_fetch<FP8, T>(j, sh, smem_address(base), tile, n_blocks, (int)threadIdx.x - 128);
     else if (threadIdx.x == 128 + 256)
-        column_probs<T>(j, sh, base, row, group, n_blocks);
+        column_probs<T>(j, sh, base, row, group, tile, n_blocks);
 }
 
 /* ---- launches ------------------------------------------------------------------------------------------------------------ */
@@ -414,7 +444,7 @@ cudaError_t launch_walk(const job &j, int n_sm, cudaStream_t stream)
                                          cudaFuncAttributeMaxDynamicSharedMemorySize, WALK_BYTES);
     if (e != cudaSuccess) return e;
     sparse_mla_walk<FP8, SCORES><<<(unsigned)(tasks < n_sm ? tasks : n_sm),
-                                   256 + WALK_FETCHERS<SCORES>, WALK_BYTES, stream>>>(j);
+                                   256 + FETCHERS<FP8, !SCORES>, WALK_BYTES, stream>>>(j);
     return cudaGetLastError();
 }
 

@@ -101,13 +101,13 @@ __device__ __forceinline__ void few_scores(float (&s)[N / 2], ring *ring, const 
                      further(q, (uint32_t)((t + i / 4) * N * 128 + i % 4 * 32)), !first || i);
     };
 
-    wait_keys(&ring->full[wg][0], parity);
+    barrier_wait(&ring->full[wg][wg], parity);
+    wait_keys(&ring->rope_full[wg], parity); /* comes with the first half: a fence less */
     wgmma_fence();
-    tiles(0, 4, true);
-    wait_keys(&ring->rope_full[wg], parity);
+    tiles(4 * wg, 4, true);
     tiles(ROPE_TILE, 1, false);
-    wait_keys(&ring->full[wg][1], parity);
-    tiles(4, 4, false);
+    wait_keys(&ring->full[wg][1 - wg], parity);
+    tiles(4 - 4 * wg, 4, false);
     wgmma_commit();
     wgmma_wait<0>();
 #pragma unroll
@@ -236,7 +236,8 @@ __device__ __forceinline__ void few_math(const job &j, few_shared<N> *sh, const 
         running r[N / 4];
         if (SPLIT && w.first >= w.last) continue;
         named_barrier(2, 256);
-        load_queries<FP8, N>(j.q + (size_t)w.row * j.n_heads * D_KEY * 2, j.n_heads, at.queries);
+        load_queries<FP8, N, (N * 36 + 255) / 256>(j.q + (size_t)w.row * j.n_heads * D_KEY * 2,
+                                                   j.n_heads, at.queries);
         fence_async_shared();
         named_barrier(2, 256);
 #pragma unroll
@@ -298,10 +299,10 @@ __global__ void __launch_bounds__(512, 1) sparse_mla_few(const __grid_constant__
     if (threadIdx.x == 0) ring_init<FP8, 256>(&sh->ring);
     __syncthreads();
     if (wg >= 2) {
-        registers_lower<FETCH_REGISTERS<256>>();
-        produce<FP8, 256>(j, &sh->ring, tiles, n_live);
+        registers_set<FETCH_REGISTERS<FP8, false>>();
+        produce<FP8, false>(j, &sh->ring, tiles, n_live);
     } else {
-        registers_raise<MATH_REGISTERS<256>>();
+        registers_set<MATH_REGISTERS<FP8, false>>();
         few_math<FP8, N, SPLIT>(j, sh, at, n_live, wg);
     }
 }

@@ -52,24 +52,6 @@ __device__ __forceinline__ void mma_values(float (&d)[64], const uint32_t *a, ui
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-/* Values [64 heads, 256 latents] += P V: P in registers, V in shared memory with the latents contiguous. */
-__device__ __forceinline__ void mma_values(float (&d)[128], const uint32_t *a, uint64_t b)
-{
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-        "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;\n"
-        : TR_D16(0), TR_D16(16), TR_D16(32), TR_D16(48), TR_D16(64), TR_D16(80), TR_D16(96), TR_D16(112)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
 /* Scores turned round, [64 keys, 8 heads]: keys and queries in shared memory, the inner dimension contiguous. */
 __device__ __forceinline__ void mma_keys(float (&d)[4], uint64_t a, uint64_t b, int add)
 {

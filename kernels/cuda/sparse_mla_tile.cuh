@@ -12,6 +12,7 @@
 #define TR_CUDA_SPARSE_MLA_TILE_CUH
 
 #include <math_constants.h>
+#include <stddef.h>
 
 #include "kernels/cuda/hopper.cuh"
 #include "kernels/cuda/sparse_mla_mma.cuh"
@@ -35,10 +36,33 @@ enum {
     ROPE_AT = 528,
 };
 
-/* Two warpgroups compute; F = 128 or 256 threads fetch. Registers: 256 x 200 + 128 x 104 = 384 x 168, and
- * 256 x 192 + 256 x 64 = 512 x 128. Where the values fill the registers there is no room for 512 threads. */
-template <int F> constexpr int MATH_REGISTERS = F == 128 ? 200 : 192;
-template <int F> constexpr int FETCH_REGISTERS = F == 128 ? 104 : 64;
+/* Two warpgroups compute, the others fetch. Where the values fill the registers (WALK) one warpgroup is enough to copy bf16; to
+ * expand fp8 it takes two. */
+template <bool FP8, bool WALK> constexpr int FETCHERS = !FP8 && WALK ? 128 : 256;
+template <bool FP8, bool WALK>
+constexpr int FETCH_REGISTERS = FETCHERS<FP8, WALK> == 128 ? 104 : 64;
+template <bool FP8, bool WALK>
+constexpr int MATH_REGISTERS = FETCHERS<FP8, WALK> == 128 ? 200 : 192;
+
+/* From the 128 or 168 registers that a thread starts with. */
+template <int N> __device__ __forceinline__ void registers_set()
+{
+    if constexpr (N > 128)
+        registers_raise<N>();
+    else
+        registers_lower<N>();
+}
+
+/* The order in which the halves of a pair come: each warpgroup takes its own block's values first (sparse_mla.cu), so these
+ * two halves are the first to fall free. */
+__host__ __device__ constexpr int half_block(int i)
+{
+    return i & 1;
+}
+__host__ __device__ constexpr int half_side(int i)
+{
+    return (i & 1) ^ (i >> 1);
+}
 
 struct job { /* a launch */
     const int32_t *n;
@@ -58,6 +82,15 @@ struct job { /* a launch */
     uint8_t *work;
 };
 
+struct work {
+    int row, group, first, last; /* pairs [first, last) of the row's list */
+};
+
+/* The pairs of blocks of this block of threads, in order, across tasks. */
+struct pair_cursor {
+    int task, n_live, pair, row, last;
+};
+
 /* Barriers of a pair in flight. Buffer b's latents come in halves (0: latents 0..255); each half is freed by the warpgroup
  * that owns those columns of the output, the rope tile by whoever reads it last. */
 struct ring {
@@ -70,7 +103,7 @@ template <bool FP8, int F> __device__ __forceinline__ void ring_init(ring *r)
 {
     for (int b = 0; b < 2; b++) {
         for (int h = 0; h < 2; h++) {
-            barrier_init(&r->full[b][h], !FP8 && h == 0 ? 2 * F : F);
+            barrier_init(&r->full[b][h], !FP8 && h == b ? 2 * F : F);
             barrier_init(&r->free[b][h], 4);
         }
         barrier_init(&r->rope_full[b], F);
@@ -103,16 +136,13 @@ __device__ __forceinline__ void warp_arrive(uint64_t *b)
 
 /* ---- which rows and keys ------------------------------------------------------------------------------------------ */
 
-struct work {
-    int row, group, first, last; /* pairs [first, last) of the row's list */
-};
-
 /* Blocks of 64 of a list: those whose first entry names a row. By all lanes of a warp. */
 __device__ __forceinline__ int count_blocks(const job &j, int row)
 {
     const int32_t *list = j.list + (size_t)row * j.k;
     int n = 0, most = (j.k + KEYS - 1) / KEYS;
 
+#pragma unroll 1
     for (int i = threadIdx.x & 31; i - (int)(threadIdx.x & 31) < most; i += 32)
         n += __popc(__ballot_sync(~0u, i < most && (uint32_t)list[i * KEYS] < j.n_latent));
     return n;
@@ -124,6 +154,7 @@ __device__ __forceinline__ bool next_work(const job &j, int n_live, int &task, w
 {
     int n_tasks = j.n_max * j.n_slices * j.n_groups;
 
+#pragma unroll 1
     while (task < n_tasks) {
         int t = task / j.n_groups, slice = t % j.n_slices;
         w.row = t / j.n_slices;
@@ -200,21 +231,6 @@ __device__ __forceinline__ uint32_t factor_bf16(float scale, bool valid)
     return valid ? twice_bf16(scale * 0x1p120f) : 0;
 }
 
-/* 16 latents e4m3 -> chunks 2q and 2q + 1 of a tile row. */
-__device__ __forceinline__ void expand16(uint4 v, uint32_t factor, uint32_t smem_even,
-                                         uint32_t smem_odd)
-{
-    uint32_t w[4] = {v.x, v.y, v.z, v.w}, even[4], odd[4];
-
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        even[i] = multiply2(((w[i] << 4) & 0x07f007f0u) | ((w[i] << 8) & 0x80008000u), factor);
-        odd[i] = multiply2(((w[i] >> 4) & 0x07f007f0u) | (w[i] & 0x80008000u), factor);
-    }
-    store16(smem_even, even[0], even[1], even[2], even[3]);
-    store16(smem_odd, odd[0], odd[1], odd[2], odd[3]);
-}
-
 /* The first task's list and queries on their way to L2, before anything is known. By all threads of the block. */
 __device__ __forceinline__ void prefetch_first(const job &j)
 {
@@ -228,21 +244,19 @@ __device__ __forceinline__ void prefetch_first(const job &j)
                     (uint32_t)heads * D_KEY * 2);
 }
 
-/* The pairs of blocks of this block of threads, in order, across tasks. */
-struct pair_cursor {
-    int task, n_live, pair;
-    work w;
-};
-
 __device__ __forceinline__ bool next_pair(const job &j, pair_cursor &c)
 {
-    while (++c.pair >= c.w.last) {
-        if (!next_work(j, c.n_live, c.task, c.w)) return false;
-        c.pair = c.w.first - 1;
+#pragma unroll 1
+    while (++c.pair >= c.last) {
+        work w;
+        if (!next_work(j, c.n_live, c.task, w)) return false;
+        c.pair = w.first - 1;
+        c.row = w.row;
+        c.last = w.last;
         if (threadIdx.x % 256 == 0) { /* the queries and the list will be wanted soon, too */
             if (j.k % 4 == 0)
-                prefetch_l2((const uint8_t *)(j.list + (size_t)c.w.row * j.k), (uint32_t)j.k * 4);
-            prefetch_l2(j.q + ((size_t)c.w.row * j.n_heads + (size_t)c.w.group * HEADS) * D_KEY * 2,
+                prefetch_l2((const uint8_t *)(j.list + (size_t)w.row * j.k), (uint32_t)j.k * 4);
+            prefetch_l2(j.q + ((size_t)w.row * j.n_heads + (size_t)w.group * HEADS) * D_KEY * 2,
                         (uint32_t)(j.n_heads < HEADS ? j.n_heads : HEADS) * D_KEY * 2);
         }
     }
@@ -253,7 +267,7 @@ __device__ __forceinline__ bool next_pair(const job &j, pair_cursor &c)
 __device__ __forceinline__ int32_t entry(const job &j, const pair_cursor &c, int i)
 {
     int at = c.pair * 2 * KEYS + i;
-    return at < j.k ? __ldg(j.list + (size_t)c.w.row * j.k + at) : -1;
+    return at < j.k ? __ldg(j.list + (size_t)c.row * j.k + at) : -1;
 }
 __device__ __forceinline__ int32_t valid_row(const job &j, int32_t x)
 {
@@ -262,103 +276,180 @@ __device__ __forceinline__ int32_t valid_row(const job &j, int32_t x)
 
 __device__ __forceinline__ const uint8_t *record_fp8(const job &j, int32_t x)
 {
-    return j.latent + (size_t)(x < 0 ? 0 : x) * RECORD_FP8;
+    const uint8_t
+        *p; /* made anew each time: kept, the addresses of four keys would cost eight registers */
+    asm volatile("mad.wide.s32 %0, %1, %2, %3;"
+                 : "=l"(p)
+                 : "r"(x < 0 ? 0 : x), "n"((int)RECORD_FP8), "l"(j.latent));
+    return p;
 }
 
-/* fp8: four neighbours have R keys of each block, and read 64 bytes of each at a time: a tile's row. */
-template <int F>
+/* Instructions with the constant part of their shared address in them: as sums, the addresses of all barriers and tiles would
+ * be kept in registers. */
+template <int AT> __device__ __forceinline__ void wait_at(uint32_t smem, uint32_t parity)
+{
+    asm volatile("{\n.reg .pred p;\nWAIT_%=:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%0 + %2], %1;\n"
+                 "@!p bra WAIT_%=;\n}" ::"r"(smem),
+                 "r"(parity), "n"(AT)
+                 : "memory");
+}
+template <int AT> __device__ __forceinline__ void arrive_at(uint32_t smem)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0 + %1];" ::"r"(smem), "n"(AT) : "memory");
+}
+template <int AT> __device__ __forceinline__ void copies_arrive_at(uint32_t smem)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0 + %1];" ::"r"(smem), "n"(AT)
+                 : "memory");
+}
+template <int AT>
+__device__ __forceinline__ void copy16_at(uint32_t smem, const void *global, int src_bytes)
+{
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0 + %3], [%1], 16, %2;" ::"r"(smem),
+                 "l"(global), "r"(src_bytes), "n"(AT)
+                 : "memory");
+}
+template <int AT> __device__ __forceinline__ void store16_at(uint32_t smem, const uint32_t (&x)[4])
+{
+    asm volatile("st.shared.v4.u32 [%0 + %5], {%1, %2, %3, %4};" ::"r"(smem), "r"(x[0]), "r"(x[1]),
+                 "r"(x[2]), "r"(x[3]), "n"(AT)
+                 : "memory");
+}
+
+/* 16 latents e4m3 -> chunks 2q and 2q + 1 of a tile row. */
+template <int AT>
+__device__ __forceinline__ void expand16(uint4 v, uint32_t factor, uint32_t smem_even,
+                                         uint32_t smem_odd)
+{
+    uint32_t w[4] = {v.x, v.y, v.z, v.w}, x[4];
+
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        x[i] = multiply2(((w[i] << 4) & 0x07f007f0u) | ((w[i] << 8) & 0x80008000u), factor);
+    store16_at<AT>(smem_even, x);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        x[i] = multiply2(((w[i] >> 4) & 0x07f007f0u) | (w[i] & 0x80008000u), factor);
+    store16_at<AT>(smem_odd, x);
+}
+
+/* What a fetching thread of fp8 records has: four neighbours have one key of each block, and read 64 bytes of it at a time,
+ * a tile's row; half a key's latents are in registers, on their way. */
+struct fetch_fp8 {
+    int32_t now[2], soon[2]; /* [block]: keys of this pair and of the next */
+    uint4 raw[4];            /* [tile] */
+    float2 scale;
+    uint32_t ring_at, even, odd,
+        parity; /* shared addresses; `even`, `odd`: of the chunks in the first tile of block 0 */
+    pair_cursor at;
+};
+
+/* Which of the four neighbours, and which of 64 keys: read anew each time, as above. */
+__device__ __forceinline__ int fetch_thread()
+{
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+__device__ __forceinline__ int fetch_quarter()
+{
+    return fetch_thread() & 3;
+}
+__device__ __forceinline__ int fetch_row()
+{
+    return fetch_thread() % 256 / 4;
+}
+
+__device__ __forceinline__ void fetch_entries(const job &j, fetch_fp8 &f, int32_t (&x)[2],
+                                              bool &any)
+{
+    any = any && next_pair(j, f.at);
+    int row = fetch_row();
+    x[0] = any ? entry(j, f.at, row) : -1;
+    x[1] = any ? entry(j, f.at, KEYS + row) : -1;
+}
+
+/* The list has come: the keys that are there, and their records on their way to L2, by two lanes a key. */
+__device__ __forceinline__ void fetch_validate(const job &j, int32_t (&x)[2])
+{
+    x[0] = valid_row(j, x[0]);
+    x[1] = valid_row(j, x[1]);
+    int q = fetch_quarter();
+    int32_t mine = q & 1 ? x[1] : x[0];
+    if (q < 2 && mine >= 0) prefetch_row<RECORD_FP8>(record_fp8(j, mine));
+}
+
+template <int I> __device__ __forceinline__ void fetch_load(const job &j, fetch_fp8 &f, int32_t key)
+{
+    const uint8_t *p = record_fp8(j, key);
+    f.scale = load8(p + SCALES_AT + 8 * half_side(I));
+    p += 16 * fetch_quarter();
+#pragma unroll
+    for (int t = 0; t < 4; t++)
+        f.raw[t] = load16(p + 256 * half_side(I) + 64 * t);
+}
+
+/* Store half I of a pair, and ask for the next. */
+template <int I> __device__ __forceinline__ void fetch_half(const job &j, fetch_fp8 &f)
+{
+    constexpr int B = half_block(I), H = half_side(I);
+    constexpr int FULL = (int)offsetof(ring, full) + 8 * (2 * B + H);
+    constexpr int FREE = (int)offsetof(ring, free) + 8 * (2 * B + H);
+    constexpr int TO = B * BLOCK + 4 * H * TILE, ROPE_TO = B * BLOCK + ROPE_TILE * TILE;
+
+    if (I == 2) fetch_validate(j, f.soon);
+    uint32_t f0 = factor_bf16(f.scale.x, f.now[B] >= 0);
+    uint32_t f1 = factor_bf16(f.scale.y, f.now[B] >= 0);
+    if (I < 2) {
+        const uint8_t *p = record_fp8(j, f.now[B]) + ROPE_AT + 32 * fetch_quarter();
+        wait_at<(int)offsetof(ring, rope_free) + 8 * B>(f.ring_at, f.parity);
+        copy16_at<ROPE_TO>(f.even, p, f.now[B] < 0 ? 0 : 16);
+        copy16_at<ROPE_TO>(f.odd, p + 16, f.now[B] < 0 ? 0 : 16);
+        copies_arrive_at<(int)offsetof(ring, rope_full) + 8 * B>(f.ring_at);
+    }
+    wait_at<FREE>(f.ring_at, f.parity);
+    if (I < 2 && fetch_quarter() == 0)
+        asm volatile("st.shared.u8 [%0 + %2], %1;" ::"r"(f.ring_at + (f.parity ^ 1) * 2 * KEYS +
+                                                         (uint32_t)fetch_row()),
+                     "r"(f.now[B] >= 0 ? 1 : 0), "n"((int)offsetof(ring, valid) + B * KEYS)
+                     : "memory");
+    expand16<TO>(f.raw[0], f0, f.even, f.odd);
+    expand16<TO + TILE>(f.raw[1], f0, f.even, f.odd);
+    expand16<TO + 2 * TILE>(f.raw[2], f1, f.even, f.odd);
+    expand16<TO + 3 * TILE>(f.raw[3], f1, f.even, f.odd);
+    arrive_at<FULL>(f.ring_at);
+    if constexpr (I < 3) fetch_load<I + 1>(j, f, f.now[half_block(I + 1)]);
+}
+
 __device__ __forceinline__ void produce_fp8(const job &j, ring *ring, uint32_t keys, int n_live)
 {
-    constexpr int R = 256 / F, STEP = KEYS / R; /* keys of a thread, and how far apart */
-    int tid = threadIdx.x % F, row = tid / 4, q = tid & 3;
-    uint32_t line = keys + (uint32_t)(row * 128);
-    uint32_t even = (uint32_t)((2 * q) ^ (row & 7)) << 4, odd = (uint32_t)((2 * q + 1) ^ (row & 7))
-                                                                << 4;
-    pair_cursor c = {(int)blockIdx.x, n_live, -1, {0, 0, 0, 0}};
-    int32_t now[2][R], soon[2][R]; /* [block] of this pair and of the next */
-    uint32_t parity = 1;           /* a fresh barrier counts as freed before */
-    uint4 raw[R][4];               /* [.][tile]: of the half that is stored next, and its scales */
-    float2 scale[R];
+    fetch_fp8 f;
+    bool have = true;
 
-    auto entries = [&](int32_t(&x)[2][R], bool any) {
-#pragma unroll
-        for (int i = 0; i < 2 * R; i++)
-            x[i / R][i % R] = any ? entry(j, c, STEP * i + row) : -1;
-    };
-    auto prefetch = [&](const int32_t(&x)[2][R]) {
-        int32_t mine = q & 1 ? x[1][0] : x[0][0];
-        if (R == 2 && q & 2) mine = q & 1 ? x[1][R - 1] : x[0][R - 1];
-        if (q < 2 * R && mine >= 0) prefetch_row<RECORD_FP8>(record_fp8(j, mine));
-    };
-    auto rope = [&](int b, const int32_t(&x)[R]) {
-        barrier_wait(&ring->rope_free[b], parity);
-#pragma unroll
-        for (int r = 0; r < R; r++) {
-            const uint8_t *p = record_fp8(j, x[r]) + ROPE_AT + 32 * q;
-            uint32_t to = line + (uint32_t)(b * BLOCK + ROPE_TILE * TILE + r * STEP * 128);
-            async_copy16(to + even, p, x[r] < 0 ? 0 : 16);
-            async_copy16(to + odd, p + 16, x[r] < 0 ? 0 : 16);
-        }
-        async_copy_arrive(&ring->rope_full[b]);
-    };
-    /* Store the half at hand, and ask for the next one (of keys `next`) as registers fall free. */
-    auto half = [&](int b, int h, const int32_t(&x)[R], const int32_t(&next)[R], int next_half) {
-        uint32_t f[R][2];
-#pragma unroll
-        for (int r = 0; r < R; r++) {
-            f[r][0] = factor_bf16(scale[r].x, x[r] >= 0);
-            f[r][1] = factor_bf16(scale[r].y, x[r] >= 0);
-            scale[r] = load8(record_fp8(j, next[r]) + SCALES_AT + 8 * next_half);
-        }
-        barrier_wait(&ring->free[b][h], parity);
-#pragma unroll
-        for (int r = 0; r < R; r++) {
-            const uint8_t *p = record_fp8(j, next[r]) + 256 * next_half + 16 * q;
-            if (h == 0 && q == 0) ring->valid[parity ^ 1][b][row + r * STEP] = x[r] >= 0;
-#pragma unroll
-            for (int t = 0; t < 4; t++) {
-                uint32_t to = line + (uint32_t)(b * BLOCK + (4 * h + t) * TILE + r * STEP * 128);
-                expand16(raw[r][t], f[r][t / 2], to + even, to + odd);
-                raw[r][t] = load16(p + 64 * t);
-            }
-        }
-        barrier_arrive(&ring->full[b][h]);
-    };
-
-    auto validate = [&](int32_t(&x)[2][R]) {
-#pragma unroll
-        for (int i = 0; i < 2 * R; i++)
-            x[i / R][i % R] = valid_row(j, x[i / R][i % R]);
-    };
-
-    bool have = next_pair(j, c);
-    entries(now, have);
-    validate(now);
-    prefetch(now);
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-        const uint8_t *p = record_fp8(j, now[0][r]);
-        scale[r] = load8(p + SCALES_AT);
-#pragma unroll
-        for (int t = 0; t < 4; t++)
-            raw[r][t] = load16(p + 64 * t + 16 * q);
-    }
+    int row = fetch_row();
+    f.even = keys + (uint32_t)(row * 128 + (((2 * fetch_quarter()) ^ (row & 7)) << 4));
+    f.odd = f.even ^ 16;
+    f.ring_at = smem_address(ring);
+    f.parity = 1; /* a fresh barrier counts as freed before */
+    f.at = {(int)blockIdx.x, n_live, -1, 0, 0};
+    fetch_entries(j, f, f.now, have);
+    fetch_validate(j, f.now);
+    fetch_load<0>(j, f, f.now[half_block(0)]);
+    bool next = have;
+    fetch_entries(j, f, f.soon, next);
+#pragma unroll 1
     while (have) {
-        bool more = next_pair(j, c);
-        entries(soon, more);
-        rope(0, now[0]);
-        half(0, 0, now[0], now[0], 1);
-        half(0, 1, now[0], now[1], 0);
-        validate(soon); /* the list has had the time of two halves to come, the keys have another */
-        prefetch(soon);
-        rope(1, now[1]);
-        half(1, 0, now[1], now[1], 1);
-        half(1, 1, now[1], soon[0], 0);
-        parity ^= 1;
-#pragma unroll
-        for (int i = 0; i < 2 * R; i++)
-            now[i / R][i % R] = soon[i / R][i % R];
-        have = more;
+        fetch_half<0>(j, f);
+        fetch_half<1>(j, f);
+        fetch_half<2>(j, f);
+        fetch_half<3>(j, f);
+        f.parity ^= 1;
+        f.now[0] = f.soon[0];
+        f.now[1] = f.soon[1];
+        have = next;
+        fetch_entries(j, f, f.soon, next); /* while the fewest registers hold keys */
+        fetch_load<0>(j, f, f.now[half_block(0)]);
     }
 }
 
@@ -366,13 +457,14 @@ __device__ __forceinline__ void produce_fp8(const job &j, ring *ring, uint32_t k
 template <int F>
 __device__ __forceinline__ void produce_bf16(const job &j, ring *ring, uint32_t keys, int n_live)
 {
-    constexpr int R = 512 / F, STEP = KEYS / R;
+    enum { R = 512 / F, STEP = KEYS / R };
     int g = threadIdx.x % F / 8, chunk = threadIdx.x & 7;
-    pair_cursor c = {(int)blockIdx.x, n_live, -1, {0, 0, 0, 0}};
+    pair_cursor c = {(int)blockIdx.x, n_live, -1, 0, 0};
     int32_t now[2][R], soon[2][R]; /* [block][row] of this pair and of the next */
     uint32_t parity = 1, line = keys + (uint32_t)(g * 128) + ((uint32_t)(chunk ^ (g & 7)) << 4);
 
-    auto entries = [&](int32_t(&x)[2][R], bool any) {
+    auto entries = [&](int32_t(&x)[2][R], bool &any) {
+        any = any && next_pair(j, c);
 #pragma unroll
         for (int i = 0; i < 2 * R; i++)
             x[i / R][i % R] = any ? entry(j, c, STEP * i + g) : -1;
@@ -389,52 +481,50 @@ __device__ __forceinline__ void produce_bf16(const job &j, ring *ring, uint32_t 
             const int32_t(&x)[R]) { /* tiles [t, t + n) */
 #pragma unroll
                                     for (int r = 0; r < R; r++) {
+                                        int32_t key = x[r] < 0 ? 0 : x[r];
                                         const uint8_t *p =
-                                            j.latent + (size_t)(x[r] < 0 ? 0 : x[r]) * RECORD_BF16 +
-                                            16 * chunk;
+                                            j.latent + (size_t)key * RECORD_BF16 + 16 * chunk;
+                                        uint32_t to = line + (uint32_t)(b * BLOCK + r * STEP * 128);
 #pragma unroll
-                                        for (int i = 0; i < n; i++)
-                                            async_copy16(line +
-                                                             (uint32_t)(b * BLOCK + (t + i) * TILE +
-                                                                        r * STEP * 128),
-                                                         p + 128 * (t + i), x[r] < 0 ? 0 : 16);
+                                        for (int i = t; i < t + n; i++)
+                                            async_copy16(to + (uint32_t)(i * TILE), p + 128 * i,
+                                                         x[r] < 0 ? 0 : 16);
                                     }
         };
-    auto half = [&](int b, int h, const int32_t(&x)[R]) {
-        barrier_wait(&ring->free[b][h], parity);
-        if (h == 0) {
-#pragma unroll
-            for (int r = 0; r < R; r++)
-                if (chunk == 0) ring->valid[parity ^ 1][b][g + r * STEP] = x[r] >= 0;
-            barrier_arrive(&ring->full[b][h]);
-        }
-        copy(b, 4 * h, 4, x);
-        async_copy_arrive(&ring->full[b][h]);
-        if (h == 0) {
-            barrier_wait(&ring->rope_free[b], parity);
-            copy(b, ROPE_TILE, 1, x);
-            async_copy_arrive(&ring->rope_full[b]);
-        }
-    };
-
     auto validate = [&](int32_t(&x)[2][R]) {
 #pragma unroll
         for (int i = 0; i < 2 * R; i++)
             x[i / R][i % R] = valid_row(j, x[i / R][i % R]);
     };
 
-    bool have = next_pair(j, c);
+    bool have = true;
     entries(now, have);
     validate(now);
     while (have) {
-        bool more = next_pair(j, c);
+        bool more = true;
         entries(soon, more);
-        half(0, 0, now[0]);
-        half(0, 1, now[0]);
-        validate(soon);
-        prefetch(soon);
-        half(1, 0, now[1]);
-        half(1, 1, now[1]);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int b = half_block(i), h = half_side(i);
+            barrier_wait(&ring->free[b][h], parity);
+            if (i < 2) {
+#pragma unroll
+                for (int r = 0; r < R; r++)
+                    if (chunk == 0) ring->valid[parity ^ 1][b][g + r * STEP] = now[b][r] >= 0;
+                barrier_arrive(&ring->full[b][h]);
+            }
+            copy(b, 4 * h, 4, now[b]);
+            async_copy_arrive(&ring->full[b][h]);
+            if (i < 2) {
+                barrier_wait(&ring->rope_free[b], parity);
+                copy(b, ROPE_TILE, 1, now[b]);
+                async_copy_arrive(&ring->rope_full[b]);
+            }
+            if (i == 1) {
+                validate(soon); /* the list has had the time of two halves to come */
+                prefetch(soon);
+            }
+        }
         parity ^= 1;
 #pragma unroll
         for (int i = 0; i < 2 * R; i++)
@@ -443,49 +533,53 @@ __device__ __forceinline__ void produce_bf16(const job &j, ring *ring, uint32_t 
     }
 }
 
-template <bool FP8, int F>
+template <bool FP8, bool WALK>
 __device__ __forceinline__ void produce(const job &j, ring *ring, uint32_t keys, int n_live)
 {
     if (FP8)
-        produce_fp8<F>(j, ring, keys, n_live);
+        produce_fp8(j, ring, keys, n_live);
     else
-        produce_bf16<F>(j, ring, keys, n_live);
+        produce_bf16<FETCHERS<FP8, WALK>>(j, ring, keys, n_live);
 }
 
-/* n_rows query rows of 576 from global memory into tiles of ROWS rows, by threads 0..255; rows after them are zeros. All
- * loads are under way before the first store. */
-template <bool FP8, int ROWS>
+/* n_rows query rows of 576 from global memory into tiles of ROWS rows, by threads 0..255; rows after them are zeros. AT_ONCE
+ * loads of 32 bytes are under way before the first store. */
+template <bool FP8, int ROWS, int AT_ONCE>
 __device__ __forceinline__ void load_queries(const uint8_t *q, int n_rows, uint32_t tiles)
 {
     constexpr int PIECES = ROWS * 36, N = (PIECES + 255) / 256; /* 36 pieces of 16 numbers a row */
-    uint4 a[N], b[N];
 
+#pragma unroll 1
+    for (int first = 0; first < N; first += AT_ONCE) {
+        uint4 a[AT_ONCE], b[AT_ONCE];
 #pragma unroll
-    for (int n = 0; n < N; n++) {
-        int i = (int)threadIdx.x + 256 * n, row = i / 36;
-        a[n] = b[n] = {0, 0, 0, 0};
-        if (i < PIECES && row < n_rows) {
-            const uint8_t *p = q + (size_t)row * (D_KEY * 2) + 32 * (i - row * 36);
-            a[n] = load16(p);
-            b[n] = load16(p + 16);
+        for (int n = 0; n < AT_ONCE; n++) {
+            int i = (int)threadIdx.x + 256 * (first + n), row = i / 36;
+            a[n] = b[n] = {0, 0, 0, 0};
+            if (i < PIECES && row < n_rows) {
+                const uint8_t *p = q + (size_t)row * (D_KEY * 2) + 32 * (i - row * 36);
+                a[n] = load16(p);
+                b[n] = load16(p + 16);
+            }
         }
-    }
 #pragma unroll
-    for (int n = 0; n < N; n++) {
-        int i = (int)threadIdx.x + 256 * n, row = i / 36, at = i - row * 36, c = 2 * (at & 3);
-        if (i >= PIECES) continue;
-        uint4 x = a[n], y = b[n];
-        uint32_t to = tiles + (uint32_t)(at / 4 * (ROWS * 128) + row * 128);
-        uint32_t even = to + ((uint32_t)(c ^ (row & 7)) << 4);
-        uint32_t odd = to + ((uint32_t)((c + 1) ^ (row & 7)) << 4);
-        if (FP8 && at < 32) { /* the order that expand16 leaves latents in */
-            store16(even, __byte_perm(x.x, x.y, 0x5410), __byte_perm(x.z, x.w, 0x5410),
-                    __byte_perm(y.x, y.y, 0x5410), __byte_perm(y.z, y.w, 0x5410));
-            store16(odd, __byte_perm(x.x, x.y, 0x7632), __byte_perm(x.z, x.w, 0x7632),
-                    __byte_perm(y.x, y.y, 0x7632), __byte_perm(y.z, y.w, 0x7632));
-        } else {
-            store16(even, x.x, x.y, x.z, x.w);
-            store16(odd, y.x, y.y, y.z, y.w);
+        for (int n = 0; n < AT_ONCE; n++) {
+            int i = (int)threadIdx.x + 256 * (first + n), row = i / 36, at = i - row * 36;
+            int chunk = 2 * (at & 3);
+            if (i >= PIECES) continue;
+            uint4 x = a[n], y = b[n];
+            uint32_t to = tiles + (uint32_t)(at / 4 * (ROWS * 128) + row * 128);
+            uint32_t even = to + ((uint32_t)(chunk ^ (row & 7)) << 4);
+            uint32_t odd = to + ((uint32_t)((chunk + 1) ^ (row & 7)) << 4);
+            if (FP8 && at < 32) { /* the order that expand16 leaves latents in */
+                store16(even, __byte_perm(x.x, x.y, 0x5410), __byte_perm(x.z, x.w, 0x5410),
+                        __byte_perm(y.x, y.y, 0x5410), __byte_perm(y.z, y.w, 0x5410));
+                store16(odd, __byte_perm(x.x, x.y, 0x7632), __byte_perm(x.z, x.w, 0x7632),
+                        __byte_perm(y.x, y.y, 0x7632), __byte_perm(y.z, y.w, 0x7632));
+            } else {
+                store16(even, x.x, x.y, x.z, x.w);
+                store16(odd, y.x, y.y, y.z, y.w);
+            }
         }
     }
 }
@@ -521,18 +615,18 @@ struct probs {
 __device__ __forceinline__ void softmax(float (&s)[32], const uint8_t *valid, float scale, probs &b)
 {
     int q = threadIdx.x & 3;
-    uint32_t v[8], all = 0x0101;
+    uint32_t all = 0x0101;
 
 #pragma unroll
-    for (int g = 0; g < 8; g++) {
-        v[g] = *(const uint16_t *)(valid + 8 * g + 2 * q);
-        all &= v[g];
-    }
+    for (int g = 0; g < 8; g++)
+        all &= *(const uint16_t *)(valid + 8 * g + 2 * q);
     if (all != 0x0101) {
+        asm volatile("" ::: "memory"); /* read them anew: registers are short */
 #pragma unroll
         for (int g = 0; g < 8; g++) {
-            if (!(v[g] & 1)) s[4 * g] = s[4 * g + 2] = -CUDART_INF_F;
-            if (!(v[g] >> 8)) s[4 * g + 1] = s[4 * g + 3] = -CUDART_INF_F;
+            uint32_t v = *(const uint16_t *)(valid + 8 * g + 2 * q);
+            if (!(v & 1)) s[4 * g] = s[4 * g + 2] = -CUDART_INF_F;
+            if (!(v >> 8)) s[4 * g + 1] = s[4 * g + 3] = -CUDART_INF_F;
         }
     }
 #pragma unroll
@@ -557,23 +651,26 @@ __device__ __forceinline__ void softmax(float (&s)[32], const uint8_t *valid, fl
     }
 }
 
-/* What the values of two heads of a thread stand at. sum: of even and of odd blocks, each in order. */
-struct state {
-    float reference[2], sum[2][2];
+/* What the values of two heads of a thread stand at. sum: of even and of odd blocks, each in order, or of one of the two. */
+template <int N_SUMS> struct state {
+    float reference[2], sum[N_SUMS][2];
 };
 
-__device__ __forceinline__ void state_clear(state &s)
+template <int N_SUMS> __device__ __forceinline__ void state_clear(state<N_SUMS> &s)
 {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         s.reference[r] = -CUDART_INF_F;
-        s.sum[0][r] = s.sum[1][r] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < N_SUMS; i++)
+            s.sum[i][r] = 0.0f;
     }
 }
 
 /* Change the state, and the probabilities of a block, to a reference that suits both; keep: what the values must be
- * multiplied by. `counts`: the block's sum is taken in too (once, by the warpgroup that made it). */
-__device__ __forceinline__ void take_reference(state &s, probs &b, int parity, bool counts,
+ * multiplied by. series: which sum takes the block's in (the warpgroup that made it counts it), -1: none does. */
+template <int N_SUMS>
+__device__ __forceinline__ void take_reference(state<N_SUMS> &s, probs &b, int series,
                                                float (&keep)[2])
 {
     uint32_t take[2];
@@ -585,11 +682,10 @@ __device__ __forceinline__ void take_reference(state &s, probs &b, int parity, b
         keep[r] = exp2_whole(s.reference[r] - top);
         take[r] = twice_bf16(f);
         s.reference[r] = top;
-        s.sum[0][r] *= keep[r];
-        s.sum[1][r] *= keep[r];
-        if (counts) {
-            s.sum[0][r] = __fmaf_rn(parity ? 0.0f : b.sum[r], f, s.sum[0][r]);
-            s.sum[1][r] = __fmaf_rn(parity ? b.sum[r] : 0.0f, f, s.sum[1][r]);
+#pragma unroll
+        for (int i = 0; i < N_SUMS; i++) {
+            s.sum[i][r] *= keep[r];
+            if (series >= 0) s.sum[i][r] = __fmaf_rn(series == i ? b.sum[r] : 0.0f, f, s.sum[i][r]);
         }
     }
 #pragma unroll
@@ -597,27 +693,26 @@ __device__ __forceinline__ void take_reference(state &s, probs &b, int parity, b
         b.p[i] = multiply2(b.p[i], take[i & 1]);
 }
 
-/* o = o keep + P V for a block: v is the tile of the first column. The instructions are under way on return, and p is
- * theirs. */
-template <int R>
-__device__ __forceinline__ void take_values(float (&o)[R], const float (&keep)[2],
+/* o = o keep + P V for a block: v is the tile of the first column, o in N parts of R / 32 tiles. The instructions are under
+ * way on return, in two groups, and p is theirs: one half each. */
+template <int N, int R>
+__device__ __forceinline__ void take_values(float (&o)[N][R], const float (&keep)[2],
                                             const uint32_t (&p)[16], uint32_t v)
 {
     if (__any_sync(~0u, keep[0] != 1.0f || keep[1] != 1.0f)) {
 #pragma unroll
-        for (int i = 0; i < R; i += 4) {
-            o[i] *= keep[0];
-            o[i + 1] *= keep[0];
-            o[i + 2] *= keep[1];
-            o[i + 3] *= keep[1];
-        }
+        for (int i = 0; i < N * R; i++)
+            o[i / R][i % R] *= keep[i / 2 % 2];
     }
     uint64_t d = matrix_descriptor(v, TILE, 1024, LAYOUT_SWIZZLE_128);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < 4; k++)
-        mma_values(o, p + 4 * k, further(d, (uint32_t)(k * 2048)));
-    wgmma_commit();
+    for (int k = 0; k < 4; k++) {
+#pragma unroll
+        for (int n = 0; n < N; n++)
+            mma_values(o[n], p + 4 * k, further(d, (uint32_t)(n * (R / 32) * TILE + k * 2048)));
+        if (k & 1) wgmma_commit();
+    }
 }
 
 /* The row's sum of a head from its two series, whole in each of the four threads that share the head. */
@@ -627,9 +722,24 @@ __device__ __forceinline__ float sum_of_four(float x)
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+/* Of four words of each of four neighbours, x[i] of lane q, lane q gets those with i = q, in the lanes' order. */
+__device__ __forceinline__ uint4 quad_transpose(const uint32_t (&x)[4])
+{
+    bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+    uint32_t a = __shfl_xor_sync(~0u, odd ? x[0] : x[1], 1);
+    uint32_t b = __shfl_xor_sync(~0u, odd ? x[2] : x[3], 1);
+    uint32_t low0 = odd ? a : x[0], low1 = odd ? x[1] : a; /* of i = q & 1, from two lanes */
+    uint32_t high0 = odd ? b : x[2], high1 = odd ? x[3] : b;
+    uint32_t c = __shfl_xor_sync(~0u, high ? low0 : high0, 2);
+    uint32_t d = __shfl_xor_sync(~0u, high ? low1 : high1, 2);
+    if (high) return {c, d, high0, high1};
+    return {low0, low1, c, d};
+}
+
 /* o, scaled, to the columns of `out` (of the thread's first head); the second head is 8 further. */
-template <bool FP8, int R>
-__device__ __forceinline__ void store_values(uint8_t *out, const float (&o)[R], float f0, float f1)
+template <bool FP8, int N, int R>
+__device__ __forceinline__ void store_values(uint8_t *out, const float (&o)[N][R], float f0,
+                                             float f1)
 {
     int q = threadIdx.x & 3;
 
@@ -638,16 +748,24 @@ __device__ __forceinline__ void store_values(uint8_t *out, const float (&o)[R], 
         uint8_t *to = out + (size_t)r * 8 * D_LATENT * 2;
         float f = r ? f1 : f0;
 #pragma unroll
-        for (int g = 0; g < R / 4;
-             g += 2) { /* + 0: no negative zeros, which would tell padding apart */
-            const float *a = o + 4 * g + 2 * r, *b = a + 4;
-            float x0 = __fmaf_rn(a[0], f, 0.0f), x1 = __fmaf_rn(a[1], f, 0.0f);
-            float y0 = __fmaf_rn(b[0], f, 0.0f), y1 = __fmaf_rn(b[1], f, 0.0f);
+        for (int g = 0; g < N * R / 4; g += 4) { /* 32 columns */
+            uint32_t x[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float *a = &o[4 * (g + i) / R][4 * (g + i) % R + 2 * r], *b = a;
+                if (FP8) /* tiles hold 4 neighbouring columns of a thread in two groups of 8 */
+                    a = &o[4 * (g + i / 2 * 2) / R][4 * (g + i / 2 * 2) % R + 2 * r + i % 2],
+                    b = a + 4;
+                else
+                    b = a + 1;
+                /* + 0: no negative zeros, which would tell padding apart */
+                x[i] = pack_bf16(__fmaf_rn(*a, f, 0.0f), __fmaf_rn(*b, f, 0.0f));
+            }
             if (FP8) {
-                *(uint2 *)(to + 16 * g + 8 * q) = {pack_bf16(x0, y0), pack_bf16(x1, y1)};
+                *(uint2 *)(to + 16 * g + 8 * q) = {x[0], x[1]};
+                *(uint2 *)(to + 16 * g + 32 + 8 * q) = {x[2], x[3]};
             } else {
-                *(uint32_t *)(to + 16 * g + 4 * q) = pack_bf16(x0, x1);
-                *(uint32_t *)(to + 16 * g + 16 + 4 * q) = pack_bf16(y0, y1);
+                *(uint4 *)(to + 16 * g + 16 * q) = quad_transpose(x);
             }
         }
     }

@@ -3,6 +3,7 @@
  *
  *   bench_sparse_mla          checks, then the table
  *   bench_sparse_mla check    checks of small shapes only (for compute-sanitizer)
+ *   bench_sparse_mla one ROWS HEADS FP8 WAY   one launch (for a profiler)
  *
  * Exit status 1: a check failed. The peer of the table is FlashMLA, measured on one H200 (kernels.md 10). */
 #include <cmath>
@@ -542,8 +543,25 @@ static void time_all()
     cudaFree(cache);
 }
 
+/* One launch, for a profiler. */
+static int profile(char **argv)
+{
+    int n = atoi(argv[0]), n_heads = atoi(argv[1]), fp8 = atoi(argv[2]), way = atoi(argv[3]);
+    int regions = n > 128 ? 1 : n, context = n > 128 ? 32768 : 16384;
+    uint8_t *cache = make_cache((size_t)regions * context, fp8);
+    setup s;
+
+    make(s, n, n_heads, fp8, regions, context, n > 128 ? n : 1, NULL, 0.25f, cache);
+    launch(s, way);
+    CHECK_CUDA(cudaDeviceSynchronize());
+    unmake(s);
+    cudaFree(cache);
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
+    if (argc == 6 && !strcmp(argv[1], "one")) return profile(argv + 2);
     bool small = argc > 1 && !strcmp(argv[1], "check");
     std::vector<int32_t> counts = {2048, 0,    1,    63,   64,  65, 127,  128,
                                    129,  2047, 1984, 1985, 700, 3,  2048, 5};
