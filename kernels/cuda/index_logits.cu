@@ -212,7 +212,8 @@ __device__ __forceinline__ void math_group(const index_params &p, index_shared *
     uint64_t b_matrix =
         matrix_descriptor(smem_address(s->q[stage][i_query]), 16, 1024, LAYOUT_SWIZZLE_128);
     /* In one register, taken apart anew for every page (registers are short): whose pages, whether the group is one row (then
-     * half of the matrix is multiplied, and the other half of the sums goes nowhere), and how many pages are left. */
+     * the other half of the sums goes nowhere; two forms of the product would have to wait for each instruction of
+     * theirs), and how many pages are left. */
     int state =
         i_wg / parts | (MATH_GROUPS / parts - 1) << 4 | (g.n_rows == 1) << 8 | g.n_pages << 9;
     float acc[64], half_w[32];
@@ -237,19 +238,11 @@ __device__ __forceinline__ void math_group(const index_params &p, index_shared *
         uint64_t a_matrix =
             matrix_descriptor(smem_address(s->key[i]), 16, 1024, LAYOUT_SWIZZLE_128);
         wgmma_fence();
-        if (state & 1 << 8) {
 #pragma unroll
-            for (int k = 0; k < D_INDEX / 32; k++)
-                index_mma(*(float(*)[32]) & acc, a_matrix + 2 * k, b_matrix + 2 * k, k > 0);
-            wgmma_commit();
-            wgmma_wait<0>();
-        } else {
-#pragma unroll
-            for (int k = 0; k < D_INDEX / 32; k++)
-                index_mma(acc, a_matrix + 2 * k, b_matrix + 2 * k, k > 0);
-            wgmma_commit();
-            wgmma_wait<0>();
-        }
+        for (int k = 0; k < D_INDEX / 32; k++)
+            index_mma(acc, a_matrix + 2 * k, b_matrix + 2 * k, k > 0);
+        wgmma_commit();
+        wgmma_wait<0>();
 #pragma unroll
         for (int k = 0; k < 64; k++)
             wgmma_touch(acc[k]);

@@ -111,6 +111,38 @@ __device__ __forceinline__ int block_scan(int x, int *warp, int *total)
     return MAX ? max(before, up) : before + up;
 }
 
+/* The same for up to 32 rows, by one warp: a decode step would wait for the block's scans longer than for its keys. */
+__device__ __forceinline__ void index_find_share_few(const index_params &p, int n,
+                                                     index_share *share)
+{
+    constexpr unsigned ALL_LANES = 0xffffffffu;
+    int lane = threadIdx.x & 31;
+    index_row v = index_row_at(p, p.i_row + lane, n), before, next;
+
+    before.slot = __shfl_up_sync(ALL_LANES, v.slot, 1);
+    before.low = __shfl_up_sync(ALL_LANES, v.low, 1);
+    before.high = __shfl_up_sync(ALL_LANES, v.high, 1);
+    next.slot = __shfl_down_sync(ALL_LANES, v.slot, 1);
+    next.low = __shfl_down_sync(ALL_LANES, v.low, 1);
+    next.high = __shfl_down_sync(ALL_LANES, v.high, 1);
+    unsigned runs = __ballot_sync(ALL_LANES, lane == 0 || !index_row_continues(before, v));
+    int run = 31 - __clz((int)(runs & (ALL_LANES >> (31 - lane)))), j = (lane - run) % GROUP_ROWS;
+    bool goes_on = lane < 31 && j < GROUP_ROWS - 1 && index_row_continues(v, next);
+    int cost = v.slot < 0 || goes_on ? 0 : index_work(index_pages(v), index_parts(j + 1));
+    int sum = cost;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        int up = __shfl_up_sync(ALL_LANES, sum, d);
+        if (lane >= d) sum += up;
+    }
+    int total = __shfl_sync(ALL_LANES, sum, 31);
+    int each = total / (int)gridDim.x, more = total % (int)gridDim.x, i = (int)blockIdx.x;
+    int begin = each * i + min(i, more), end = each * (i + 1) + min(i + 1, more);
+    if (begin == end ? lane == 0 : sum - cost <= begin && begin < sum)
+        *share = begin == end ? index_share{begin, end, p.row_end, 0}
+                              : index_share{begin, end, p.i_row + lane - j, sum - cost};
+}
+
 /* All threads of the block; view: space for all the rows of the launch, free again afterwards. The result is in s->share,
  * visible to all. */
 template <int THREADS>
@@ -123,6 +155,11 @@ __device__ __forceinline__ void index_find_share(const index_params &p, int n, i
     const index_row none = {-1, 0, 0};
 
     if (threadIdx.x == 0) s->n = n;
+    if (n_rows <= 32) {
+        if (threadIdx.x < 32) index_find_share_few(p, n, &s->share);
+        __syncthreads();
+        return;
+    }
     if (n_rows <= THREADS) {
         if ((int)threadIdx.x < n_rows)
             view[threadIdx.x] = index_row_at(p, p.i_row + (int)threadIdx.x, n);
