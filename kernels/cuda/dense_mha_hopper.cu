@@ -1,0 +1,563 @@
+/* Attention of prompts in multi-head form. Three kernels a round: a plan (which rows, which keys, in what order), keys and
+ * values of all heads (dense_mha_keys.cu), attention. The last: a block of threads takes 128 rows of one head through
+ * their keys, 128 at a time; one warp copies, two warpgroups of 64 rows compute, each working on the scores of the next block
+ * while its values of the last are added up, and taking turns at the tensor cores. */
+#include "kernels/cuda/dense_mha_hopper.cuh"
+
+namespace tr
+{
+namespace dense
+{
+
+/* ---- plan -------------------------------------------------------------------------------------------------------------- */
+
+enum { PLAN_THREADS = 1024, SORT_MAX = 4096 };
+
+__device__ __forceinline__ bool is_live(const tr_rows &r, int i, int n)
+{
+    return i >= 0 && i < n && r.dense[i] && r.write[i] >= 0;
+}
+/* Row i goes on with what row i - 1 began. */
+__device__ __forceinline__ bool follows(const tr_rows &r, int i, int n)
+{
+    return is_live(r, i - 1, n) && is_live(r, i, n) && r.slot[i] == r.slot[i - 1] &&
+           r.position[i] == r.position[i - 1] + 1;
+}
+
+/* Sum over the threads before this one; *total: over all. */
+__device__ int scan(int x, int *space, int *total)
+{
+    int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, sum = x;
+    __syncthreads();
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        int low = __shfl_up_sync(~0u, sum, d);
+        if (lane >= d) sum += low;
+    }
+    if (lane == 31) space[warp] = sum;
+    __syncthreads();
+    if (warp == 0) {
+        int w = space[lane];
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) {
+            int low = __shfl_up_sync(~0u, w, d);
+            if (lane >= d) w += low;
+        }
+        space[lane] = w;
+    }
+    __syncthreads();
+    *total = space[31];
+    return sum - x + (warp ? space[warp - 1] : 0);
+}
+
+__device__ __forceinline__ int ceil_div(int a, int b)
+{
+    return (a + b - 1) / b;
+}
+
+/* Where each span's keys and values go, in which round, and where its tiles and blocks begin. One thread: spans are few. */
+__device__ void plan_rounds(const job &j, int n_spans)
+{
+    int base = 0, round = 0, n_tiles = 0, n_blocks = 0;
+
+    j.plan->tile_begin[0] = j.plan->block_begin[0] = 0;
+    for (int i = 0; i < n_spans; i++) {
+        span s = j.spans[i];
+        int keys = ceil_div(s.position + s.n, BLOCK_KEYS) * BLOCK_KEYS;
+        if (base + keys > j.max_keys) {
+            base = 0;
+            round++;
+            j.plan->tile_begin[round] = n_tiles;
+            j.plan->block_begin[round] = n_blocks;
+        }
+        s.base = base;
+        s.round = round;
+        s.i_tile = n_tiles;
+        s.i_block = n_blocks;
+        j.spans[i] = s;
+        base += keys;
+        n_tiles += ceil_div(s.n, TILE_ROWS);
+        n_blocks += keys / BLOCK_KEYS;
+    }
+    for (int r = round + 1; r <= ROUNDS_MAX; r++) {
+        j.plan->tile_begin[r] = n_tiles;
+        j.plan->block_begin[r] = n_blocks;
+    }
+}
+
+/* Tiles of a round in descending order of their keys, so that the long ones are not begun last. */
+__device__ void plan_sort(const job &j, int n_tiles)
+{
+    auto cost = [&](const tile &t) {
+        span s = j.spans[t.i_span];
+        return (s.round << 24) - min(s.position + t.first + (int)TILE_ROWS, s.position + s.n);
+    };
+    for (int i = (int)threadIdx.x; i < n_tiles; i += PLAN_THREADS) {
+        tile t = j.unsorted[i];
+        int mine = cost(t), rank = 0;
+        for (int k = 0; k < n_tiles && n_tiles <= SORT_MAX; k++) {
+            int other = cost(j.unsorted[k]);
+            rank += other < mine || (other == mine && k < i);
+        }
+        j.tiles[n_tiles <= SORT_MAX ? rank : i] = t;
+    }
+}
+
+/* Pads among the dense rows see nothing: zeros. */
+__device__ void zero_pads(const job &j, int n)
+{
+    for (int i = (int)threadIdx.x / 32; i < n; i += PLAN_THREADS / 32) {
+        if (!j.rows.dense[i] || j.rows.write[i] >= 0) continue;
+        uint4 *out = (uint4 *)(void *)(j.out + (size_t)i * j.n_heads * TR_DENSE_D_V * 2);
+        for (int k = (int)threadIdx.x % 32; k < j.n_heads * TR_DENSE_D_V / 8; k += 32)
+            out[k] = {0, 0, 0, 0};
+    }
+}
+
+__global__ void __launch_bounds__(PLAN_THREADS) dense_plan(const __grid_constant__ job j)
+{
+    __shared__ int space[32];
+    int n = min(max(*j.rows.n, 0), j.rows.n_max), per = ceil_div(n, PLAN_THREADS), total, unused;
+    int b = min((int)threadIdx.x * per, n), e = min(b + per, n), begins = 0, ends = 0;
+
+    for (int i = b; i < e; i++) {
+        begins += is_live(j.rows, i, n) && !follows(j.rows, i, n);
+        ends += is_live(j.rows, i, n) && !follows(j.rows, i + 1, n);
+    }
+    int i_begin = scan(begins, space, &total), i_end = scan(ends, space, &unused);
+    total = min(total, j.max_spans);
+    for (int i = b; i < e; i++) {
+        if (is_live(j.rows, i, n) && !follows(j.rows, i, n)) {
+            if (i_begin < total) {
+                j.spans[i_begin].row = i;
+                j.spans[i_begin].slot = j.rows.slot[i];
+                j.spans[i_begin].position = j.rows.position[i];
+            }
+            i_begin++;
+        }
+        if (is_live(j.rows, i, n) && !follows(j.rows, i + 1, n)) {
+            if (i_end < total) j.spans[i_end].n = i + 1;
+            i_end++;
+        }
+    }
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < total; i += PLAN_THREADS)
+        j.spans[i].n -= j.spans[i].row;
+    __syncthreads();
+    if (threadIdx.x == 0) plan_rounds(j, total);
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < total; i += PLAN_THREADS) {
+        span s = j.spans[i];
+        for (int k = 0; k * TILE_ROWS < s.n; k++)
+            j.unsorted[s.i_tile + k] = {i, k * TILE_ROWS};
+        for (int k = 0; k * BLOCK_KEYS < s.position + s.n; k++)
+            j.blocks[s.i_block + k] = {i, k * BLOCK_KEYS};
+    }
+    __syncthreads();
+    plan_sort(j, j.plan->tile_begin[ROUNDS_MAX]);
+    zero_pads(j, n);
+}
+
+/* ---- attention --------------------------------------------------------------------------------------------------------- */
+
+enum { MATH = 256, Q_BYTES = 3 * CHUNK, K_BYTES = 3 * CHUNK, V_BYTES = 2 * CHUNK, STAGES = 2 };
+
+struct mha_shared { /* behind queries, keys, values */
+    uint64_t q_full, q_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+};
+enum { MHA_BYTES = Q_BYTES + STAGES * (K_BYTES + V_BYTES) + (int)sizeof(mha_shared) + 1024 };
+
+struct maps {
+    CUtensorMap q, kv, pe;
+};
+
+/* What a tile asks for. */
+struct task {
+    int row, n, position, base, head, n_blocks;
+};
+__device__ __forceinline__ bool next_task(const job &j, int i, task &t)
+{
+    int first = j.plan->tile_begin[j.i_round], n = j.plan->tile_begin[j.i_round + 1] - first;
+    if (i >= n * j.n_heads) return false;
+    tile x = j.tiles[first + i / j.n_heads];
+    span s = j.spans[x.i_span];
+    t.head = i % j.n_heads;
+    t.row = s.row + x.first;
+    t.n = min(s.n - x.first, (int)TILE_ROWS);
+    t.position = s.position + x.first;
+    t.base = s.base;
+    t.n_blocks = (t.position + t.n - 1) / BLOCK_KEYS + 1;
+    return true;
+}
+
+/* One thread. */
+__device__ void copy_tiles(const job &j, const maps &m, mha_shared *sh, uint8_t *base)
+{
+    uint8_t *keys = base + Q_BYTES, *values = keys + STAGES * K_BYTES;
+    ring_position<STAGES> at;
+    uint32_t q_parity = 1;
+    task t;
+
+    for (int i = (int)blockIdx.x; next_task(j, i, t); i += (int)gridDim.x, q_parity ^= 1) {
+        barrier_wait(&sh->q_empty, q_parity);
+        barrier_expect(&sh->q_full, Q_BYTES);
+        for (int c = 0; c < 3; c++)
+            tensor_load(base + c * CHUNK, &m.q, 64 * c, t.head, t.row, &sh->q_full);
+        for (int b = 0; b < t.n_blocks; b++, at.next()) {
+            int s = at.stage, key = t.base + b * BLOCK_KEYS;
+            uint8_t *k = keys + s * K_BYTES, *v = values + s * V_BYTES;
+            barrier_wait(&sh->k_empty[s], at.parity ^ 1);
+            barrier_expect(&sh->k_full[s], K_BYTES);
+            tensor_load(k, &m.kv, 0, key, t.head, &sh->k_full[s]);
+            tensor_load(k + CHUNK, &m.kv, 64, key, t.head, &sh->k_full[s]);
+            tensor_load(k + 2 * CHUNK, &m.pe, 0, key, 0, &sh->k_full[s]);
+            barrier_wait(&sh->v_empty[s], at.parity ^ 1);
+            barrier_expect(&sh->v_full[s], V_BYTES);
+            tensor_load(v, &m.kv, 128, key, t.head, &sh->v_full[s]);
+            tensor_load(v + CHUNK, &m.kv, 192, key, t.head, &sh->v_full[s]);
+        }
+    }
+}
+
+/* Running softmax of a thread's two rows; sum: over the thread's own columns. */
+struct state {
+    float max[2], sum[2];
+};
+
+__device__ __forceinline__ float exp2_fast(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* s -> probabilities; keep: what the values so far are multiplied by. Key 0 is seen by all, so no maximum stays -inf. */
+__device__ __forceinline__ void softmax(float (&s)[64], state &st, float scale, float (&keep)[2])
+{
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float max = st.max[r];
+#pragma unroll
+        for (int g = 0; g < 16; g++)
+            max = fmaxf(max, fmaxf(s[4 * g + 2 * r], s[4 * g + 2 * r + 1]));
+        max = fmaxf(max, __shfl_xor_sync(~0u, max, 1));
+        max = fmaxf(max, __shfl_xor_sync(~0u, max, 2));
+        keep[r] = exp2_fast((st.max[r] - max) * scale);
+        st.max[r] = max;
+        float base = max * scale, sum[2] = {0, 0};
+#pragma unroll
+        for (int g = 0; g < 16; g++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                float p = exp2_fast(__fmaf_rn(s[4 * g + 2 * r + e], scale, -base));
+                s[4 * g + 2 * r + e] = p;
+                sum[e] += p;
+            }
+        st.sum[r] = __fmaf_rn(st.sum[r], keep[r], sum[0] + sum[1]);
+    }
+}
+
+/* Keys past a row's own position; seen: how many keys of the block the thread's first row sees. */
+__device__ __forceinline__ void mask(float (&s)[64], int seen)
+{
+    int q = (threadIdx.x & 3) * 2;
+#pragma unroll
+    for (int i = 0; i < 64; i++)
+        if (i / 4 * 8 + q + i % 2 >= seen + i / 2 % 2 * 8) s[i] = -CUDART_INF_F;
+}
+
+__device__ __forceinline__ void pack(const float (&s)[64], uint32_t (&p)[32])
+{
+#pragma unroll
+    for (int i = 0; i < 32; i++)
+        p[i] = pack_bf16(s[2 * i], s[2 * i + 1]);
+}
+
+__device__ __forceinline__ void arrive_warp(uint64_t *b)
+{
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(b);
+}
+
+__device__ __forceinline__ void issue_scores(float (&s)[64], uint64_t q, uint64_t k)
+{
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 12; i++)
+        mma_rows(s, q + (uint32_t)(i / 4 * (CHUNK / 16) + i % 4 * 2),
+                 k + (uint32_t)(i / 4 * (CHUNK / 16) + i % 4 * 2), i > 0);
+    wgmma_commit();
+}
+__device__ __forceinline__ void issue_values(float (&o)[64], const uint32_t (&p)[32], uint64_t v)
+{
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        mma_columns(o, p + 4 * i, v + (uint32_t)(i * 16 * 128 / 16));
+    wgmma_commit();
+}
+
+template <int N> __device__ __forceinline__ void touch(float (&x)[N])
+{
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        wgmma_touch(x[i]);
+}
+
+/* Rows [64 wg, ..) of tile after tile. */
+__device__ __forceinline__ void math(const job &j, mha_shared *sh, uint32_t base)
+{
+    int wg = (int)__shfl_sync(~0u, threadIdx.x / 128, 0);
+    int line = wg * 64 + (int)threadIdx.x % 128 / 32 * 16 + (int)threadIdx.x % 32 / 4;
+    uint32_t keys = base + Q_BYTES, values = keys + STAGES * K_BYTES, q_parity = 0;
+    uint64_t q = matrix_descriptor(base + (uint32_t)(wg * 64 * 128), 16, 1024, LAYOUT_SWIZZLE_128);
+    ring_position<STAGES> at, late; /* of the block whose scores come, whose values come */
+    task t;
+
+    if (wg == 1) named_barrier_arrive(2, MATH); /* the first turn is the other's */
+    for (int i = (int)blockIdx.x; next_task(j, i, t); i += (int)gridDim.x, q_parity ^= 1) {
+        float o[64], keep[2];
+        uint32_t p[32];
+        state st = {{-CUDART_INF_F, -CUDART_INF_F}, {0, 0}};
+
+#pragma unroll
+        for (int k = 0; k < 64; k++)
+            o[k] = 0.0f;
+        auto k_at = [&] {
+            return matrix_descriptor(keys + (uint32_t)(at.stage * K_BYTES), 16, 1024,
+                                     LAYOUT_SWIZZLE_128);
+        };
+        auto v_late = [&] {
+            return matrix_descriptor(values + (uint32_t)(late.stage * V_BYTES), CHUNK, 1024,
+                                     LAYOUT_SWIZZLE_128);
+        };
+        auto probabilities = [&](float(&s)[64], int b) {
+            int seen = t.position + line + 1 - b * BLOCK_KEYS;
+            if ((b + 1) * BLOCK_KEYS > t.position + wg * 64 + 1) mask(s, seen);
+            softmax(s, st, j.scale, keep);
+        };
+
+        barrier_wait(&sh->q_full, q_parity);
+        { /* block 0: there are no values yet */
+            float s[64];
+            barrier_wait(&sh->k_full[at.stage], at.parity);
+            named_barrier(2 + wg, MATH);
+            issue_scores(s, q, k_at());
+            named_barrier_arrive(3 - wg, MATH);
+            wgmma_wait<0>();
+            touch(s);
+            arrive_warp(&sh->k_empty[at.stage]);
+            at.next();
+            probabilities(s, 0);
+            pack(s, p);
+        }
+        for (int b = 1; b < t.n_blocks; b++, at.next(), late.next()) {
+            float s[64];
+            barrier_wait(&sh->k_full[at.stage], at.parity);
+            barrier_wait(&sh->v_full[late.stage], late.parity);
+            named_barrier(2 + wg, MATH);
+            issue_scores(s, q, k_at());
+            issue_values(o, p, v_late());
+            named_barrier_arrive(3 - wg, MATH);
+            wgmma_wait<1>();
+            touch(s);
+            arrive_warp(&sh->k_empty[at.stage]);
+            probabilities(s, b);
+            wgmma_wait<0>();
+            touch(o);
+            arrive_warp(&sh->v_empty[late.stage]);
+#pragma unroll
+            for (int k = 0; k < 64; k++)
+                o[k] *= keep[k / 2 % 2];
+            pack(s, p);
+        }
+        arrive_warp(&sh->q_empty);
+        barrier_wait(&sh->v_full[late.stage], late.parity);
+        issue_values(o, p, v_late());
+        float f[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float sum = st.sum[r] + __shfl_xor_sync(~0u, st.sum[r], 1);
+            sum += __shfl_xor_sync(~0u, sum, 2);
+            f[r] = 1.0f / sum;
+        }
+        wgmma_wait<0>();
+        touch(o);
+        arrive_warp(&sh->v_empty[late.stage]);
+        late.next();
+        size_t pitch = (size_t)j.n_heads * TR_DENSE_D_V * 2;
+        store_rows(j.out + (size_t)(t.row + line) * pitch + (size_t)t.head * TR_DENSE_D_V * 2,
+                   8 * pitch, o, f, line < t.n, line + 8 < t.n);
+    }
+}
+
+__global__ void __launch_bounds__(MATH + 128, 1)
+    dense_attention(const __grid_constant__ job j, const __grid_constant__ maps m)
+{
+    extern __shared__ uint8_t raw[];
+    uint8_t *base = raw + (1024 - (smem_address(raw) & 1023)) % 1024;
+    mha_shared *sh = (mha_shared *)(base + Q_BYTES + STAGES * (K_BYTES + V_BYTES));
+
+    if (threadIdx.x == 0) {
+        barrier_init(&sh->q_full, 1);
+        barrier_init(&sh->q_empty, MATH / 32);
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(&sh->k_full[i], 1);
+            barrier_init(&sh->v_full[i], 1);
+            barrier_init(&sh->k_empty[i], MATH / 32);
+            barrier_init(&sh->v_empty[i], MATH / 32);
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x >= MATH) {
+        registers_lower<24>();
+        if (threadIdx.x == MATH) copy_tiles(j, m, sh, base);
+    } else {
+        registers_raise<240>();
+        math(j, sh, smem_address(base));
+    }
+}
+
+/* ---- launches ---------------------------------------------------------------------------------------------------------- */
+
+cudaError_t make_map(CUtensorMap *map, const void *base, const uint64_t (&dims)[3],
+                     const uint64_t (&strides)[2], const uint32_t (&box)[3])
+{
+    cudaDriverEntryPointQueryResult found;
+    void *encode = nullptr;
+    cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000,
+                                                     cudaEnableDefault, &found);
+    if (e != cudaSuccess) return e;
+    if (found != cudaDriverEntryPointSuccess || !encode) return cudaErrorNotSupported;
+    cuuint64_t d[3] = {dims[0], dims[1], dims[2]}, s[2] = {strides[0], strides[1]};
+    cuuint32_t b[3] = {box[0], box[1], box[2]}, steps[3] = {1, 1, 1};
+    CUresult r = ((decltype(&cuTensorMapEncodeTiled))encode)(
+        map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void *>(base), d, s, b, steps,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+struct layout {
+    size_t spans, tiles, unsorted, blocks, pe, kv, bytes;
+    int n_tiles, n_blocks, n_keys;
+};
+
+static size_t aligned(size_t n)
+{
+    return (n + 1023) / 1024 * 1024;
+}
+
+/* n_keys: a multiple of 128. */
+static layout layout_of(int n_max, int n_spans, int n_heads, int n_keys)
+{
+    layout l;
+    l.n_keys = n_keys;
+    l.n_tiles = n_max / TILE_ROWS + n_spans;
+    l.n_blocks = n_keys / BLOCK_KEYS; /* of a round; all rounds' are listed */
+    l.spans = aligned(sizeof(plan));
+    l.tiles = l.spans + aligned((size_t)n_spans * sizeof(span));
+    l.unsorted = l.tiles + aligned((size_t)l.n_tiles * sizeof(tile));
+    l.blocks = l.unsorted + aligned((size_t)l.n_tiles * sizeof(tile));
+    l.pe = l.blocks + aligned((size_t)l.n_blocks * ROUNDS_MAX * sizeof(tile));
+    l.kv = l.pe + aligned((size_t)n_keys * 128);
+    l.bytes = l.kv + (size_t)n_keys * (size_t)n_heads * D_KV * 2;
+    return l;
+}
+
+static cudaError_t launch_attention(const job &j, const void *q, int n_sm, cudaStream_t stream)
+{
+    maps m;
+    uint64_t rows = (uint64_t)j.rows.n_max, heads = (uint64_t)j.n_heads,
+             keys = (uint64_t)j.max_keys;
+    cudaError_t e =
+        make_map(&m.q, q, {D_Q, heads, rows}, {D_Q * 2, heads * D_Q * 2}, {64, 1, TILE_ROWS});
+    if (e == cudaSuccess)
+        e = make_map(&m.kv, j.kv_new, {D_KV, keys, heads}, {D_KV * 2, keys * D_KV * 2},
+                     {64, BLOCK_KEYS, 1});
+    if (e == cudaSuccess)
+        e = make_map(&m.pe, j.pe, {64, keys, 1}, {128, keys * 128}, {64, BLOCK_KEYS, 1});
+    if (e == cudaSuccess)
+        e = cudaFuncSetAttribute(dense_attention, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 MHA_BYTES);
+    if (e != cudaSuccess) return e;
+    dense_attention<<<(unsigned)n_sm, MATH + 128, MHA_BYTES, stream>>>(j, m);
+    return cudaGetLastError();
+}
+
+} // namespace dense
+} // namespace tr
+
+using namespace tr::dense;
+
+size_t tr_cuda_dense_mha_hopper_workspace(int n_max, int n_spans, int n_heads, int n_keys)
+{
+    if (n_max < 1 || n_spans < 1 || n_heads < 1 || n_keys < 1 || n_keys > 1 << 24) return 0;
+    return layout_of(n_max, n_spans, n_heads, (n_keys + BLOCK_KEYS - 1) / BLOCK_KEYS * BLOCK_KEYS)
+        .bytes;
+}
+
+cudaError_t tr_cuda_dense_mha_hopper(const tr_cuda_dense_mha_hopper_args *a, cudaStream_t stream)
+{
+    job j = {};
+    int device = 0, n_sm = 0, n_max = a->rows->n_max, n_keys = BLOCK_KEYS;
+    int span_keys = (a->rows->max_context + BLOCK_KEYS - 1) / BLOCK_KEYS * BLOCK_KEYS;
+
+    if (a->kv.d_latent != TR_DENSE_D_LATENT || a->kv.d_rope != TR_DENSE_D_ROPE || a->n_heads < 1 ||
+        (a->kv.dtype != TR_E4M3 && a->kv.dtype != TR_BF16))
+        return cudaErrorNotSupported;
+    if (n_max < 0 || a->n_spans < 0 || a->rows->max_context < 0) return cudaErrorInvalidValue;
+    if (n_max == 0 || a->n_spans == 0 || span_keys == 0) return cudaSuccess;
+    if (a->n_spans > n_max) return cudaErrorInvalidValue;
+    /* As many keys as there is room for, up to what can be asked for. */
+    int64_t all = (int64_t)a->n_spans * span_keys;
+    size_t block = (size_t)BLOCK_KEYS * (128 + (size_t)a->n_heads * D_KV * 2) +
+                   ROUNDS_MAX * sizeof(tile) + 1024;
+    if (layout_of(n_max, a->n_spans, a->n_heads, n_keys).bytes > a->workspace_bytes)
+        return cudaErrorInvalidValue;
+    int64_t blocks = (int64_t)(a->workspace_bytes / block); /* near what fits, and seldom above */
+    n_keys = (int)(blocks * BLOCK_KEYS < all ? blocks * BLOCK_KEYS : all);
+    while (n_keys + BLOCK_KEYS <= all &&
+           layout_of(n_max, a->n_spans, a->n_heads, n_keys + BLOCK_KEYS).bytes <=
+               a->workspace_bytes)
+        n_keys += BLOCK_KEYS;
+    while (n_keys > 0 &&
+           layout_of(n_max, a->n_spans, a->n_heads, n_keys).bytes > a->workspace_bytes)
+        n_keys -= BLOCK_KEYS;
+    if (n_keys < span_keys) return cudaErrorInvalidValue;
+    /* A round may be left before it is full, by less than a span. */
+    int64_t least = n_keys - span_keys + BLOCK_KEYS, rounds = (all + least - 1) / least;
+    if (n_keys == all) rounds = 1;
+    if (rounds > ROUNDS_MAX) return cudaErrorInvalidValue;
+    layout l = layout_of(n_max, a->n_spans, a->n_heads, n_keys);
+
+    uint8_t *work = (uint8_t *)a->workspace;
+    j.rows = *a->rows;
+    j.n_heads = a->n_heads;
+    j.max_spans = a->n_spans;
+    j.max_keys = n_keys;
+    j.scale = a->scale * 1.44269504f;
+    j.kv = a->kv;
+    j.plan = (plan *)(void *)work;
+    j.spans = (span *)(void *)(work + l.spans);
+    j.tiles = (tile *)(void *)(work + l.tiles);
+    j.unsorted = (tile *)(void *)(work + l.unsorted);
+    j.blocks = (tile *)(void *)(work + l.blocks);
+    j.pe = work + l.pe;
+    j.kv_new = work + l.kv;
+    j.out = (uint8_t *)a->out;
+    cudaError_t e = cudaGetDevice(&device);
+    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&n_sm, cudaDevAttrMultiProcessorCount, device);
+    if (e != cudaSuccess) return e;
+    /* As few heads at a time as keep all SMs busy: latents are brought once for each group. */
+    int64_t each = ((int64_t)l.n_blocks * a->n_heads + n_sm - 1) / n_sm;
+    j.group_heads = (int)(each < GROUP_HEADS ? each : GROUP_HEADS);
+    dense_plan<<<1, PLAN_THREADS, 0, stream>>>(j);
+    e = cudaGetLastError();
+    for (j.i_round = 0; e == cudaSuccess && j.i_round < rounds; j.i_round++) {
+        e = launch_keys(j, a->w_kv, l.n_blocks, stream);
+        if (e == cudaSuccess) e = launch_attention(j, a->q, n_sm, stream);
+    }
+    return e;
+}
