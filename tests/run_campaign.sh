@@ -5,6 +5,7 @@
 #   nth          the n-th allocation, open, read, write, sync, truncation, rename fails, for every n; the same under the address
 #   nth-asan     sanitizer, where a leak counts too
 #   kill         kill -9 at random moments, in independent series
+#   kill-ranks   the same of a random rank of two
 #   profile-kill the same of 100 runs with a profile, each killed one's file then made readable
 #   slurm        jobs on a Slurm of this machine's own: 100 time limits, 20 lost nodes
 #   fuzz         every parser's target
@@ -17,7 +18,7 @@
 # Environment: TR_BUILDDIR, a configured build (for building; make check-campaign sets it). Logs are in DIR/log.
 # shellcheck disable=SC2317 # functions are called by name
 set -u
-jobs=$(getconf _NPROCESSORS_ONLN) seconds=0 executions=10000000 kills=1000 steps=overhead,crash,nth,nth-asan,kill,profile-kill,slurm,fuzz
+jobs=$(getconf _NPROCESSORS_ONLN) seconds=0 executions=10000000 kills=1000 steps=overhead,crash,nth,nth-asan,kill,kill-ranks,profile-kill,slurm,fuzz
 dir='' build=yes run=yes
 usage()
 {
@@ -96,6 +97,11 @@ kill_step()
     TMPDIR=$dir/tmp "$top/tests/run_kill.sh" "$dir/trireme" "$top/models/tiny" "$kills" "$(date +%j)" "$jobs"
 }
 
+kill_ranks_step()
+{
+    TMPDIR=$dir/tmp "$top/tests/run_kill.sh" "$dir/trireme" "$top/models/tiny" "$kills" "$(date +%j)" $(((jobs + 1) / 2)) '--tp 2'
+}
+
 profile_kill_step()
 {
     TMPDIR=$dir/tmp "$top/tests/run_profile_kill.sh" "$dir/trireme" "$top/models/tiny" 100
@@ -135,7 +141,7 @@ for name in $(echo "$steps" | tr , ' '); do
     # What counts of each step; of a finding, enough to begin with.
     case $status,$name in
     0,nth | 0,nth-asan) grep -E ' reaches |no memory and say|faults, ' "$dir/log/$name" ;;
-    0,crash | 0,kill | 0,slurm) tail -n 2 "$dir/log/$name" ;;
+    0,crash | 0,kill | 0,kill-ranks | 0,slurm) tail -n 2 "$dir/log/$name" ;;
     0,* | 77,*) cat "$dir/log/$name" ;;
     *) grep -E -A 12 'FAILED|^series|not so' "$dir/log/$name" | head -n 40 && tail -n 12 "$dir/log/$name" ;;
     esac | sed 's/^/    /' | tee -a "$dir/log/table"
