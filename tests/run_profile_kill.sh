@@ -18,8 +18,8 @@ dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-profile-kill.XXXXXX") || exit 1
 trap 'rm -rf "$dir"' EXIT
 export TMPDIR=$dir
 
-# Enough to be killed in the middle of, whatever the machine.
-n=$((40 + 12 * wanted))
+# A fast machine may finish them before it has been killed often enough: then they are begun anew.
+n=60
 for ((i = 0; i < n; i++)); do
     printf '{"custom_id": "r%d", "method": "POST", "url": "/v1/completions", "body": {"prompt": "The code of stone ferry %d is", "max_tokens": 48, "ignore_eos": true, "seed": %d}}\n' \
         "$i" "$i" "$i"
@@ -32,30 +32,43 @@ run()
     pid=$!
 }
 
-kills=0 readable=0 most=0 bad=0
-for ((try = 0; kills < wanted && try < 3 * wanted; try++)); do
+# The run has come to its end: it leaves one record for every request, and a joined profile.
+finished()
+{
+    wait $pid || { echo "it failed by itself: $(cat "$dir/log")"; return 1; }
+    records=$(grep -c . "$dir/out.jsonl")
+    ids=$(sed 's/.*"custom_id": *"\([^"]*\)".*/\1/' "$dir/out.jsonl" | sort -u | grep -c .)
+    rounds=$((rounds + 1))
+    [ "$records" -eq "$n" ] && [ "$ids" -eq "$n" ] && [ -f "$dir/p.h5" ] && rm "$dir/p.h5" && return 0
+    echo "$records records of $n requests, $ids different; $(ls "$dir"/p.h5 2>&1)"
+    return 1
+}
+
+kills=0 readable=0 most=0 bad=0 rounds=0
+for ((try = 0; kills < wanted && try < 20 * wanted; try++)); do
     before=$(find "$dir" -name '*.part' | sort)
     run
-    # Its file is there a moment after the start, and grows with the first flush.
-    size=0 part=
+    # A file that is called .part has been flushed once; then once a second.
+    part=
     for ((i = 0; i < 600; i++)); do
         kill -0 $pid 2>/dev/null || break
-        [ -n "$part" ] || part=$(comm -13 <(echo "$before") <(find "$dir" -name '*.part' | sort) | head -n 1)
-        if [ -n "$part" ]; then
-            now=$(stat -c %s "$part" 2>/dev/null || echo 0)
-            if [ "$size" -gt 0 ] && [ "$now" -ne "$size" ] && [ -s "$dir/out.jsonl" ]; then break; fi
-            size=$now
-        fi
+        part=$(comm -13 <(echo "$before") <(find "$dir" -name '*.part' | sort) | head -n 1)
+        if [ -n "$part" ] && [ -s "$dir/out.jsonl" ]; then break; fi
         sleep 0.05
     done
-    sleep "$(awk -v s=$RANDOM 'BEGIN { printf "%.2f", 1.5 * s / 32768 }')"
+    sleep "$(awk -v s=$RANDOM 'BEGIN { printf "%.2f", 3 * s / 32768 }')"
     if ! kill -9 $pid 2>/dev/null; then
-        wait $pid || { echo "it failed by itself: $(cat "$dir/log")"; exit 1; }
-        break
+        finished || exit 1
+        rm -f "$dir"/out.jsonl*
+        continue
     fi
     wait $pid 2>/dev/null
     kills=$((kills + 1))
-    h5clear -s "$part" >"$dir/clear" 2>&1
+    if [ -e "$part" ]; then
+        h5clear -s "$part" >"$dir/clear" 2>&1
+    else
+        part=${part%.part} # it was closed already, and killed at the very end
+    fi
     rows=$(h5dump -H -d /steps "$part" 2>"$dir/complaints" | sed -n 's/.*SIMPLE { ( 1, \([0-9]*\) ).*/\1/p')
     if [ -z "$rows" ] || ! h5dump -d /profile/time_excl "$part" >/dev/null 2>>"$dir/complaints"; then
         echo "kill $kills: $part: $(cat "$dir/clear" "$dir/complaints")"
@@ -66,9 +79,6 @@ for ((try = 0; kills < wanted && try < 3 * wanted; try++)); do
     [ "$rows" -gt "$most" ] && most=$rows
 done
 run
-wait $pid || { echo "the last run: $(cat "$dir/log")"; exit 1; }
-records=$(grep -c . "$dir/out.jsonl")
-ids=$(sed 's/.*"custom_id": *"\([^"]*\)".*/\1/' "$dir/out.jsonl" | sort -u | grep -c .)
-[ -f "$dir/p.h5" ] || { echo 'the last run left no joined profile'; bad=$((bad + 1)); }
-echo "$kills kills: $readable profiles readable, up to $most steps in one; $records records of $n requests, $ids different"
-[ "$bad" -eq 0 ] && [ "$kills" -eq "$wanted" ] && [ "$records" -eq "$n" ] && [ "$ids" -eq "$n" ] && [ "$most" -gt 0 ]
+finished || bad=$((bad + 1))
+echo "$kills kills: $readable profiles readable, up to $most steps in one; $rounds rounds of $n requests finished, every request with one record"
+[ "$bad" -eq 0 ] && [ "$kills" -eq "$wanted" ] && [ "$most" -gt 0 ]

@@ -467,7 +467,7 @@ static void it_says_why_it_cannot_begin(void **state)
     (void)state;
     assert_int_equal(tr_profile_create(&p, &o, &err), TR_E_IO);
     assert_null(p);
-    assert_non_null(strstr(err.text, "/nowhere/at/all.h5.part"));
+    assert_non_null(strstr(err.text, "/nowhere/at/all.h5.new"));
     o.n_layers = -1;
     assert_int_equal(tr_profile_create(&p, &o, &err), TR_E_USAGE);
     /* and no profile is none to record into */

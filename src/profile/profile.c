@@ -125,6 +125,7 @@ static void free_profile(tr_profile *p)
     free(p->values);
     free(p->path);
     free(p->part);
+    free(p->fresh);
     pthread_cond_destroy(&p->wake);
     pthread_mutex_destroy(&p->lock);
     free(p);
@@ -157,12 +158,13 @@ tr_status tr_profile_create(tr_profile **out, const tr_profile_options *options,
     for (int i = 0; i < options->n_matrices; i++)
         snprintf(p->matrix[i], sizeof p->matrix[i], "%s", options->matrix[i]);
     p->path = strdup(options->path);
-    if (!p->path || asprintf(&p->part, "%s.part", options->path) < 0) p->part = NULL;
-    if (!p->path || !p->part || !make_memory(p)) {
+    if (asprintf(&p->part, "%s.part", options->path) < 0) p->part = NULL;
+    if (asprintf(&p->fresh, "%s.new", options->path) < 0) p->fresh = NULL;
+    if (!p->path || !p->part || !p->fresh || !make_memory(p)) {
         st = tr_fail(err, TR_E_MEMORY, "out of memory for the profile");
         goto done;
     }
-    st = tr_prof_file_create(&p->file, p->part, err);
+    st = tr_prof_file_create(&p->file, p->fresh, err);
     if (st != TR_OK) goto done;
     *out = p;
     p = NULL;
@@ -494,7 +496,10 @@ void tr_profile_start(tr_profile *p)
     /* Whatever is known now survives a kill from here on, and all datasets that grow are there. */
     tr_status st = collect(p, &err);
     if (st == TR_OK) st = flush(p, &err);
+    if (st == TR_OK && rename(p->fresh, p->part) != 0)
+        st = tr_fail(&err, TR_E_IO, "%s: %s", p->part, strerror(errno));
     if (!tr_profile_survives(p, st, &err)) return;
+    p->is_part = true;
     sigfillset(&all); /* signals are the main thread's */
     pthread_sigmask(SIG_SETMASK, &all, &before);
     p->running = pthread_create(&p->thread, NULL, work, p) == 0;
@@ -547,8 +552,10 @@ void tr_profile_close(tr_profile *p, bool complete)
     tr_err later;
     tr_status closed = tr_prof_file_close(p->file, st == TR_OK ? &err : &later);
     if (st == TR_OK) st = closed;
-    if (tr_profile_survives(p, st, &err) && tr_profile_well(p) && rename(p->part, p->path) != 0)
-        tr_log_warn(p->o.log, "the profile stays %s: %s", p->part, strerror(errno));
+    if (tr_profile_survives(p, st, &err) && tr_profile_well(p) &&
+        rename(p->is_part ? p->part : p->fresh, p->path) != 0)
+        tr_log_warn(p->o.log, "the profile stays %s: %s", p->is_part ? p->part : p->fresh,
+                    strerror(errno));
     free_profile(p);
 }
 

@@ -3,7 +3,7 @@
  *
  *     create      main thread: the file with what is known at the start
  *     describe    main thread: attributes and whole datasets, before start
- *     start       the thread begins
+ *     start       the first flush gives the file its name NAME.part: no .part was never flushed; the thread begins
  *     step, ...   record; none of them waits for a disk
  *     stop        main thread: the thread has ended, the last tables are written
  *     settle      main thread: regions and clocks of all ranks brought together (settle.h)
