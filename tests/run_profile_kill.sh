@@ -81,4 +81,5 @@ done
 run
 finished || bad=$((bad + 1))
 echo "$kills kills: $readable profiles readable, up to $most steps in one; $rounds rounds of $n requests finished, every request with one record"
-[ "$bad" -eq 0 ] && [ "$kills" -eq "$wanted" ] && [ "$most" -gt 0 ]
+# One kill may come before the second flush, of several some come later.
+[ "$bad" -eq 0 ] && [ "$kills" -eq "$wanted" ] && { [ "$wanted" -lt 5 ] || [ "$most" -gt 0 ]; }
