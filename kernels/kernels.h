@@ -6,8 +6,9 @@
  * sizes. Argument structs are copied at the call; what their pointers name must stay until the lane has passed.
  *
  * Rows do not influence each other: an output row depends on its own inputs, bit for bit, whatever else is in the step
- * and however a prompt was cut into chunks (architecture.md 4). Activations are fp32 in memory on every backend; what a product
- * makes of them first (e4m3, bf16) is its own business. Shapes: slowest axis first. Numerics: model.md, by section. */
+ * and however a prompt was cut into chunks (architecture.md 4). Activations (tr_act) lie in memory as numbers of tr_ops.act, f32
+ * on the CPU and bf16 on CUDA; the residual stream, scores, router and logits are f32 everywhere. What a product makes of its
+ * input first (e4m3, bf16) is its own business. Shapes: slowest axis first. Numerics: model.md, by section. */
 #ifndef TR_KERNELS_KERNELS_H
 #define TR_KERNELS_KERNELS_H
 
@@ -18,29 +19,36 @@
 #include "kernels/plan_block.h"
 
 typedef struct tr_device tr_device; /* a backend instance: memory, lanes, last error text */
+typedef struct tr_graph tr_graph;   /* recorded work of a lane */
 
 typedef enum tr_dtype { TR_F32, TR_BF16, TR_E4M3, TR_I32, TR_U8 } tr_dtype;
+/* An activation. Pointers to it name numbers of tr_ops.act: what is declared is the CPU's, a backend with smaller ones reads
+ * them as what they are. Nobody but a backend looks inside, and strides count numbers. */
+typedef float tr_act;
 typedef enum tr_lane { TR_LANE_MAIN, TR_LANE_SIDE, TR_LANE_COMM, TR_LANE_COPY, TR_N_LANES } tr_lane;
 
 enum { TR_PAGE_TOKENS = 64, TR_MAX_PEERS = 8, TR_MAX_LOGPROBS = 20 };
 
 /* ---- data that several operations share ------------------------------------------------------------------------- */
 
-typedef struct tr_acts { /* activations [n_max, d], row stride ld elements: x f32 */
-    void *x;
+typedef struct tr_acts { /* activations [n_max, d], row stride ld numbers */
+    const tr_act *x;
     size_t ld;
     uint8_t *q; /* room for W8A8: [n_max, d + 254 rounded down to 128] e4m3; NULL where unused */
     float *q_scale; /* [(d + 254)/128, n_max rounded up to 4] */
     int n_max, d;
     int scale_pow2; /* W8A8: scales are powers of two (config.json's scale_fmt ue8m0), else amax/448 */
+    int quantised; /* q and q_scale hold x already, in blocks from column 0: norm or another product with it left them */
 } tr_acts;
 
 /* A weight [n_mats][n_out, n_in] (n_mats: experts, heads). `format` says how its numbers are stored: a new quantisation
- * is a new enumerator, a loader, and one branch of linear and moe per backend. data is in the backend's own order. */
+ * is a new enumerator, a loader, and one branch of linear and moe per backend. data is in the backend's own order.
+ * gate_up: the matrices are moe's gate_up, halves of n_out that a backend may interleave; set before the first piece is packed. */
 typedef enum tr_format { TR_W_F32, TR_W_BF16, TR_W_E4M3_B128 } tr_format;
 typedef struct tr_linear {
     tr_format format;
     int n_mats, n_out, n_in;
+    int gate_up;
     void *data; /* linear_bytes(...) bytes of device memory, owned by the weights */
 } tr_linear;
 
@@ -138,25 +146,30 @@ struct tr_embed_args {
     int first, n_table, d;
     float *out; /* [n, d] */
 };
-/* residual += add (add may be NULL), then out = RMSNorm(residual) * weight in fp32 (model.md 3.1). */
+/* residual += add (add may be NULL), then out = RMSNorm(residual) * weight, fp32 until it is stored (model.md 3.1). */
 struct tr_norm_args {
     const int32_t *n;
     int n_max, d;
-    const float *add;
+    const tr_act *add;
     size_t ld_add;
     float *residual;
     size_t ld_residual;
     const float *weight; /* [d] */
     float eps;
-    float *out; /* may equal residual when add is NULL */
+    tr_act *out;
     size_t ld_out;
+    /* W8A8 (TR_CAP_W8A8), both or neither: out as e4m3 too, as linear would make it of out (tr_acts.quantised); d a multiple
+     * of 128, else they are not written and linear does it. */
+    uint8_t *q;
+    float *q_scale;
+    int scale_pow2;
 };
 /* out[r] = in[index[i0 + r]], r < *n_out = min(n_rows, *n_index - i0): the rows that reach the head. */
 struct tr_rows_gather_args {
     const int32_t *index, *n_index;
     int i0, n_rows, d;
-    const float *in;
-    float *out;
+    const tr_act *in;
+    tr_act *out;
     int32_t *n_out; /* one word, written: how many rows there are, for the operations behind */
 };
 
@@ -168,16 +181,17 @@ struct tr_linear_args {
     int n_max;
     const tr_linear *w;
     tr_acts in;
-    void *out; /* f32 [n, n_out], row stride ld_out */
+    void *
+        out; /* [n, n_out], row stride ld_out: tr_act, or with out_f32 f32 (router, index head weights, lm_head) */
     size_t ld_out;
-    int out_f32; /* CUDA: keep fp32 (router, index head weights, lm_head); the CPU always does */
+    int out_f32;
 };
 /* out = silu(gate) * up; gate_up [n, 2 d] holds gate in [0, d), up in [d, 2 d) of each row. out [n, d]. */
 struct tr_swiglu_args {
     const int32_t *n;
     int n_max, d;
-    const float *gate_up;
-    float *out;
+    const tr_act *gate_up;
+    tr_act *out;
 };
 
 /* ---- attention (model.md 3.2-3.4, 4, 5.3-5.5) --------------------------------------------------------------------- */
@@ -186,11 +200,11 @@ struct tr_swiglu_args {
  * (dense[i] == 0): q_absorbed[i, h] = [W_UK[h]^T q_nope (d_latent) | q_pe (d_rope)]. */
 struct tr_mla_query_args {
     const tr_rows *rows;
-    float *q;
+    tr_act *q;
     int n_heads, d_nope, d_rope, d_latent;
     const float *rope;       /* [max_position, d_rope/2, 2]: cos, sin */
     const tr_linear *w_uk_t; /* n_heads matrices [d_latent, d_nope] */
-    float *q_absorbed;       /* [n, n_heads, d_latent + d_rope] */
+    tr_act *q_absorbed;      /* [n, n_heads, d_latent + d_rope] */
 };
 /* Into the cache at rows->write. Latent: RMSNorm of kv_a[:, :d_latent], rope (interleaved) of the rest, stored as the
  * cache's dtype. Index key: LayerNorm (eps 1e-6) with weight and bias, rope (half-split) on the first d_rope, Hadamard,
@@ -198,9 +212,9 @@ struct tr_mla_query_args {
  * Either of kv_a and index_k may be NULL: not this call. */
 struct tr_kv_write_args {
     const tr_rows *rows;
-    const float *kv_a; /* [n, d_latent + d_rope], row stride ld_kv_a */
+    const tr_act *kv_a; /* [n, d_latent + d_rope], row stride ld_kv_a */
     size_t ld_kv_a;
-    const float *index_k; /* [n, d_index], row stride ld_index_k */
+    const tr_act *index_k; /* [n, d_index], row stride ld_index_k */
     size_t ld_index_k;
     const float *norm;            /* [d_latent] */
     const float *k_norm, *k_bias; /* [d_index] */
@@ -214,7 +228,7 @@ struct tr_kv_write_args {
  * out: e4m3 [n, n_heads, d_index], or f32 of the same shape for TR_F32 caches (no Hadamard, not quantised). */
 struct tr_index_query_args {
     const tr_rows *rows;
-    const float *q;
+    const tr_act *q;
     float *w;
     int n_heads, d_index, d_rope;
     tr_dtype cache_dtype;
@@ -251,15 +265,15 @@ struct tr_topk_args {
 /* Absorbed rows: softmax over the selected keys in fp32, out[r, h] = sum_s p c[s]. A row with nothing selected is 0. */
 struct tr_sparse_mla_args {
     const tr_rows *rows;
-    const float *q; /* [n, n_heads, d_latent + d_rope], absorbed */
+    const tr_act *q; /* [n, n_heads, d_latent + d_rope], absorbed */
     int n_heads;
     float scale;
     const int32_t *cache_row; /* [n, k] */
     int k;
     tr_kv_layer kv;
     tr_await latents;
-    float *out; /* [n, n_heads, d_latent] */
-    float *lse; /* [n, n_heads] or NULL */
+    tr_act *out; /* [n, n_heads, d_latent] */
+    float *lse;  /* [n, n_heads] or NULL */
     void *workspace;
     size_t workspace_bytes;
 };
@@ -267,21 +281,21 @@ struct tr_sparse_mla_args {
  * chunking cannot show. k_nope = W_UK c, v = W_UV c of the cached (dequantised) latent. */
 struct tr_dense_mha_args {
     const tr_rows *rows;
-    const float *q; /* [n, n_heads, d_nope + d_rope], rope applied */
+    const tr_act *q; /* [n, n_heads, d_nope + d_rope], rope applied */
     int n_heads, d_nope, d_rope, d_v;
     float scale;
     const tr_linear *w_uk, *w_uv; /* n_heads matrices [d_nope, d_latent], [d_v, d_latent] */
     tr_kv_layer kv;
     tr_await latents;
-    float *out; /* [n, n_heads, d_v] */
+    tr_act *out; /* [n, n_heads, d_v] */
 };
 /* Absorbed rows: out[r, h] = W_UV[h] u[r, h]; dense rows are left alone. */
 struct tr_mla_value_args {
     const tr_rows *rows;
-    const float *u; /* [n, n_heads, d_latent] */
+    const tr_act *u; /* [n, n_heads, d_latent] */
     int n_heads, d_latent, d_v;
     const tr_linear *w_uv;
-    float *out; /* [n, n_heads, d_v] */
+    tr_act *out; /* [n, n_heads, d_v] */
 };
 
 /* ---- mixture of experts (model.md 6) ------------------------------------------------------------------------------ */
@@ -314,7 +328,7 @@ struct tr_moe_args {
     const tr_linear *gate_up, *down;
     tr_acts in; /* [n, d] */
     const int32_t *start, *pair;
-    float *out; /* [n * k, d] */
+    tr_act *out; /* [n * k, d] */
     void *workspace;
     size_t workspace_bytes; /* moe_workspace(...) */
 };
@@ -323,14 +337,16 @@ struct tr_moe_combine_args {
     const int32_t *n;
     int n_max, k, d, e_first, n_local;
     const int32_t *expert;
-    const float *weight, *y;
-    const float *shared; /* [n, d] or NULL */
-    float *out;          /* [n, d]; may equal shared */
+    const float *weight;
+    const tr_act *y;
+    const tr_act *shared; /* [n, d] or NULL */
+    tr_act *out;          /* [n, d]; may equal shared */
 };
 
 /* ---- rows to experts of other ranks and back (parallel.md 2.4, 5.1) ------------------------------------------------- */
 
-/* A dispatched row: its activations, then its k choices with their weights; a choice that is not the receiver's is -1. */
+/* A dispatched row: its d activations, widened to f32, then its k choices with their weights; a choice that is not the
+ * receiver's is -1. */
 static inline size_t tr_dispatch_bytes(int d, int k)
 {
     return (size_t)d * 4 + (size_t)k * 8;
@@ -344,14 +360,14 @@ struct tr_moe_dispatch_args {
     int first, step, n_rows, k, d, n_local, n_ep, n_xt;
     const int32_t *expert; /* [n, k] */
     const float *weight;   /* [n, k] */
-    const float *x;        /* [n, d] */
+    const tr_act *x;       /* [n, d] */
     void *record;          /* [n_rows * min(k, n_ep) * n_xt] records */
     int32_t *count, *origin;
 };
-/* What n_rows records that came say of their choices: expert, weight [n_rows, k]; *n_out = n_rows. Their activations are read
- * where they lie, with the records' distance as row stride. */
+/* What n_rows records that came say of their choices: expert, weight [n_rows, k]; *n_out = n_rows. Their activations become
+ * tr_act where they lie, with the records' distance as row stride. */
 struct tr_moe_receive_args {
-    const void *record;
+    void *record;
     int n_rows, k, d;
     int32_t *expert;
     float *weight;
@@ -361,14 +377,14 @@ struct tr_moe_receive_args {
 struct tr_moe_return_args {
     int n_rows, d;
     const int32_t *origin;
-    const float *y; /* [n_rows, d] */
-    float *out;     /* [n, d] */
+    const tr_act *y; /* [n_rows, d] */
+    tr_act *out;     /* [n, d] */
 };
 /* out[i] = 0, i < *n: [n, d]. */
 struct tr_rows_zero_args {
     const int32_t *n;
     int n_max, d;
-    float *out;
+    tr_act *out;
 };
 
 /* ---- head (model.md 8, chat.md 4.2) -------------------------------------------------------------------------------- */
@@ -519,7 +535,7 @@ struct tr_logprob_merge_args {
 /* clang-format on */
 #define TR_OP(name) tr_status (*name)(tr_device *, tr_lane, const struct tr_##name##_args *);
 
-/* tr_ops.caps. W8A8: linear and moe quantise their input where the weight is e4m3; linear wants tr_acts.q for it. F32_KV: there
+/* tr_ops.caps. GRAPH: the graph_* entries are there. W8A8: linear and moe quantise their input where the weight is e4m3; linear wants tr_acts.q for it. F32_KV: there
  * are TR_F32 caches. */
 /* HOST: the host reads what an operation has written when the operation returns. */
 enum { TR_CAP_GRAPH = 1, TR_CAP_PEERS = 2, TR_CAP_W8A8 = 4, TR_CAP_F32_KV = 8, TR_CAP_HOST = 16 };
@@ -536,11 +552,16 @@ typedef enum tr_memory_kind {
 typedef struct tr_ceilings {
     double read_bytes_per_s; /* all threads reading memory that no cache holds */
     double fma_flops_per_s;  /* fp32 multiply-adds on registers, two operations each */
+    double
+        fp8_flops_per_s; /* e4m3 matrix products of 8192^3 with block scales; 0: there are none. bf16: half of it */
 } tr_ceilings;
 
 typedef struct tr_ops {
     const char *name;
     unsigned caps;
+    tr_dtype act; /* what tr_act is here: TR_F32, TR_BF16 */
+    size_t
+        stripe_bytes; /* that the index scores, and the logits, of some rows of a step may take; 0: 64 MiB */
     /* Memory: start-up only; it is zeros. Freed by release or close. */
     tr_status (*alloc)(tr_device *, size_t bytes, int kind, void **);
     void (*release)(tr_device *, void *);
@@ -555,6 +576,12 @@ typedef struct tr_ops {
     tr_status (*order)(tr_device *, tr_lane before, tr_lane after);
     uint64_t (*ticket)(tr_device *, tr_lane);
     int (*done)(tr_device *, tr_lane, uint64_t ticket);
+    /* Between begin and end what goes to the lane is recorded instead of run: same pointers and launch sizes, while counts are
+     * read when it runs. end: out NULL throws the record away; a failure leaves no record. */
+    tr_status (*graph_begin)(tr_device *, tr_lane);
+    tr_status (*graph_end)(tr_device *, tr_lane, tr_graph **out);
+    tr_status (*graph_run)(tr_device *, tr_lane, tr_graph *);
+    void (*graph_free)(tr_device *, tr_graph *);
     /* The text of the last failure of this device, one line. */
     const char *(*error)(const tr_device *);
     void (*close)(tr_device *);
@@ -568,6 +595,7 @@ typedef struct tr_ops {
                              tr_rows_fn *rows, void *ctx);
     tr_status (*table_fill)(tr_device *, void *dst, size_t row_bytes, int n_rows, tr_rows_fn *rows,
                             void *ctx);
+    /* What moe, sparse_mla and sample need for up to that many rows; pure. */
     size_t (*moe_workspace)(int n_max, int k, int d, int d_inner);
     size_t (*sparse_mla_workspace)(int n_max, int n_heads, int d_latent);
     size_t (*sample_workspace)(int n_rows, int n_vocab);
@@ -575,6 +603,11 @@ typedef struct tr_ops {
     tr_status (*ceilings)(tr_device *, tr_ceilings *);
     TR_OPS(TR_OP) /* the network */
 } tr_ops;
+
+static inline size_t tr_act_bytes(const tr_ops *ops)
+{
+    return ops->act == TR_BF16 ? 2 : 4;
+}
 
 /* Open a backend by name: "cpu", "cuda", or "auto": cuda where a GPU and its driver can be used and isa is NULL, else cpu.
  * *ops is static. The device is closed by ops->close. i_device: which GPU of those this process may see, modulo their number.

@@ -31,7 +31,8 @@ typedef struct pair {
     struct {
         char *host, *back; /* what the CPU works on; what came back from the GPU */
         void *device;
-        size_t bytes;
+        size_t bytes; /* on the host */
+        bool act;     /* numbers of the backend's activations: fp32 on the host */
     } a[PAIRS_MAX];
 } pair;
 
@@ -83,6 +84,7 @@ static inline void *array(pair *p, size_t bytes)
     assert_true(p->n < PAIRS_MAX);
     const int i = p->n++;
     p->a[i].bytes = bytes ? bytes : 1;
+    p->a[i].act = false;
     p->a[i].host = test_alloc(p->a[i].bytes, 1);
     p->a[i].back = test_alloc(p->a[i].bytes, 1);
     pair_ok(p, "alloc", p->g->alloc(p->gpu, p->a[i].bytes, TR_MEMORY_DEVICE, &p->a[i].device));
@@ -94,6 +96,16 @@ static inline float *floats(pair *p, size_t n, float scale)
     float *x = array(p, n * sizeof *x);
     for (size_t i = 0; i < n; i++)
         x[i] = scale * test_float(&p->random);
+    return x;
+}
+
+/* Activations: what the GPU can hold of them. */
+static inline float *acts(pair *p, size_t n, float scale)
+{
+    float *x = floats(p, n, scale);
+    p->a[p->n - 1].act = p->g->act == TR_BF16;
+    for (size_t i = 0; i < n && p->g->act == TR_BF16; i++)
+        x[i] = tr_round_bf16(x[i]);
     return x;
 }
 
@@ -126,7 +138,7 @@ static inline void *twin(const pair *p, const void *host)
 {
     if (!host) return NULL;
     const int i = find_array(p, host);
-    return (char *)p->a[i].device + ((const char *)host - p->a[i].host);
+    return (char *)p->a[i].device + ((const char *)host - p->a[i].host) / (p->a[i].act ? 2 : 1);
 }
 #define TWIN(p, field) ((field) = twin((p), (const void *)(field)))
 
@@ -160,22 +172,38 @@ static inline tr_slots twin_slots(const pair *p, const tr_slots *slots)
 /* All arrays as they are now on the host. */
 static inline void push(pair *p)
 {
-    for (int i = 0; i < p->n; i++)
-        pair_ok(p, "upload",
-                p->g->upload(p->gpu, TR_LANE_MAIN, p->a[i].device, p->a[i].host, p->a[i].bytes));
+    for (int i = 0; i < p->n; i++) {
+        const void *from = p->a[i].host;
+        size_t bytes = p->a[i].bytes;
+        if (p->a[i].act) {
+            const float *x = from;
+            uint16_t *half = (uint16_t *)(void *)p->a[i].back;
+            for (size_t j = 0; j < bytes / 4; j++)
+                half[j] = tr_f32_to_bf16(x[j]);
+            from = half;
+            bytes /= 2;
+        }
+        pair_ok(p, "upload", p->g->upload(p->gpu, TR_LANE_MAIN, p->a[i].device, from, bytes));
+    }
 }
 
-/* Waits; the device's array. */
+/* Waits; the device's array, fp32 where it holds activations. */
 static inline void *pull(pair *p, const void *host)
 {
     const int i = find_array(p, host);
+    const size_t bytes = p->a[i].act ? p->a[i].bytes / 2 : p->a[i].bytes;
     pair_ok(p, "download",
-            p->g->download(p->gpu, TR_LANE_MAIN, p->a[i].back, p->a[i].device, p->a[i].bytes));
+            p->g->download(p->gpu, TR_LANE_MAIN, p->a[i].back, p->a[i].device, bytes));
     const uint64_t ticket = p->g->ticket(p->gpu, TR_LANE_MAIN);
     int done;
     while ((done = p->g->done(p->gpu, TR_LANE_MAIN, ticket)) == 0)
         continue;
     if (done < 0) fail_msg("the device failed: %s", p->g->error(p->gpu));
+    for (size_t j = p->a[i].act ? p->a[i].bytes / 4 : 0; j-- > 0;) { /* from the end, in place */
+        uint16_t half;
+        memcpy(&half, p->a[i].back + 2 * j, 2);
+        ((float *)(void *)p->a[i].back)[j] = tr_bf16_to_f32(half);
+    }
     return p->a[i].back + ((const char *)host - p->a[i].host);
 }
 
@@ -207,6 +235,9 @@ static inline void near(pair *p, const char *what, const float *host, size_t n, 
     free(bound);
     free(want);
 }
+
+/* What an activation adds to an error when it is stored. */
+static const double act_error = 1.0 / 256;
 
 /* A weight on both: `codes` and scales, or numbers, of n_mats matrices one after the other. piece:
  * cut into two at this row. */

@@ -23,9 +23,9 @@ static void test_rows(void **state)
     pair *p = *state;
     tr_rows rows = {.n_max = N, .n = word(p, 7), .token = array(p, N * 4)};
     uint16_t *table = array(p, TABLE * D * 2);
-    float *out = floats(p, N * D, 1), *add = floats(p, N * D, 1), *residual = floats(p, N * D, 3),
-          *norm = floats(p, D, 1), *normed = floats(p, N * D, 1), *gathered = floats(p, N * D, 1),
-          *gate_up = floats(p, N * 2 * D, 30), *inner = floats(p, N * D, 1);
+    float *out = floats(p, N * D, 1), *add = acts(p, N * D, 1), *residual = floats(p, N * D, 3),
+          *norm = floats(p, D, 1), *normed = acts(p, N * D, 1), *gathered = acts(p, N * D, 1),
+          *gate_up = acts(p, N * 2 * D, 30), *inner = acts(p, N * D, 1);
     int32_t *index = array(p, N * 4), *n_out = word(p, -5);
     for (int i = 0; i < N; i++)
         rows.token[i] = i * 3;
@@ -57,7 +57,7 @@ static void test_rows(void **state)
                                 .ld_out = D}),
          (TWIN(p, g.n), TWIN(p, g.add), TWIN(p, g.residual), TWIN(p, g.weight), TWIN(p, g.out)));
     same_bytes(p, "residual", residual, N * D * 4);
-    near(p, "norm", normed, N * D, 0, 2e-6);
+    near(p, "norm", normed, N * D, 0, act_error);
 
     for (int i = 0; i < N; i++)
         index[i] = (i * 5 + 1) % N;
@@ -73,18 +73,20 @@ static void test_rows(void **state)
                                            .n_out = n_out}),
              (TWIN(p, g.index), TWIN(p, g.n_index), TWIN(p, g.in), TWIN(p, g.out),
               TWIN(p, g.n_out)));
-        same_bytes(p, "rows_gather", gathered, N * D * 4);
+        near(p, "rows_gather", gathered, N * D, 0, act_error);
         same_bytes(p, "n_out", n_out, 4);
     }
+    for (int i = 0; i < N * D; i++)
+        normed[i] = tr_round_bf16(normed[i]);
     gate_up[3] = -200;
     BOTH(p, swiglu,
          ((struct tr_swiglu_args){
              .n = rows.n, .n_max = N, .d = D, .gate_up = gate_up, .out = inner}),
          (TWIN(p, g.n), TWIN(p, g.gate_up), TWIN(p, g.out)));
-    near(p, "swiglu", inner, N * D, 1e-30, 2e-6);
+    near(p, "swiglu", inner, N * D, 1e-30, act_error);
     BOTH(p, rows_zero, ((struct tr_rows_zero_args){.n = rows.n, .n_max = N, .d = D, .out = inner}),
          (TWIN(p, g.n), TWIN(p, g.out)));
-    near(p, "rows_zero", inner, N * D, 1e-30, 2e-6);
+    near(p, "rows_zero", inner, N * D, 1e-30, act_error);
     pair_clear(p);
 }
 
@@ -129,8 +131,12 @@ static double product(const double *x, const weight *w, int m, int o, double *ma
     return sum;
 }
 
+/* fp8 products on Hopper's matrix instructions: of a block of 128, summed from zero, what lies 2^-13 below its largest term is
+ * lost (peers.md 3.6). */
+static const double fp8_sum_error = 1.0 / 4096;
+
 static void check_linear(pair *p, tr_format format, int n, int n_max, int n_out, int n_in, int row0,
-                         int col0, int split, int pow2)
+                         int col0, int split, int pow2, int out_f32)
 {
     weight w;
     char what[128];
@@ -140,8 +146,8 @@ static void check_linear(pair *p, tr_format format, int n, int n_max, int n_out,
     weight_pack(p, &w, 0, 0, split);
     if (split < n_out) weight_pack(p, &w, 0, split, n_out - split);
     const size_t blocks = (size_t)(n_in + 254) / 128;
-    float *x = floats(p, (size_t)n_max * (size_t)n_in, 2),
-          *y = floats(p, (size_t)n_max * (size_t)n_out, 1);
+    float *x = acts(p, (size_t)n_max * (size_t)n_in, 2),
+          *y = (out_f32 ? floats : acts)(p, (size_t)n_max * (size_t)n_out, 1);
     uint8_t *q = array(p, (size_t)n_max * blocks * 128);
     float *scale = array(p, (size_t)(n_max + 3) / 4 * 4 * blocks * 4);
     int32_t *live = word(p, n);
@@ -156,7 +162,8 @@ static void check_linear(pair *p, tr_format format, int n, int n_max, int n_out,
                                             .d = n_in,
                                             .scale_pow2 = pow2},
                                      .out = twin(p, y),
-                                     .ld_out = (size_t)n_out};
+                                     .ld_out = (size_t)n_out,
+                                     .out_f32 = out_f32};
     push(p);
     pair_ok(p, what, p->g->linear(p->gpu, TR_LANE_MAIN, &a));
     const float *got = pull(p, y);
@@ -172,9 +179,11 @@ static void check_linear(pair *p, tr_format format, int n, int n_max, int n_out,
         input_of(in, x + (size_t)r * (size_t)n_in, &w, pow2);
         for (int o = 0; o < n_out; o++) {
             want[o] = product(in, &w, 0, o, &bound[o]);
-            bound[o] = bound[o] * 1e-6 + 1e-30; /* fp32 sums of exact products */
+            /* fp32 sums of exact products */
+            bound[o] = bound[o] * (format == TR_W_E4M3_B128 ? fp8_sum_error : 1e-6) + 1e-30;
         }
-        test_close(what, got + (size_t)r * (size_t)n_out, want, bound, 1e-6, (size_t)n_out);
+        test_close(what, got + (size_t)r * (size_t)n_out, want, bound, out_f32 ? 1e-6 : act_error,
+                   (size_t)n_out);
     }
     free(bound);
     free(want);
@@ -188,13 +197,15 @@ static void test_linear(void **state)
     static const tr_format formats[] = {TR_W_F32, TR_W_BF16, TR_W_E4M3_B128};
     pair *p = *state;
     for (int f = 0; f < 3; f++) {
-        check_linear(p, formats[f], 0, 4, 8, 16, 0, 0, 8, 1);
-        check_linear(p, formats[f], 1, 3, 1, 1, 0, 0, 1, 1);
-        check_linear(p, formats[f], 5, 70, 33, 37, 0, 0, 33, 1);
-        check_linear(p, formats[f], 65, 66, 130, 132, 0, 0, 130, 0);
-        check_linear(p, formats[f], 17, 17, 576, 512, 0, 0, 256, 1);
-        check_linear(p, formats[f], 130, 200, 96, 300, 40, 60, 96, 1);
-        check_linear(p, formats[f], 9, 9, 200, 144, 100, 16, 90, 0);
+        check_linear(p, formats[f], 0, 4, 8, 16, 0, 0, 8, 1, 0);
+        check_linear(p, formats[f], 1, 3, 1, 1, 0, 0, 1, 1, 1);
+        check_linear(p, formats[f], 5, 70, 33, 37, 0, 0, 33, 1, 0);
+        check_linear(p, formats[f], 65, 66, 130, 132, 0, 0, 130, 0, 1);
+        check_linear(p, formats[f], 17, 17, 576, 512, 0, 0, 256, 1, 0);
+        check_linear(p, formats[f], 1, 1, 72, 1152, 0, 0, 72, 0, 1);
+        check_linear(p, formats[f], 70, 300, 200, 256, 0, 0, 200, 1, 1);
+        check_linear(p, formats[f], 130, 200, 96, 300, 40, 60, 96, 1, 0);
+        check_linear(p, formats[f], 9, 9, 200, 144, 100, 16, 90, 0, 0);
     }
 }
 
@@ -218,7 +229,7 @@ static void test_linear_pieces(void **state)
                                  .n_out = 80};
         pair_ok(p, "linear_pack", p->g->linear_pack(p->gpu, &g, &s));
     }
-    float *x = floats(p, 200, 2), *y = floats(p, 160, 1);
+    float *x = acts(p, 200, 2), *y = floats(p, 160, 1);
     uint8_t *q = array(p, 512);
     float *scale = array(p, 64);
     int32_t *live = word(p, 1);
@@ -235,7 +246,8 @@ static void test_linear_pieces(void **state)
                                                          .n_max = 1,
                                                          .d = 200},
                                                   .out = twin(p, y),
-                                                  .ld_out = 160}));
+                                                  .ld_out = 160,
+                                                  .out_f32 = 1}));
     const float *got = pull(p, y);
     quantised(in, x, 200, 0, 0);
     for (int o = 0; o < 160; o++) {
@@ -313,13 +325,14 @@ static void check_moe(pair *p, tr_format format, int n, int k, int n_local, int 
     snprintf(what, sizeof what, "moe format %d, %d rows, %d of %d experts, %d and %d", (int)format,
              n, k, n_local, d, inner);
     weight_make(p, &gate_up, format, n_local, 2 * inner, d, 0, 0);
+    gate_up.g.gate_up = 1;
     for (int e = 0; e < n_local; e++) {
         weight_pack(p, &gate_up, e, 0, inner);
         weight_pack(p, &gate_up, e, inner, inner);
     }
     weight_new(p, &down, format, n_local, d, inner, 0, 0);
     const size_t pairs = (size_t)n * (size_t)k, bytes = p->g->moe_workspace(n, k, d, inner);
-    float *x = floats(p, (size_t)n * (size_t)d, 1), *y = floats(p, pairs * (size_t)d, 1);
+    float *x = acts(p, (size_t)n * (size_t)d, 1), *y = acts(p, pairs * (size_t)d, 1);
     int32_t *live = word(p, n), *expert = array(p, pairs * 4),
             *start = array(p, (size_t)(n_local + 1) * 4), *list = array(p, pairs * 4);
     void *workspace = array(p, bytes);
@@ -354,7 +367,7 @@ static void check_moe(pair *p, tr_format format, int n, int k, int n_local, int 
                       .workspace_bytes = bytes}));
     const float *got = pull(p, y);
     double *in = test_alloc((size_t)d, sizeof *in), *mid = test_alloc((size_t)inner, sizeof *mid),
-           worst = 0, unused;
+           worst = 0, all_error = 0, all_size = 0, unused;
     float *h = test_alloc((size_t)inner, sizeof *h);
     for (size_t i = 0; i < pairs; i++) {
         const int e = expert[i];
@@ -377,11 +390,20 @@ static void check_moe(pair *p, tr_format format, int n, int k, int n_local, int 
             size += want * want;
         }
         if (!(sqrt(error / size) <= worst)) worst = sqrt(error / size);
+        all_error += error;
+        all_size += size;
     }
-    /* Last bits of h may fall to the other side of a rounding to e4m3: one such number in some
-     * hundred rows moves a row by about 2^-4 / sqrt(inner). Everything else agrees to fp32. */
-    const double bound = format == TR_W_F32 ? 1e-5 : format == TR_W_BF16 ? 4e-4 : 4e-3;
-    if (!(worst <= bound)) fail_msg("%s: a row is %g off, at most %g", what, worst, bound);
+    /* y is stored as bf16: up to 2^-9 of each number. Last bits of h may fall to the other side of a rounding to e4m3, and the
+     * largest of a block of them to the other side of a power of two, which rounds its whole row anew (2^-5 of each number):
+     * rare. Everything else agrees to fp32. */
+    const double bound = act_error + (format == TR_W_F32    ? 1e-5
+                                      : format == TR_W_BF16 ? 4e-4
+                                                            : 4e-3),
+                 row_bound = format == TR_W_E4M3_B128 ? 1.0 / 32 : bound,
+                 all = all_size > 0 ? sqrt(all_error / all_size) : 0;
+    if (!(worst <= row_bound && all <= bound))
+        fail_msg("%s: a row is %g off, at most %g; all of them %g, at most %g", what, worst,
+                 row_bound, all, bound);
     free(h);
     free(mid);
     free(in);
@@ -397,6 +419,7 @@ static void test_moe(void **state)
         check_moe(*state, formats[f], 1, 2, 4, 64, 48);
         check_moe(*state, formats[f], 90, 3, 5, 96, 80);
         check_moe(*state, formats[f], 40, 4, 9, 256, 128);
+        check_moe(*state, formats[f], 200, 2, 3, 384, 256);
     }
 }
 
@@ -407,11 +430,11 @@ static void test_moe_exchange(void **state)
     const size_t words = D + 2 * K;
     for (int n = 0; n <= N; n += 25)
         for (int first = 0; first < 3; first++) {
-            float *x = floats(p, N * D, 1), *weights = floats(p, N * K, 1);
+            float *x = acts(p, N * D, 1), *weights = floats(p, N * K, 1);
             int32_t *live = word(p, n), *expert = array(p, N * K * 4),
                     *count = array(p, EP * XT * 4), *origin = array(p, ROWS * 3 * XT * 4);
-            float *record = floats(p, ROWS * 3 * XT * words, 1), *out = floats(p, N * D, 1),
-                  *sum = floats(p, N * D, 1), *back = floats(p, ROWS * 3 * XT * D, 1),
+            float *record = floats(p, ROWS * 3 * XT * words, 1), *out = acts(p, N * D, 1),
+                  *sum = acts(p, N * D, 1), *back = acts(p, ROWS * 3 * XT * D, 1),
                   *in_weight = floats(p, ROWS * 3 * XT * K, 1);
             int32_t *in_expert = array(p, ROWS * 3 * XT * K * 4), *n_out = word(p, -1);
             for (int i = 0; i < N * K; i++)
@@ -452,12 +475,21 @@ static void test_moe_exchange(void **state)
             same_bytes(p, "received experts", in_expert, ROWS * 3 * XT * K * 4);
             same_bytes(p, "received weights", in_weight, ROWS * 3 * XT * K * 4);
             same_bytes(p, "received rows", n_out, 4);
+            const char *came = pull(p, record); /* activations, where the records lie */
+            for (int i = 0; i < total; i++)
+                for (int j = 0; j < D; j++) {
+                    uint16_t half;
+                    memcpy(&half, came + ((size_t)i * words * 2 + (size_t)j) * 2, 2);
+                    assert_true(tr_bf16_to_f32(half) == record[(size_t)i * words + (size_t)j]);
+                }
             BOTH(p, moe_return,
                  ((struct tr_moe_return_args){
                      .n_rows = total, .d = D, .origin = origin, .y = back, .out = out}),
                  (TWIN(p, g.origin), TWIN(p, g.y), TWIN(p, g.out)));
-            same_bytes(p, "returned", out, N * D * 4);
-            float *y = floats(p, N * K * D, 1);
+            near(p, "returned", out, N * D, 1e-30, act_error);
+            for (int i = 0; i < N * D; i++)
+                out[i] = tr_round_bf16(out[i]);
+            float *y = acts(p, N * K * D, 1);
             BOTH(p, moe_combine,
                  ((struct tr_moe_combine_args){.n = live,
                                                .n_max = N,
@@ -472,7 +504,7 @@ static void test_moe_exchange(void **state)
                                                .out = sum}),
                  (TWIN(p, g.n), TWIN(p, g.expert), TWIN(p, g.weight), TWIN(p, g.y),
                   TWIN(p, g.shared), TWIN(p, g.out)));
-            near(p, "combine", sum, N * D, 1e-6, 1e-6);
+            near(p, "combine", sum, N * D, 1e-6, act_error);
             pair_clear(p);
         }
 }

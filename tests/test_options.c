@@ -175,7 +175,6 @@ static void test_bad(void **state)
         {"batch -m M -i in -o out --index-topk-freq 4", "--index-topk-freq"},
         {"batch -m M -i in -o out --index-topk-pattern FS", "--index-topk-pattern"},
         {"batch -m M -i in -o out --check-agree", "--check-agree"},
-        {"batch -m M -i in -o out --sync-check", "--sync-check"},
     };
     (void)state;
     for (size_t i = 0; i < sizeof t / sizeof *t; i++) {

@@ -66,9 +66,9 @@ __global__ void __launch_bounds__(THREADS)
                  row_bytes = tr::kv_row_bytes(a.kv);
     for (int u = tid; u < HEADS * s.d_key; u += THREADS) {
         const int h = u / s.d_key, j = u % s.d_key;
-        const float x =
-            h < n_heads && j < d_key ? a.q[(first + (size_t)h) * (size_t)d_key + (size_t)j] : 0.0f;
-        q[h * s.ld + j] = __float2bfloat16_rn(x);
+        q[h * s.ld + j] = h < n_heads && j < d_key
+                              ? tr::act(a.q)[(first + (size_t)h) * (size_t)d_key + (size_t)j]
+                              : __float2bfloat16_rn(0.0f);
     }
     if (tid < HEADS) {
         top[tid] = -CUDART_INF_F;
@@ -172,8 +172,8 @@ __global__ void __launch_bounds__(THREADS)
                 const int h = lane / 4 + c / 2 * 8,
                           j = (t * WARPS + warp) * 16 + n * 8 + lane % 4 * 2 + c % 2;
                 if (h >= n_heads || j >= a.kv.d_latent) continue;
-                a.out[(first + (size_t)h) * (size_t)a.kv.d_latent + (size_t)j] =
-                    sum[h] == 0.0f ? 0.0f : out[t][n][c] * (1.0f / sum[h]);
+                tr::act(a.out)[(first + (size_t)h) * (size_t)a.kv.d_latent + (size_t)j] =
+                    __float2bfloat16_rn(sum[h] == 0.0f ? 0.0f : out[t][n][c] * (1.0f / sum[h]));
             }
     if (a.lse && tid < n_heads) a.lse[first + (size_t)tid] = top[tid] + logf(sum[tid]);
 }

@@ -8,6 +8,7 @@
 #include <math_constants.h>
 
 #include "kernels/cuda/ops.h"
+#include "kernels/cuda/quantise.cuh"
 
 namespace tr
 {
@@ -31,6 +32,44 @@ inline unsigned blocks_for(size_t n, size_t per_block)
 inline unsigned at_most(size_t n, unsigned most)
 {
     return n < most ? (unsigned)n : most;
+}
+
+/* ---- activations: bf16 -------------------------------------------------------------------------------------------- */
+
+__host__ __device__ inline const __nv_bfloat16 *act(const tr_act *p)
+{
+    return (const __nv_bfloat16 *)(const void *)p;
+}
+__host__ __device__ inline __nv_bfloat16 *act(tr_act *p)
+{
+    return (__nv_bfloat16 *)(void *)p;
+}
+
+/* A number of an array of either kind. */
+__device__ __forceinline__ float read_number(const void *p, size_t i, int is_f32)
+{
+    return is_f32 ? ((const float *)p)[i] : __bfloat162float(((const __nv_bfloat16 *)p)[i]);
+}
+__device__ __forceinline__ void write_number(void *p, size_t i, int is_f32, float x)
+{
+    if (is_f32)
+        ((float *)p)[i] = x;
+    else
+        ((__nv_bfloat16 *)p)[i] = __float2bfloat16_rn(x);
+}
+
+/* Four at a multiple of four. */
+__device__ __forceinline__ float4 read_four(const __nv_bfloat16 *p)
+{
+    const uint2 raw = *(const uint2 *)p;
+    const float2 a = __bfloat1622float2(*(const __nv_bfloat162 *)&raw.x),
+                 b = __bfloat1622float2(*(const __nv_bfloat162 *)&raw.y);
+    return make_float4(a.x, a.y, b.x, b.y);
+}
+__device__ __forceinline__ void write_four(__nv_bfloat16 *p, float4 v)
+{
+    const __nv_bfloat162 a = __floats2bfloat162_rn(v.x, v.y), b = __floats2bfloat162_rn(v.z, v.w);
+    *(uint2 *)p = make_uint2(*(const uint32_t *)&a, *(const uint32_t *)&b);
 }
 
 /* ---- sums, maxima: a tree over the lanes, then over the warps; all threads get the result ------------------------- */
@@ -112,11 +151,6 @@ __device__ __forceinline__ float scale_pow2(float amax)
 {
     const float a = __fmul_rn(amax > 1e-4f ? amax : 1e-4f, 1.0f / 448.0f);
     return __uint_as_float((__float_as_uint(a) + 0x7fffffu) & 0xff800000u);
-}
-
-__device__ __forceinline__ uint8_t to_e4m3(float x)
-{
-    return (uint8_t)__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
 }
 
 __device__ __forceinline__ float from_e4m3(uint8_t code)

@@ -9,6 +9,8 @@
 #include <string.h>
 
 #include "base/size.h"
+#include "kernels/cuda/gemm_bf16.h"
+#include "kernels/cuda/gemm_heads.h"
 
 /* ---- failures ------------------------------------------------------------------------------------------------------ */
 
@@ -214,6 +216,53 @@ int tr_cuda_done(tr_device *d, tr_lane lane, uint64_t ticket)
     return 1;
 }
 
+/* ---- graphs -------------------------------------------------------------------------------------------------------- */
+
+/* A tr_graph is a cudaGraphExec_t. */
+tr_status tr_cuda_graph_begin(tr_device *d, tr_lane lane)
+{
+    tr_status st = tr_cuda_begin(d);
+    if (st != TR_OK) return st;
+    return tr_cuda_status(
+        d, "graph", cudaStreamBeginCapture(d->stream[lane], cudaStreamCaptureModeThreadLocal));
+}
+
+tr_status tr_cuda_graph_end(tr_device *d, tr_lane lane, tr_graph **out)
+{
+    cudaGraph_t graph = NULL;
+    cudaGraphExec_t exec = NULL;
+
+    if (out) *out = NULL;
+    cudaError_t e = cudaStreamEndCapture(d->stream[lane], &graph);
+    if (e == cudaSuccess && out) e = cudaGraphInstantiate(&exec, graph, 0);
+    if (e == cudaSuccess && out) e = cudaGraphUpload(exec, d->stream[lane]);
+    if (graph) cudaGraphDestroy(graph);
+    if (e != cudaSuccess && exec) {
+        cudaGraphExecDestroy(exec);
+        exec = NULL;
+    }
+    if (out) *out = (tr_graph *)exec;
+    if (e != cudaSuccess && !out) { /* thrown away in any case: what broke it has been told */
+        (void)cudaGetLastError();
+        return TR_OK;
+    }
+    return tr_cuda_status(d, "graph", e);
+}
+
+tr_status tr_cuda_graph_run(tr_device *d, tr_lane lane, tr_graph *graph)
+{
+    tr_status st = tr_cuda_begin(d);
+    if (st != TR_OK) return st;
+    return tr_cuda_status(d, "graph", cudaGraphLaunch((cudaGraphExec_t)graph, d->stream[lane]));
+}
+
+void tr_cuda_graph_free(tr_device *d, tr_graph *graph)
+{
+    if (!graph) return;
+    cudaSetDevice(d->ordinal);
+    cudaGraphExecDestroy((cudaGraphExec_t)graph);
+}
+
 /* ---- opening and closing ------------------------------------------------------------------------------------------- */
 
 void tr_cuda_close(tr_device *d)
@@ -269,11 +318,14 @@ static tr_status make_lanes(tr_device *d)
 
 static tr_status load_kernels(tr_device *d)
 {
-    cudaError_t e = tr_cuda_products_open();
+    cudaError_t e = tr_cuda_products_open(); /* whether this GPU can run what was built */
     if (e == cudaErrorNoKernelImageForDevice || e == cudaErrorInvalidDeviceFunction)
         return tr_device_fail(d, TR_E_DEVICE, "this build is for %s, not for this GPU (%s)",
                               TR_CUDA_ARCH, d->where);
     if (e == cudaSuccess) e = tr_cuda_attention_open();
+    if (e == cudaSuccess) e = tr_gemm_bf16_open();
+    if (e == cudaSuccess) e = tr_cuda_gemm_heads_open();
+    if (e == cudaSuccess) e = tr_gemm_fp8_open(&d->gemm);
     return tr_cuda_status(d, "opening", e);
 }
 

@@ -3,6 +3,7 @@
 #ifndef TR_CUDA_PRIV_H
 #define TR_CUDA_PRIV_H
 
+#include "kernels/cuda/gemm_fp8.h"
 #include "kernels/cuda/ops.h"
 #include "kernels/device.h"
 
@@ -29,6 +30,8 @@ typedef struct tr_weight_note {
     void *data;
     int n_mats, k_shift;
     int packed;           /* some piece has been */
+    int on_grid;          /* e4m3: all pieces begin with a scale block: gemm_fp8.h can have it */
+    int interleaved;      /* rows lie as tr_fp8_gate_up_row says */
     tr_weight_head *head; /* [n_mats] */
 } tr_weight_note;
 
@@ -42,6 +45,7 @@ struct tr_device {
     uint64_t issued[TR_N_LANES], finished[TR_N_LANES];
     tr_stage stage[TR_STAGES];
     int i_stage;
+    tr_gemm_fp8 gemm;            /* what launches of FP8 products need */
     uint32_t *fault_h, *fault_d; /* one word, host-mapped: ops.h, TR_FAULT_SLOT .. */
     tr_cuda_block *block;
     size_t n_blocks, blocks_room;
@@ -62,6 +66,8 @@ tr_status tr_cuda_upload(tr_device *d, tr_lane lane, void *dst, const void *src,
 /* weights.c */
 size_t tr_cuda_linear_bytes(tr_format format, int n_mats, int n_out, int n_in);
 tr_status tr_cuda_linear_pack(tr_device *d, tr_linear *dst, const tr_linear_src *src);
+/* The weight for gemm_fp8.h. */
+tr_fp8_weight tr_cuda_fp8_weight(const tr_linear *w);
 const tr_weight_note *tr_cuda_note_find(const tr_device *d, const void *data);
 void tr_cuda_note_drop(tr_device *d, const void *data);
 
@@ -74,6 +80,10 @@ tr_status tr_cuda_download(tr_device *d, tr_lane lane, void *dst, const void *sr
 tr_status tr_cuda_order(tr_device *d, tr_lane before, tr_lane after);
 uint64_t tr_cuda_ticket(tr_device *d, tr_lane lane);
 int tr_cuda_done(tr_device *d, tr_lane lane, uint64_t ticket);
+tr_status tr_cuda_graph_begin(tr_device *d, tr_lane lane);
+tr_status tr_cuda_graph_end(tr_device *d, tr_lane lane, tr_graph **out);
+tr_status tr_cuda_graph_run(tr_device *d, tr_lane lane, tr_graph *graph);
+void tr_cuda_graph_free(tr_device *d, tr_graph *graph);
 void tr_cuda_close(tr_device *d);
 
 #endif

@@ -194,7 +194,7 @@ __device__ void tile_attention(const tr_dense_mha_args &a, const tr_rows &rows, 
         const int r = u / s.d_q, j = u % s.d_q;
         const size_t at =
             ((size_t)(i + r) * (size_t)a.n_heads + (size_t)h) * (size_t)d_q + (size_t)j;
-        q[r * s.ld_q + j] = __float2bfloat16_rn(r < n && j < d_q ? a.q[at] : 0.0f);
+        q[r * s.ld_q + j] = r < n && j < d_q ? tr::act(a.q)[at] : __float2bfloat16_rn(0.0f);
     }
     for (int u = tid; u < KEYS * (s.d_v - a.d_v);
          u += THREADS) /* behind v: products with zeros, never stored */
@@ -286,8 +286,9 @@ __device__ void tile_attention(const tr_dense_mha_args &a, const tr_rows &rows, 
                 const int r = m * 16 + lane / 4 + c / 2 * 8;
                 const int j = (side * half_v + t) * 16 + u * 8 + lane % 4 * 2 + c % 2;
                 if (r >= n || t >= half_v || j >= a.d_v) continue;
-                a.out[((size_t)(i + r) * (size_t)a.n_heads + (size_t)h) * (size_t)a.d_v +
-                      (size_t)j] = sum[r] == 0.0f ? 0.0f : out[t][u][c] * (1.0f / sum[r]);
+                tr::act(a.out)[((size_t)(i + r) * (size_t)a.n_heads + (size_t)h) * (size_t)a.d_v +
+                               (size_t)j] =
+                    __float2bfloat16_rn(sum[r] == 0.0f ? 0.0f : out[t][u][c] * (1.0f / sum[r]));
             }
     __syncthreads();
 }
@@ -303,8 +304,8 @@ __global__ void __launch_bounds__(THREADS)
         if (!rows.dense[i]) continue;
         if (tr::is_pad(rows, i)) { /* sees nothing */
             for (int j = (int)threadIdx.x; j < a.d_v; j += THREADS)
-                a.out[((size_t)i * (size_t)a.n_heads + (size_t)h) * (size_t)a.d_v + (size_t)j] =
-                    0.0f;
+                tr::act(a.out)[((size_t)i * (size_t)a.n_heads + (size_t)h) * (size_t)a.d_v +
+                               (size_t)j] = __float2bfloat16_rn(0.0f);
             continue;
         }
         const int n_tile = tile_rows(rows, i, n);

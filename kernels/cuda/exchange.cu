@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(THREADS)
         const size_t r = (size_t)a.origin[at];
         float *to = (float *)a.record + (size_t)at * record_words(a.d, a.k);
         for (int i = (int)threadIdx.x; i < a.d; i += THREADS)
-            to[i] = a.x[r * (size_t)a.d + (size_t)i];
+            to[i] = __bfloat162float(tr::act(a.x)[r * (size_t)a.d + (size_t)i]);
         const int low = dest / a.n_xt * a.n_local;
         for (int j = (int)threadIdx.x; j < a.k; j += THREADS) {
             const int32_t e = a.expert[r * (size_t)a.k + (size_t)j];
@@ -74,15 +74,25 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-__global__ void moe_receive(const __grid_constant__ tr_moe_receive_args a)
+/* A block takes a record. Its numbers are narrowed in place, front to back: what a round writes lies
+ * in front of what the next one reads. */
+__global__ void __launch_bounds__(THREADS)
+    moe_receive(const __grid_constant__ tr_moe_receive_args a)
 {
-    const int u = (int)(blockIdx.x * blockDim.x + threadIdx.x);
-    if (u == 0) *a.n_out = a.n_rows;
-    if (u >= a.n_rows * a.k) return;
-    const float *from =
-        (const float *)a.record + (size_t)(u / a.k) * record_words(a.d, a.k) + a.d + u % a.k;
-    a.expert[u] = *(const int32_t *)from;
-    a.weight[u] = from[a.k];
+    const int r = (int)blockIdx.x, tid = (int)threadIdx.x;
+    if (r == 0 && tid == 0) *a.n_out = a.n_rows;
+    if (r >= a.n_rows) return;
+    float *from = (float *)a.record + (size_t)r * record_words(a.d, a.k);
+    for (int j = tid; j < a.k; j += THREADS) {
+        a.expert[(size_t)r * (size_t)a.k + (size_t)j] = ((const int32_t *)from)[a.d + j];
+        a.weight[(size_t)r * (size_t)a.k + (size_t)j] = from[a.d + a.k + j];
+    }
+    for (int i0 = 0; i0 < a.d; i0 += THREADS) {
+        const float x = i0 + tid < a.d ? from[i0 + tid] : 0.0f;
+        __syncthreads();
+        if (i0 + tid < a.d) ((__nv_bfloat16 *)(void *)from)[i0 + tid] = __float2bfloat16_rn(x);
+        __syncthreads();
+    }
 }
 
 /* Block i: if i is the first of its row, all of that row's sums, i ascending. */
@@ -108,12 +118,12 @@ __global__ void __launch_bounds__(THREADS) moe_return(const __grid_constant__ tr
         n = min(n + total, (int)MOST); /* a row goes once to a member; there are fewer */
     }
     __syncthreads();
-    float *out = a.out + (size_t)row * (size_t)a.d;
+    __nv_bfloat16 *out = tr::act(a.out) + (size_t)row * (size_t)a.d;
     for (int j = (int)threadIdx.x; j < a.d; j += THREADS) {
-        float sum = out[j];
+        float sum = __bfloat162float(out[j]);
         for (int i = 0; i < n; i++)
-            sum += a.y[(size_t)list[i] * (size_t)a.d + (size_t)j];
-        out[j] = sum;
+            sum += __bfloat162float(tr::act(a.y)[(size_t)list[i] * (size_t)a.d + (size_t)j]);
+        out[j] = __float2bfloat16_rn(sum);
     }
 }
 
@@ -134,8 +144,7 @@ cudaError_t tr_cuda_moe_dispatch(const struct tr_moe_dispatch_args *a, cudaStrea
 
 cudaError_t tr_cuda_moe_receive(const struct tr_moe_receive_args *a, cudaStream_t stream)
 {
-    const size_t n = (size_t)a->n_rows * (size_t)a->k;
-    moe_receive<<<n ? tr::blocks_for(n, THREADS) : 1, THREADS, 0, stream>>>(*a);
+    moe_receive<<<(unsigned)(a->n_rows > 0 ? a->n_rows : 1), THREADS, 0, stream>>>(*a);
     return cudaGetLastError();
 }
 

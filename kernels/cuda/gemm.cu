@@ -68,7 +68,7 @@ __device__ __forceinline__ uint4 read_codes(const uint8_t *row, int k, int n_in)
     return make_uint4(c[0], c[1], c[2], c[3]);
 }
 
-/* 16 numbers of a bf16 row, and of an fp32 row rounded to bf16. */
+/* 16 numbers of a bf16 row of weights, and of a row of the input from number `row` of x on. */
 __device__ __forceinline__ void put_bf16(__nv_bfloat16 *to, const uint8_t *bytes, int k, int n_in)
 {
     const __nv_bfloat16 *row = (const __nv_bfloat16 *)bytes;
@@ -80,24 +80,17 @@ __device__ __forceinline__ void put_bf16(__nv_bfloat16 *to, const uint8_t *bytes
     for (int i = 0; i < CHUNK; i++)
         to[i] = k + i < n_in ? row[k + i] : __float2bfloat16_rn(0.0f);
 }
-__device__ __forceinline__ void put_f32(__nv_bfloat16 *to, const float *row, int k, int n_in)
+__device__ __forceinline__ void put_input(__nv_bfloat16 *to, const product &p, size_t row, int k)
 {
-    float v[CHUNK];
-    if (k >= 0 && k + CHUNK <= n_in && ((uintptr_t)(row + k) & 15) == 0) {
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            *(float4 *)(v + 4 * i) = ((const float4 *)(row + k))[i];
-    } else {
-#pragma unroll
-        for (int i = 0; i < CHUNK; i++)
-            v[i] = k + i >= 0 && k + i < n_in ? row[k + i] : 0.0f;
+    const __nv_bfloat16 *x = (const __nv_bfloat16 *)p.x + row + k;
+    if (!p.x_f32 && k >= 0 && k + CHUNK <= p.n_in && ((uintptr_t)x & 15) == 0) {
+        ((uint4 *)to)[0] = *(const uint4 *)x;
+        ((uint4 *)to)[1] = *((const uint4 *)x + 1);
+        return;
     }
-    __nv_bfloat162 b[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        b[i] = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
-    ((uint4 *)to)[0] = *(const uint4 *)b;
-    ((uint4 *)to)[1] = *(const uint4 *)(b + 4);
+    for (int i = 0; i < CHUNK; i++)
+        to[i] = __float2bfloat16_rn(
+            k + i >= 0 && k + i < p.n_in ? read_number(p.x, row + (size_t)(k + i), p.x_f32) : 0.0f);
 }
 
 /* Which rows and outputs this block takes; 0: none. */
@@ -129,7 +122,7 @@ __device__ __forceinline__ void write_tile(const product &p, const tile &t, int 
     const int i = t.row + r;
     if (r >= t.rows || column >= p.n_out || (p.skip && p.skip[i])) return;
     const size_t to = (size_t)(p.out_index ? p.out_index[i] : i);
-    p.y[to * p.ld_y + (size_t)t.matrix * p.y_step + (size_t)column] = value;
+    write_number(p.y, to * p.ld_y + (size_t)t.matrix * p.y_step + (size_t)column, p.y_f32, value);
 }
 
 /* T: __half where both sides are e4m3, else bf16. W8: w is e4m3. A8: so is the input. */
@@ -146,7 +139,7 @@ __global__ void __launch_bounds__(THREADS, 4) product_mma(const __grid_constant_
     const int tid = (int)threadIdx.x, lane = tid % 32, warp = tid / 32;
     const int k_shift = W8 ? head->k_shift : 0, n_m = (t.rows + 15) / 16;
     const uint8_t *numbers = p.numbers + (size_t)t.matrix * p.matrix;
-    const float *x = p.x + (size_t)t.matrix * p.x_step;
+    const size_t x0 = (size_t)t.matrix * p.x_step;
 
     /* The scale row of this thread's output. */
     const float *scale_row = nullptr;
@@ -184,7 +177,7 @@ __global__ void __launch_bounds__(THREADS, 4) product_mma(const __grid_constant_
                                                   input_row(p, t.row + r) * (size_t)(p.blocks * K) +
                                                   (size_t)(b * K + j)));
             else
-                put_f32((__nv_bfloat16 *)to, x + input_row(p, t.row + r) * p.ld_x, k0 + j, p.n_in);
+                put_input((__nv_bfloat16 *)to, p, x0 + input_row(p, t.row + r) * p.ld_x, k0 + j);
         }
         if (W8 && tid < TILE_COLUMNS) w_scale[tid] = scale_row ? scale_row[b] : 0.0f;
         if (A8 && tid < t.rows)
@@ -238,7 +231,7 @@ __global__ void __launch_bounds__(THREADS) product_f32(const __grid_constant__ p
 
     const int tid = (int)threadIdx.x, r0 = tid / 8 * 4, c0 = tid % 8 * 8;
     const uint8_t *numbers = p.numbers + (size_t)t.matrix * p.matrix;
-    const float *x = p.x + (size_t)t.matrix * p.x_step;
+    const size_t x0 = (size_t)t.matrix * p.x_step;
     float total[4][8] = {};
     for (int k0 = 0; k0 < p.n_in; k0 += STEP) {
         for (int c = tid; c < TILE_ROWS * STEP; c += THREADS) {
@@ -247,7 +240,9 @@ __global__ void __launch_bounds__(THREADS) product_f32(const __grid_constant__ p
                                ? ((const float *)(numbers + (size_t)o * (size_t)p.ld_w))[k]
                                : 0.0f;
             a_tile[j][r] =
-                r < t.rows && k < p.n_in ? x[input_row(p, t.row + r) * p.ld_x + (size_t)k] : 0.0f;
+                r < t.rows && k < p.n_in
+                    ? read_number(p.x, x0 + input_row(p, t.row + r) * p.ld_x + (size_t)k, p.x_f32)
+                    : 0.0f;
         }
         __syncthreads();
 #pragma unroll
@@ -322,7 +317,7 @@ int tr_weight_layout_of(tr_weight_layout *out, tr_format format, int n_mats, int
 
     out->ld = (int)(((size_t)n_in * element + 15) / 16 * 16);
     out->scale_rows = n_out / 128 + 4;
-    out->scale_pitch = tr_blocks_at_most(n_in);
+    out->scale_pitch = (tr_blocks_at_most(n_in) + 3) / 4 * 4; /* bulk copies of 16 bytes */
     out->numbers = (mats * sizeof(tr_weight_head) + 255) / 256 * 256;
     if (__builtin_mul_overflow((size_t)out->ld, (size_t)n_out, &out->matrix) ||
         __builtin_mul_overflow(out->matrix, mats, &more) ||
@@ -344,9 +339,10 @@ cudaError_t tr_cuda_linear(const struct tr_linear_args *a, int k_shift, cudaStre
     p.n_mats = 1;
     p.n = a->n;
     p.n_max = a->n_max;
-    p.x = (const float *)a->in.x;
+    p.x = a->in.x;
     p.ld_x = a->in.ld;
-    p.y = (float *)a->out;
+    p.y = a->out;
+    p.y_f32 = a->out_f32;
     p.ld_y = a->ld_out;
     if (p.format == TR_W_E4M3_B128) {
         if (!a->in.q || !a->in.q_scale) return cudaErrorInvalidValue;
@@ -354,10 +350,18 @@ cudaError_t tr_cuda_linear(const struct tr_linear_args *a, int k_shift, cudaStre
         p.q = a->in.q;
         p.q_scale = a->in.q_scale;
         p.ld_q_scale = (a->n_max + 3) / 4 * 4;
-        const tr_cuda_quantise_args q = {
-            p.x,      p.ld_x,           a->n,   a->n_max, p.n_in,
-            p.blocks, a->in.scale_pow2, p.head, a->in.q,  a->in.q_scale};
-        const cudaError_t e = tr_cuda_quantise(&q, stream);
+        if (a->in.quantised && k_shift) return cudaErrorInvalidValue;
+        const tr_cuda_quantise_args q = {.x = p.x,
+                                         .ld = p.ld_x,
+                                         .n = a->n,
+                                         .n_max = a->n_max,
+                                         .d = p.n_in,
+                                         .blocks = p.blocks,
+                                         .pow2 = a->in.scale_pow2,
+                                         .k_shift = k_shift,
+                                         .q = a->in.q,
+                                         .scale = a->in.q_scale};
+        const cudaError_t e = a->in.quantised ? cudaSuccess : tr_cuda_quantise(&q, stream);
         if (e != cudaSuccess) return e;
     }
     return tr::product_launch(&p, stream);

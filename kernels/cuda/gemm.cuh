@@ -21,9 +21,10 @@ struct product {
     const float *scale; /* [scale_rows][scale_pitch] of each matrix */
     size_t matrix;
     int n_mats, n_out, n_in, ld_w, scale_rows, scale_pitch, blocks;
-    /* Input: fp32 (rounded to bf16 unless w is f32), or q with a scale per block; row i is
+    /* Input: bf16 or fp32 (rounded to bf16 unless w is f32), or q with a scale per block; row i is
      * row_index[i] / row_div. */
-    const float *x;
+    const void *x;
+    int x_f32;
     size_t ld_x, x_step; /* x_step: from one matrix of a batch to the next */
     const uint8_t *q;
     const float *q_scale;
@@ -31,7 +32,8 @@ struct product {
     const int32_t *row_index;
     int row_div;
     /* Output row of input row i: out_index[i]; rows where skip is set are not written. */
-    float *y;
+    void *y; /* bf16 or fp32 */
+    int y_f32;
     size_t ld_y, y_step;
     const int32_t *out_index;
     const uint8_t *skip;

@@ -68,8 +68,9 @@ cudaError_t gemm_launch(const ::tr_gemm_fp8 *g, const gemm_kernel &k, gemm_args 
                     encode_map(g, &a.out_map, a.out, 2, (size_t)w->n_out, (size_t)x->n_max,
                                a.ld_out * 2, 64, 16);
     a.w_scale = w->scale_d;
-    a.w_scale_pitch = tr_fp8_scale_pitch(w->n_in);
+    a.w_scale_pitch = w->scale_pitch ? w->scale_pitch : tr_fp8_scale_pitch(w->n_in);
     a.w_scale_rows = (w->n_out + 127) / 128;
+    a.w_scale_matrix = w->scale_rows ? w->scale_rows : a.w_scale_rows;
     a.n_out = w->n_out;
     a.n_k = n_k;
     a.n_max = x->n_max;

@@ -33,13 +33,15 @@ cudaError_t tr_gemm_fp8_open(tr_gemm_fp8 *g);
 
 /* n_mats matrices [n_out, n_in] e4m3, row-major, n_in a multiple of 16, 16-byte aligned. scale: fp32
  * [n_mats][ceil(n_out/128)][pitch], pitch = tr_fp8_scale_pitch(n_in); the checkpoint's weight_scale_inv wherever
- * n_in / 128 is a multiple of 4. Partial last blocks (N = 576) need no padding.
+ * n_in / 128 is a multiple of 4. Partial last blocks (N = 576) need no padding. scale_rows, scale_pitch: other distances
+ * between matrices and rows of scales, at least these, the pitch a multiple of 4; 0: these.
  * Matrices for tr_gemm_fp8_gate_up hold gate and up interleaved: row p is tr_fp8_gate_up_row(p, d_inner) of [gate; up];
  * scale rows stay in that order, [ceil(d_inner/128)] of gate, then of up. d_inner must be a multiple of 128. */
 typedef struct tr_fp8_weight {
     const uint8_t *q_d;
     const float *scale_d;
     int n_mats, n_out, n_in;
+    int scale_rows, scale_pitch;
 } tr_fp8_weight;
 
 static inline int tr_fp8_scale_pitch(int n_in)

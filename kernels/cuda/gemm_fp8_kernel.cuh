@@ -20,9 +20,9 @@ struct gemm_args {
     CUtensorMap w, x, x_scale,
         out_map; /* out_map: 16 x 64 bf16 in 128-byte swizzle, where has_out_map */
     const float *w_scale;
-    int w_scale_pitch, w_scale_rows; /* rows: of one matrix */
-    int n_out, n_k;                  /* n_k: stages */
-    const int32_t *n;                /* dense */
+    int w_scale_pitch, w_scale_rows, w_scale_matrix; /* rows: of one matrix; from one to the next */
+    int n_out, n_k;                                  /* n_k: stages */
+    const int32_t *n;                                /* dense */
     int n_max;
     const int32_t *start; /* grouped: [n_groups + 1] */
     int n_groups;
@@ -178,7 +178,7 @@ __device__ __forceinline__ int scale_row(const gemm_args &a, const gemm_tile &t,
 {
     const int row = S::GATE_UP ? t.w0 / 256 + i * (a.w_scale_rows / 2)
                                : min(t.w0 / 128 + i, a.w_scale_rows - 1);
-    return t.matrix * a.w_scale_rows + row;
+    return t.matrix * a.w_scale_matrix + row;
 }
 
 template <class S>

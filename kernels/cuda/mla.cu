@@ -1,6 +1,7 @@
 /* The query's way into the latent space and the way back out (model.md 3.4). Weights are expanded
  * exactly and meet bf16. */
 #include "kernels/cuda/gemm.cuh"
+#include "kernels/cuda/gemm_heads.h"
 
 namespace
 {
@@ -17,36 +18,52 @@ __global__ void query_rope(const __grid_constant__ tr_mla_query_args a,
         const int j = (int)(u % (size_t)pairs);
         const size_t at = u / (size_t)pairs;
         const int i = (int)(at / (size_t)a.n_heads);
-        float *x = a.q + at * (size_t)(a.d_nope + a.d_rope) + a.d_nope + 2 * j;
-        float y0 = x[0], y1 = x[1];
+        __nv_bfloat162 *x = (__nv_bfloat162 *)(tr::act(a.q) + at * (size_t)(a.d_nope + a.d_rope) +
+                                               a.d_nope + 2 * j);
+        __nv_bfloat162 y = *x;
         if (!tr::is_pad(rows, i)) {
             const float *cs = a.rope + (size_t)rows.position[i] * (size_t)a.d_rope + 2 * j;
-            y0 = __fsub_rn(__fmul_rn(x[0], cs[0]), __fmul_rn(x[1], cs[1]));
-            y1 = __fadd_rn(__fmul_rn(x[0], cs[1]), __fmul_rn(x[1], cs[0]));
-            x[0] = y0;
-            x[1] = y1;
+            const float2 v = __bfloat1622float2(y);
+            y = __floats2bfloat162_rn(__fsub_rn(__fmul_rn(v.x, cs[0]), __fmul_rn(v.y, cs[1])),
+                                      __fadd_rn(__fmul_rn(v.x, cs[1]), __fmul_rn(v.y, cs[0])));
+            *x = y;
         }
         if (rows.dense[i]) continue;
-        float *out = a.q_absorbed + at * (size_t)(a.d_latent + a.d_rope) + a.d_latent + 2 * j;
-        out[0] = y0;
-        out[1] = y1;
+        *(__nv_bfloat162 *)(tr::act(a.q_absorbed) + at * (size_t)(a.d_latent + a.d_rope) +
+                            a.d_latent + 2 * j) = y;
     }
 }
 
 } // namespace
 
-cudaError_t tr_cuda_mla_query(const struct tr_mla_query_args *a, cudaStream_t stream)
+cudaError_t tr_cuda_mla_query(const struct tr_mla_query_args *a, int on_grid, cudaStream_t stream)
 {
     const tr_rows *rows = a->rows;
     const size_t work = (size_t)rows->n_max * (size_t)a->n_heads * (size_t)(a->d_rope / 2);
     if (a->w_uk_t->n_out != a->d_latent || a->w_uk_t->n_in != a->d_nope ||
-        a->w_uk_t->n_mats < a->n_heads)
+        a->w_uk_t->n_mats < a->n_heads || a->d_nope % 2)
         return cudaErrorInvalidValue;
     if (work > 0) {
         unsigned blocks = tr::blocks_for(work, 256);
         query_rope<<<tr::at_most(blocks, 4096), 256, 0, stream>>>(*a, *rows);
         const cudaError_t e = cudaGetLastError();
         if (e != cudaSuccess) return e;
+    }
+    const size_t d_q = (size_t)(a->d_nope + a->d_rope), d_key = (size_t)(a->d_latent + a->d_rope),
+                 heads = (size_t)a->n_heads;
+    if (on_grid && tr_cuda_gemm_heads_fits(a->w_uk_t) && d_q % 8 == 0 && d_key % 2 == 0) {
+        const tr_heads_product h = {.w = a->w_uk_t,
+                                    .n_heads = a->n_heads,
+                                    .x = a->q,
+                                    .ld_x = heads * d_q,
+                                    .x_step = d_q,
+                                    .y = a->q_absorbed,
+                                    .ld_y = heads * d_key,
+                                    .y_step = d_key,
+                                    .n_d = rows->n,
+                                    .n_max = rows->n_max,
+                                    .skip_d = rows->dense};
+        return tr_cuda_gemm_heads(&h, stream);
     }
     tr::product p = {};
     tr::product_weight(&p, a->w_uk_t);
@@ -64,10 +81,25 @@ cudaError_t tr_cuda_mla_query(const struct tr_mla_query_args *a, cudaStream_t st
     return tr::product_launch(&p, stream);
 }
 
-cudaError_t tr_cuda_mla_value(const struct tr_mla_value_args *a, cudaStream_t stream)
+cudaError_t tr_cuda_mla_value(const struct tr_mla_value_args *a, int on_grid, cudaStream_t stream)
 {
     if (a->w_uv->n_out != a->d_v || a->w_uv->n_in != a->d_latent || a->w_uv->n_mats < a->n_heads)
         return cudaErrorInvalidValue;
+    const size_t heads = (size_t)a->n_heads;
+    if (on_grid && tr_cuda_gemm_heads_fits(a->w_uv)) {
+        const tr_heads_product h = {.w = a->w_uv,
+                                    .n_heads = a->n_heads,
+                                    .x = a->u,
+                                    .ld_x = heads * (size_t)a->d_latent,
+                                    .x_step = (size_t)a->d_latent,
+                                    .y = a->out,
+                                    .ld_y = heads * (size_t)a->d_v,
+                                    .y_step = (size_t)a->d_v,
+                                    .n_d = a->rows->n,
+                                    .n_max = a->rows->n_max,
+                                    .skip_d = a->rows->dense};
+        return tr_cuda_gemm_heads(&h, stream);
+    }
     tr::product p = {};
     tr::product_weight(&p, a->w_uv);
     p.blocks = tr_blocks_at_most(p.n_in);

@@ -12,15 +12,15 @@ __global__ void __launch_bounds__(THREADS)
     quantise(const __grid_constant__ tr_cuda_quantise_args a, int ld_scale)
 {
     const int n = tr::live_rows(a.n, a.n_max), lane = (int)threadIdx.x % 32;
-    const int k_shift = a.head->k_shift;
     const size_t total = (size_t)n * (size_t)a.blocks, step = (size_t)gridDim.x * (THREADS / 32);
     for (size_t u = (size_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32; u < total; u += step) {
         const int row = (int)(u / (size_t)a.blocks), block = (int)(u % (size_t)a.blocks);
-        const float *x = a.x + (size_t)row * a.ld;
-        const int k = block * 128 + lane * 4 - k_shift;
+        const size_t x0 = (size_t)row * a.ld;
+        const int k = block * 128 + lane * 4 - a.k_shift;
         float v[4], amax = 0;
         for (int i = 0; i < 4; i++) {
-            v[i] = k + i >= 0 && k + i < a.d ? x[k + i] : 0.0f;
+            v[i] = k + i >= 0 && k + i < a.d ? tr::read_number(a.x, x0 + (size_t)(k + i), a.x_f32)
+                                             : 0.0f;
             amax = fmaxf(amax, fabsf(v[i]));
         }
         amax = tr::warp_reduce<float, tr::larger<float>>(amax);
@@ -56,9 +56,9 @@ __global__ void list_tiles(const int32_t *start, int n_local, int2 *tiles, int32
     }
 }
 
-/* out = silu(gate) * up, of rows [gate | up]; out may be gate. */
-__global__ void swiglu(const int32_t *n, int n_max, int d, const float *gate_up, size_t ld_in,
-                       float *out, size_t ld_out)
+/* out = silu(gate) * up, of rows [gate | up] of fp32; out may be gate. */
+__global__ void swiglu_f32(const int32_t *n, int n_max, int d, const float *gate_up, size_t ld_in,
+                           float *out, size_t ld_out)
 {
     const size_t total = (size_t)tr::live_rows(n, n_max) * (size_t)d;
     for (size_t u = (size_t)blockIdx.x * blockDim.x + threadIdx.x; u < total;
@@ -69,32 +69,75 @@ __global__ void swiglu(const int32_t *n, int n_max, int d, const float *gate_up,
     }
 }
 
-cudaError_t launch_swiglu(const int32_t *n, int n_max, int d, const float *gate_up, float *out,
-                          size_t ld_out, cudaStream_t stream)
+cudaError_t launch_swiglu_f32(const int32_t *n, int n_max, int d, float *gate_up,
+                              cudaStream_t stream)
 {
-    const size_t total = (size_t)n_max * (size_t)d;
+    const size_t total = (size_t)n_max * (size_t)d, ld = 2 * (size_t)d;
     if (total == 0) return cudaSuccess;
     const unsigned blocks = tr::blocks_for(total, THREADS);
-    swiglu<<<tr::at_most(blocks, 8192), THREADS, 0, stream>>>(n, n_max, d, gate_up, 2 * (size_t)d,
-                                                              out, ld_out);
+    swiglu_f32<<<tr::at_most(blocks, 8192), THREADS, 0, stream>>>(n, n_max, d, gate_up, ld, gate_up,
+                                                                  ld);
     return cudaGetLastError();
 }
 
-__global__ void combine(const __grid_constant__ tr_moe_combine_args a)
+__device__ __forceinline__ float silu_times(float gate, float up)
 {
-    const int r = (int)blockIdx.x;
-    if (r >= tr::live_rows(a.n, a.n_max)) return;
-    for (int i = (int)threadIdx.x; i < a.d; i += (int)blockDim.x) {
-        const size_t at = (size_t)r * (size_t)a.d + (size_t)i;
-        float sum = a.shared ? a.shared[at] : 0.0f;
-        for (int j = 0; j < a.k; j++) {
-            const size_t pair = (size_t)r * (size_t)a.k + (size_t)j;
-            const int e = a.expert[pair] - a.e_first;
-            if (e >= 0 && e < a.n_local)
-                sum = __fmaf_rn(a.weight[pair], a.y[pair * (size_t)a.d + (size_t)i], sum);
+    return gate / (1.0f + expf(-gate)) * up;
+}
+
+/* The same of activations. V: numbers at a time, 4 or 1. */
+template <int V>
+__global__ void __launch_bounds__(THREADS) swiglu(const __grid_constant__ tr_swiglu_args a)
+{
+    const size_t width = (size_t)(a.d / V), total = (size_t)tr::live_rows(a.n, a.n_max) * width;
+    const __nv_bfloat16 *in = tr::act(a.gate_up);
+    __nv_bfloat16 *out = tr::act(a.out);
+    for (size_t u = (size_t)blockIdx.x * THREADS + threadIdx.x; u < total;
+         u += (size_t)gridDim.x * THREADS) {
+        const size_t r = u / width, i = u % width * V, at = r * 2 * (size_t)a.d + i;
+        if (V == 4) {
+            const float4 g = tr::read_four(in + at), up = tr::read_four(in + at + a.d);
+            tr::write_four(out + r * (size_t)a.d + i,
+                           make_float4(silu_times(g.x, up.x), silu_times(g.y, up.y),
+                                       silu_times(g.z, up.z), silu_times(g.w, up.w)));
+        } else {
+            out[r * (size_t)a.d + i] = __float2bfloat16_rn(
+                silu_times(__bfloat162float(in[at]), __bfloat162float(in[at + (size_t)a.d])));
         }
-        a.out[at] = sum;
     }
+}
+
+/* A thread has V neighbouring columns of a row. */
+template <int V>
+__global__ void __launch_bounds__(THREADS) combine(const __grid_constant__ tr_moe_combine_args a)
+{
+    const int r = (int)blockIdx.x, i = ((int)blockIdx.y * THREADS + (int)threadIdx.x) * V;
+    if (r >= tr::live_rows(a.n, a.n_max) || i >= a.d) return;
+    const size_t at = (size_t)r * (size_t)a.d + (size_t)i;
+    const __nv_bfloat16 *shared = tr::act(a.shared), *y = tr::act(a.y);
+    float sum[V] = {};
+    if (shared)
+        for (int v = 0; v < V; v++)
+            sum[v] = __bfloat162float(shared[at + v]);
+#pragma unroll 4
+    for (int j = 0; j < a.k; j++) {
+        const size_t pair = (size_t)r * (size_t)a.k + (size_t)j;
+        const int e = a.expert[pair] - a.e_first;
+        if (e < 0 || e >= a.n_local) continue;
+        const float w = a.weight[pair];
+        const __nv_bfloat16 *from = y + pair * (size_t)a.d + (size_t)i;
+        if (V == 4) {
+            const float4 x = tr::read_four(from);
+            sum[0] = __fmaf_rn(w, x.x, sum[0]);
+            sum[1 % V] = __fmaf_rn(w, x.y, sum[1 % V]);
+            sum[2 % V] = __fmaf_rn(w, x.z, sum[2 % V]);
+            sum[3 % V] = __fmaf_rn(w, x.w, sum[3 % V]);
+        } else {
+            sum[0] = __fmaf_rn(w, __bfloat162float(*from), sum[0]);
+        }
+    }
+    for (int v = 0; v < V; v++)
+        tr::act(a.out)[at + v] = __float2bfloat16_rn(sum[v]);
 }
 
 /* ---- the workspace of moe ------------------------------------------------------------------------------------------ */
@@ -163,28 +206,36 @@ cudaError_t tr_cuda_moe(const struct tr_moe_args *a, int shift_in, int shift_inn
     tr::product_weight(&p, a->gate_up);
     cudaError_t e = cudaGetLastError();
     if (quantised) {
+        const bool ready = a->in.quantised && shift_in == 0;
         p.blocks = (d + shift_in + 127) / 128;
-        p.q = m.q_in;
-        p.q_scale = m.scale_in;
+        p.q = ready ? a->in.q : m.q_in;
+        p.q_scale = ready ? a->in.q_scale : m.scale_in;
         p.ld_q_scale = (a->n_max + 3) / 4 * 4;
-        const tr_cuda_quantise_args q = {
-            (const float *)a->in.x, a->in.ld, a->n,   a->n_max,  d, p.blocks,
-            a->in.scale_pow2,       p.head,   m.q_in, m.scale_in};
-        if (e == cudaSuccess) e = tr_cuda_quantise(&q, stream);
+        const tr_cuda_quantise_args q = {.x = a->in.x,
+                                         .ld = a->in.ld,
+                                         .n = a->n,
+                                         .n_max = a->n_max,
+                                         .d = d,
+                                         .blocks = p.blocks,
+                                         .pow2 = a->in.scale_pow2,
+                                         .k_shift = shift_in,
+                                         .q = m.q_in,
+                                         .scale = m.scale_in};
+        if (e == cudaSuccess && !ready) e = tr_cuda_quantise(&q, stream);
     }
-    p.x = (const float *)a->in.x;
+    p.x = a->in.x;
     p.ld_x = a->in.ld;
     p.row_index = a->pair;
     p.row_div = a->k;
     p.y = m.inner;
+    p.y_f32 = 1;
     p.ld_y = 2 * (size_t)inner;
     p.tiles = m.tiles;
     p.n_tiles = m.n_tiles;
     p.start = a->start;
     p.tiles_max = pairs_max / tr::TILE_ROWS + (a->n_local < pairs_max ? a->n_local : pairs_max);
     if (e == cudaSuccess) e = tr::product_launch(&p, stream);
-    if (e == cudaSuccess)
-        e = launch_swiglu(m.n_pairs, pairs_max, inner, m.inner, m.inner, 2 * (size_t)inner, stream);
+    if (e == cudaSuccess) e = launch_swiglu_f32(m.n_pairs, pairs_max, inner, m.inner, stream);
 
     tr::product_weight(&p, a->down);
     if (quantised) {
@@ -192,15 +243,25 @@ cudaError_t tr_cuda_moe(const struct tr_moe_args *a, int shift_in, int shift_inn
         p.q = m.q_inner;
         p.q_scale = m.scale_inner;
         p.ld_q_scale = (pairs_max + 3) / 4 * 4;
-        const tr_cuda_quantise_args q = {m.inner,   2 * (size_t)inner, m.n_pairs,        pairs_max,
-                                         inner,     p.blocks,          a->in.scale_pow2, p.head,
-                                         m.q_inner, m.scale_inner};
+        const tr_cuda_quantise_args q = {.x = m.inner,
+                                         .x_f32 = 1,
+                                         .ld = 2 * (size_t)inner,
+                                         .n = m.n_pairs,
+                                         .n_max = pairs_max,
+                                         .d = inner,
+                                         .blocks = p.blocks,
+                                         .pow2 = a->in.scale_pow2,
+                                         .k_shift = shift_inner,
+                                         .q = m.q_inner,
+                                         .scale = m.scale_inner};
         if (e == cudaSuccess) e = tr_cuda_quantise(&q, stream);
     }
     p.x = m.inner;
+    p.x_f32 = 1;
     p.ld_x = 2 * (size_t)inner;
     p.row_index = nullptr;
     p.y = a->out;
+    p.y_f32 = 0;
     p.ld_y = (size_t)a->down->n_out;
     p.out_index = a->pair;
     return e == cudaSuccess ? tr::product_launch(&p, stream) : e;
@@ -208,12 +269,25 @@ cudaError_t tr_cuda_moe(const struct tr_moe_args *a, int shift_in, int shift_inn
 
 cudaError_t tr_cuda_swiglu(const struct tr_swiglu_args *a, cudaStream_t stream)
 {
-    return launch_swiglu(a->n, a->n_max, a->d, a->gate_up, a->out, (size_t)a->d, stream);
+    const int v = a->d % 4 ? 1 : 4;
+    const size_t total = a->n_max <= 0 ? 0 : (size_t)a->n_max * (size_t)(a->d / v);
+    if (total == 0) return cudaSuccess;
+    const unsigned blocks = tr::at_most(tr::blocks_for(total, THREADS), 8192);
+    if (v == 4)
+        swiglu<4><<<blocks, THREADS, 0, stream>>>(*a);
+    else
+        swiglu<1><<<blocks, THREADS, 0, stream>>>(*a);
+    return cudaGetLastError();
 }
 
 cudaError_t tr_cuda_moe_combine(const struct tr_moe_combine_args *a, cudaStream_t stream)
 {
     if (a->n_max <= 0) return cudaSuccess;
-    combine<<<(unsigned)a->n_max, 256, 0, stream>>>(*a);
+    const int v = a->d % 4 ? 1 : 4;
+    const dim3 grid((unsigned)a->n_max, tr::blocks_for((size_t)a->d, (size_t)(THREADS * v)));
+    if (v == 4)
+        combine<4><<<grid, THREADS, 0, stream>>>(*a);
+    else
+        combine<1><<<grid, THREADS, 0, stream>>>(*a);
     return cudaGetLastError();
 }

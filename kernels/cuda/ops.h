@@ -15,6 +15,7 @@
 extern "C" {
 #endif
 
+#include "kernels/cuda/gemm_fp8.h"
 #include "kernels/kernels.h"
 
 /* ---- weights: a tr_linear's data --------------------------------------------------------------------------------- */
@@ -49,15 +50,15 @@ static inline int tr_blocks_at_most(int n)
 
 /* ---- W8A8 -------------------------------------------------------------------------------------------------------- */
 
-/* Rows of fp32 to e4m3 with a scale per 128-block of the weight they will meet (model.md 5.1),
- * column 0 at head->k_shift of its block: q [n_max, blocks * 128] with zeros around the row, scale
- * [blocks][n_max rounded up to 4]. */
+/* Rows (of activations, or of fp32) to e4m3 with a scale per 128-block of the weight they will meet
+ * (model.md 5.1), column 0 at k_shift of its block: q [n_max, blocks * 128] with zeros around the
+ * row, scale [blocks][n_max rounded up to 4]. */
 typedef struct tr_cuda_quantise_args {
-    const float *x;
+    const void *x;
+    int x_f32;
     size_t ld;
     const int32_t *n;
-    int n_max, d, blocks, pow2;
-    const tr_weight_head *head;
+    int n_max, d, blocks, pow2, k_shift;
     uint8_t *q;
     float *scale;
 } tr_cuda_quantise_args;
@@ -97,16 +98,20 @@ cudaError_t tr_cuda_plan_apply(const struct tr_plan_apply_args *a, uint32_t *fau
 cudaError_t tr_cuda_pages_copy(const struct tr_pages_copy_args *a, uint32_t *fault,
                                cudaStream_t stream);
 
-/* For fp32 activations; kv_write.h and sparse_mla.h have forms for bf16. */
+/* For every shape; kv_write.h and sparse_mla.h have faster ones for some. */
 cudaError_t tr_cuda_kv_write_any(const struct tr_kv_write_args *a, cudaStream_t stream);
 cudaError_t tr_cuda_index_query_any(const struct tr_index_query_args *a, cudaStream_t stream);
 cudaError_t tr_cuda_sparse_mla_any(const struct tr_sparse_mla_args *a, cudaStream_t stream);
+
+/* on_grid: the weight's pieces begin with scale blocks (or it has no scales). */
+cudaError_t tr_cuda_mla_query(const struct tr_mla_query_args *a, int on_grid, cudaStream_t stream);
+cudaError_t tr_cuda_mla_value(const struct tr_mla_value_args *a, int on_grid, cudaStream_t stream);
 
 size_t tr_cuda_sample_workspace(int n_rows, int n_vocab);
 
 /* clang-format off */
 #define TR_CUDA_PLAIN_OPS(X) \
-    X(embed) X(norm) X(rows_gather) X(swiglu) X(mla_query) X(dense_mha) X(mla_value) \
+    X(embed) X(norm) X(rows_gather) X(swiglu) X(dense_mha) \
     X(router) X(moe_pack) X(moe_combine) X(moe_dispatch) X(moe_receive) X(moe_return) X(rows_zero) X(sample) \
     X(logprobs) X(argmax_part) X(argmax_take) X(sample_part) X(sample_merge) X(logprob_part) X(logprob_rank) X(logprob_merge)
 /* clang-format on */
@@ -114,10 +119,10 @@ size_t tr_cuda_sample_workspace(int n_rows, int n_vocab);
     cudaError_t tr_cuda_##name(const struct tr_##name##_args *a, cudaStream_t stream);
 TR_CUDA_PLAIN_OPS(TR_CUDA_OP)
 
-/* Ceilings, measured: bytes read per second, fp32 multiply-adds counted twice per second.
- * Synchronises. */
-cudaError_t tr_cuda_ceilings(double *read_bytes_per_s, double *fma_flops_per_s,
-                             cudaStream_t stream);
+/* Ceilings, measured: bytes read per second, fp32 multiply-adds counted twice per second, and those
+ * of FP8 products. Synchronises. */
+cudaError_t tr_cuda_ceilings(const tr_gemm_fp8 *g, double *read_bytes_per_s,
+                             double *fma_flops_per_s, double *fp8_flops_per_s, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

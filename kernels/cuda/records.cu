@@ -96,9 +96,13 @@ __device__ void write_latent(const tr_kv_write_args &a, const tr_rows &rows, int
 {
     const tr_kv_layer &kv = a.kv;
     const int n = kv.d_latent, all = n + kv.d_rope, lane = (int)threadIdx.x % 32;
-    const float *in = a.kv_a + (size_t)i * a.ld_kv_a;
+    const __nv_bfloat16 *row = tr::act(a.kv_a) + (size_t)i * a.ld_kv_a;
+    float *in = x + D_KEY_MAX; /* as fp32 */
     uint8_t *to = (uint8_t *)kv.latent + (size_t)rows.write[i] * tr::kv_row_bytes(kv);
 
+    for (int j = lane; j < all; j += 32)
+        in[j] = __bfloat162float(row[j]);
+    __syncwarp();
     const float mean = __fdiv_rn(squares_of(in, n), (float)n);
     const float r = __fdiv_rn(1.0f, sqrtf(__fadd_rn(mean, a.eps)));
     for (int j = lane; j < n; j += 32)
@@ -130,7 +134,11 @@ __device__ void write_index(const tr_kv_write_args &a, const tr_rows &rows, int 
 {
     const tr_kv_layer &kv = a.kv;
     const int n = kv.d_index, lane = (int)threadIdx.x % 32;
-    const float *in = a.index_k + (size_t)i * a.ld_index_k;
+    const __nv_bfloat16 *row = tr::act(a.index_k) + (size_t)i * a.ld_index_k;
+    float *in = x + D_KEY_MAX;
+    for (int j = lane; j < n; j += 32)
+        in[j] = __bfloat162float(row[j]);
+    __syncwarp();
     const float mean = __fdiv_rn(sum_of(in, n), (float)n);
     for (int j = lane; j < n; j += 32)
         x[j] = __fsub_rn(in[j], mean);
@@ -151,7 +159,7 @@ __device__ void write_index(const tr_kv_write_args &a, const tr_rows &rows, int 
 __global__ void __launch_bounds__(WARPS * 32)
     kv_write(const __grid_constant__ tr_kv_write_args a, const __grid_constant__ tr_rows rows)
 {
-    __shared__ float x[WARPS][D_KEY_MAX];
+    __shared__ float x[WARPS][2 * D_KEY_MAX]; /* what is made, and the input */
     const int warp = (int)threadIdx.x / 32, i = (int)blockIdx.x * WARPS + warp;
     if (i >= tr::live_rows(rows.n, rows.n_max) || tr::is_pad(rows, i)) return;
     if (a.kv_a && a.kv.latent) write_latent(a, rows, i, x[warp]);
@@ -168,7 +176,7 @@ __global__ void __launch_bounds__(WARPS * 32)
     float *x = shared[warp];
     if (i >= tr::live_rows(rows.n, rows.n_max) || tr::is_pad(rows, i)) return;
     for (int j = lane; j < d; j += 32)
-        x[j] = a.q[at * (size_t)d + (size_t)j];
+        x[j] = __bfloat162float(tr::act(a.q)[at * (size_t)d + (size_t)j]);
     __syncwarp();
     rope_half_split(x, a.rope + (size_t)rows.position[i] * (size_t)a.d_rope, a.d_rope);
     const float scale = index_quantise((uint8_t *)a.out + at * (size_t)d, x, d);

@@ -5,16 +5,17 @@
 namespace
 {
 
-enum { THREADS = 256 };
+enum { THREADS = 256, NORM_THREADS = 1024 };
 
 __global__ void embed(const __grid_constant__ tr_embed_args a, const __grid_constant__ tr_rows rows)
 {
-    const int r = (int)blockIdx.x;
+    const int r = (int)blockIdx.x, first = (int)blockIdx.y * THREADS + (int)threadIdx.x,
+              step = (int)gridDim.y * THREADS;
     if (r >= tr::live_rows(rows.n, rows.n_max)) return;
     const int64_t at = (int64_t)rows.token[r] - a.first;
     const bool here = at >= 0 && at < a.n_table;
     float *out = a.out + (size_t)r * (size_t)a.d;
-    for (int i = (int)threadIdx.x; i < a.d; i += THREADS) {
+    for (int i = first; i < a.d; i += step) {
         const size_t j = (size_t)at * (size_t)a.d + (size_t)i;
         out[i] = !here               ? 0.0f
                  : a.dtype == TR_F32 ? ((const float *)a.table)[j]
@@ -22,34 +23,92 @@ __global__ void embed(const __grid_constant__ tr_embed_args a, const __grid_cons
     }
 }
 
+/* A row of any width. */
 __global__ void __launch_bounds__(THREADS) norm(const __grid_constant__ tr_norm_args a)
 {
     __shared__ float scratch[THREADS / 32 + 1];
     const int r = (int)blockIdx.x;
     if (r >= tr::live_rows(a.n, a.n_max)) return;
     float *residual = a.residual + (size_t)r * a.ld_residual;
-    float *out = a.out + (size_t)r * a.ld_out;
-    const float *add = a.add ? a.add + (size_t)r * a.ld_add : nullptr;
+    __nv_bfloat16 *out = tr::act(a.out) + (size_t)r * a.ld_out;
+    const __nv_bfloat16 *add = a.add ? tr::act(a.add) + (size_t)r * a.ld_add : nullptr;
     float sum = 0;
     for (int i = (int)threadIdx.x; i < a.d; i += THREADS) {
-        const float x = add ? residual[i] + add[i] : residual[i];
+        const float x = add ? residual[i] + __bfloat162float(add[i]) : residual[i];
         if (add) residual[i] = x;
         sum = __fmaf_rn(x, x, sum);
     }
     sum = tr::block_reduce<float, tr::add<float>>(sum, scratch);
     const float inverse = 1.0f / sqrtf(sum / (float)a.d + a.eps);
     for (int i = (int)threadIdx.x; i < a.d; i += THREADS) /* what this thread wrote above */
-        out[i] = residual[i] * inverse * a.weight[i];
+        out[i] = __float2bfloat16_rn(residual[i] * inverse * a.weight[i]);
+}
+
+/* Rows of a multiple of 128, held in registers: a warp's 32 lanes have 4 numbers each of a block of
+ * 128, whose e4m3 form goes to q where that is wanted. */
+template <int ROUNDS>
+__global__ void __launch_bounds__(NORM_THREADS)
+    norm_blocks(const __grid_constant__ tr_norm_args a, int ld_scale)
+{
+    __shared__ float scratch[NORM_THREADS / 32 + 1];
+    const int r = (int)blockIdx.x, tid = (int)threadIdx.x;
+    if (r >= tr::live_rows(a.n, a.n_max)) return;
+    float *residual = a.residual + (size_t)r * a.ld_residual;
+    const __nv_bfloat16 *add = a.add ? tr::act(a.add) + (size_t)r * a.ld_add : nullptr;
+    float4 v[ROUNDS], w[ROUNDS];
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < ROUNDS; i++) {
+        const int j = (i * NORM_THREADS + tid) * 4;
+        v[i] = j < a.d ? *(const float4 *)(residual + j) : make_float4(0, 0, 0, 0);
+        w[i] = j < a.d ? __ldg((const float4 *)(a.weight + j)) : make_float4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < ROUNDS; i++) {
+        const int j = (i * NORM_THREADS + tid) * 4;
+        if (add && j < a.d) {
+            const float4 x = tr::read_four(add + j);
+            v[i] = make_float4(v[i].x + x.x, v[i].y + x.y, v[i].z + x.z, v[i].w + x.w);
+            *(float4 *)(residual + j) = v[i];
+        }
+        sum = __fmaf_rn(v[i].x, v[i].x, sum);
+        sum = __fmaf_rn(v[i].y, v[i].y, sum);
+        sum = __fmaf_rn(v[i].z, v[i].z, sum);
+        sum = __fmaf_rn(v[i].w, v[i].w, sum);
+    }
+    sum = tr::block_reduce<float, tr::add<float>>(sum, scratch);
+    const float inverse = 1.0f / sqrtf(sum / (float)a.d + a.eps);
+#pragma unroll
+    for (int i = 0; i < ROUNDS; i++) {
+        const int j = (i * NORM_THREADS + tid) * 4;
+        if (j >= a.d) break; /* a whole warp at a time */
+        const float4 y = make_float4(
+            tr::round_bf16(v[i].x * inverse * w[i].x), tr::round_bf16(v[i].y * inverse * w[i].y),
+            tr::round_bf16(v[i].z * inverse * w[i].z), tr::round_bf16(v[i].w * inverse * w[i].w));
+        tr::write_four(tr::act(a.out) + (size_t)r * a.ld_out + j, y);
+        if (!a.q) continue;
+        float most = fmaxf(fmaxf(fabsf(y.x), fabsf(y.y)), fmaxf(fabsf(y.z), fabsf(y.w)));
+        most = tr::warp_reduce<float, tr::larger<float>>(most);
+        const float scale = tr::block_scale(most, a.scale_pow2), inv = 1.0f / scale;
+        *(uint32_t *)(a.q + (size_t)r * (size_t)a.d + (size_t)j) =
+            tr::to_e4m3x2(tr::block_divide(y.x, scale, inv, a.scale_pow2),
+                          tr::block_divide(y.y, scale, inv, a.scale_pow2)) |
+            tr::to_e4m3x2(tr::block_divide(y.z, scale, inv, a.scale_pow2),
+                          tr::block_divide(y.w, scale, inv, a.scale_pow2))
+                << 16;
+        if (tid % 32 == 0) a.q_scale[(size_t)(j / 128) * (size_t)ld_scale + (size_t)r] = scale;
+    }
 }
 
 __global__ void rows_gather(const __grid_constant__ tr_rows_gather_args a)
 {
     const int left = *a.n_index - a.i0, n = left < 0 ? 0 : min(left, a.n_rows), r = (int)blockIdx.x;
-    if (r == 0 && threadIdx.x == 0) *a.n_out = n;
+    if (r == 0 && blockIdx.y == 0 && threadIdx.x == 0) *a.n_out = n;
     if (r >= n) return;
-    const float *in = a.in + (size_t)a.index[a.i0 + r] * (size_t)a.d;
-    float *out = a.out + (size_t)r * (size_t)a.d;
-    for (int i = (int)threadIdx.x; i < a.d; i += THREADS)
+    const __nv_bfloat16 *in = tr::act(a.in) + (size_t)a.index[a.i0 + r] * (size_t)a.d;
+    __nv_bfloat16 *out = tr::act(a.out) + (size_t)r * (size_t)a.d;
+    for (int i = (int)blockIdx.y * THREADS + (int)threadIdx.x; i < a.d;
+         i += (int)gridDim.y * THREADS)
         out[i] = in[i];
 }
 
@@ -57,7 +116,14 @@ __global__ void rows_zero(const __grid_constant__ tr_rows_zero_args a)
 {
     if ((int)blockIdx.x >= tr::live_rows(a.n, a.n_max)) return;
     for (int i = (int)threadIdx.x; i < a.d; i += THREADS)
-        a.out[(size_t)blockIdx.x * (size_t)a.d + (size_t)i] = 0.0f;
+        tr::act(a.out)[(size_t)blockIdx.x * (size_t)a.d + (size_t)i] = __float2bfloat16_rn(0.0f);
+}
+
+/* Few rows are cut into parts that a block of threads passes once. */
+dim3 parts_of(int n_rows, int d)
+{
+    const unsigned parts = tr::blocks_for((size_t)d, THREADS);
+    return dim3((unsigned)n_rows, n_rows <= 64 && parts > 0 ? parts : 1);
 }
 
 } // namespace
@@ -66,20 +132,28 @@ cudaError_t tr_cuda_embed(const struct tr_embed_args *a, cudaStream_t stream)
 {
     if (a->dtype != TR_F32 && a->dtype != TR_BF16) return cudaErrorInvalidValue;
     if (a->rows->n_max <= 0) return cudaSuccess;
-    embed<<<(unsigned)a->rows->n_max, THREADS, 0, stream>>>(*a, *a->rows);
+    embed<<<parts_of(a->rows->n_max, a->d), THREADS, 0, stream>>>(*a, *a->rows);
     return cudaGetLastError();
 }
 
 cudaError_t tr_cuda_norm(const struct tr_norm_args *a, cudaStream_t stream)
 {
     if (a->n_max <= 0) return cudaSuccess;
-    norm<<<(unsigned)a->n_max, THREADS, 0, stream>>>(*a);
+    const unsigned n = (unsigned)a->n_max;
+    const int ld_scale = (a->n_max + 3) / 4 * 4;
+    const bool blocks = a->d % 128 == 0 && a->ld_residual % 4 == 0 && a->ld_add % 4 == 0 &&
+                        a->ld_out % 4 == 0 && a->d <= 2 * NORM_THREADS * 4;
+    if (!blocks && a->q && a->d % 128 == 0) return cudaErrorInvalidValue;
+    if (!blocks)
+        norm<<<n, THREADS, 0, stream>>>(*a);
+    else
+        norm_blocks<2><<<n, NORM_THREADS, 0, stream>>>(*a, ld_scale);
     return cudaGetLastError();
 }
 
 cudaError_t tr_cuda_rows_gather(const struct tr_rows_gather_args *a, cudaStream_t stream)
 {
-    rows_gather<<<(unsigned)(a->n_rows > 0 ? a->n_rows : 1), THREADS, 0, stream>>>(*a);
+    rows_gather<<<parts_of(a->n_rows > 0 ? a->n_rows : 1, a->d), THREADS, 0, stream>>>(*a);
     return cudaGetLastError();
 }
 

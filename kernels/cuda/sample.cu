@@ -91,8 +91,35 @@ __device__ int32_t draw(const list &l, choice best, const tr_slot_open &s, int32
     return tr::choice_id(c);
 }
 
+/* A row's best id is looked for by PARTS blocks, each in its part of the ids. */
+enum { PARTS = 128, PART_THREADS = 256, NOT_FINITE = -1 };
+
+/* part[row][PARTS]: the best of each as the logits are, without the plan's changes; 0 where no id has a token, all ones where a
+ * logit is not finite. */
+__global__ void __launch_bounds__(PART_THREADS)
+    best_of_parts(const __grid_constant__ tr_sample_args a, const __grid_constant__ tr_rows rows,
+                  choice *part)
+{
+    __shared__ choice scratch[tr::SAMPLE_SCRATCH];
+    const int r = (int)blockIdx.y, each = (a.n_vocab + PARTS - 1) / PARTS,
+              begin = (int)blockIdx.x * each, end = min(begin + each, a.n_vocab);
+    if (r >= tr::chunk_rows(rows, a.i_head, a.n_rows)) return;
+    const float *logits = a.logits + (size_t)r * a.ld;
+    choice mine = 0;
+    for (int i = begin + (int)threadIdx.x; i < end; i += PART_THREADS) {
+        const float x = logits[i];
+        const bool finite = (__float_as_uint(x) & 0x7fffffffu) < 0x7f800000u;
+        const bool has = a.has_token[i / 32] >> (i % 32) & 1;
+        const choice c = !finite ? (choice)NOT_FINITE : has ? tr::make_choice(x, i) : 0;
+        mine = c > mine ? c : mine;
+    }
+    const choice best = tr::block_best(mine, scratch);
+    if (threadIdx.x == 0) part[r * PARTS + (int)blockIdx.x] = best;
+}
+
 __global__ void __launch_bounds__(tr::SAMPLE_THREADS)
-    sample(const __grid_constant__ tr_sample_args a, const __grid_constant__ tr_rows rows)
+    sample(const __grid_constant__ tr_sample_args a, const __grid_constant__ tr_rows rows,
+           const choice *part)
 {
     __shared__ choice keys_scratch[tr::SAMPLE_SCRATCH];
     __shared__ double scratch[tr::SAMPLE_SCRATCH];
@@ -104,22 +131,26 @@ __global__ void __launch_bounds__(tr::SAMPLE_THREADS)
         const int h = a.i_head + r, row = rows.head_row[h];
         const float *logits = a.logits + (size_t)r * a.ld;
         const tr_slot_open &s = a.slots.sampling[rows.slot[row]];
-        int32_t token = -2;
-        if (tr::all_finite(logits, a.n_vocab)) {
-            token = -1;
-            if (rows.target[h] < 0) {
-                const tr::changes changes = tr::changes_of(a.plan, h);
+        const tr::changes changes = tr::changes_of(a.plan, h);
+        choice best = tr::block_best(threadIdx.x < PARTS ? part[r * PARTS + (int)threadIdx.x] : 0,
+                                     keys_scratch);
+        int32_t token = -1;
+        if (best == (choice)NOT_FINITE) {
+            token = -2;
+        } else if (rows.target[h] < 0) {
+            const bool greedy = s.temperature < 1e-5f;
+            if (!greedy || changes.n > 0) {
                 choice mine = 0;
                 for (int i = (int)threadIdx.x; i < l.n; i += tr::SAMPLE_THREADS) {
                     const choice c = tr::candidate(changes, a.has_token, logits[i], i);
                     l.key[i] = c;
                     mine = c > mine ? c : mine;
                 }
-                const choice best = tr::block_best(mine, keys_scratch);
-                token = !best                   ? -2
-                        : s.temperature < 1e-5f ? tr::choice_id(best)
-                                                : draw(l, best, s, rows.position[row]);
+                best = tr::block_best(mine, keys_scratch);
             }
+            token = !best    ? -2
+                    : greedy ? tr::choice_id(best)
+                             : draw(l, best, s, rows.position[row]);
         }
         if (threadIdx.x == 0) a.token_out[h] = token;
         __syncthreads();
@@ -180,7 +211,8 @@ size_t tr_cuda_sample_workspace(int n_rows, int n_vocab)
 {
     if (n_rows <= 0 || n_vocab <= 0) return 0;
     return (size_t)(n_rows < ROWS_AT_A_TIME ? n_rows : ROWS_AT_A_TIME) * (size_t)n_vocab * 2 *
-           sizeof(choice);
+               sizeof(choice) +
+           (size_t)n_rows * PARTS * sizeof(choice);
 }
 
 cudaError_t tr_cuda_last_tokens(const tr_rows *rows, const tr_slots *slots,
@@ -194,12 +226,20 @@ cudaError_t tr_cuda_last_tokens(const tr_rows *rows, const tr_slots *slots,
 
 cudaError_t tr_cuda_sample(const struct tr_sample_args *a, cudaStream_t stream)
 {
-    const size_t each = (size_t)a->n_vocab * 2 * sizeof(choice), slices = a->workspace_bytes / each;
+    const size_t each = (size_t)a->n_vocab * 2 * sizeof(choice),
+                 parts = a->n_rows > 0 ? (size_t)a->n_rows * PARTS * sizeof(choice) : 0;
     if (a->n_rows <= 0) return cudaSuccess;
-    if (!a->workspace || slices < 1) return cudaErrorInvalidValue;
-    const size_t grid = (size_t)a->n_rows < slices ? (size_t)a->n_rows : slices;
-    sample<<<tr::at_most(grid, 1024), tr::SAMPLE_THREADS, 0, stream>>>(*a, *a->rows);
-    const cudaError_t e = cudaGetLastError();
+    if (!a->workspace || a->workspace_bytes < parts + each || a->n_rows > 65535)
+        return cudaErrorInvalidValue;
+    const size_t slices = (a->workspace_bytes - parts) / each,
+                 grid = (size_t)a->n_rows < slices ? (size_t)a->n_rows : slices;
+    choice *part = (choice *)((char *)a->workspace + a->workspace_bytes / 8 * 8 - parts);
+    best_of_parts<<<dim3(PARTS, (unsigned)a->n_rows), PART_THREADS, 0, stream>>>(*a, *a->rows,
+                                                                                 part);
+    cudaError_t e = cudaGetLastError();
+    if (e != cudaSuccess) return e;
+    sample<<<tr::at_most(grid, 1024), tr::SAMPLE_THREADS, 0, stream>>>(*a, *a->rows, part);
+    e = cudaGetLastError();
     return e == cudaSuccess
                ? tr_cuda_last_tokens(a->rows, &a->slots, a->token_out, a->i_head, a->n_rows, stream)
                : e;

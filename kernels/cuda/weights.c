@@ -71,6 +71,20 @@ static tr_weight_note *note_take(tr_device *d, const tr_linear *w)
     return &d->note[i];
 }
 
+tr_fp8_weight tr_cuda_fp8_weight(const tr_linear *w)
+{
+    tr_weight_layout l;
+    tr_weight_layout_of(&l, w->format, w->n_mats, w->n_out, w->n_in);
+    const char *data = w->data;
+    return (tr_fp8_weight){.q_d = (const uint8_t *)data + l.numbers,
+                           .scale_d = (const float *)(const void *)(data + l.scales),
+                           .n_mats = w->n_mats,
+                           .n_out = w->n_out,
+                           .n_in = w->n_in,
+                           .scale_rows = l.scale_rows,
+                           .scale_pitch = l.scale_pitch};
+}
+
 /* ---- numbers ------------------------------------------------------------------------------------------------------- */
 
 static void copy_element(char *to, const char *from, size_t bytes)
@@ -102,13 +116,27 @@ static void gather_rows(char *to, size_t ld, const tr_linear_src *s, size_t byte
     }
 }
 
+/* Rows [o, o + n) of [gate; up], 8 at a time, between rows of the other half (tr_fp8_gate_up_row). */
+static tr_status send_interleaved(tr_device *d, const tr_linear *w, tr_stage *stage, char *matrix,
+                                  size_t ld, int o, int n)
+{
+    const int inner = w->n_out / 2, up = o >= inner;
+    const size_t eight = 8 * ld;
+    char *to = matrix + ((size_t)((up ? o - inner : o) / 8 * 2 + up)) * eight;
+    cudaError_t e = cudaMemcpy2DAsync(to, 2 * eight, stage->memory, eight, eight, (size_t)(n / 8),
+                                      cudaMemcpyHostToDevice, d->stream[TR_LANE_COPY]);
+    if (e == cudaSuccess) e = cudaEventRecord(stage->sent, d->stream[TR_LANE_COPY]);
+    stage->busy = e == cudaSuccess;
+    return tr_cuda_status(d, "linear_pack", e);
+}
+
 static tr_status send_numbers(tr_device *d, const tr_linear *w, const tr_weight_layout *l,
-                              const tr_linear_src *s)
+                              const tr_linear_src *s, int interleaved)
 {
     const size_t ld = (size_t)l->ld;
-    const int step = (int)(TR_STAGE_BYTES / ld);
-    char *to =
-        (char *)w->data + l->numbers + (size_t)s->i_mat * l->matrix + (size_t)s->o_begin * ld;
+    const int most = (int)(TR_STAGE_BYTES / ld), step = interleaved ? most / 8 * 8 : most;
+    char *matrix = (char *)w->data + l->numbers + (size_t)s->i_mat * l->matrix,
+         *to = matrix + (size_t)s->o_begin * ld;
     tr_status st = TR_OK;
 
     if (step < 1)
@@ -122,7 +150,10 @@ static tr_status send_numbers(tr_device *d, const tr_linear *w, const tr_weight_
         st = tr_cuda_stage(d, &stage);
         if (st != TR_OK) break;
         gather_rows(stage->memory, ld, s, element_bytes(w->format), w->n_in, o, n);
-        st = tr_cuda_send(d, TR_LANE_COPY, stage, to + (size_t)o * ld, (size_t)n * ld);
+        if (interleaved)
+            st = send_interleaved(d, w, stage, matrix, ld, s->o_begin + o, n);
+        else
+            st = tr_cuda_send(d, TR_LANE_COPY, stage, to + (size_t)o * ld, (size_t)n * ld);
     }
     return st;
 }
@@ -183,6 +214,26 @@ static tr_status send_table(tr_device *d, const tr_linear_src *s, float *to, int
     return st;
 }
 
+/* Whether the FP8 products can have this weight, and how its rows lie: the first piece decides. */
+static tr_status note_grid(tr_device *d, const tr_linear *w, const tr_linear_src *s,
+                           tr_weight_note *note, int on_grid)
+{
+    const int inner = w->n_out / 2;
+    if (!note->packed) {
+        note->on_grid = on_grid && w->n_in % BLOCK == 0;
+        note->interleaved = note->on_grid && w->gate_up && w->n_out % (2 * BLOCK) == 0;
+    }
+    if (note->interleaved && (!on_grid || s->o_begin % BLOCK || s->n_out % BLOCK ||
+                              (s->o_begin < inner && s->o_begin + s->n_out > inner)))
+        return tr_device_fail(
+            d, TR_E_USAGE,
+            "linear_pack: rows %d+%d of gate and up: pieces of one half, in whole "
+            "scale blocks, are what this backend can do",
+            s->o_begin, s->n_out);
+    if (!on_grid) note->on_grid = 0;
+    return TR_OK;
+}
+
 static tr_status send_scales(tr_device *d, const tr_linear *w, const tr_weight_layout *l,
                              const tr_linear_src *s, tr_weight_note *note)
 {
@@ -198,10 +249,11 @@ static tr_status send_scales(tr_device *d, const tr_linear *w, const tr_weight_l
             d, TR_E_USAGE,
             "linear_pack: pieces of one weight begin at columns %d and %d of a scale block",
             note->k_shift, k_shift);
+    tr_status st = find_piece(d, s, h, shift, &i);
+    if (st == TR_OK) st = note_grid(d, w, s, note, shift == 0 && k_shift == 0 && h->n == 1);
+    if (st != TR_OK) return st;
     note->packed = 1;
     note->k_shift = h->k_shift = k_shift;
-    tr_status st = find_piece(d, s, h, shift, &i);
-    if (st != TR_OK) return st;
     if (s->o_begin + s->n_out > h->end) h->end = s->o_begin + s->n_out;
 
     char *data = w->data;
@@ -244,7 +296,7 @@ tr_status tr_cuda_linear_pack(tr_device *d, tr_linear *dst, const tr_linear_src 
     tr_weight_note *note = note_take(d, dst);
     if (!note) return tr_device_fail(d, TR_E_MEMORY, "out of memory");
     if (dst->format == TR_W_E4M3_B128) st = send_scales(d, dst, &l, src, note);
-    if (st == TR_OK) st = send_numbers(d, dst, &l, src);
+    if (st == TR_OK) st = send_numbers(d, dst, &l, src, note->interleaved);
     if (st == TR_OK) st = tr_cuda_order(d, TR_LANE_COPY, TR_LANE_MAIN);
     return st == TR_OK ? tr_cuda_order(d, TR_LANE_COPY, TR_LANE_SIDE) : st;
 }

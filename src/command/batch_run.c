@@ -466,6 +466,7 @@ tr_status tr_run_model(tr_run *run, tr_err *err)
         .n_pages = n_pages,
         .cp_mode = run->opened.ranks.cp_mode,
         .no_overlap = run->o->no_overlap,
+        .sync_check = run->o->sync_check,
     };
     st = tr_open_model(&run->opened, &options, has_token, err);
     free(has_token);

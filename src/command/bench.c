@@ -29,15 +29,19 @@ static const char help_text[] =
     "      --context N[,N...]    tokens before the decoded ones (default 1000)\n"
     "      --sequences N[,N...]  sequences of a decode step (default 1,16)\n"
     "      --prefill N[,N...]    prompt lengths (default 512); 0: none\n"
+    "      --prefill-at N[,N...] tokens before the prompt's (default 0)\n"
     "      --chunk N             rows of a prefill step (default 512)\n"
     "      --steps N             timed steps of each line (default 64)\n"
     "      --threads N           threads (default: as many as cores are given)\n"
     "      --isa NAME            plain, avx2 or avx512 (default: the best here)\n"
+    "      --device NAME         auto, cpu or cuda (default auto)\n"
     "      --kv-dtype NAME       fp8, bf16 or f32 cache (default fp8)\n"
     "      --load-format NAME    safetensors or dummy (default safetensors)\n"
     "      --override KEY=VALUE  a config.json number; may be repeated\n"
     "      --seed N              of dummy weights and of the token ids (default 0)\n"
     "      --regions             where the time went, after each line\n"
+    "      --sync-check          wait for every operation: --regions then tells its time on a\n"
+    "                            GPU, and a failure names it\n"
     "  -h, --help                this text\n";
 
 /* ---- options --------------------------------------------------------------------------------------------------------- */
@@ -84,7 +88,10 @@ enum {
     O_SEED,
     O_REGIONS,
     O_ONLY,
-    O_CHUNK
+    O_CHUNK,
+    O_DEVICE,
+    O_PREFILL_AT,
+    O_SYNC_CHECK
 };
 
 static tr_status one_option(int c, const char *arg, tr_bench_options *o, const char **overrides,
@@ -102,6 +109,8 @@ static tr_status one_option(int c, const char *arg, tr_bench_options *o, const c
         return int_list("sequences", arg, 1, o->sequences, &o->n_sequences, err);
     case O_PREFILL:
         return int_list("prefill", arg, 0, o->prefill, &o->n_prefill, err);
+    case O_PREFILL_AT:
+        return int_list("prefill-at", arg, 0, o->before, &o->n_before, err);
     case O_STEPS:
         return one_int("steps", arg, 1, 100000, &o->steps, err);
     case O_THREADS:
@@ -129,6 +138,14 @@ static tr_status one_option(int c, const char *arg, tr_bench_options *o, const c
         return TR_OK;
     case O_CHUNK:
         return one_int("chunk", arg, 1, 1 << 16, &o->chunk, err);
+    case O_DEVICE:
+        if (strcmp(arg, "auto") != 0 && strcmp(arg, "cpu") != 0 && strcmp(arg, "cuda") != 0)
+            return tr_fail(err, TR_E_USAGE, "--device %s: auto, cpu or cuda is wanted", arg);
+        o->open.device = arg;
+        return TR_OK;
+    case O_SYNC_CHECK:
+        o->sync_check = true;
+        return TR_OK;
     case O_REGIONS:
         o->regions = true;
         return TR_OK;
@@ -146,6 +163,7 @@ static tr_status parse(int argc, char **argv, tr_bench_options *o, const char **
         {"context", required_argument, NULL, O_CONTEXT},
         {"sequences", required_argument, NULL, O_SEQUENCES},
         {"prefill", required_argument, NULL, O_PREFILL},
+        {"prefill-at", required_argument, NULL, O_PREFILL_AT},
         {"steps", required_argument, NULL, O_STEPS},
         {"threads", required_argument, NULL, O_THREADS},
         {"isa", required_argument, NULL, O_ISA},
@@ -156,6 +174,8 @@ static tr_status parse(int argc, char **argv, tr_bench_options *o, const char **
         {"only", required_argument, NULL, O_ONLY},
         {"chunk", required_argument, NULL, O_CHUNK},
         {"regions", no_argument, NULL, O_REGIONS},
+        {"device", required_argument, NULL, O_DEVICE},
+        {"sync-check", no_argument, NULL, O_SYNC_CHECK},
         {"help", no_argument, NULL, 'h'},
         {NULL, 0, NULL, 0},
     };
@@ -166,6 +186,7 @@ static tr_status parse(int argc, char **argv, tr_bench_options *o, const char **
                             .n_sequences = 2,
                             .prefill = {512},
                             .n_prefill = 1,
+                            .n_before = 1,
                             .steps = 64,
                             .chunk = 512,
                             .kv_dtype = TR_E4M3,

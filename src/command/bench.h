@@ -11,10 +11,11 @@ typedef struct tr_bench_options {
     int context[TR_BENCH_LIST], n_contexts;
     int sequences[TR_BENCH_LIST], n_sequences;
     int prefill[TR_BENCH_LIST], n_prefill;
+    int before[TR_BENCH_LIST], n_before; /* tokens before a prefill's */
     int steps, chunk;
     const char *only; /* bench kernels: operations, with commas; NULL: all */
     tr_dtype kv_dtype;
-    bool regions;
+    bool regions, sync_check;
     enum { TR_BENCH_STEP, TR_BENCH_LOAD, TR_BENCH_KERNELS } what;
 } tr_bench_options;
 

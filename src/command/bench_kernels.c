@@ -27,12 +27,16 @@ void tr_bench_print_ceilings(const tr_ceilings *c, double sgemm_flops_per_s, con
 {
     printf("# ceilings: reading %.1f GB/s, fp32 multiply-adds %.1f Gflop/s\n",
            c->read_bytes_per_s * 1e-9, c->fma_flops_per_s * 1e-9);
+    if (c->fp8_flops_per_s > 0)
+        printf("# ceilings: fp8 products %.1f Tflop/s, bf16 taken as half of that\n",
+               c->fp8_flops_per_s * 1e-12);
     if (sgemm_flops_per_s > 0)
         printf("# library sgemm: %.1f Gflop/s (%s)\n", sgemm_flops_per_s * 1e-9, library);
     else
         printf("# library sgemm: absent (%s)\n", library);
     printf("{\"bench\": \"ceilings\", \"read_bytes_per_s\": %.0f, \"fma_flops_per_s\": %.0f",
            c->read_bytes_per_s, c->fma_flops_per_s);
+    if (c->fp8_flops_per_s > 0) printf(", \"fp8_flops_per_s\": %.0f", c->fp8_flops_per_s);
     if (sgemm_flops_per_s > 0) printf(", \"sgemm_flops_per_s\": %.0f", sgemm_flops_per_s);
     printf("}\n");
 }

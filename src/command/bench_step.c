@@ -28,6 +28,7 @@ typedef struct bench {
     double *seconds; /* [options->steps] */
     int32_t *tokens; /* [longest prompt + slots * SLOT_SHIFT]: slot s begins at s * SLOT_SHIFT */
     int *load;       /* [layers, experts] rows sent to each expert in the steps of one line */
+    int32_t *routes; /* [rows of a step, experts of a row] what a probe looks at, on the host */
     tr_probe probe;  /* the model keeps its address */
     tr_ceilings ceilings;
     double sgemm_flops_per_s; /* 0: no library */
@@ -40,11 +41,20 @@ static void see_routes(void *ctx, const char *name, int layer, int i_row, int n_
 {
     bench *b = ctx;
     const int experts = b->opened.config.n_routed_experts;
+    const tr_ops *ops = b->opened.ops;
+    const size_t bytes = (size_t)n_rows * ld * sizeof *b->routes;
     (void)i_row;
     if (strcmp(name, "router_experts") != 0) return;
-    for (int i = 0; i < n_rows; i++)
-        for (int j = 0; j < n_cols; j++)
-            b->load[layer * experts + ((const int32_t *)data)[(size_t)i * ld + (size_t)j]]++;
+    if (ops->download(b->opened.device, TR_LANE_MAIN, b->routes, data, bytes) != TR_OK) return;
+    const uint64_t ticket = ops->ticket(b->opened.device, TR_LANE_MAIN);
+    int done;
+    while ((done = ops->done(b->opened.device, TR_LANE_MAIN, ticket)) == 0)
+        continue;
+    for (int i = 0; i < n_rows && done > 0; i++)
+        for (int j = 0; j < n_cols; j++) {
+            const int32_t e = b->routes[(size_t)i * ld + (size_t)j];
+            if (e >= 0 && e < experts) b->load[layer * experts + e]++;
+        }
 }
 
 /* Experts that got a row, of all of all layers, and the largest load of a layer over its mean; the mean of the layers. */
@@ -133,17 +143,17 @@ static tr_status open_slots(bench *b, int n, int tokens, tr_err *err)
 }
 
 /* A prompt of n tokens into a slot, in chunks that fit a step; the time of all chunks. The last row is sampled. */
-static tr_status prefill(bench *b, int slot, int n, double *seconds, tr_err *err)
+static tr_status prefill(bench *b, int slot, int from, int n, double *seconds, tr_err *err)
 {
     const int32_t *tokens = b->tokens + (size_t)slot * SLOT_SHIFT;
     const int k = b->opened.config.index_topk, chunk = b->options->chunk;
     tr_status st = TR_OK;
     *seconds = 0;
-    for (int at = 0; at < n && st == TR_OK;) {
-        int rows = n - at < chunk ? n - at : chunk;
+    for (int at = from; at < from + n && st == TR_OK;) {
+        int rows = from + n - at < chunk ? from + n - at : chunk;
         if (at < k && at + rows > k) rows = k - at; /* one form of attention in a span */
         const int32_t sample = -1;
-        const int last = at + rows == n;
+        const int last = at + rows == from + n;
         double one = 0;
         tr_plan_begin(b->builder, b->n_steps++, 0);
         const tr_span span = {.slot = slot,
@@ -232,6 +242,28 @@ static double useful_flops(const bench *b, const tr_row_sums *s)
     return flops;
 }
 
+/* The least time for what the regions counted: of every operation the larger of its bytes and its flops over the ceilings. */
+static double roofline(const bench *b)
+{
+    static const struct {
+        const char *op;
+        double of_fp8; /* rate of its products, of the e4m3 ones; on a CPU they are fp32 */
+    } ops[] = {{"linear", 1},      {"moe", 1},         {"index_logits", 1}, {"sparse_mla", 0.5},
+               {"dense_mha", 0.5}, {"mla_query", 0.5}, {"mla_value", 0.5}};
+    const tr_regions *r = &b->opened.regions;
+    double seconds = 0;
+    for (int i = 0; i < r->n; i++) {
+        double rate = b->ceilings.fma_flops_per_s;
+        for (size_t j = 0; j < sizeof ops / sizeof *ops && b->ceilings.fp8_flops_per_s > 0; j++)
+            if (strcmp(r->total[i].name, ops[j].op) == 0)
+                rate = b->ceilings.fp8_flops_per_s * ops[j].of_fp8;
+        const double move = r->total[i].bytes / b->ceilings.read_bytes_per_s,
+                     compute = r->total[i].flops / rate;
+        seconds += move > compute ? move : compute;
+    }
+    return seconds / b->options->steps;
+}
+
 static void report(bench *b, const char *what, int sequences, int context, double tokens,
                    const tr_row_sums *sums)
 {
@@ -245,19 +277,21 @@ static void report(bench *b, const char *what, int sequences, int context, doubl
     const double compute =
         b->sgemm_flops_per_s > 0 ? b->sgemm_flops_per_s : b->ceilings.fma_flops_per_s;
     balance(b, &hit, &uneven);
-    printf("  %-8s %9d %9d %12.3f %12.3f %12.3f %12.1f %7.0f%% %8.2f %8.2f %5.1f%% %9.2f %5.1f%%\n",
+    const double roof = roofline(b);
+    printf("  %-8s %9d %9d %12.3f %12.3f %12.3f %12.1f %7.0f%% %8.2f %8.2f %5.1f%% %9.2f %5.1f%% "
+           "%9.3f %6.2f\n",
            what, sequences, context, median * 1e3, low * 1e3, high * 1e3, tokens / median,
            100 * hit, uneven, bytes / median * 1e-9,
            100 * bytes / median / b->ceilings.read_bytes_per_s, flops / median * 1e-9,
-           100 * flops / median / compute);
+           100 * flops / median / compute, roof * 1e3, median / roof);
     printf("{\"bench\": \"step\", \"kind\": \"%s\", \"sequences\": %d, \"context\": %d, \"steps\": "
            "%d, "
            "\"median_s\": %.9f, \"min_s\": %.9f, \"max_s\": %.9f, \"tokens_per_s\": %.3f, "
            "\"experts_hit\": %.4f, \"max_over_mean_load\": %.3f, \"bytes\": %.0f, \"flops\": %.0f, "
-           "\"read_fraction\": %.4f, \"fma_fraction\": %.4f",
+           "\"read_fraction\": %.4f, \"fma_fraction\": %.4f, \"roofline_s\": %.9f",
            what, sequences, context, o->steps, median, low, high, tokens / median, hit, uneven,
            bytes, flops, bytes / median / b->ceilings.read_bytes_per_s,
-           flops / median / b->ceilings.fma_flops_per_s);
+           flops / median / b->ceilings.fma_flops_per_s, roof);
     if (b->sgemm_flops_per_s > 0)
         printf(", \"sgemm_fraction\": %.4f", flops / median / b->sgemm_flops_per_s);
     printf("}\n");
@@ -299,7 +333,7 @@ static tr_status fill(bench *b, int sequences, int context, tr_err *err)
     const int n = context < FILL_ROWS ? context : FILL_ROWS;
     double unused;
     tr_status st = open_slots(b, sequences, tokens, err);
-    if (st == TR_OK) st = prefill(b, 0, n, &unused, err);
+    if (st == TR_OK) st = prefill(b, 0, 0, n, &unused, err);
     if (st == TR_OK)
         st = copy_pages(b, sequences, (int)tr_ceil_div((size_t)tokens, TR_PAGE_TOKENS), n, context,
                         err);
@@ -341,22 +375,28 @@ static tr_status bench_decode(bench *b, int sequences, int context, tr_err *err)
     return st;
 }
 
-static tr_status bench_prefill(bench *b, int n, tr_err *err)
+/* n rows behind `before` tokens, which are made as a decoded context is. */
+static tr_status bench_prefill(bench *b, int n, int before, tr_err *err)
 {
-    tr_status st = TR_OK;
+    const int computed = before < FILL_ROWS ? before : FILL_ROWS, k = b->opened.config.index_topk;
+    tr_status st = open_slots(b, 1, before + n, err);
     tr_row_sums sums = {0};
     double unused;
+    if (st == TR_OK) st = prefill(b, 0, 0, computed, &unused, err);
+    if (st == TR_OK)
+        st = copy_pages(b, 1, (int)tr_ceil_div((size_t)(before + n), TR_PAGE_TOKENS), computed,
+                        before, err);
     for (int i = -1; i < b->options->steps && st == TR_OK; i++) {
-        st = open_slots(b, 1, n, err);
         watch(b, i < 0);
         if (i == 0) tr_regions_reset(&b->opened.regions);
-        if (st == TR_OK) st = prefill(b, 0, n, i < 0 ? &unused : &b->seconds[i], err);
+        st = prefill(b, 0, before, n, i < 0 ? &unused : &b->seconds[i], err);
     }
-    for (int i = 0, k = b->opened.config.index_topk; i < b->options->steps; i++) {
-        tr_row_sums_add(&sums, 0, n < k ? n : k, 1, k);
-        if (n > k) tr_row_sums_add(&sums, k, n - k, 0, k);
+    const int dense = before >= k ? 0 : n < k - before ? n : k - before;
+    for (int i = 0; i < b->options->steps; i++) {
+        if (dense > 0) tr_row_sums_add(&sums, before, dense, 1, k);
+        if (n > dense) tr_row_sums_add(&sums, before + dense, n - dense, 0, k);
     }
-    if (st == TR_OK) report(b, "prefill", 1, n, n, &sums);
+    if (st == TR_OK) report(b, "prefill", 1, before + n, n, &sums);
     return st;
 }
 
@@ -372,7 +412,7 @@ static tr_status prepare(bench *b, tr_err *err)
 {
     const tr_bench_options *o = b->options;
     const int sequences = largest(o->sequences, o->n_sequences),
-              prompt = largest(o->prefill, o->n_prefill);
+              prompt = largest(o->prefill, o->n_prefill) + largest(o->before, o->n_before);
     int length = largest(o->context, o->n_contexts) + o->steps + 4;
     if (length < prompt) length = prompt;
 
@@ -389,6 +429,7 @@ static tr_status prepare(bench *b, tr_err *err)
                                     .max_rows = rows,
                                     .n_slots = sequences,
                                     .max_model_len = length,
+                                    .sync_check = o->sync_check,
                                     .n_pages = sequences *
                                                (int)tr_ceil_div((size_t)length, TR_PAGE_TOKENS)};
     st = tr_open_model(&b->opened, &model, NULL, err);
@@ -402,7 +443,9 @@ static tr_status prepare(bench *b, tr_err *err)
     b->load = tr_calloc((size_t)b->opened.config.num_hidden_layers *
                             (size_t)b->opened.config.n_routed_experts,
                         sizeof *b->load);
-    if (!b->builder || !b->seconds || !b->tokens || !b->load)
+    b->routes =
+        tr_calloc((size_t)rows * (size_t)b->opened.config.num_experts_per_tok, sizeof *b->routes);
+    if (!b->builder || !b->seconds || !b->tokens || !b->load || !b->routes)
         return tr_fail(err, TR_E_MEMORY, "out of memory");
     make_tokens(b->tokens, n_tokens, b->opened.config.vocab_size, o->open.seed);
     return TR_OK;
@@ -434,15 +477,17 @@ tr_status tr_bench_step(const tr_bench_options *o, tr_err *err)
                o->open.model_dir, tr_device_describe(b.opened.device),
                (double)b.opened.weights->bytes * 1e-6,
                (double)tr_model_cache_bytes(b.opened.model) * 1e-6);
-        printf("# %-8s %9s %9s %12s %12s %12s %12s %8s %8s %8s %6s %9s %6s\n", "step", "sequences",
-               "context", "median ms", "min ms", "max ms", "tokens/s", "experts", "max/mean",
-               "GB/s", "read", "Gflop/s", b.sgemm_flops_per_s > 0 ? "sgemm" : "FMA");
+        printf("# %-8s %9s %9s %12s %12s %12s %12s %8s %8s %8s %6s %9s %6s %9s %6s\n", "step",
+               "sequences", "context", "median ms", "min ms", "max ms", "tokens/s", "experts",
+               "max/mean", "GB/s", "read", "Gflop/s", b.sgemm_flops_per_s > 0 ? "sgemm" : "FMA",
+               "roof, ms", "x roof");
     }
     for (int i = 0; i < o->n_contexts && st == TR_OK; i++)
         for (int j = 0; j < o->n_sequences && st == TR_OK; j++)
             st = bench_decode(&b, o->sequences[j], o->context[i], err);
     for (int i = 0; i < o->n_prefill && st == TR_OK; i++)
-        if (o->prefill[i] > 0) st = bench_prefill(&b, o->prefill[i], err);
+        for (int j = 0; j < o->n_before && o->prefill[i] > 0 && st == TR_OK; j++)
+            st = bench_prefill(&b, o->prefill[i], o->before[j], err);
 
     tr_plan_builder_free(b.builder);
     if (b.opened.model) tr_step_free(&b.step, b.opened.model);
@@ -450,5 +495,6 @@ tr_status tr_bench_step(const tr_bench_options *o, tr_err *err)
     free(b.seconds);
     free(b.tokens);
     free(b.load);
+    free(b.routes);
     return st;
 }

@@ -71,7 +71,7 @@ typedef struct tr_batch_options {
     const char *profile, *papi; /* NULL: none */
     bool profile_trace;
     int64_t profile_flush; /* seconds */
-    bool resume, verbose, no_bind, no_overlap, no_prefix_cache;
+    bool resume, verbose, no_bind, no_overlap, sync_check, no_prefix_cache;
     char *const *part; /* --merge: the arguments behind the options */
     int n_parts;
 } tr_batch_options;

@@ -28,53 +28,59 @@ static tr_status await_rows(tr_model *m, tr_share *share, tr_await *await, tr_er
     return st;
 }
 
-/* Latent and index key of every row into the cache; peers of a context-parallel group get them too. */
-static tr_status write_keys(tr_model *m, const tr_pass *p, const tr_attention_weights *w,
-                            tr_kv_layer kv, tr_err *err)
+/* The index key of every row into the cache; peers of a context-parallel group get it too. */
+static tr_status write_index_keys(tr_model *m, const tr_pass *p, const tr_attention_weights *w,
+                                  tr_kv_layer kv, tr_err *err)
 {
     const tr_config *c = m->config;
-    const int d_kv = c->kv_lora_rank + c->qk_rope_head_dim;
-    tr_push push_key = {0}, push_latent = {0};
-    tr_status st;
+    tr_push push = {0};
+    tr_status st =
+        tr_model_linear(m, p, &w->index_k, m->ws.normed, m->ws.index_k, err); /* [n, index_dim] */
 
-    st = tr_model_linear(m, p, &w->index_k, m->ws.normed, m->ws.index_k, err); /* [n, index_dim] */
-    if (st == TR_OK)
-        st = tr_model_linear(m, p, &w->kv_a, m->ws.normed, m->ws.kv_a,
-                             err); /* [n, kv_lora + rope] */
-    if (st == TR_OK) st = tr_share_begin(m->share_key, &p->rows, kv.index, &push_key, err);
+    if (st == TR_OK) st = tr_share_begin(m->share_key, &p->rows, kv.index, &push, err);
     if (st != TR_OK) return st;
-
     tr_note(m, tr_work_kv_write(p->n, &kv, 0, 1));
     st = TR_RUN(m, kv_write, err, .rows = &p->rows, .index_k = m->ws.index_k,
                 .ld_index_k = (size_t)c->index_head_dim, .k_norm = w->index_k_norm,
                 .k_bias = w->index_k_bias, .rope = m->rope, .eps = (float)c->rms_norm_eps, .kv = kv,
-                .push = push_key);
-    if (st == TR_OK) st = tr_share_sent(m->share_key, TR_LANE_MAIN, err);
-    if (st == TR_OK) st = tr_share_begin(m->share_latent, &p->rows, kv.latent, &push_latent, err);
-    if (st != TR_OK) return st;
+                .push = push);
+    return st == TR_OK ? tr_share_sent(m->share_key, TR_LANE_MAIN, err) : st;
+}
 
+/* Its latent, likewise. */
+static tr_status write_latents(tr_model *m, const tr_pass *p, const tr_attention_weights *w,
+                               tr_kv_layer kv, tr_err *err)
+{
+    const tr_config *c = m->config;
+    const int d_kv = c->kv_lora_rank + c->qk_rope_head_dim;
+    tr_push push = {0};
+    tr_status st =
+        tr_model_linear(m, p, &w->kv_a, m->ws.normed, m->ws.kv_a, err); /* [n, kv_lora + rope] */
+
+    if (st == TR_OK) st = tr_share_begin(m->share_latent, &p->rows, kv.latent, &push, err);
+    if (st != TR_OK) return st;
     tr_note(m, tr_work_kv_write(p->n, &kv, 1, 0));
     st = TR_RUN(m, kv_write, err, .rows = &p->rows, .kv_a = m->ws.kv_a, .ld_kv_a = (size_t)d_kv,
                 .norm = w->kv_a_norm, .rope = m->rope, .eps = (float)c->rms_norm_eps, .kv = kv,
-                .push = push_latent);
+                .push = push);
     return st == TR_OK ? tr_share_sent(m->share_latent, TR_LANE_MAIN, err) : st;
 }
 
-/* q [n, heads, nope + rope] with rope; q_absorbed [n, heads, kv_lora + rope] of absorbed rows; leaves the normed q latent. */
+/* q [n, heads, nope + rope] with rope; q_absorbed [n, heads, kv_lora + rope] of absorbed rows; leaves q_normed. */
 static tr_status make_queries(tr_model *m, const tr_pass *p, const tr_attention_weights *w,
                               tr_err *err)
 {
     const tr_config *c = m->config;
-    const int heads = m->heads, d_q = c->q_lora_rank;
+    const int heads = m->heads;
     tr_status st;
 
-    st = tr_model_linear(m, p, &w->q_a, m->ws.normed, m->ws.q_latent, err); /* [n, q_lora] */
-    if (st != TR_OK) return st;
-    tr_note(m, tr_work_norm(p->n, d_q, 0));
-    st = TR_RUN(m, norm, err, .n = p->rows.n, .n_max = m->max_rows, .d = d_q,
-                .residual = m->ws.q_latent, .ld_residual = (size_t)d_q, .weight = w->q_a_norm,
-                .eps = (float)c->rms_norm_eps, .out = m->ws.q_latent, .ld_out = (size_t)d_q);
-    if (st == TR_OK) st = tr_model_linear(m, p, &w->q_b, m->ws.q_latent, m->ws.q, err);
+    st = tr_model_scores(m, p, &w->q_a, m->ws.normed, m->ws.q_latent, err); /* [n, q_lora] */
+    if (st == TR_OK)
+        st = tr_model_norm(m, p, c->q_lora_rank, TR_QUANT_LATENT, NULL, m->ws.q_latent, w->q_a_norm,
+                           m->ws.q_normed, err);
+    if (st == TR_OK) st = tr_model_fork(m, p, err); /* the side lane goes on from here */
+    tr_model_back(m);
+    if (st == TR_OK) st = tr_model_linear(m, p, &w->q_b, m->ws.q_normed, m->ws.q, err);
     if (st != TR_OK) return st;
 
     tr_note(m, tr_work_heads(tr_pass_sums(m, p).n_absorbed, m->ops, &w->w_uk_t,
@@ -162,8 +168,8 @@ static tr_status index_queries(tr_model *m, const tr_pass *p, const tr_attention
                                tr_kv_layer kv, tr_err *err)
 {
     const tr_config *c = m->config;
-    tr_status st = tr_model_linear(m, p, &w->index_q, m->ws.q_latent, m->ws.index_q, err);
-    if (st == TR_OK) st = tr_model_linear(m, p, &w->index_w, m->ws.normed, m->ws.index_w, err);
+    tr_status st = tr_model_linear(m, p, &w->index_q, m->ws.q_normed, m->ws.index_q, err);
+    if (st == TR_OK) st = tr_model_scores(m, p, &w->index_w, m->ws.normed, m->ws.index_w, err);
     if (st != TR_OK) return st;
     tr_note(m, tr_work_index_query(p->n, c->index_n_heads, c->index_head_dim, c->qk_rope_head_dim,
                                    kv.dtype));
@@ -186,14 +192,15 @@ static tr_status select_keys(tr_model *m, const tr_pass *p, const tr_attention_w
     const int32_t *before = p->rows.begin;
     tr_status st = scored ? index_queries(m, p, w, kv, err) : TR_OK;
 
-    const int i_first = me * stripe, n_first = p->n - i_first < stripe ? p->n - i_first : stripe;
+    const int i_first = me * stripe,
+              n_first = p->n_max - i_first < stripe ? p->n_max - i_first : stripe;
     if (st == TR_OK && early && n_first > 0)
         st = score(m, p, kv, i_first, n_first, NULL, before, (tr_await){0}, err);
     if (st == TR_OK && !x->here) st = await_rows(m, m->share_key, &x->keys, err);
     if (!(p->plan->flags & TR_PLAN_HAS_ABSORBED)) return st;
 
-    for (int i = 0; i < p->n && st == TR_OK; i += stripe * members) {
-        const int own = i + me * stripe, n_row = p->n - own < stripe ? p->n - own : stripe;
+    for (int i = 0; i < p->n_max && st == TR_OK; i += stripe * members) {
+        const int own = i + me * stripe, n_row = p->n_max - own < stripe ? p->n_max - own : stripe;
         if (scored && n_row > 0)
             st = score(m, p, kv, own, n_row, early && i == 0 ? before : NULL, NULL, x->keys, err);
         if (st == TR_OK && n_row > 0) st = select_rows(m, p, scored, own, n_row, layer, err);
@@ -239,11 +246,16 @@ tr_status tr_attention_forward(tr_model *m, const tr_pass *p, const tr_attention
                                tr_kv_layer kv, int layer, tr_err *err)
 {
     exchange x = {.here = m->no_overlap};
-    tr_status st = write_keys(m, p, w, kv, err);
+    tr_status st = tr_model_fork(m, p, err);
+    if (st == TR_OK) st = write_index_keys(m, p, w, kv, err);
+    tr_model_back(m);
+    if (st == TR_OK) st = write_latents(m, p, w, kv, err);
     if (st == TR_OK && x.here) st = await_rows(m, m->share_key, &x.keys, err);
     if (st == TR_OK && x.here) st = await_rows(m, m->share_latent, &x.latents, err);
     if (st == TR_OK) st = make_queries(m, p, w, err);
+    if (tr_model_forks(m, p)) m->lane = TR_LANE_SIDE; /* behind the keys, beside q_b */
     if (st == TR_OK) st = select_keys(m, p, w, kv, &x, layer, err);
+    if (st == TR_OK) st = tr_model_join(m, p, err);
     if (st == TR_OK) st = attend(m, p, w, kv, &x, err);
     if (st == TR_OK)
         st = tr_model_linear(m, p, &w->o, m->ws.attended, m->ws.block_out, err); /* [n, hidden] */

@@ -118,7 +118,8 @@ uint64_t tr_estimate_workspace(const tr_config *config, const tr_slice *slice, i
     if (inner < (uint64_t)slice->shared_inner.n) inner = (uint64_t)slice->shared_inner.n;
 
     /* Numbers per row: residual, norm, block; latents; q, absorbed, attended; MLP; experts' results. */
-    uint64_t acts = 3 * hidden + (uint64_t)c->q_lora_rank + d_latent + (uint64_t)c->index_head_dim +
+    uint64_t acts = 3 * hidden + 2 * (uint64_t)c->q_lora_rank + d_latent +
+                    (uint64_t)c->index_head_dim +
                     2 * (uint64_t)(c->index_n_heads * c->index_head_dim) +
                     heads * (uint64_t)(c->qk_nope_head_dim + c->qk_rope_head_dim + c->v_head_dim +
                                        2 * c->kv_lora_rank + c->qk_rope_head_dim) +

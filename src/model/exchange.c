@@ -93,7 +93,7 @@ static tr_status experts(tr_model *m, const tr_moe_weights *w, int n_in, tr_err 
 {
     const tr_config *c = m->config;
     const int d = c->hidden_size, k = c->num_experts_per_tok;
-    const size_t ld = tr_dispatch_bytes(d, k) / sizeof(float);
+    const size_t ld = tr_dispatch_bytes(d, k) / tr_act_bytes(m->ops);
 
     tr_note(m, tr_work_moe_pack(n_in, 2 * k));
     tr_status st =
@@ -165,7 +165,7 @@ static tr_status begin_own(tr_model *m, const tr_pass *p, const tr_moe_weights *
     return st == TR_OK ? sum_own(m, p, out, err) : st;
 }
 
-tr_status tr_moe_exchange(tr_model *m, const tr_pass *p, const tr_moe_weights *w, float *out,
+tr_status tr_moe_exchange(tr_model *m, const tr_pass *p, const tr_moe_weights *w, tr_act *out,
                           tr_status (*shared)(tr_model *, const tr_pass *, const tr_moe_weights *,
                                               tr_err *),
                           tr_err *err)
@@ -173,7 +173,7 @@ tr_status tr_moe_exchange(tr_model *m, const tr_pass *p, const tr_moe_weights *w
     const tr_config *c = m->config;
     const int members = tr_comm_size(m->groups.moe);
     const size_t record = tr_dispatch_bytes(c->hidden_size, c->num_experts_per_tok),
-                 row = (size_t)c->hidden_size * sizeof(float);
+                 row = (size_t)c->hidden_size * tr_act_bytes(m->ops);
     int32_t n_send[TR_MEMBERS_MAX], n_recv[TR_MEMBERS_MAX];
     tr_status st = TR_OK;
     tr_ticket ticket = {0};

@@ -22,11 +22,12 @@ static tr_status gather_rows(tr_model *m, const tr_pass *p, tr_err *err)
                     .i0 = 0, .n_rows = own, .d = d, .in = m->ws.normed, .out = m->ws.head_own,
                     .n_out = m->ws.n_head);
     for (int i = 0; i < members; i++)
-        bytes[i] = (size_t)n[i] * (size_t)d * sizeof(float);
+        bytes[i] = (size_t)n[i] * (size_t)d * tr_act_bytes(m->ops);
     if (st == TR_OK)
         st = tr_comm_all_gather(m->groups.attn_cp, m->ws.head_own, m->ws.head_all, bytes, &ticket,
                                 err);
-    return tr_model_await(m, m->groups.attn_cp, st, ticket, (double)own * d * 4, err);
+    return tr_model_await(m, m->groups.attn_cp, st, ticket,
+                          (double)own * d * (double)tr_act_bytes(m->ops), err);
 }
 
 /* ws.logits [n, this rank's ids] of ws.head_in [n, hidden]. */
@@ -36,12 +37,12 @@ static tr_status logits(tr_model *m, int n, tr_err *err)
     const int d = m->config->hidden_size;
 
     tr_note(m, tr_work_linear(n, m->ops, w));
-    return TR_RUN(m, linear, err, .n = m->ws.n_head, .n_max = m->n_head_chunk, .w = w,
+    return TR_RUN(m, linear, err, .n = m->ws.n_head, .n_max = n, .w = w,
                   .in = {.x = m->ws.head_in,
                          .ld = (size_t)d,
-                         .q = m->ws.q8,
-                         .q_scale = m->ws.q8_scale,
-                         .n_max = m->n_head_chunk,
+                         .q = m->ws.quant[TR_QUANT_MAIN].q,
+                         .q_scale = m->ws.quant[TR_QUANT_MAIN].scale,
+                         .n_max = n,
                          .d = d,
                          .scale_pow2 = m->config->scale_ue8m0},
                   .out = m->ws.logits, .ld_out = (size_t)w->n_out, .out_f32 = 1);
@@ -193,7 +194,7 @@ static tr_status logprob_parts(tr_model *m, const chunk *c, struct tr_step_memor
 tr_status tr_head_forward(tr_model *m, const tr_pass *p, struct tr_step_memory *s, tr_err *err)
 {
     const tr_rows *rows = p->split ? &s->head_rows : &p->rows;
-    const int n_head = p->split ? tr_part_head(m->part)->n_head_rows : p->plan->n_head_rows;
+    const int n_head = p->split ? tr_part_head(m->part)->n_head_rows : p->n_head;
     const int cut = m->weights->slice.head_partial;
     tr_status st = p->split ? gather_rows(m, p, err) : TR_OK;
 

@@ -13,15 +13,11 @@
 #include "model/note.h"
 
 /* hidden += add; normed = RMSNorm(hidden) * weight. All [n, hidden_size]. */
-static tr_status norm(tr_model *m, const tr_pass *p, const float *add, const float *weight,
+static tr_status norm(tr_model *m, const tr_pass *p, const tr_act *add, const float *weight,
                       tr_err *err)
 {
-    const int d = m->config->hidden_size;
-    tr_note(m, tr_work_norm(p->n, d, add != NULL));
-    return TR_RUN(m, norm, err, .n = p->rows.n, .n_max = m->max_rows, .d = d, .add = add,
-                  .ld_add = (size_t)d, .residual = m->ws.hidden, .ld_residual = (size_t)d,
-                  .weight = weight, .eps = (float)m->config->rms_norm_eps, .out = m->ws.normed,
-                  .ld_out = (size_t)d);
+    return tr_model_norm(m, p, m->config->hidden_size, TR_QUANT_HIDDEN, add, m->ws.hidden, weight,
+                         m->ws.normed, err);
 }
 
 static void add_cost(tr_share_cost *to, tr_share_cost c, uint64_t sign)
@@ -40,7 +36,7 @@ static void note_gathers(tr_model *m, int i_layer, int sign)
     add_cost(&m->overlap[i_layer].latent, tr_share_costs(m->share_latent), (uint64_t)sign);
 }
 
-tr_status tr_layer_forward(tr_model *m, const tr_pass *p, int i_layer, int layer, const float *add,
+tr_status tr_layer_forward(tr_model *m, const tr_pass *p, int i_layer, int layer, const tr_act *add,
                            tr_err *err)
 {
     const tr_layer_weights *w = &m->weights->layer[i_layer];

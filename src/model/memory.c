@@ -7,12 +7,12 @@
 #include "base/size.h"
 #include "model/model_priv.h"
 
-enum { STRIPE_BYTES = 64 << 20 }; /* bound of the index-score buffer and of the logits buffer */
+enum { STRIPE_BYTES = 64 << 20 }; /* where the backend does not say */
 
 /* Rows of `row_bytes` that fit a stripe buffer: at least `least`, at most `most`. */
-static int stripe_rows(size_t row_bytes, int least, int most)
+static int stripe_rows(const tr_ops *ops, size_t row_bytes, int least, int most)
 {
-    size_t n = STRIPE_BYTES / row_bytes;
+    size_t n = (ops->stripe_bytes ? ops->stripe_bytes : STRIPE_BYTES) / row_bytes;
     if (n < (size_t)least) n = (size_t)least;
     return n > (size_t)most ? most : (int)n;
 }
@@ -40,15 +40,20 @@ void tr_model_release(tr_model *m)
     m->n_owned = 0;
 }
 
-/* rows x columns elements of four bytes. */
-static tr_status take4(tr_model *m, size_t rows, size_t columns, void *out, tr_err *err)
+/* rows x columns numbers of `size` bytes. */
+static tr_status take(tr_model *m, size_t rows, size_t columns, size_t size, void *out, tr_err *err)
 {
     size_t n, bytes;
-    if (!tr_mul(&n, rows, columns) || !tr_mul(&bytes, n, 4))
+    if (!tr_mul(&n, rows, columns) || !tr_mul(&bytes, n, size))
         return tr_fail(err, TR_E_MEMORY,
                        "a workspace of %zu x %zu numbers does not fit an address space", rows,
                        columns);
     return tr_model_take(m, bytes, out, err);
+}
+
+static tr_status take4(tr_model *m, size_t rows, size_t columns, void *out, tr_err *err)
+{
+    return take(m, rows, columns, 4, out, err);
 }
 
 static int largest(int a, int b)
@@ -90,7 +95,8 @@ static tr_status take_exchanges(tr_model *m, tr_err *err)
     const tr_config *c = m->config;
     const tr_slice *slice = &m->weights->slice;
     tr_workspace *ws = &m->ws;
-    const size_t n = (size_t)m->max_rows, hidden = (size_t)c->hidden_size;
+    const size_t n = (size_t)m->max_rows, hidden = (size_t)c->hidden_size,
+                 act = tr_act_bytes(m->ops);
     const int k = c->num_experts_per_tok, members = tr_comm_size(m->groups.moe),
               n_ep = members / m->groups.n_xt;
     const size_t record = tr_dispatch_bytes(c->hidden_size, k), n_in = (size_t)m->moe_rows,
@@ -102,45 +108,52 @@ static tr_status take_exchanges(tr_model *m, tr_err *err)
     const struct {
         int wanted;
         void *out;
-        size_t rows, columns;
+        size_t rows, columns, size;
     } list[] = {
-        {m->moe_exchange, &ws->moe.out, n_out, record / 4},
-        {m->moe_exchange, &ws->moe.in, n_in, record / 4},
-        {m->moe_exchange, &ws->moe.count, (size_t)members, 1},
-        {m->moe_exchange, &ws->moe.origin, n_out, 1},
-        {m->moe_exchange, &ws->moe.expert, n_in, (size_t)k},
-        {m->moe_exchange, &ws->moe.weight, n_in, (size_t)k},
-        {m->moe_exchange, &ws->moe.n, 1, 1},
-        {m->moe_exchange, &ws->moe.y, n_in, hidden},
-        {m->moe_exchange, &ws->moe.back, n_out, hidden},
-        {!slice->head, &ws->handoff, n, hidden},
-        {tr_comm_size(m->groups.attn_cp) > 1, &ws->head_own, n, hidden},
-        {tr_comm_size(m->groups.attn_cp) > 1, &ws->head_all, n, hidden},
-        {slice->head_partial, &ws->logits_all, (size_t)c->vocab_size, 1},
-        {slice->head_partial, &ws->part_own, chunk, part / 4},
-        {slice->head_partial, &ws->part_all, chunk * tp, part / 4},
-        {slice->head_partial, &ws->better_own, chunk, 1},
-        {slice->head_partial, &ws->better_all, chunk * tp, 1},
+        {m->moe_exchange, &ws->moe.out, n_out, record / 4, 4},
+        {m->moe_exchange, &ws->moe.in, n_in, record / 4, 4},
+        {m->moe_exchange, &ws->moe.count, (size_t)members, 1, 4},
+        {m->moe_exchange, &ws->moe.origin, n_out, 1, 4},
+        {m->moe_exchange, &ws->moe.expert, n_in, (size_t)k, 4},
+        {m->moe_exchange, &ws->moe.weight, n_in, (size_t)k, 4},
+        {m->moe_exchange, &ws->moe.n, 1, 1, 4},
+        {m->moe_exchange, &ws->moe.y, n_in, hidden, act},
+        {m->moe_exchange, &ws->moe.back, n_out, hidden, act},
+        {!slice->head, &ws->handoff, n, hidden, 4},
+        {tr_comm_size(m->groups.attn_cp) > 1, &ws->head_own, n, hidden, act},
+        {tr_comm_size(m->groups.attn_cp) > 1, &ws->head_all, n, hidden, act},
+        {slice->head_partial, &ws->logits_all, (size_t)c->vocab_size, 1, 4},
+        {slice->head_partial, &ws->part_own, chunk, part / 4, 4},
+        {slice->head_partial, &ws->part_all, chunk * tp, part / 4, 4},
+        {slice->head_partial, &ws->better_own, chunk, 1, 4},
+        {slice->head_partial, &ws->better_all, chunk * tp, 1, 4},
     };
     tr_status st = TR_OK;
     for (size_t i = 0; i < sizeof list / sizeof *list && st == TR_OK; i++)
-        if (list[i].wanted) st = take4(m, list[i].rows, list[i].columns, list[i].out, err);
+        if (list[i].wanted)
+            st = take(m, list[i].rows, list[i].columns, list[i].size, list[i].out, err);
     return st;
 }
 
-/* Where the backend quantises what goes into a product: room for the widest (kernels.h, tr_acts). */
+/* Where the backend quantises what goes into a product: room for the widest of each kind (kernels.h, tr_acts). */
 static tr_status take_quantised(tr_model *m, int mlp_inner, tr_err *err)
 {
     const tr_config *c = m->config;
-    const int widths[] = {c->hidden_size, c->q_lora_rank, m->heads * c->v_head_dim, mlp_inner};
-    size_t widest = 0;
+    const int widest = largest(largest(c->hidden_size, c->q_lora_rank),
+                               largest(m->heads * c->v_head_dim, mlp_inner));
+    const int width[TR_N_QUANTS] = {[TR_QUANT_MAIN] = widest,
+                                    [TR_QUANT_SIDE] = widest,
+                                    [TR_QUANT_HIDDEN] = c->hidden_size,
+                                    [TR_QUANT_LATENT] = c->q_lora_rank};
+    const size_t n = tr_ceil_div((size_t)m->max_rows, 4) * 4;
+    tr_status st = TR_OK;
 
-    if (!(m->ops->caps & TR_CAP_W8A8)) return TR_OK;
-    for (size_t i = 0; i < sizeof widths / sizeof *widths; i++)
-        if ((size_t)widths[i] > widest) widest = (size_t)widths[i];
-    const size_t blocks = (widest + 254) / 128, n = tr_ceil_div((size_t)m->max_rows, 4) * 4;
-    tr_status st = take4(m, n, blocks * 128 / 4, &m->ws.q8, err);
-    return st == TR_OK ? take4(m, n, blocks, &m->ws.q8_scale, err) : st;
+    for (int i = 0; i < TR_N_QUANTS && (m->ops->caps & TR_CAP_W8A8) && st == TR_OK; i++) {
+        const size_t blocks = ((size_t)width[i] + 254) / 128;
+        st = take(m, n, blocks * 128, 1, &m->ws.quant[i].q, err);
+        if (st == TR_OK) st = take4(m, n, blocks, &m->ws.quant[i].scale, err);
+    }
+    return st;
 }
 
 static tr_status take_workspace(tr_model *m, tr_err *err)
@@ -148,7 +161,7 @@ static tr_status take_workspace(tr_model *m, tr_err *err)
     const tr_config *c = m->config;
     tr_workspace *ws = &m->ws;
     const size_t n = (size_t)m->max_rows, k = (size_t)c->num_experts_per_tok,
-                 heads = (size_t)m->heads;
+                 heads = (size_t)m->heads, act = tr_act_bytes(m->ops);
     const size_t d_kv = (size_t)(c->kv_lora_rank + c->qk_rope_head_dim),
                  hidden = (size_t)c->hidden_size;
     int mlp_inner, expert_inner;
@@ -158,40 +171,41 @@ static tr_status take_workspace(tr_model *m, tr_err *err)
 
     const struct {
         void *out;
-        size_t rows, columns;
+        size_t rows, columns, size;
     } wanted[] = {
-        {&ws->hidden, n, hidden},
-        {&ws->normed, n, hidden},
-        {&ws->block_out, whole_shares(m, n), hidden},
-        {&ws->q_latent, n, (size_t)c->q_lora_rank},
-        {&ws->q, n, heads * (size_t)(c->qk_nope_head_dim + c->qk_rope_head_dim)},
-        {&ws->kv_a, n, d_kv},
-        {&ws->index_k, n, (size_t)c->index_head_dim},
-        {&ws->index_q, n, (size_t)(c->index_n_heads * c->index_head_dim)},
-        {&ws->index_q8, n, (size_t)(c->index_n_heads * c->index_head_dim)},
-        {&ws->index_w, n, (size_t)c->index_n_heads},
-        {&ws->score, (size_t)m->n_stripe, (size_t)m->max_model_len},
-        {&ws->top_position, n, (size_t)c->index_topk},
-        {&ws->top_row, n, (size_t)c->index_topk},
-        {&ws->n_selected, n, 1},
-        {&ws->q_absorbed, n, heads * d_kv},
-        {&ws->u, n, heads * (size_t)c->kv_lora_rank},
-        {&ws->attended, n, heads * (size_t)c->v_head_dim},
-        {&ws->gate_up, n, 2 * (size_t)mlp_inner},
-        {&ws->inner, n, (size_t)mlp_inner},
-        {&ws->router, n, (size_t)c->n_routed_experts},
-        {&ws->expert, n, k},
-        {&ws->weight, n, k},
-        {&ws->start, (size_t)c->n_routed_experts + 1, 1},
-        {&ws->pair, n_moe, k},
-        {&ws->expert_out, n_moe * k, hidden},
-        {&ws->n_head, 1, 1},
-        {&ws->head_in, (size_t)m->n_head_chunk, hidden},
-        {&ws->logits, (size_t)m->n_head_chunk, (size_t)m->weights->slice.vocab.n},
+        {&ws->hidden, n, hidden, 4},
+        {&ws->normed, n, hidden, act},
+        {&ws->block_out, whole_shares(m, n), hidden, act},
+        {&ws->q_latent, n, (size_t)c->q_lora_rank, 4},
+        {&ws->q_normed, n, (size_t)c->q_lora_rank, act},
+        {&ws->q, n, heads * (size_t)(c->qk_nope_head_dim + c->qk_rope_head_dim), act},
+        {&ws->kv_a, n, d_kv, act},
+        {&ws->index_k, n, (size_t)c->index_head_dim, act},
+        {&ws->index_q, n, (size_t)(c->index_n_heads * c->index_head_dim), act},
+        {&ws->index_q8, n, (size_t)(c->index_n_heads * c->index_head_dim), 4},
+        {&ws->index_w, n, (size_t)c->index_n_heads, 4},
+        {&ws->score, (size_t)m->n_stripe, (size_t)m->max_model_len, 4},
+        {&ws->top_position, n, (size_t)c->index_topk, 4},
+        {&ws->top_row, n, (size_t)c->index_topk, 4},
+        {&ws->n_selected, n, 1, 4},
+        {&ws->q_absorbed, n, heads * d_kv, act},
+        {&ws->u, n, heads * (size_t)c->kv_lora_rank, act},
+        {&ws->attended, n, heads * (size_t)c->v_head_dim, act},
+        {&ws->gate_up, n, 2 * (size_t)mlp_inner, act},
+        {&ws->inner, n, (size_t)mlp_inner, act},
+        {&ws->router, n, (size_t)c->n_routed_experts, 4},
+        {&ws->expert, n, k, 4},
+        {&ws->weight, n, k, 4},
+        {&ws->start, (size_t)c->n_routed_experts + 1, 1, 4},
+        {&ws->pair, n_moe, k, 4},
+        {&ws->expert_out, n_moe * k, hidden, act},
+        {&ws->n_head, 1, 1, 4},
+        {&ws->head_in, (size_t)m->n_head_chunk, hidden, act},
+        {&ws->logits, (size_t)m->n_head_chunk, (size_t)m->weights->slice.vocab.n, 4},
     };
     tr_status st = TR_OK;
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted && st == TR_OK; i++)
-        st = take4(m, wanted[i].rows, wanted[i].columns, wanted[i].out, err);
+        st = take(m, wanted[i].rows, wanted[i].columns, wanted[i].size, wanted[i].out, err);
     if (st != TR_OK) return st;
 
     size_t sizes[] = {
@@ -249,8 +263,8 @@ tr_status tr_model_allocate(tr_model *m, const tr_model_options *options, const 
     if (options->kv_dtype == TR_F32 && !(m->ops->caps & TR_CAP_F32_KV))
         return tr_fail(err, TR_E_USAGE, "--kv-dtype f32: %s has caches of fp8 and bf16 only",
                        tr_device_describe(m->device));
-    m->n_stripe = stripe_rows((size_t)m->max_model_len * 4, 1, m->max_rows);
-    m->n_head_chunk = stripe_rows((size_t)c->vocab_size * 4, 16, m->max_rows);
+    m->n_stripe = stripe_rows(m->ops, (size_t)m->max_model_len * 4, 1, m->max_rows);
+    m->n_head_chunk = stripe_rows(m->ops, (size_t)c->vocab_size * 4, 16, m->max_rows);
 
     tr_status st = take_slots(m, options->n_slots, err);
     if (st == TR_OK) st = take_workspace(m, err);

@@ -12,38 +12,112 @@
 
 /* ---- running operations ------------------------------------------------------------------------------------------- */
 
+/* Until the lane has passed. */
+static tr_status settle(tr_model *m)
+{
+    const uint64_t ticket = m->ops->ticket(m->device, m->lane);
+    int done;
+    while ((done = m->ops->done(m->device, m->lane, ticket)) == 0)
+        tr_comm_progress(m->moving);
+    return done > 0 ? TR_OK : TR_E_DEVICE;
+}
+
 tr_status tr_model_ran(tr_model *m, const char *op, tr_status st, tr_err *err)
 {
+    if (st == TR_OK && m->sync_check) st = settle(m);
     tr_region_end(m->regions, m->note_bytes, m->note_flops);
     m->note_bytes = m->note_flops = 0;
     tr_comm_progress(m->moving);
     return st == TR_OK ? TR_OK : tr_fail(err, st, "%s: %s", op, m->ops->error(m->device));
 }
 
-tr_status tr_model_linear(tr_model *m, const tr_pass *p, const tr_linear *w, const float *in,
-                          float *out, tr_err *err)
+tr_acts tr_model_acts(const tr_model *m, const tr_pass *p, const tr_act *in, int d)
+{
+    const tr_quantised *q = &m->ws.quant[m->lane == TR_LANE_SIDE ? TR_QUANT_SIDE : TR_QUANT_MAIN];
+    for (int i = 0; i < TR_N_QUANTS; i++)
+        if (m->ws.quant[i].of == in) q = &m->ws.quant[i];
+    return (tr_acts){.x = in,
+                     .ld = (size_t)d,
+                     .q = q->q,
+                     .q_scale = q->scale,
+                     .n_max = p->n_max,
+                     .d = d,
+                     .scale_pow2 = m->config->scale_ue8m0,
+                     .quantised = q->of == in};
+}
+
+static tr_status product(tr_model *m, const tr_pass *p, const tr_linear *w, const tr_act *in,
+                         void *out, int out_f32, tr_err *err)
 {
     tr_note(m, tr_work_linear(p->n, m->ops, w));
-    return TR_RUN(m, linear, err, .n = p->rows.n, .n_max = m->max_rows, .w = w,
-                  .in = {.x = (void *)in,
-                         .ld = (size_t)w->n_in,
-                         .q = m->ws.q8,
-                         .q_scale = m->ws.q8_scale,
-                         .n_max = m->max_rows,
-                         .d = w->n_in,
-                         .scale_pow2 = m->config->scale_ue8m0},
-                  .out = out, .ld_out = (size_t)w->n_out, .out_f32 = 1);
+    return TR_RUN(m, linear, err, .n = p->rows.n, .n_max = p->n_max, .w = w,
+                  .in = tr_model_acts(m, p, in, w->n_in), .out = out, .ld_out = (size_t)w->n_out,
+                  .out_f32 = out_f32);
+}
+
+tr_status tr_model_linear(tr_model *m, const tr_pass *p, const tr_linear *w, const tr_act *in,
+                          tr_act *out, tr_err *err)
+{
+    return product(m, p, w, in, out, 0, err);
+}
+
+tr_status tr_model_scores(tr_model *m, const tr_pass *p, const tr_linear *w, const tr_act *in,
+                          float *out, tr_err *err)
+{
+    return product(m, p, w, in, out, 1, err);
+}
+
+tr_status tr_model_norm(tr_model *m, const tr_pass *p, int d, int i_quant, const tr_act *add,
+                        float *residual, const float *weight, tr_act *out, tr_err *err)
+{
+    tr_quantised *q = &m->ws.quant[i_quant];
+    const int quantise = q->q && d % 128 == 0;
+    q->of = quantise ? out : NULL;
+    tr_note(m, tr_work_norm(p->n, d, add != NULL));
+    return TR_RUN(m, norm, err, .n = p->rows.n, .n_max = p->n_max, .d = d, .add = add,
+                  .ld_add = (size_t)d, .residual = residual, .ld_residual = (size_t)d,
+                  .weight = weight, .eps = (float)m->config->rms_norm_eps, .out = out,
+                  .ld_out = (size_t)d, .q = quantise ? q->q : NULL,
+                  .q_scale = quantise ? q->scale : NULL, .scale_pow2 = m->config->scale_ue8m0);
+}
+
+/* ---- two lanes ----------------------------------------------------------------------------------------------------- */
+
+bool tr_model_forks(const tr_model *m, const tr_pass *p)
+{
+    return (m->ops->caps & TR_CAP_GRAPH) && !m->probe && p->n <= TR_GRAPH_ROWS;
+}
+
+static tr_status follow(tr_model *m, tr_lane before, tr_lane after, tr_err *err)
+{
+    const tr_status st = m->replaying ? TR_OK : m->ops->order(m->device, before, after);
+    return st == TR_OK ? TR_OK : tr_fail(err, st, "order: %s", m->ops->error(m->device));
+}
+
+tr_status tr_model_fork(tr_model *m, const tr_pass *p, tr_err *err)
+{
+    if (!tr_model_forks(m, p)) return TR_OK;
+    m->lane = TR_LANE_SIDE;
+    return follow(m, TR_LANE_MAIN, TR_LANE_SIDE, err);
+}
+
+void tr_model_back(tr_model *m)
+{
+    m->lane = TR_LANE_MAIN;
+}
+
+tr_status tr_model_join(tr_model *m, const tr_pass *p, tr_err *err)
+{
+    tr_model_back(m);
+    return tr_model_forks(m, p) ? follow(m, TR_LANE_SIDE, TR_LANE_MAIN, err) : TR_OK;
 }
 
 tr_status tr_model_fetch_words(tr_model *m, void *host, const void *dev, size_t bytes, tr_err *err)
 {
     tr_status st = m->ops->download(m->device, TR_LANE_MAIN, host, dev, bytes);
     if (st != TR_OK) return tr_fail(err, st, "download: %s", m->ops->error(m->device));
-    const uint64_t ticket = m->ops->ticket(m->device, TR_LANE_MAIN);
-    int done;
-    while ((done = m->ops->done(m->device, TR_LANE_MAIN, ticket)) == 0)
-        tr_comm_progress(m->moving);
-    return done > 0 ? TR_OK : tr_fail(err, TR_E_DEVICE, "download: %s", m->ops->error(m->device));
+    st = settle(m);
+    return st == TR_OK ? TR_OK : tr_fail(err, st, "download: %s", m->ops->error(m->device));
 }
 
 tr_status tr_model_await(tr_model *m, tr_comm *group, tr_status begun, tr_ticket ticket,
@@ -158,9 +232,11 @@ tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weig
     m->groups = *groups;
     m->moving = some_group(groups);
     m->regions = regions;
+    m->lane = TR_LANE_MAIN;
     m->max_rows = options->max_rows;
     m->max_model_len = options->max_model_len;
     m->no_overlap = options->no_overlap;
+    m->sync_check = options->sync_check;
     m->moe_exchange = tr_comm_size(groups->moe) != tr_comm_size(groups->attn_tp);
     m->heads = weights->slice.heads.n;
     m->attention_scale = (float)tr_config_attention_scale(config);
@@ -337,6 +413,8 @@ tr_status tr_step_create(tr_step *step, tr_model *model, tr_err *err)
 void tr_step_free(tr_step *step, tr_model *model)
 {
     if (!step->memory) return;
+    for (int i = 0; i < step->memory->n_graphs; i++)
+        model->ops->graph_free(model->device, step->memory->graph[i].graph);
     for (int i = 0; i < step->memory->n_owned; i++)
         model->ops->release(model->device, step->memory->owned[i]);
     free(step->memory);
@@ -378,7 +456,13 @@ static tr_status make_rows(tr_model *m, tr_step *step, tr_pass *p, tr_err *err)
     st = m->ops->upload(m->device, TR_LANE_MAIN, s->plan, plan, plan->bytes);
     if (st != TR_OK) return tr_fail(err, st, "plan upload: %s", m->ops->error(m->device));
     s->rows.max_context = s->head_rows.max_context = plan->max_context;
-    *p = (tr_pass){.plan = plan, .rows = s->rows, .n = plan->n_rows, .split = split};
+    *p = (tr_pass){.plan = plan,
+                   .rows = s->rows,
+                   .n = plan->n_rows,
+                   .n_max = plan->n_rows,
+                   .n_head = plan->n_head_rows,
+                   .split = split};
+    p->rows.n_max = p->n_max;
     tr_note(m, tr_work_plan_apply(plan->bytes));
     st = TR_RUN(m, plan_apply, err, .plan = s->plan, .slots = m->slots, .rows = s->rows);
     tr_note(m, tr_work_plan_apply(plan->bytes));
@@ -413,12 +497,8 @@ static tr_status fetch(tr_model *m, tr_step *step, tr_err *err)
 /* The sum that is still to be made, and RMSNorm of it with `weight`. */
 static tr_status last_norm(tr_model *m, const tr_pass *p, const float *weight, tr_err *err)
 {
-    const size_t d = (size_t)m->config->hidden_size;
-    tr_note(m, tr_work_norm(p->n, (double)d, 1));
-    return TR_RUN(m, norm, err, .n = p->rows.n, .n_max = m->max_rows, .d = (int)d,
-                  .add = m->ws.block_out, .ld_add = d, .residual = m->ws.hidden, .ld_residual = d,
-                  .weight = weight, .eps = (float)m->config->rms_norm_eps, .out = m->ws.normed,
-                  .ld_out = d);
+    return tr_model_norm(m, p, m->config->hidden_size, TR_QUANT_HIDDEN, m->ws.block_out,
+                         m->ws.hidden, weight, m->ws.normed, err);
 }
 
 /* ws.hidden of this stage's first layer. */
@@ -473,6 +553,69 @@ static tr_status network(tr_model *m, tr_pass *p, tr_step *step, tr_err *err)
     return st == TR_OK ? network_end(m, p, step, err) : st;
 }
 
+/* A step that decodes: one row a sequence, the host has no part in it. */
+static bool can_be_graph(const tr_model *m, const tr_pass *p)
+{
+    return (m->ops->caps & TR_CAP_GRAPH) && !m->probe && !m->sync_check && !p->split &&
+           !m->moe_exchange && m->moving == m->groups.attn_tp &&
+           tr_comm_size(m->groups.attn_tp) == 1 && tr_comm_size(m->groups.pp) == 1 &&
+           p->n <= TR_GRAPH_ROWS && p->n <= m->max_rows && p->plan->n_spans == p->n &&
+           p->plan->n_head_rows > 0;
+}
+
+/* Record the step with room for n_max rows and max_context keys. */
+static tr_status record(tr_model *m, const tr_pass *p, tr_step *step, tr_step_graph *g, tr_err *err)
+{
+    tr_pass room = *p;
+    room.n_max = room.n_head = room.rows.n_max = g->n_max;
+    room.rows.max_context = g->max_context;
+    tr_status st = m->ops->graph_begin(m->device, TR_LANE_MAIN);
+    if (st != TR_OK) return tr_fail(err, st, "graph: %s", m->ops->error(m->device));
+    st = network(m, &room, step, err);
+    if (st != TR_OK) {
+        tr_model_back(m);
+        m->ops->graph_end(m->device, TR_LANE_MAIN, NULL);
+        return st;
+    }
+    st = m->ops->graph_end(m->device, TR_LANE_MAIN, &g->graph);
+    return st == TR_OK ? TR_OK : tr_fail(err, st, "graph: %s", m->ops->error(m->device));
+}
+
+/* The same step as before with other rows: from its record, which the first one of its kind makes. */
+static tr_status network_graph(tr_model *m, tr_pass *p, tr_step *step, tr_err *err)
+{
+    enum { LEAST_CONTEXT = 4096 };
+    const uint32_t kinds = TR_PLAN_HAS_DENSE | TR_PLAN_HAS_ABSORBED | TR_PLAN_HAS_SELECTION;
+    struct tr_step_memory *s = step->memory;
+    tr_step_graph g = {.n_max = 1, .max_context = LEAST_CONTEXT, .flags = p->plan->flags & kinds};
+    tr_status st;
+    int i;
+
+    while (g.n_max < p->n)
+        g.n_max *= 2;
+    if (g.n_max > m->max_rows) g.n_max = m->max_rows;
+    while (g.max_context < p->plan->max_context)
+        g.max_context *= 2;
+    if (g.max_context > m->max_model_len) g.max_context = m->max_model_len;
+    for (i = 0; i < s->n_graphs; i++)
+        if (s->graph[i].n_max == g.n_max && s->graph[i].max_context == g.max_context &&
+            s->graph[i].flags == g.flags)
+            break;
+    if (i == TR_STEP_GRAPHS) return network(m, p, step, err);
+    if (i == s->n_graphs) {
+        st = record(m, p, step, &g, err);
+        if (st != TR_OK) return st;
+        s->graph[s->n_graphs++] = g;
+    } else { /* what it moves and computes is noted as ever */
+        m->replaying = true;
+        st = network(m, p, step, err);
+        m->replaying = false;
+        if (st != TR_OK) return st;
+    }
+    st = m->ops->graph_run(m->device, TR_LANE_MAIN, s->graph[i].graph);
+    return st == TR_OK ? TR_OK : tr_fail(err, st, "graph: %s", m->ops->error(m->device));
+}
+
 tr_status tr_model_forward(tr_model *model, tr_step *step, tr_err *err)
 {
     tr_pass pass;
@@ -484,7 +627,8 @@ tr_status tr_model_forward(tr_model *model, tr_step *step, tr_err *err)
     st = make_rows(model, step, &pass, err);
     /* A replica without rows still serves the others' with its experts. */
     if (st == TR_OK && (step->plan->n_rows > 0 || model->moe_exchange)) {
-        st = network(model, &pass, step, err);
+        st = can_be_graph(model, &pass) ? network_graph(model, &pass, step, err)
+                                        : network(model, &pass, step, err);
         if (st == TR_OK && model->weights->slice.head) st = fetch(model, step, err);
     }
     step->ticket = model->ops->ticket(model->device, TR_LANE_MAIN);

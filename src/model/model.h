@@ -52,12 +52,15 @@ typedef struct tr_model_options {
     int n_pages;        /* 0: from cache_bytes */
     size_t cache_bytes; /* budget for the cache when n_pages is 0 */
     tr_cp_mode cp_mode; /* how prompt rows are dealt out to attn_cp */
+    bool
+        sync_check; /* wait for every operation, so that a failure is the one's that failed (--sync-check) */
     bool no_overlap; /* wait for every exchange where it begins (--no-overlap): the same results */
 } tr_model_options;
 
-/* For tests and --sync-check: called after every named intermediate with its rows; may change them. index scores come
+/* For tests: called after every named intermediate with its rows; may change them. index scores come
  * stripe by stripe (i_row: first row). names: "embed", "hidden", "index_logits", "index_topk", "router_experts",
- * "router_weights", "final", "logits". layer: -1 where there is none. data: f32, or int32 for topk and experts. */
+ * "router_weights", "final", "logits". layer: -1 where there is none. data: device memory, enqueued on the main lane; f32, for
+ * "final" tr_act, for topk and experts int32. */
 typedef struct tr_probe {
     void *ctx;
     void (*see)(void *ctx, const char *name, int layer, int i_row, int n_rows, int n_cols,

@@ -13,50 +13,59 @@ typedef enum tr_op_id {
         TR_N_OPS
 } tr_op_id;
 
-/* Activations of one step, fp32 on the CPU, N = max_rows. Allocated once; a step in flight owns them while it runs on the
- * main lane, in order, so one set serves every step of the ring. */
+/* W8A8: room for e4m3 of what goes into products, and what it holds for those that follow (tr_acts.quantised). HIDDEN and LATENT
+ * are the norms'; the others are scratch of the products that a lane runs. NULL where the backend wants none. */
+enum { TR_QUANT_MAIN, TR_QUANT_SIDE, TR_QUANT_HIDDEN, TR_QUANT_LATENT, TR_N_QUANTS };
+typedef struct tr_quantised {
+    uint8_t *q;
+    float *scale;
+    const tr_act *of; /* NULL: nobody's */
+} tr_quantised;
+
+/* Activations of one step, N = max_rows. Allocated once; a step in flight owns them while it runs on the main lane, in order,
+ * so one set serves every step of the ring. */
 typedef struct tr_workspace {
-    float *hidden; /* [N, hidden] residual stream */
-    float *normed; /* [N, hidden] input of a block */
-    float *
+    float *hidden;  /* [N, hidden] residual stream */
+    tr_act *normed; /* [N, hidden] input of a block */
+    tr_act *
         block_out; /* [N rounded up to whole shares of attn_tp, hidden] output of a block, added to the residual by the
                          next norm */
-    float *q_latent; /* [N, q_lora] */
-    float *q;        /* [N, heads, nope + rope] */
-    float *kv_a;     /* [N, kv_lora + rope] */
-    uint8_t *
-        q8; /* what W8A8 makes of the input of the product that runs, and its scales (tr_acts); NULL: not here */
-    float *q8_scale;
-    float *index_k;                  /* [N, index_dim] */
-    float *index_q;                  /* [N, index_heads, index_dim] before rope */
+    float *q_latent;  /* [N, q_lora] before its norm; f32, as the residual is */
+    tr_act *q_normed; /* [N, q_lora] */
+    tr_act *q;        /* [N, heads, nope + rope] */
+    tr_act *kv_a;     /* [N, kv_lora + rope] */
+    tr_quantised quant[TR_N_QUANTS];
+    tr_act *index_k;                 /* [N, index_dim] */
+    tr_act *index_q;                 /* [N, index_heads, index_dim] before rope */
     void *index_q8;                  /* the same, quantised (f32 with an f32 cache) */
     float *index_w;                  /* [N, index_heads] */
     float *score;                    /* [n_stripe, max_model_len] */
     int32_t *top_position, *top_row; /* [N, index_topk] */
     int32_t *n_selected;             /* [N] */
-    float *q_absorbed;               /* [N, heads, kv_lora + rope] */
-    float *u;                        /* [N, heads, kv_lora] */
-    float *attended;                 /* [N, heads, v] */
-    float *gate_up;                  /* [N, 2 inner] dense MLP or shared expert */
-    float *inner;                    /* [N, inner] */
+    tr_act *q_absorbed;              /* [N, heads, kv_lora + rope] */
+    tr_act *u;                       /* [N, heads, kv_lora] */
+    tr_act *attended;                /* [N, heads, v] */
+    tr_act *gate_up;                 /* [N, 2 inner] dense MLP or shared expert */
+    tr_act *inner;                   /* [N, inner] */
     float *router;                   /* [N, experts] */
     int32_t *expert;                 /* [N, k] */
     float *weight;                   /* [N, k] */
     int32_t *start;                  /* [local experts + 1] */
     int32_t *pair;                   /* [N * k] */
-    float *expert_out;               /* [N * k, hidden] */
+    tr_act *expert_out;              /* [N * k, hidden] */
     struct {            /* rows to experts of other ranks (exchange.c); M rows may come at a time */
         void *out, *in; /* [n_out], [M] records */
-        int32_t *count, *origin;  /* [members], [n_out] */
-        int32_t *expert, *n;      /* [M, k]; one word */
-        float *weight, *y, *back; /* [M, k], [M, hidden], [n_out, hidden] */
+        int32_t *count, *origin; /* [members], [n_out] */
+        int32_t *expert, *n;     /* [M, k]; one word */
+        float *weight;           /* [M, k] */
+        tr_act *y, *back;        /* [M, hidden], [n_out, hidden] */
     } moe;
     float
         *handoff; /* [N, hidden] rows on their way to the next stage; changes places with hidden */
     float *head_own,
         *head_all;     /* [N, hidden] head rows of this member, of all (context parallelism) */
     int32_t *n_head;   /* one word: live rows of a head chunk */
-    float *head_in;    /* [n_head_chunk, hidden] */
+    tr_act *head_in;   /* [n_head_chunk, hidden] */
     float *logits;     /* [n_head_chunk, this rank's vocab] */
     float *logits_all; /* [vocab]: one row, where the vocabulary is cut; */
     void *part_own, *part_all; /* [n_head_chunk] sample or logprob parts, of this member, of all; */
@@ -84,7 +93,9 @@ struct tr_model {
     int heads;               /* this rank's */
     int moe_rows, moe_share; /* rows that may come to the experts at a time; of one member */
     bool moe_exchange; /* rows go to the experts' ranks; else all ranks of moe have the same rows */
-    bool no_overlap;
+    bool no_overlap, sync_check;
+    tr_lane lane;          /* where operations go */
+    bool replaying;        /* operations are noted, not run: a graph has them */
     tr_overlap *overlap;   /* [this stage's layers]; with part only */
     int i_layer;           /* of this stage's, the one that runs */
     uint64_t *expert_rows; /* [this stage's layers, n_local] counted; NULL: the host cannot */
@@ -116,22 +127,39 @@ typedef struct tr_pass {
     const tr_plan *plan; /* this member's part */
     tr_rows rows;
     int n;      /* live rows */
+    int n_max;  /* of which kernels are launched: rows.n_max */
+    int n_head; /* head rows, likewise */
     bool split; /* the members of attn_cp have different ones */
     int rounds; /* of the exchange with the experts: the same on all its members */
 } tr_pass;
 
-/* Run an operation on the main lane as a region of its name; an error names it. */
+/* Run an operation on the model's lane as a region of its name; an error names it. */
 #define TR_RUN(model, op, err, ...)                                                                \
     (tr_region_begin((model)->regions, (model)->region_op[TR_OP_ID_##op]),                         \
      tr_model_ran((model), #op,                                                                    \
-                  (model)->ops->op((model)->device, TR_LANE_MAIN,                                  \
-                                   &(const struct tr_##op##_args){__VA_ARGS__}),                   \
+                  (model)->replaying                                                               \
+                      ? TR_OK                                                                      \
+                      : (model)->ops->op((model)->device, (model)->lane,                           \
+                                         &(const struct tr_##op##_args){__VA_ARGS__}),             \
                   err))
 tr_status tr_model_ran(tr_model *m, const char *op, tr_status st, tr_err *err);
 
-/* out = in w^T for all rows of the pass. */
-tr_status tr_model_linear(tr_model *m, const tr_pass *p, const tr_linear *w, const float *in,
+/* out = in w^T for all rows of the pass; tr_model_scores: into fp32. */
+tr_status tr_model_linear(tr_model *m, const tr_pass *p, const tr_linear *w, const tr_act *in,
+                          tr_act *out, tr_err *err);
+tr_status tr_model_scores(tr_model *m, const tr_pass *p, const tr_linear *w, const tr_act *in,
                           float *out, tr_err *err);
+/* Work that has its own inputs and outputs runs beside the main lane's where few rows leave the device idle: between fork, or
+ * turn where it goes on with what the main lane has made, and back it goes to the side lane; the main lane waits at join. */
+bool tr_model_forks(const tr_model *m, const tr_pass *p);
+tr_status tr_model_fork(tr_model *m, const tr_pass *p, tr_err *err);
+void tr_model_back(tr_model *m);
+tr_status tr_model_join(tr_model *m, const tr_pass *p, tr_err *err);
+/* in, as linear and moe want it. */
+tr_acts tr_model_acts(const tr_model *m, const tr_pass *p, const tr_act *in, int d);
+/* residual += add, out = RMSNorm of it; where the products behind want it, e4m3 of that too. */
+tr_status tr_model_norm(tr_model *m, const tr_pass *p, int d, int i_quant, const tr_act *add,
+                        float *residual, const float *weight, tr_act *out, tr_err *err);
 /* A few words from the device, after everything enqueued so far: waits. */
 tr_status tr_model_fetch_words(tr_model *m, void *host, const void *dev, size_t bytes, tr_err *err);
 /* A collective that was begun: wait for it, as a region. */
@@ -147,7 +175,7 @@ void tr_model_show(tr_model *m, const char *name, int layer, int i_row, int n_ro
 
 /* layer.c: one decoder layer; the residual is ws.hidden, block_out of the layer before is still to be added. i_layer counts this
  * stage's layers, `layer` is the model's number. */
-tr_status tr_layer_forward(tr_model *m, const tr_pass *p, int i_layer, int layer, const float *add,
+tr_status tr_layer_forward(tr_model *m, const tr_pass *p, int i_layer, int layer, const tr_act *add,
                            tr_err *err);
 /* attention.c: ws.normed -> ws.block_out. */
 tr_status tr_attention_forward(tr_model *m, const tr_pass *p, const tr_attention_weights *w,
@@ -159,7 +187,7 @@ tr_status tr_moe_forward(tr_model *m, const tr_pass *p, const tr_moe_weights *w,
 
 /* exchange.c: out = what the experts of all ranks make of the rows of ws.normed (experts and weights are chosen) and the sum of
  * the members' shared experts. shared: writes this member's part of these into out; runs once, while the first rows travel. */
-tr_status tr_moe_exchange(tr_model *m, const tr_pass *p, const tr_moe_weights *w, float *out,
+tr_status tr_moe_exchange(tr_model *m, const tr_pass *p, const tr_moe_weights *w, tr_act *out,
                           tr_status (*shared)(tr_model *, const tr_pass *, const tr_moe_weights *,
                                               tr_err *),
                           tr_err *err);
@@ -173,8 +201,19 @@ tr_status tr_stage_send(tr_model *m, const tr_pass *p, tr_err *err);
 /* head.c: logits of the rows that asked for them, and a token or a score of each. ws.normed: RMSNorm of the last layer. */
 tr_status tr_head_forward(tr_model *m, const tr_pass *p, struct tr_step_memory *s, tr_err *err);
 
-/* A step's own memory: plan and rows on the device, outputs on device and host. */
+/* A recorded step: of up to n_max rows, all with logits, that see up to max_context keys. */
+typedef struct tr_step_graph {
+    int n_max, max_context;
+    uint32_t flags; /* of the plan: which operations there are */
+    tr_graph *graph;
+} tr_step_graph;
+
+enum { TR_STEP_GRAPHS = 48, TR_GRAPH_ROWS = 256 };
+
+/* A step's own memory: plan and rows on the device, outputs on device and host; graphs that use them. */
 struct tr_step_memory {
+    tr_step_graph graph[TR_STEP_GRAPHS];
+    int n_graphs;
     void *plan; /* device copy of the block; of this member's part */
     tr_rows rows;
     void *head_plan;                   /* with parts: the whole plan's head rows, */

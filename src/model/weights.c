@@ -35,15 +35,17 @@ static tr_status load_whole(tr_loader *l, tr_linear *dst, tr_role role, int laye
     return load_part(l, dst, role, layer, tr_whole(w.shape[0]), tr_whole(w.shape[1]), err);
 }
 
-/* One matrix [2 inner, hidden] per expert: gate rows, then up rows. A dense MLP is a single expert 0. */
+/* One matrix [2 inner, hidden] per expert: gate rows, then up rows. A dense MLP is a single expert 0; for_moe: whether the
+ * moe operation is what runs them. */
 static tr_status load_gate_up(tr_loader *l, tr_linear *dst, tr_role gate, tr_role up, int layer,
-                              tr_range experts, tr_range inner, tr_err *err)
+                              tr_range experts, tr_range inner, int for_moe, tr_err *err)
 {
     tr_range hidden = tr_whole(l->config->hidden_size);
     tr_wanted w;
 
     tr_wanted_get(&w, l->config, gate, layer, experts.begin);
     TRY(tr_loader_linear(l, dst, &w, experts.n, 2 * inner.n, hidden.n, err));
+    dst->gate_up = for_moe;
     for (int e = 0; e < experts.n; e++) {
         tr_wanted_get(&w, l->config, gate, layer, experts.begin + e);
         TRY(tr_loader_pack(l, dst, &w, inner, hidden, e, 0, err));
@@ -73,7 +75,7 @@ static tr_status load_mlp(tr_loader *l, tr_mlp_weights *mlp, tr_role gate, tr_ro
                           int layer, tr_range inner, tr_err *err)
 {
     mlp->inner = inner.n;
-    TRY(load_gate_up(l, &mlp->gate_up, gate, up, layer, tr_whole(1), inner, err));
+    TRY(load_gate_up(l, &mlp->gate_up, gate, up, layer, tr_whole(1), inner, 0, err));
     return load_down(l, &mlp->down, down, layer, tr_whole(1), inner, err);
 }
 
@@ -139,7 +141,7 @@ static tr_status load_moe(tr_loader *l, tr_moe_weights *m, int layer, tr_err *er
     TRY(load_whole(l, &m->gate, TR_ROLE_ROUTER, layer, err));
     TRY(tr_loader_vector(l, &m->gate_bias, TR_ROLE_ROUTER_BIAS, layer, err));
     TRY(load_gate_up(l, &m->gate_up, TR_ROLE_EXPERT_GATE, TR_ROLE_EXPERT_UP, layer, experts, inner,
-                     err));
+                     1, err));
     TRY(load_down(l, &m->down, TR_ROLE_EXPERT_DOWN, layer, experts, inner, err));
     return load_mlp(l, &m->shared, TR_ROLE_SHARED_GATE, TR_ROLE_SHARED_UP, TR_ROLE_SHARED_DOWN,
                     layer, l->slice->shared_inner, err);

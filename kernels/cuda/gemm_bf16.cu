@@ -1,0 +1,145 @@
+#include "kernels/cuda/gemm_bf16.h"
+
+#include "kernels/cuda/common.cuh"
+
+namespace
+{
+
+enum { WARPS = 8, THREADS = WARPS * 32, STEP = 32 };
+
+struct product {
+    const __nv_bfloat16 *x, *w;
+    size_t ld_x, ld_w, ld_y;
+    void *y;
+    int y_f32, n_max, n_out, n_in, k_warp; /* k_warp: columns of a warp */
+    const int32_t *n;
+};
+
+__device__ __forceinline__ uint4 load_or_zero(const __nv_bfloat16 *p, bool there)
+{
+    return there ? __ldg((const uint4 *)p) : make_uint4(0, 0, 0, 0);
+}
+
+/* A block makes 16 M rows by 8 N outputs. Lane l loads 8 neighbouring columns, from 8 (l % 4) on, of
+ * rows l / 4 of both sides: where the instruction thinks a column is does not matter as long as both
+ * sides agree, and two instructions take what was loaded. */
+template <int M, int N>
+__global__ void __launch_bounds__(THREADS) multiply_rows(const __grid_constant__ product p)
+{
+    extern __shared__ float4 part[]; /* [WARPS][M * N][32] */
+    const int tid = (int)threadIdx.x, lane = tid % 32, warp = tid / 32;
+    const int n = tr::live_rows(p.n, p.n_max), row0 = (int)blockIdx.y * 16 * M,
+              out0 = (int)blockIdx.x * 8 * N;
+    if (row0 >= n) return;
+
+    const int begin = warp * p.k_warp, end = min(begin + p.k_warp, p.n_in);
+    const __nv_bfloat16 *x = p.x + (size_t)(row0 + lane / 4) * p.ld_x + lane % 4 * 8;
+    const __nv_bfloat16 *w = p.w + (size_t)(out0 + lane / 4) * p.ld_w + lane % 4 * 8;
+    float sum[M][N][4] = {};
+    enum { BATCH = M * N == 1 ? 7 : M == 1 ? 2 : 1 }; /* steps whose loads are in flight together */
+#pragma unroll 1
+    for (int k0 = begin; k0 < end; k0 += BATCH * STEP) {
+        uint4 a[BATCH][M][2], b[BATCH][N];
+#pragma unroll
+        for (int u = 0; u < BATCH; u++) {
+            const int k = k0 + u * STEP;
+#pragma unroll
+            for (int j = 0; j < N; j++)
+                b[u][j] = load_or_zero(w + (size_t)(8 * j) * p.ld_w + k,
+                                       k < end && out0 + 8 * j + lane / 4 < p.n_out);
+#pragma unroll
+            for (int i = 0; i < M; i++)
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+                    a[u][i][h] = load_or_zero(x + (size_t)(16 * i + 8 * h) * p.ld_x + k,
+                                              k < end && row0 + 16 * i + 8 * h + lane / 4 < n);
+        }
+#pragma unroll
+        for (int u = 0; u < BATCH; u++)
+#pragma unroll
+            for (int i = 0; i < M; i++)
+#pragma unroll
+                for (int j = 0; j < N; j++) {
+                    const uint4 lo = a[u][i][0], hi = a[u][i][1], y = b[u][j];
+                    const uint32_t a0[4] = {lo.x, hi.x, lo.y, hi.y},
+                                   a1[4] = {lo.z, hi.z, lo.w, hi.w}, b0[2] = {y.x, y.y},
+                                   b1[2] = {y.z, y.w};
+                    tr::multiply(sum[i][j], a0, b0, __nv_bfloat16());
+                    tr::multiply(sum[i][j], a1, b1, __nv_bfloat16());
+                }
+    }
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int j = 0; j < N; j++)
+            part[(warp * M * N + i * N + j) * 32 + lane] =
+                make_float4(sum[i][j][0], sum[i][j][1], sum[i][j][2], sum[i][j][3]);
+    __syncthreads();
+    for (int u = tid; u < M * N * 32; u += THREADS) { /* warps ascending */
+        float4 s = part[u];
+#pragma unroll
+        for (int v = 1; v < WARPS; v++) {
+            const float4 t = part[v * M * N * 32 + u];
+            s = make_float4(s.x + t.x, s.y + t.y, s.z + t.z, s.w + t.w);
+        }
+        const int l = u % 32, tile = u / 32, r = row0 + tile / N * 16 + l / 4,
+                  o = out0 + tile % N * 8 + l % 4 * 2;
+        const float v[4] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+        for (int c = 0; c < 4; c++)
+            if (r + c / 2 * 8 < n && o + c % 2 < p.n_out)
+                tr::write_number(p.y, (size_t)(r + c / 2 * 8) * p.ld_y + (size_t)(o + c % 2),
+                                 p.y_f32, v[c]);
+    }
+}
+
+template <int M, int N> constexpr int part_bytes()
+{
+    return WARPS * M * N * 32 * (int)sizeof(float4);
+}
+
+template <int M, int N> cudaError_t launch(const product &p, cudaStream_t stream)
+{
+    const dim3 grid(tr::blocks_for((size_t)p.n_out, 8 * N),
+                    tr::blocks_for((size_t)p.n_max, 16 * M));
+    if (grid.y > 65535) return cudaErrorInvalidValue;
+    multiply_rows<M, N><<<grid, THREADS, part_bytes<M, N>(), stream>>>(p);
+    return cudaGetLastError();
+}
+
+enum { MANY_OUTPUTS = 4096 }; /* from here on smaller tiles would not occupy more SMs */
+
+} // namespace
+
+int tr_gemm_bf16_fits(int n_in, size_t ld_x)
+{
+    return n_in > 0 && n_in % STEP == 0 && ld_x % 8 == 0;
+}
+
+cudaError_t tr_gemm_bf16_open(void)
+{
+    return cudaFuncSetAttribute(multiply_rows<4, 8>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                part_bytes<4, 8>());
+}
+
+cudaError_t tr_gemm_bf16(const tr_bf16_product *a, cudaStream_t stream)
+{
+    const product p = {.x = (const __nv_bfloat16 *)a->x_d,
+                       .w = (const __nv_bfloat16 *)a->w_d,
+                       .ld_x = a->ld_x,
+                       .ld_w = (size_t)a->n_in,
+                       .ld_y = a->ld_out,
+                       .y = a->out_d,
+                       .y_f32 = a->out_f32,
+                       .n_max = a->n_max,
+                       .n_out = a->n_out,
+                       .n_in = a->n_in,
+                       .k_warp = (a->n_in / STEP + WARPS - 1) / WARPS * STEP,
+                       .n = a->n_d};
+    if (!tr_gemm_bf16_fits(a->n_in, a->ld_x) || a->n_out <= 0) return cudaErrorInvalidValue;
+    if (a->n_max <= 0) return cudaSuccess;
+    const bool many = a->n_out >= MANY_OUTPUTS;
+    if (a->n_max <= 16)
+        return many && a->n_max > 4 ? launch<1, 4>(p, stream) : launch<1, 1>(p, stream);
+    return many || a->n_max > 256 ? launch<4, 8>(p, stream) : launch<4, 1>(p, stream);
+}
