@@ -178,7 +178,8 @@ static void pack(machine *m, tr_linear *l, int n_mats, int n_out, int n_in, cons
 {
     size_t bytes = m->ops->linear_bytes(TR_W_F32, n_mats, n_out, n_in);
 
-    *l = (tr_linear){TR_W_F32, n_mats, n_out, n_in, get(bytes)};
+    *l = (tr_linear){
+        .format = TR_W_F32, .n_mats = n_mats, .n_out = n_out, .n_in = n_in, .data = get(bytes)};
     memset(l->data, 0, bytes);
     for (int h = 0; h < n_mats; h++) {
         tr_linear_src s = {.src = src + (size_t)h * n_out * n_in,

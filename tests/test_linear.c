@@ -76,7 +76,7 @@ static void pack(const test_cpu *cpu, tr_linear *w, const stored *s, int transpo
 
 static tr_linear make_linear(const test_cpu *cpu, tr_format format, int n_mats, int n_out, int n_in)
 {
-    tr_linear w = {format, n_mats, n_out, n_in, NULL};
+    tr_linear w = {.format = format, .n_mats = n_mats, .n_out = n_out, .n_in = n_in};
     size_t bytes = cpu->ops->linear_bytes(format, n_mats, n_out, n_in);
     assert_int_equal(cpu->ops->alloc(cpu->d, bytes, 0, &w.data), TR_OK);
     return w;

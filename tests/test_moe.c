@@ -216,8 +216,9 @@ static experts make_experts(const test_cpu *cpu, uint64_t *seed, int n_local, in
 {
     experts x = {.n_local = n_local, .d = d, .inner = inner};
     size_t n = (size_t)n_local * (size_t)d * (size_t)inner;
-    x.gate_up_w = (tr_linear){TR_W_E4M3_B128, n_local, 2 * inner, d, NULL};
-    x.down_w = (tr_linear){TR_W_E4M3_B128, n_local, d, inner, NULL};
+    x.gate_up_w =
+        (tr_linear){.format = TR_W_E4M3_B128, .n_mats = n_local, .n_out = 2 * inner, .n_in = d};
+    x.down_w = (tr_linear){.format = TR_W_E4M3_B128, .n_mats = n_local, .n_out = d, .n_in = inner};
     x.gate_up = test_alloc(2 * n, sizeof *x.gate_up);
     x.down = test_alloc(n, sizeof *x.down);
     size_t bytes = cpu->ops->linear_bytes(TR_W_E4M3_B128, n_local, 2 * inner, d);

@@ -5,7 +5,7 @@
 namespace
 {
 
-enum { WARPS = 8, THREADS = WARPS * 32, STEP = 32 };
+enum { WARPS = 8, THREADS = WARPS * 32, STEP = 32, LD_MAX = 1 << 24 };
 
 struct product {
     const __nv_bfloat16 *x, *w;
@@ -14,11 +14,6 @@ struct product {
     int y_f32, n_max, n_out, n_in, k_warp; /* k_warp: columns of a warp */
     const int32_t *n;
 };
-
-__device__ __forceinline__ uint4 load_or_zero(const __nv_bfloat16 *p, bool there)
-{
-    return there ? __ldg((const uint4 *)p) : make_uint4(0, 0, 0, 0);
-}
 
 /* A block makes 16 M rows by 8 N outputs. Lane l loads 8 neighbouring columns, from 8 (l % 4) on, of
  * rows l / 4 of both sides: where the instruction thinks a column is does not matter as long as both
@@ -33,29 +28,38 @@ __global__ void __launch_bounds__(THREADS) multiply_rows(const __grid_constant__
     if (row0 >= n) return;
 
     const int begin = warp * p.k_warp, end = min(begin + p.k_warp, p.n_in);
-    const __nv_bfloat16 *x = p.x + (size_t)(row0 + lane / 4) * p.ld_x + lane % 4 * 8;
-    const __nv_bfloat16 *w = p.w + (size_t)(out0 + lane / 4) * p.ld_w + lane % 4 * 8;
+    /* Rows and outputs past the last one are the last one again: loads without a branch, results that nobody writes. */
+    const __nv_bfloat16 *x = p.x + (size_t)row0 * p.ld_x + lane % 4 * 8,
+                        *w = p.w + (size_t)out0 * p.ld_w + lane % 4 * 8;
+    int x_at[M][2], w_at[N];
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            x_at[i][h] = min(16 * i + 8 * h + lane / 4, n - 1 - row0) * (int)p.ld_x;
+#pragma unroll
+    for (int j = 0; j < N; j++)
+        w_at[j] = min(8 * j + lane / 4, p.n_out - 1 - out0) * (int)p.ld_w;
     float sum[M][N][4] = {};
-    enum { BATCH = M * N == 1 ? 7 : M == 1 ? 2 : 1 }; /* steps whose loads are in flight together */
+    enum { BATCH = M * N == 1 ? 4 : M == 1 ? 2 : 1 }; /* steps whose loads are in flight together */
 #pragma unroll 1
     for (int k0 = begin; k0 < end; k0 += BATCH * STEP) {
         uint4 a[BATCH][M][2], b[BATCH][N];
 #pragma unroll
         for (int u = 0; u < BATCH; u++) {
-            const int k = k0 + u * STEP;
+            const int k = min(k0 + u * STEP, end - STEP);
 #pragma unroll
             for (int j = 0; j < N; j++)
-                b[u][j] = load_or_zero(w + (size_t)(8 * j) * p.ld_w + k,
-                                       k < end && out0 + 8 * j + lane / 4 < p.n_out);
+                b[u][j] = __ldg((const uint4 *)(w + w_at[j] + k));
 #pragma unroll
             for (int i = 0; i < M; i++)
 #pragma unroll
                 for (int h = 0; h < 2; h++)
-                    a[u][i][h] = load_or_zero(x + (size_t)(16 * i + 8 * h) * p.ld_x + k,
-                                              k < end && row0 + 16 * i + 8 * h + lane / 4 < n);
+                    a[u][i][h] = *(const uint4 *)(x + x_at[i][h] + k);
         }
 #pragma unroll
-        for (int u = 0; u < BATCH; u++)
+        for (int u = 0; u < BATCH; u++) {
+            if (k0 + u * STEP >= end) break;
 #pragma unroll
             for (int i = 0; i < M; i++)
 #pragma unroll
@@ -67,6 +71,7 @@ __global__ void __launch_bounds__(THREADS) multiply_rows(const __grid_constant__
                     tr::multiply(sum[i][j], a0, b0, __nv_bfloat16());
                     tr::multiply(sum[i][j], a1, b1, __nv_bfloat16());
                 }
+        }
     }
 #pragma unroll
     for (int i = 0; i < M; i++)
@@ -113,7 +118,7 @@ enum { MANY_OUTPUTS = 4096 }; /* from here on smaller tiles would not occupy mor
 
 int tr_gemm_bf16_fits(int n_in, size_t ld_x)
 {
-    return n_in > 0 && n_in % STEP == 0 && ld_x % 8 == 0;
+    return n_in > 0 && n_in % STEP == 0 && n_in <= LD_MAX && ld_x % 8 == 0 && ld_x <= LD_MAX;
 }
 
 cudaError_t tr_gemm_bf16_open(void)

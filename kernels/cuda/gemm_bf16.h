@@ -27,7 +27,7 @@ typedef struct tr_bf16_product {
     int n_max, n_out, n_in;
 } tr_bf16_product;
 
-/* Whether it can do these: n_in a multiple of 32, ld_x of 8. */
+/* Whether it can do these: n_in a multiple of 32, ld_x of 8, neither beyond 2^24. */
 int tr_gemm_bf16_fits(int n_in, size_t ld_x);
 /* Once per device, before the first product. */
 cudaError_t tr_gemm_bf16_open(void);
