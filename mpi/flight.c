@@ -41,7 +41,7 @@ void tr_flight_beat(tr_flight *f, uint64_t step)
     pthread_mutex_lock(&f->lock);
     f->now.n_beats++;
     f->now.step = step;
-    f->now.beat_ns = tr_now_ns();
+    f->now.beat_ns = f->now.moved_ns = tr_now_ns();
     f->now.rests = false;
     f->now.expected_s = 0;
     pthread_mutex_unlock(&f->lock);
@@ -67,6 +67,7 @@ void tr_flight_enter(tr_flight *f, const char *what, int layer)
 {
     if (!f) return;
     pthread_mutex_lock(&f->lock);
+    f->now.moved_ns = tr_now_ns();
     if (f->depth < TR_FLIGHT_DEPTH) {
         f->stack[f->depth].what = what;
         f->stack[f->depth].layer = layer;
@@ -79,6 +80,7 @@ void tr_flight_leave(tr_flight *f)
 {
     if (!f) return;
     pthread_mutex_lock(&f->lock);
+    f->now.moved_ns = tr_now_ns();
     if (f->depth > 0) f->depth--;
     pthread_mutex_unlock(&f->lock);
 }
@@ -106,6 +108,7 @@ uint64_t tr_flight_begin(tr_flight *f, const char *group, const char *op, uint64
                             .layer = layer_now(f),
                             .begun_ns = tr_now_ns()};
     snprintf(r->group, sizeof r->group, "%s", group);
+    f->now.moved_ns = r->begun_ns;
     pthread_mutex_unlock(&f->lock);
     return id;
 }
@@ -123,7 +126,8 @@ void tr_flight_done(tr_flight *f, uint64_t id)
     if (!f || !id) return;
     pthread_mutex_lock(&f->lock);
     tr_flight_record *r = &f->record[id % TR_FLIGHT_MAX];
-    if (r->id == id) r->done_ns = tr_now_ns();
+    f->now.moved_ns = tr_now_ns();
+    if (r->id == id) r->done_ns = f->now.moved_ns;
     if (f->waiting == id) f->waiting = 0;
     pthread_mutex_unlock(&f->lock);
 }

@@ -24,12 +24,14 @@ typedef struct tr_flight_record {
 
 typedef struct tr_flight_state {
     uint64_t n_beats, step, beat_ns; /* the newest heartbeat and when it came */
-    bool rests;                      /* nothing is to be done */
-    double expected_s;               /* of the running step; 0: not known */
-    const char *what;                /* innermost; NULL: nothing said */
-    int layer;                       /* innermost that names one; -1: none */
-    uint64_t n_records;              /* ever */
-    bool waits;                      /* in a communicator, for `waited` */
+    uint64_t
+        moved_ns; /* the newest sign of progress: a heartbeat, a stretch or a communication begun or ended */
+    bool rests;         /* nothing is to be done */
+    double expected_s;  /* of the running step; 0: not known */
+    const char *what;   /* innermost; NULL: nothing said */
+    int layer;          /* innermost that names one; -1: none */
+    uint64_t n_records; /* ever */
+    bool waits;         /* in a communicator, for `waited` */
     tr_flight_record waited;
 } tr_flight_state;
 

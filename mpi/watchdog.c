@@ -30,7 +30,7 @@ enum { TEXT_WORDS = 16, HOST_BYTES = 64, LINE_BYTES = 4096 };
 /* What a rank shows the others of its host: written by its thread alone. Words, not text, so that a reader in another
  * process needs no lock; a text that changes meanwhile is mixed, which only a reader of the message could mind. */
 typedef struct seat {
-    _Atomic uint64_t rank, tick_ns, stage, waits;
+    _Atomic uint64_t rank, tick_ns, moved_ns, stage, waits;
     _Atomic uint64_t text[TEXT_WORDS]; /* "step 12, layer 4, attention" */
 } seat;
 
@@ -122,6 +122,7 @@ static void show(tr_watchdog *wd, const tr_flight_state *s)
     for (int i = 0; i < TEXT_WORDS; i++)
         atomic_store(&me->text[i], word[i]);
     atomic_store(&me->waits, s->waits);
+    atomic_store(&me->moved_ns, s->moved_ns);
     atomic_store(&me->tick_ns, tr_now_ns());
 }
 
@@ -348,6 +349,19 @@ static bool sleep_until(tr_watchdog *wd, uint64_t ns)
     return go_on;
 }
 
+/* The newest sign of progress of any rank of this host that has not gone. A rank that waits for one that is slow, because its core
+ * is taken say, shows none itself; as long as that one gets on, so does the job. */
+static uint64_t last_move_ns(const tr_watchdog *wd)
+{
+    uint64_t last = 0;
+
+    for (int i = 0; i < wd->n_seats; i++) {
+        const uint64_t moved = atomic_load(&wd->seats[i].moved_ns);
+        if (stage_of(&wd->seats[i]) != GONE && moved > last) last = moved;
+    }
+    return last;
+}
+
 static void *watch(void *arg)
 {
     tr_watchdog *wd = arg;
@@ -364,7 +378,8 @@ static void *watch(void *arg)
         }
         looked_ns = now_ns;
         show(wd, &s);
-        const uint64_t since_ns = s.beat_ns > awake_ns ? s.beat_ns : awake_ns;
+        const uint64_t moved_ns = last_move_ns(wd);
+        const uint64_t since_ns = moved_ns > awake_ns ? moved_ns : awake_ns;
         const bool late =
             s.n_beats > 1 && !s.rests && now_ns > since_ns && now_ns - since_ns > limit_ns(wd, &s);
         if (late || somebody_reports(wd)) end_job(wd, &s, since_ns);

@@ -1,7 +1,8 @@
-/* The watchdog: a thread that looks at this rank's heartbeat every 250 ms and ends the job when a step takes longer
- * than it may (reliability.md 4, rows 15 and 16; parallel.md 10.2). The main thread says where it is: beat at every
+/* The watchdog: a thread that looks every 250 ms whether this rank still gets on and ends the job when it has shown no progress for
+ * longer than it may (reliability.md 4, rows 15 and 16; parallel.md 10.2). The main thread says where it is: beat at every
  * step, enter and leave around stretches of it; the communicators (comm_mpi.h) note what they begin, wait for and
- * finish.
+ * finish. Each of these is progress, and so is that of any other rank of the host: a rank that is merely slow, in a step that
+ * takes longer than the timeout, holds up the others but is not taken for one that hangs.
  *
  * Ranks of one host see each other's state in shared memory. When time is up every rank that still can writes
  * OUT.hang.rank%05d.json (the state and the last 256 collectives), prints one line with its step, layer, communicator

@@ -10,6 +10,7 @@
 
 #include <cmocka.h>
 
+#include <pthread.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,6 +28,8 @@ typedef struct rank_run {
     tr_comm *control;
     const char *dir;
     int rank, n_requests, failed;
+    int pause_ms; /* leader: before the last request comes */
+    tr_watchdog *watch;
     tr_engine_stats stats;
 } rank_run;
 
@@ -61,18 +64,40 @@ static tr_request *make_request(uint64_t id)
     return r;
 }
 
+typedef struct feed {
+    rank_run *r;
+    tr_engine *engine;
+} feed;
+
+/* What the batch reader does, on a thread of its own. */
+static void *submit_all(void *arg)
+{
+    const feed *f = arg;
+    const struct timespec pause = {.tv_sec = f->r->pause_ms / 1000,
+                                   .tv_nsec = f->r->pause_ms % 1000 * 1000000L};
+    tr_err err = {0};
+
+    for (int i = 0; i < f->r->n_requests; i++) {
+        if (i == f->r->n_requests - 1) nanosleep(&pause, NULL);
+        if (tr_engine_submit(f->engine, make_request((uint64_t)i), &err) != TR_OK) f->r->failed = 1;
+    }
+    tr_engine_close(f->engine);
+    return NULL;
+}
+
 /* All requests through the engine. */
 static int run_engine(rank_run *r, tr_engine *engine)
 {
+    feed f = {r, engine};
+    pthread_t reader;
     tr_err err = {0};
     int n_done = 0;
 
-    if (r->rank == 0) {
-        for (int i = 0; i < r->n_requests; i++)
-            if (tr_engine_submit(engine, make_request((uint64_t)i), &err) != TR_OK) return -1;
-        tr_engine_close(engine);
-    }
-    if (tr_engine_run(engine, &err) != TR_OK) return -1;
+    if (r->rank == 0 && pthread_create(&reader, NULL, submit_all, &f) != 0) return -1;
+    tr_engine_watch(engine, r->watch);
+    const tr_status st = tr_engine_run(engine, &err);
+    if (r->rank == 0) pthread_join(reader, NULL);
+    if (st != TR_OK) return -1;
     for (tr_event *e; tr_engine_take(engine, &e, 0) == 1; tr_event_free(e))
         n_done += e->kind == TR_EVENT_DONE;
     r->stats = tr_engine_stats_get(engine);
@@ -118,7 +143,7 @@ static void *run_rank(void *arg)
     return NULL;
 }
 
-static tr_engine_stats run(int pp, int n_requests)
+static tr_engine_stats run(int pp, int n_requests, int pause_ms, tr_watchdog **watch)
 {
     static tr_ranks_world w;
     rank_run ranks[TR_RANKS_WORLD_MAX];
@@ -135,7 +160,9 @@ static tr_engine_stats run(int pp, int n_requests)
                               .control = tr_loopback_comm(l, r),
                               .dir = tr_source_path(path, sizeof path, "models/tiny"),
                               .rank = r,
-                              .n_requests = n_requests};
+                              .n_requests = n_requests,
+                              .pause_ms = pause_ms,
+                              .watch = watch ? watch[r] : NULL};
         assert_non_null(ranks[r].control);
     }
     assert_int_equal(tr_ranks_world_run(&w, run_rank, ranks, sizeof *ranks), 0);
@@ -151,7 +178,7 @@ static tr_engine_stats run(int pp, int n_requests)
 /* One after the other: 1 / pp of the time, with equal stages. */
 static void check(int pp, double least)
 {
-    const tr_engine_stats s = run(pp, N_SLOTS);
+    const tr_engine_stats s = run(pp, N_SLOTS, 0, NULL);
 
     if (s.overlap < least || s.overlap > 1)
         fail_msg("%d stages: the busiest runs %.3f of the time in which all have work, not %.2f",
@@ -174,17 +201,42 @@ static void test_four_stages(void **state)
 static void test_one_request(void **state)
 {
     (void)state;
-    const tr_engine_stats s = run(2, 1);
+    const tr_engine_stats s = run(2, 1, 0, NULL);
     assert_true(s.overlap == 0);
     assert_int_equal(s.finished, 1);
 }
 
+/* The leader waits for a request longer than a step may take: no rank is taken for one that hangs. (A watchdog that thinks so
+ * ends the process.) The ranks' watchdogs believe each to be alone. */
+static void test_rest(void **state)
+{
+    enum { N = 2, PAUSE_MS = 1800 };
+    tr_world world[N];
+    tr_watchdog *watch[N];
+    tr_err err = {0};
+
+    for (int r = 0; r < N; r++) {
+        world[r] = *(tr_world *)*state;
+        assert_int_equal(tr_watchdog_start(&watch[r], &world[r], 1, NULL, &err), TR_OK);
+    }
+    const tr_engine_stats s = run(N, 2, PAUSE_MS, watch);
+    assert_int_equal(s.finished, 2);
+    for (int r = 0; r < N; r++)
+        tr_watchdog_stop(watch[r]);
+}
+
 int main(void)
 {
+    tr_world world;
+    tr_err err = {0};
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_two_stages),
         cmocka_unit_test(test_four_stages),
         cmocka_unit_test(test_one_request),
+        cmocka_unit_test_prestate(test_rest, &world),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    if (tr_world_start(&world, &err) != TR_OK) fail_msg("%s", err.text);
+    const int n_failed = cmocka_run_group_tests(tests, NULL, NULL);
+    tr_world_finish(TR_OK);
+    return n_failed;
 }

@@ -52,6 +52,11 @@ static void test_state(void **state)
     tr_flight_leave(f);
     tr_flight_leave(f); /* one too many: harmless */
     assert_null(tr_flight_look(f).what);
+    const uint64_t moved_ns = tr_flight_look(f).moved_ns;
+    assert_true(moved_ns >= s.beat_ns);
+    tr_flight_wait(f, 0); /* whoever waits does not get on */
+    tr_flight_expect(f, 1);
+    assert_true(tr_flight_look(f).moved_ns == moved_ns);
     tr_flight_rest(f);
     assert_true(tr_flight_look(f).rests);
     tr_flight_beat(f, 42);
@@ -159,6 +164,13 @@ static void go_wrong(const char *how, const tr_world *w, tr_watchdog *wd)
         for (;;)
             nap(1);
     }
+    if (strcmp(how, "slow") == 0 &&
+        w->rank == 1) /* three times what a step may take, but it gets on */
+        for (int i = 0; i < 15; i++) {
+            tr_watchdog_enter(wd, "experts", i);
+            nap(0.2);
+            tr_watchdog_leave(wd);
+        }
     if (strcmp(how, "well") == 0) { /* nothing to do for longer than a step may take */
         tr_watchdog_rest(wd);
         nap(1.6);

@@ -59,6 +59,12 @@ finish 0 20
 grep -qx finished "$dir/well.stdout" || complain "did not finish"
 reports
 
+# A rank that is slow, not hung: its layers take long, its step three times what it may without progress. The others wait for it.
+start slow
+finish 0 30
+grep -qx finished "$dir/slow.stdout" || complain "did not finish"
+reports
+
 start stop
 finish 86 15
 reports 0 1 3
