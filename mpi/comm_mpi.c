@@ -43,7 +43,7 @@ typedef struct operation operation;
 
 struct operation {
     operation *next;
-    uint64_t ticket, flight;
+    uint64_t ticket, number, flight;
     tr_comm_op op;
     int tag, stage, root;
     uint64_t begun_ns;
@@ -68,7 +68,8 @@ struct tr_comm_mpi {
     tr_world *world;
     tr_comm_mpi *next; /* of the world's */
     MPI_Comm comm;
-    uint64_t n_collectives;
+    int first; /* member 0's rank of the world */
+    uint64_t n_collectives, n_letters;
     int tests;                 /* in a row before the core is offered to others */
     operation *flying, **last; /* in flight, eldest first */
     operation *idle;
@@ -172,10 +173,13 @@ static operation *new_operation(tr_comm_mpi *c, tr_comm_op op)
                      .want = kept.want,
                      .scratch = kept.scratch,
                      .scratch_bytes = kept.scratch_bytes};
-    if (op == TR_COMM_SEND || op == TR_COMM_RECV)
+    if (op == TR_COMM_SEND || op == TR_COMM_RECV) {
         o->tag = TAG_LETTER;
-    else
+        o->number = ++c->n_letters;
+    } else {
         o->tag = TAG_FIRST + (int)(c->n_collectives++ % (N_TAGS - TAG_FIRST));
+        o->number = c->n_collectives;
+    }
     return o;
 }
 
@@ -240,7 +244,7 @@ static tr_status advance(tr_comm_mpi *c, operation *o, bool *finished, tr_err *e
 static tr_status break_down(tr_comm_mpi *c, const operation *o)
 {
     tr_within(&c->broken, "%s number %llu of %s", tr_comm_op_name(o->op),
-              (unsigned long long)o->ticket, c->base.name);
+              (unsigned long long)o->number, c->base.name);
     return c->broken.status;
 }
 
@@ -253,8 +257,8 @@ static tr_status begin(tr_comm_mpi *c, operation *o, size_t bytes, tr_err *err)
         c->idle = o;
         return tr_fail(err, c->broken.status, "%s", c->broken.text);
     }
-    o->flight =
-        tr_flight_begin(c->world->flight, c->base.name, tr_comm_op_name(o->op), o->ticket, bytes);
+    o->flight = tr_flight_begin(c->world->flight, c->base.name, c->first, c->base.size,
+                                tr_comm_op_name(o->op), o->number, bytes);
     o->next = NULL;
     *c->last = o;
     c->last = &o->next;
@@ -703,6 +707,8 @@ tr_status tr_comm_split(tr_comm **out, tr_world *world, int color, int key, cons
     if (!c) goto done;
     TR_MPI(MPI_Comm_rank(comm, &c->base.rank));
     TR_MPI(MPI_Comm_set_name(comm, name));
+    c->first = world->rank;
+    TR_MPI(MPI_Bcast(&c->first, 1, MPI_INT, 0, comm));
     c->base.impl = &mpi_impl;
     c->base.size = size;
     snprintf(c->base.name, sizeof c->base.name, "%s", name);

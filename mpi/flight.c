@@ -93,14 +93,16 @@ static int layer_now(const tr_flight *f)
     return -1;
 }
 
-uint64_t tr_flight_begin(tr_flight *f, const char *group, const char *op, uint64_t number,
-                         uint64_t bytes)
+uint64_t tr_flight_begin(tr_flight *f, const char *group, int first, int members, const char *op,
+                         uint64_t number, uint64_t bytes)
 {
     if (!f) return 0;
     pthread_mutex_lock(&f->lock);
     const uint64_t id = ++f->now.n_records;
     tr_flight_record *r = &f->record[id % TR_FLIGHT_MAX];
     *r = (tr_flight_record){.id = id,
+                            .first = first,
+                            .members = members,
                             .op = op,
                             .number = number,
                             .bytes = bytes,

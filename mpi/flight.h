@@ -13,10 +13,12 @@ enum { TR_FLIGHT_MAX = 256, TR_FLIGHT_DEPTH = 4 };
 typedef struct tr_flight tr_flight;
 
 typedef struct tr_flight_record {
-    uint64_t id;     /* counts from 1 over all groups */
-    char group[16];  /* communicator */
-    const char *op;  /* static string */
-    uint64_t number; /* of the communicator's operations, from 1 */
+    uint64_t id;        /* counts from 1 over all groups */
+    char group[16];     /* communicator's name; of those with one name it is the one of */
+    int first, members; /* this rank of the world and as many members */
+    const char *op;     /* static string */
+    uint64_t
+        number; /* from 1, the same on all members: of the communicator's collectives; of sends and receives, this rank's own */
     uint64_t bytes, step;
     int layer;                  /* -1: none */
     uint64_t begun_ns, done_ns; /* done_ns 0: not yet */
@@ -45,8 +47,8 @@ void tr_flight_enter(tr_flight *f, const char *what, int layer);
 void tr_flight_leave(tr_flight *f);
 
 /* One communication: an id to name it by, 0 without a recorder. */
-uint64_t tr_flight_begin(tr_flight *f, const char *group, const char *op, uint64_t number,
-                         uint64_t bytes);
+uint64_t tr_flight_begin(tr_flight *f, const char *group, int first, int members, const char *op,
+                         uint64_t number, uint64_t bytes);
 void tr_flight_wait(tr_flight *f, uint64_t id); /* the main thread waits for it; 0: for none */
 void tr_flight_done(tr_flight *f, uint64_t id);
 

@@ -132,7 +132,8 @@ tr_status tr_agree(const tr_world *world, tr_status mine, tr_err *err)
     agreement a;
 
     if (world->size == 1) return mine;
-    const uint64_t id = tr_flight_begin(world->flight, "world", "agree", 0, sizeof(int));
+    const uint64_t id =
+        tr_flight_begin(world->flight, "world", 0, world->size, "agree", 0, sizeof(int));
     tr_flight_wait(world->flight, id);
     tr_status st = agree(world, &a, mine, 0, err);
     tr_flight_done(world->flight, id);
@@ -207,6 +208,17 @@ _Noreturn void tr_world_abort(tr_status why)
     MPI_Finalized(&ended);
     if (begun && !ended) MPI_Abort(MPI_COMM_WORLD, code);
     _exit(code);
+}
+
+const char *tr_mpi_threads(void)
+{
+    int level = MPI_THREAD_SINGLE;
+
+    if (MPI_Query_thread(&level) != MPI_SUCCESS) level = MPI_THREAD_SINGLE;
+    return level == MPI_THREAD_MULTIPLE     ? "multiple"
+           : level == MPI_THREAD_SERIALIZED ? "serialized"
+           : level == MPI_THREAD_FUNNELED   ? "funneled"
+                                            : "single";
 }
 
 void tr_mpi_version(char *text, size_t n)

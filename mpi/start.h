@@ -41,6 +41,9 @@ tr_status tr_world_tell(const tr_world *world, void *data, int bytes, tr_err *er
  * thread. */
 _Noreturn void tr_world_abort(tr_status why);
 
+/* "funneled", "serialized", "multiple": what MPI gives, after start. */
+const char *tr_mpi_threads(void);
+
 /* Versions for --version: "Open MPI v4.1.4, ..." on one line into text. */
 void tr_mpi_version(char *text, size_t n);
 

@@ -21,6 +21,9 @@
 #include "mpi/mpi_priv.h"
 
 enum { TEXT_WORDS = 16, HOST_BYTES = 64, LINE_BYTES = 4096 };
+enum {
+    STARVED_LIMITS = 4
+}; /* as many timeouts has the job while a silent rank only lacks a core or a page */
 
 #define PERIOD_NS   250000000u  /* between two looks, parallel.md 10.2 */
 #define SILENT_NS   1000000000u /* a thread that has not looked for so long does not run */
@@ -30,7 +33,7 @@ enum { TEXT_WORDS = 16, HOST_BYTES = 64, LINE_BYTES = 4096 };
 /* What a rank shows the others of its host: written by its thread alone. Words, not text, so that a reader in another
  * process needs no lock; a text that changes meanwhile is mixed, which only a reader of the message could mind. */
 typedef struct seat {
-    _Atomic uint64_t rank, tick_ns, moved_ns, stage, waits;
+    _Atomic uint64_t rank, pid, tick_ns, moved_ns, stage, waits;
     _Atomic uint64_t text[TEXT_WORDS]; /* "step 12, layer 4, attention" */
 } seat;
 
@@ -197,11 +200,12 @@ static void put_records(const tr_watchdog *wd, FILE *f, tr_flight_record *r, uin
                 (unsigned long long)r[i].id);
         put_string(f, r[i].group);
         fprintf(f,
-                ", \"number\": %llu, \"op\": \"%s\", \"bytes\": %llu, \"step\": %llu, "
+                ", \"first\": %d, \"members\": %d, \"number\": %llu, \"op\": \"%s\", \"bytes\": "
+                "%llu, \"step\": %llu, "
                 "\"layer\": %d, \"begun_s_ago\": %.6f, \"done\": %s",
-                (unsigned long long)r[i].number, r[i].op, (unsigned long long)r[i].bytes,
-                (unsigned long long)r[i].step, r[i].layer, ago(now_ns, r[i].begun_ns),
-                r[i].done_ns ? "true" : "false");
+                r[i].first, r[i].members, (unsigned long long)r[i].number, r[i].op,
+                (unsigned long long)r[i].bytes, (unsigned long long)r[i].step, r[i].layer,
+                ago(now_ns, r[i].begun_ns), r[i].done_ns ? "true" : "false");
         if (r[i].done_ns) fprintf(f, ", \"done_s_ago\": %.6f", ago(now_ns, r[i].done_ns));
         fputc('}', f);
     }
@@ -362,6 +366,39 @@ static uint64_t last_move_ns(const tr_watchdog *wd)
     return last;
 }
 
+/* A process that neither the kernel nor anybody has stopped: it wants to run, or waits for a page or a disk. */
+static bool wants_to_run(uint64_t pid)
+{
+    char path[64], text[512];
+    size_t n = 0;
+
+    snprintf(path, sizeof path, "/proc/%llu/stat", (unsigned long long)pid);
+    FILE *f = fopen(path, "re");
+    if (f) n = fread(text, 1, sizeof text - 1, f);
+    if (f) fclose(f);
+    text[n] = '\0';
+    const char *end = strrchr(text, ')'); /* the name before it may hold anything */
+    return end && end[1] == ' ' && (end[2] == 'R' || end[2] == 'D');
+}
+
+/* Some rank of this host that shows no sign of life is not stopped: the machine is too busy for it. */
+static bool is_starved(const tr_watchdog *wd)
+{
+    for (int i = 0; i < wd->n_seats; i++)
+        if (is_silent(&wd->seats[i]) && wants_to_run(atomic_load(&wd->seats[i].pid))) return true;
+    return false;
+}
+
+static bool is_late(const tr_watchdog *wd, const tr_flight_state *s, uint64_t since_ns,
+                    uint64_t now_ns)
+{
+    const uint64_t limit = limit_ns(wd, s);
+
+    if (s->n_beats <= 1 || s->rests || now_ns <= since_ns || now_ns - since_ns <= limit)
+        return false;
+    return now_ns - since_ns > STARVED_LIMITS * limit || !is_starved(wd);
+}
+
 static void *watch(void *arg)
 {
     tr_watchdog *wd = arg;
@@ -380,9 +417,7 @@ static void *watch(void *arg)
         show(wd, &s);
         const uint64_t moved_ns = last_move_ns(wd);
         const uint64_t since_ns = moved_ns > awake_ns ? moved_ns : awake_ns;
-        const bool late =
-            s.n_beats > 1 && !s.rests && now_ns > since_ns && now_ns - since_ns > limit_ns(wd, &s);
-        if (late || somebody_reports(wd)) end_job(wd, &s, since_ns);
+        if (is_late(wd, &s, since_ns, now_ns) || somebody_reports(wd)) end_job(wd, &s, since_ns);
     } while (sleep_until(wd, looked_ns + PERIOD_NS));
     return NULL;
 }
@@ -439,6 +474,7 @@ static tr_status open_seats(tr_watchdog *wd, tr_err *err)
         }
     }
     atomic_store(&wd->seats[wd->mine].rank, (uint64_t)wd->world->rank);
+    atomic_store(&wd->seats[wd->mine].pid, (uint64_t)getpid());
     atomic_store(&wd->seats[wd->mine].tick_ns, tr_now_ns());
     TR_MPI(MPI_Barrier(local)); /* no thread looks at a seat that is not taken yet */
 

@@ -2,7 +2,8 @@
  * longer than it may (reliability.md 4, rows 15 and 16; parallel.md 10.2). The main thread says where it is: beat at every
  * step, enter and leave around stretches of it; the communicators (comm_mpi.h) note what they begin, wait for and
  * finish. Each of these is progress, and so is that of any other rank of the host: a rank that is merely slow, in a step that
- * takes longer than the timeout, holds up the others but is not taken for one that hangs.
+ * takes longer than the timeout, holds up the others but is not taken for one that hangs; and one that gets neither core nor
+ * page for so long, but is not stopped, has four timeouts.
  *
  * Ranks of one host see each other's state in shared memory. When time is up every rank that still can writes
  * OUT.hang.rank%05d.json (the state and the last 256 collectives), prints one line with its step, layer, communicator

@@ -21,7 +21,7 @@ static const subcommand subcommands[] = {
     {"bench", tr_command_bench, "measure kernels or steps"},
     {"plan", tr_command_plan, "what each rank would hold and send; no GPU needed"},
     {"profile", tr_command_profile, "read what a run left behind: show, diff, export, pack, plot"},
-    {"doctor", NULL, NULL},
+    {"doctor", tr_command_doctor, "check a launch before a big job; explain a hang after one"},
     {"serve", NULL, NULL},
     {"--version", tr_command_version, NULL},
 };

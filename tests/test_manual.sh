@@ -13,7 +13,7 @@ one_per_line()
     grep -oE -e '(^|[^-[:alnum:]])--[a-z][a-z0-9-]+' | grep -oE -e '--[a-z][a-z0-9-]+' | sort -u
 }
 
-for command in batch bench plan profile; do
+for command in batch bench plan doctor profile; do
     # Options stand at the start of a line of the help; its prose may name others.
     "${TRIREME:?}" "$command" --help | grep -E -e '^ +(-[a-zA-Z], )?--' | sed 's/\(--[a-z0-9-]*\).*/\1/' |
         one_per_line >"$tmp/help"

@@ -2,6 +2,7 @@
  * goes wrong in that way; tests/test_watchdog_ranks.sh starts it and looks at what comes of it. */
 #include <config.h>
 
+#include <dirent.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -10,11 +11,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 #include <cmocka.h>
 
+#include "base/clock.h"
 #include "mpi/comm_mpi.h"
 #include "mpi/flight.h"
 #include "mpi/watchdog.h"
@@ -75,8 +78,8 @@ static void test_records(void **state)
     assert_int_equal(tr_flight_records(f, r), 0);
     tr_flight_beat(f, 3);
     tr_flight_enter(f, "experts", 5);
-    uint64_t a = tr_flight_begin(f, "stage", "all_reduce", 1, 100),
-             b = tr_flight_begin(f, "a name that is too long", "send", 1, 200);
+    uint64_t a = tr_flight_begin(f, "stage", 4, 3, "all_reduce", 1, 100),
+             b = tr_flight_begin(f, "a name that is too long", 0, 2, "send", 1, 200);
     assert_int_equal(a, 1);
     assert_int_equal(b, 2);
     tr_flight_wait(f, b);
@@ -87,6 +90,7 @@ static void test_records(void **state)
     assert_int_equal(tr_flight_records(f, r), 2);
     assert_string_equal(r[0].group, "stage");
     assert_string_equal(r[0].op, "all_reduce");
+    assert_true(r[0].first == 4 && r[0].members == 3);
     assert_true(r[0].done_ns >= r[0].begun_ns && r[1].done_ns == 0);
     assert_int_equal(r[1].step, 3);
     assert_int_equal(r[1].layer, 5);
@@ -94,7 +98,7 @@ static void test_records(void **state)
     tr_flight_done(f, b);
     assert_false(tr_flight_look(f).waits);
     for (int i = 0; i < 1000; i++)
-        tr_flight_begin(f, "stage", "all_reduce", (uint64_t)i + 2, 8);
+        tr_flight_begin(f, "stage", 4, 3, "all_reduce", (uint64_t)i + 2, 8);
     tr_flight_done(f, a); /* long overwritten: nobody else is marked */
     assert_int_equal(tr_flight_records(f, r), TR_FLIGHT_MAX);
     for (int i = 0; i < TR_FLIGHT_MAX; i++) {
@@ -111,7 +115,7 @@ static void test_none(void **state)
 
     (void)state;
     tr_flight_beat(NULL, 1);
-    assert_int_equal(tr_flight_begin(NULL, "stage", "send", 1, 1), 0);
+    assert_int_equal(tr_flight_begin(NULL, "stage", 0, 2, "send", 1, 1), 0);
     tr_flight_wait(NULL, 0);
     tr_flight_done(NULL, 0);
     assert_int_equal(tr_flight_records(NULL, r), 0);
@@ -154,6 +158,30 @@ static void nap(double seconds)
         ;
 }
 
+static void sleep_here(int signal)
+{
+    const struct timespec t = {.tv_sec = 2, .tv_nsec = 500000000};
+    (void)signal;
+    nanosleep(&t, NULL);
+}
+
+/* As if the machine had no time for this process: its other threads sleep, and this one gets nowhere. */
+static void starve(void)
+{
+    const struct sigaction sleeper = {.sa_handler = sleep_here, .sa_flags = SA_RESTART};
+    DIR *d = opendir("/proc/self/task");
+
+    sigaction(SIGUSR1, &sleeper, NULL);
+    for (struct dirent *e; d && (e = readdir(d));) {
+        const pid_t tid = (pid_t)strtol(e->d_name, NULL, 10);
+        if (tid > 0 && tid != getpid()) syscall(SYS_tgkill, getpid(), tid, SIGUSR1);
+    }
+    if (d) closedir(d);
+    const uint64_t until_ns = tr_now_ns() + UINT64_C(2300000000);
+    while (tr_now_ns() < until_ns)
+        ;
+}
+
 /* What rank `who` does at the wrong step. */
 static void go_wrong(const char *how, const tr_world *w, tr_watchdog *wd)
 {
@@ -171,6 +199,7 @@ static void go_wrong(const char *how, const tr_world *w, tr_watchdog *wd)
             nap(0.2);
             tr_watchdog_leave(wd);
         }
+    if (strcmp(how, "starve") == 0 && w->rank == 1) starve();
     if (strcmp(how, "well") == 0) { /* nothing to do for longer than a step may take */
         tr_watchdog_rest(wd);
         nap(1.6);

@@ -65,6 +65,12 @@ finish 0 30
 grep -qx finished "$dir/slow.stdout" || complain "did not finish"
 reports
 
+# A rank that the machine has no time for, twice as long as a step may take: not stopped, so not to be named.
+start starve
+finish 0 30
+grep -qx finished "$dir/starve.stdout" || complain "did not finish"
+reports
+
 start stop
 finish 86 15
 reports 0 1 3

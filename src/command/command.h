@@ -7,6 +7,7 @@
 
 tr_status tr_command_batch(int argc, char **argv, tr_err *err);
 tr_status tr_command_bench(int argc, char **argv, tr_err *err);
+tr_status tr_command_doctor(int argc, char **argv, tr_err *err);
 tr_status tr_command_plan(int argc, char **argv, tr_err *err);
 tr_status tr_command_profile(int argc, char **argv, tr_err *err);
 tr_status tr_command_version(int argc, char **argv, tr_err *err);

@@ -206,7 +206,7 @@ static const tr_option batch_table[] = {
     {"no-bind", 0, TR_OPTION_FLAG, AT(no_bind), 0, 0, NULL, NULL,
      "leave threads where the launcher put them"},
     {"step-timeout", 0, TR_OPTION_INT, AT(step_timeout), 1, 1 << 20, "S", NULL,
-     "give up when a step takes longer, seconds (default: 60, or 10 times what it should take)"},
+     "give up without progress for so long, seconds (default: 60, or 10 times a step)"},
 
     {NULL, 0, TR_OPTION_TITLE, 0, 0, 0, NULL, NULL, "Engine"},
     {"max-batch-tokens", 0, TR_OPTION_INT, AT(max_batch_tokens), 1, 1 << 20, "N", NULL,

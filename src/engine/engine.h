@@ -36,7 +36,7 @@ typedef struct tr_engine_options {
     int n_replicas, i_replica; /* this rank's */
     /* Pipeline stages: one step more is in flight at most, and a choice is in one of them at a time. 0: one. */
     int n_stages, i_stage; /* this rank's */
-    const char *host;      /* this rank's, for messages; NULL: unknown */
+    const char *host;      /* this rank's, for messages; kept; NULL: unknown */
     /* [n_replicas] the rank of `control` that tells the leader what a replica's steps sampled; NULL: the leader itself. */
     const int *reporter;
     tr_drain_options
