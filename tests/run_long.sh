@@ -166,6 +166,11 @@ rank_faults_step()
     COMPARE=$compare "$TR_SRCDIR/tests/run_rank_faults.sh" "$TRIREME" "$model"
 }
 
+straggler_step()
+{
+    MPIEXEC=${MPIEXEC-mpirun} "$TR_SRCDIR/tests/run_straggler.sh"
+}
+
 faults_step()
 {
     "$TR_SRCDIR/tests/run_faults.sh" "$TRIREME" "$model"
@@ -197,6 +202,7 @@ step rank-kill-3 rank_kill_step 3
 step slurm slurm_step
 step stop stop_step
 step rank-faults rank_faults_step
+step straggler straggler_step
 step faults faults_step
 step nth nth_step --quick
 step fuzz fuzz_step

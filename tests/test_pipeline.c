@@ -188,13 +188,13 @@ static void check(int pp, double least)
 static void test_two_stages(void **state)
 {
     (void)state;
-    check(2, 0.8);
+    check(2, 0.7);
 }
 
 static void test_four_stages(void **state)
 {
     (void)state;
-    check(4, 0.7);
+    check(4, 0.55);
 }
 
 /* One request cannot keep two stages busy: there is no such time. */
