@@ -114,7 +114,8 @@ static void describe(const tr_flight_state *s, char *text, size_t room)
             (unsigned long long)s->waited.number, s->waited.group);
 }
 
-static void show(tr_watchdog *wd, const tr_flight_state *s)
+/* awake_ns: since when this process has not been stopped; whoever comes back has as long as anybody. */
+static void show(tr_watchdog *wd, const tr_flight_state *s, uint64_t awake_ns)
 {
     seat *me = &wd->seats[wd->mine];
     char text[TEXT_WORDS * sizeof(uint64_t)] = "";
@@ -125,7 +126,7 @@ static void show(tr_watchdog *wd, const tr_flight_state *s)
     for (int i = 0; i < TEXT_WORDS; i++)
         atomic_store(&me->text[i], word[i]);
     atomic_store(&me->waits, s->waits);
-    atomic_store(&me->moved_ns, s->moved_ns);
+    atomic_store(&me->moved_ns, s->moved_ns > awake_ns ? s->moved_ns : awake_ns);
     atomic_store(&me->tick_ns, tr_now_ns());
 }
 
@@ -366,8 +367,8 @@ static uint64_t last_move_ns(const tr_watchdog *wd)
     return last;
 }
 
-/* A process that neither the kernel nor anybody has stopped: it wants to run, or waits for a page or a disk. */
-static bool wants_to_run(uint64_t pid)
+/* A process that is there and that nobody has stopped: it wants to run, or waits for a page or a disk. */
+static bool may_run(uint64_t pid)
 {
     char path[64], text[512];
     size_t n = 0;
@@ -378,14 +379,14 @@ static bool wants_to_run(uint64_t pid)
     if (f) fclose(f);
     text[n] = '\0';
     const char *end = strrchr(text, ')'); /* the name before it may hold anything */
-    return end && end[1] == ' ' && (end[2] == 'R' || end[2] == 'D');
+    return end && end[1] == ' ' && end[2] && !strchr("TtZX", end[2]);
 }
 
 /* Some rank of this host that shows no sign of life is not stopped: the machine is too busy for it. */
 static bool is_starved(const tr_watchdog *wd)
 {
     for (int i = 0; i < wd->n_seats; i++)
-        if (is_silent(&wd->seats[i]) && wants_to_run(atomic_load(&wd->seats[i].pid))) return true;
+        if (is_silent(&wd->seats[i]) && may_run(atomic_load(&wd->seats[i].pid))) return true;
     return false;
 }
 
@@ -414,7 +415,7 @@ static void *watch(void *arg)
             awake_ns = now_ns;
         }
         looked_ns = now_ns;
-        show(wd, &s);
+        show(wd, &s, awake_ns);
         const uint64_t moved_ns = last_move_ns(wd);
         const uint64_t since_ns = moved_ns > awake_ns ? moved_ns : awake_ns;
         if (is_late(wd, &s, since_ns, now_ns) || somebody_reports(wd)) end_job(wd, &s, since_ns);

@@ -177,7 +177,7 @@ static void starve(void)
         if (tid > 0 && tid != getpid()) syscall(SYS_tgkill, getpid(), tid, SIGUSR1);
     }
     if (d) closedir(d);
-    const uint64_t until_ns = tr_now_ns() + UINT64_C(2300000000);
+    const uint64_t until_ns = tr_now_ns() + UINT64_C(2600000000);
     while (tr_now_ns() < until_ns)
         ;
 }
