@@ -110,7 +110,7 @@ static void test_overlap(void **state)
 
 /* ---- a warning ------------------------------------------------------------------------------------------------- */
 
-enum { N_RANKS = 3, SLOW = 2, N_STEPS = 100 };
+enum { N_RANKS = 3, SLOW = 2, N_STEPS = 60 };
 
 typedef struct rank_run {
     tr_comm *control;
@@ -211,10 +211,10 @@ static void test_warning(void **state)
 {
     char said[8192];
     (void)state;
-    run(9, 0, said, sizeof said);
+    run(30, 0, said, sizeof said);
     if (count(said, "rank 2 on node07 is slow") != 1 || count(said, "\n") != 1)
         fail_msg("said: %s", said);
-    run(9, 1, said, sizeof said); /* as often as there are windows, from the second on */
+    run(30, 1, said, sizeof said); /* as often as there are windows, from the second on */
     assert_true(count(said, "rank 2 on node07 is slow") > 1);
     assert_int_equal(count(said, "rank 0 ") + count(said, "rank 1 "), 0);
 }
