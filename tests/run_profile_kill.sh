@@ -48,7 +48,7 @@ kills=0 readable=0 most=0 bad=0 rounds=0
 for ((try = 0; kills < wanted && try < 20 * wanted; try++)); do
     before=$(find "$dir" -name '*.part' | sort)
     run
-    # A file that is called .part has been flushed once; then once a second.
+    # A copy is made behind every flush: the first at the start, then once a second.
     part=
     for ((i = 0; i < 600; i++)); do
         kill -0 $pid 2>/dev/null || break

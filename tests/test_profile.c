@@ -25,6 +25,7 @@
 #include "profile/join.h"
 #include "profile/profile.h"
 #include "profile/settle.h"
+#include "profile/snapshot.h"
 #include "scratch.h"
 
 enum { WORLD = 3, LAYERS = 2, EXPERTS = 4, STEPS = 40, MS = 1000000 };
@@ -507,6 +508,46 @@ static void gaps_are_right_within_an_eighth(void **state)
     assert_true(tr_gaps_percentile(&g, 0.5) > 3000000000u);
 }
 
+/* What a killed run leaves is a whole file or the one before it. */
+static void a_copy_is_whole_or_not_there(void **state)
+{
+    static char data[600000], back[sizeof data + 1];
+    char from[256], to[256], tmp[300];
+    tr_err err = {0};
+    struct stat sb;
+
+    (void)state;
+    for (size_t i = 0; i < sizeof data; i++)
+        data[i] = (char)(i * 7 + i / 251);
+    assert_int_equal(tr_scratch_write(dir, "from", data, sizeof data), 0);
+    snprintf(from, sizeof from, "%s/from", dir);
+    snprintf(to, sizeof to, "%s/to", dir);
+    snprintf(tmp, sizeof tmp, "%s.tmp", to);
+    assert_int_equal(tr_profile_snapshot(from, to, &err), TR_OK);
+    FILE *f = fopen(to, "rb");
+    assert_non_null(f);
+    assert_int_equal(fread(back, 1, sizeof back, f), sizeof data);
+    fclose(f);
+    assert_memory_equal(back, data, sizeof data);
+    /* Cut off in the middle: the older copy stays, and nothing beside it. */
+    struct rlimit old;
+    assert_int_equal(getrlimit(RLIMIT_FSIZE, &old), 0);
+    const struct rlimit less = {.rlim_cur = 300000, .rlim_max = old.rlim_max};
+    void (*handler)(int) = signal(SIGXFSZ, SIG_IGN);
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &less), 0);
+    const tr_status st = tr_profile_snapshot(from, to, &err);
+    setrlimit(RLIMIT_FSIZE, &old);
+    signal(SIGXFSZ, handler);
+    assert_int_equal(st, TR_E_IO);
+    assert_non_null(strstr(err.text, "to.tmp"));
+    assert_int_equal(stat(to, &sb), 0);
+    assert_int_equal(sb.st_size, sizeof data);
+    assert_int_not_equal(stat(tmp, &sb), 0);
+    snprintf(from, sizeof from, "%s/none", dir);
+    assert_int_equal(tr_profile_snapshot(from, to, &err), TR_E_IO);
+    assert_non_null(strstr(err.text, "none"));
+}
+
 static int make(void **state)
 {
     (void)state;
@@ -531,6 +572,7 @@ int main(void)
         cmocka_unit_test(a_full_disk_ends_the_profile_only),
         cmocka_unit_test(it_says_why_it_cannot_begin),
         cmocka_unit_test(gaps_are_right_within_an_eighth),
+        cmocka_unit_test(a_copy_is_whole_or_not_there),
     };
     return cmocka_run_group_tests(tests, make, clear);
 }

@@ -57,7 +57,7 @@ if [ -n "${MPIEXEC-}" ]; then
         timeout 120 "$MPIEXEC" -n 4 "$trireme" batch -m "$model" -i "$in" -o "$dir/$name.jsonl" $grid \
             --profile "$dir/$name.h5" 2>"$dir/log" || complain "$grid: $(cat "$dir/log")"
         check "$dir/$name.h5" 4
-        [ -z "$(find "$dir/$name.h5.d" -name '*.part')" ] || complain "$grid: a file was not closed"
+        [ -z "$(find "$dir/$name.h5.d" -name "*.part" -o -name "*.new")" ] || complain "$grid: a file was not closed"
     done
 else
     echo 'no MPI launcher: one rank only'

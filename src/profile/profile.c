@@ -14,6 +14,7 @@
 #include "base/clock.h"
 #include "base/size.h"
 #include "profile/profile_priv.h"
+#include "profile/snapshot.h"
 
 enum {
     STEPS = 16384, /* between two samples */
@@ -435,6 +436,12 @@ static tr_status flush(tr_profile *p, tr_err *err)
     tr_status st = tr_profile_write_tables(p, err);
 
     if (st == TR_OK) st = tr_prof_file_flush(p->file, err);
+    if (st == TR_OK && begun_ns >= p->next_copy_ns) {
+        const uint64_t flushed_ns = tr_now_ns();
+        st = tr_profile_snapshot(p->fresh, p->part, err);
+        /* A trace makes a file large: copying takes a hundredth of the time at most. */
+        p->next_copy_ns = begun_ns + 100 * (tr_now_ns() - flushed_ns);
+    }
     const uint64_t took = tr_now_ns() - begun_ns;
     pthread_mutex_lock(&p->lock);
     p->costs.flushes++;
@@ -496,10 +503,7 @@ void tr_profile_start(tr_profile *p)
     /* Whatever is known now survives a kill from here on, and all datasets that grow are there. */
     tr_status st = collect(p, &err);
     if (st == TR_OK) st = flush(p, &err);
-    if (st == TR_OK && rename(p->fresh, p->part) != 0)
-        st = tr_fail(&err, TR_E_IO, "%s: %s", p->part, strerror(errno));
     if (!tr_profile_survives(p, st, &err)) return;
-    p->is_part = true;
     sigfillset(&all); /* signals are the main thread's */
     pthread_sigmask(SIG_SETMASK, &all, &before);
     p->running = pthread_create(&p->thread, NULL, work, p) == 0;
@@ -552,10 +556,12 @@ void tr_profile_close(tr_profile *p, bool complete)
     tr_err later;
     tr_status closed = tr_prof_file_close(p->file, st == TR_OK ? &err : &later);
     if (st == TR_OK) st = closed;
-    if (tr_profile_survives(p, st, &err) && tr_profile_well(p) &&
-        rename(p->is_part ? p->part : p->fresh, p->path) != 0)
-        tr_log_warn(p->o.log, "the profile stays %s: %s", p->is_part ? p->part : p->fresh,
-                    strerror(errno));
+    if (tr_profile_survives(p, st, &err) && tr_profile_well(p)) {
+        if (rename(p->fresh, p->path) == 0)
+            remove(p->part);
+        else
+            tr_log_warn(p->o.log, "the profile stays %s: %s", p->fresh, strerror(errno));
+    }
     free_profile(p);
 }
 

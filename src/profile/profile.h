@@ -3,11 +3,11 @@
  *
  *     create      main thread: the file with what is known at the start
  *     describe    main thread: attributes and whole datasets, before start
- *     start       the first flush gives the file its name NAME.part: no .part was never flushed; the thread begins
+ *     start       the first flush; the thread begins. NAME.new is being written, NAME.part its copy of the last flush
  *     step, ...   record; none of them waits for a disk
  *     stop        main thread: the thread has ended, the last tables are written
  *     settle      main thread: regions and clocks of all ranks brought together (settle.h)
- *     close       the file gets its name without .part
+ *     close       NAME.new becomes NAME, NAME.part goes
  *
  * A profile is never in the way of results: whatever fails after create is one warning, ends the recording, and is not
  * an error of the job. All functions take NULL and do nothing. */
