@@ -37,8 +37,9 @@ typedef struct tr_prof_stream {
 
 struct tr_profile {
     tr_profile_options o;
-    char *path, *part, *fresh; /* the file when it is closed, its copy of the last flush, and while it is written */
-    uint64_t next_copy_ns;     /* no copy before that */
+    char *path, *part,
+        *fresh; /* the file when it is closed, its copy of the last flush, and while it is written */
+    uint64_t next_copy_ns; /* no copy before that */
     char matrix[TR_PROFILE_MATRICES][32];
     tr_prof_file *file; /* the thread's while it runs */
     _Atomic bool dead;
