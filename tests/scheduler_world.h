@@ -345,6 +345,7 @@ typedef struct world {
     int shared_percent;             /* requests that begin like others */
     int long_percent, largest;      /* requests: how many are long; the longest, in tokens */
     uint64_t submitted_at[1 << 16]; /* [id % size] step */
+    uint32_t itl_p50_ns;            /* of the last event */
     bool finished[1 << 16];         /* [id % size] */
     bool restarted;                 /* requests may have been scored before */
     uint64_t longest_wait;
@@ -454,6 +455,7 @@ static void check_event(world *w, const tr_event *e)
     bool failed = false;
 
     w->n_done++;
+    w->itl_p50_ns = e->itl_p50_ns;
     assert_false(w->finished[r->id % (1 << 16)]);
     w->finished[r->id % (1 << 16)] = true;
     uint64_t waited = w->n_steps - w->submitted_at[r->id % (1 << 16)];

@@ -286,12 +286,49 @@ static void test_ended_choices(void **state)
     world_free(w);
 }
 
+/* What an earlier run sampled was not waited for in this one: of a single new token there is no time between tokens. */
+static void test_times(void **state)
+{
+    world *w = world_create(3, 20, 1, 8, 200, 100);
+    tr_request *r = make_request(w), *again;
+    (void)state;
+
+    r->params.n = 1;
+    r->params.ignore_eos = true;
+    r->params.n_stop = 0;
+    r->params.n_stop_tokens = 0;
+    r->params.n_prompt_logprobs = r->params.n_logprobs = -1;
+    r->params.max_tokens = 9;
+    again = clone(r);
+    submit_request(w, r);
+    tr_progress *p = NULL;
+    while (!p || p->choice[0].n_token < 8) {
+        tr_progress_free(p);
+        assert_true(turn(w));
+        p = saved_of(w);
+    }
+    while (turn(w)) {
+    }
+    assert_true(w->finished[again->id] && w->itl_p50_ns > 0);
+    assert_int_equal(p->choice[0].n_token, 8);
+    w->restarted = true;
+    again->progress = p;
+    w->finished[again->id] = false;
+    submit_request(w, again);
+    while (turn(w)) {
+    }
+    assert_true(w->finished[0]);
+    assert_int_equal(w->itl_p50_ns, 0);
+    world_free(w);
+}
+
 int main(int argc, char **argv)
 {
     uint64_t n_steps = 60000;
     if (argc > 1) n_steps = strtoull(argv[1], NULL, 10);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_ended_choices),
+        cmocka_unit_test(test_times),
         cmocka_unit_test_prestate(test_interrupted, &n_steps),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

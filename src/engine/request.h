@@ -89,7 +89,7 @@ typedef struct tr_event { /* owned by whoever took it; tr_event_free frees the r
     int replica;  /* that ran it, -1: none did */
     int n_chunks; /* steps in which its prompt was computed, of all choices */
     uint32_t itl_p50_ns,
-        itl_p99_ns; /* between tokens of a choice, within an eighth; 0: fewer than two tokens */
+        itl_p99_ns; /* between tokens of a choice in this run, within an eighth; 0: fewer than two */
 } tr_event;
 
 void tr_request_free(tr_request *r);

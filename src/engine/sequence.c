@@ -431,8 +431,12 @@ bool tr_group_restore(tr_group *g, const tr_progress *p, const tr_scheduler_opti
     if (!tr_progress_fits(p, g->event->request, options->limits.n_vocab)) return false;
     tr_scores_copy(&g->event->prompt_scores, &p->prompt_scores, p->prompt_scores.n);
     g->n_scores_planned = g->n_scores_taken = p->prompt_scores.n;
-    for (int i = 0; i < g->n_choices; i++)
+    for (int i = 0; i < g->n_choices; i++) {
         if (!replay(&g->sequence[i], &p->choice[i], options)) return false;
-    g->event->first_token_ns = 0; /* of this run none yet */
+        g->sequence[i].token_ns = 0;
+    }
+    /* Of this run none yet: nobody waited for the tokens above, or between them. */
+    g->event->first_token_ns = 0;
+    g->gaps = (tr_gaps){0};
     return g->n_live > 0;         /* who has finished has a record, or must be computed */
 }
