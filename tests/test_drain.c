@@ -10,6 +10,7 @@
 
 #include <signal.h>
 #include <string.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "base/stop.h"
@@ -57,6 +58,35 @@ static void test_words(void **state)
     assert_true(tr_stop_requested());
     assert_string_equal(tr_stop_reason(), "the time budget");
     assert_int_equal(tr_stop_word(), SIGALRM);
+}
+
+/* The status of a process that gets these signals in turn, and then says what it was asked. */
+static int after_signals(int first, int second)
+{
+    int status = -1;
+    const pid_t pid = fork();
+
+    assert_true(pid >= 0);
+    if (pid == 0) {
+        raise(first);
+        raise(second);
+        _exit((int)(tr_stop_word() & 63));
+    }
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    assert_true(WIFEXITED(status));
+    return WEXITSTATUS(status);
+}
+
+/* The alarm is no second signal, nor does it make one of the first; of two others the second ends the process. */
+static void test_second(void **state)
+{
+    (void)state;
+    assert_int_equal(tr_stop_word(), SIGALRM); /* test_words asked */
+    assert_int_equal(after_signals(SIGALRM, SIGALRM), SIGALRM);
+    assert_int_equal(after_signals(SIGALRM, SIGUSR1), SIGUSR1);
+    assert_int_equal(after_signals(SIGUSR1, SIGALRM), SIGUSR1);
+    assert_int_equal(after_signals(SIGUSR1, SIGTERM), 75);
+    assert_int_equal(after_signals(SIGTERM, SIGTERM), 75);
 }
 
 /* Whoever is asked to stop while it loads does not load on. */
@@ -160,9 +190,9 @@ static void test_tokens(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_words),  cmocka_unit_test(test_loading),
-        cmocka_unit_test(test_graces), cmocka_unit_test(test_budget),
-        cmocka_unit_test(test_tokens),
+        cmocka_unit_test(test_words),   cmocka_unit_test(test_second),
+        cmocka_unit_test(test_loading), cmocka_unit_test(test_graces),
+        cmocka_unit_test(test_budget),  cmocka_unit_test(test_tokens),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

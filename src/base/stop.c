@@ -13,9 +13,10 @@ static volatile sig_atomic_t stop_signal;
 
 static void on_signal(int number)
 {
-    if (stop_signal != 0)
-        _exit(
-            75); /* a second signal: a write under way is one write(2), whole or torn, and resume copes */
+    /* The alarm is nobody's signal: it neither is a second one nor makes the next one that. */
+    if (number == SIGALRM && stop_signal != 0) return;
+    /* A second signal: a write under way is one write(2), whole or torn, and resume copes. */
+    if (stop_signal != 0 && stop_signal != SIGALRM) _exit(75);
     stop_signal = number;
 }
 

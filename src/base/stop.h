@@ -18,7 +18,8 @@ bool tr_stop_requested(void);
 const char *tr_stop_reason(void);
 
 /* So many seconds from now the time budget is over: as if a signal asked then ("the time budget"). 0: it is not. For the time
- * before the engine runs, which looks at the budget itself. */
+ * before the engine runs, which looks at the budget itself. Behind a signal it changes nothing, and a signal behind it counts
+ * as the first. */
 void tr_stop_alarm(double seconds);
 
 /* What this process was asked: 0: nothing. */
