@@ -180,6 +180,17 @@ echo >>moving.jsonl
 kill -USR1 $pid
 wait $pid
 is "input changed while running" 65 $?
+head -n 2 in.jsonl >growing.jsonl
+"${batch[@]}" -i growing.jsonl -o growing.out 2>log &
+pid=$!
+for ((i = 0; i < 3000; i++)); do
+    [ -e growing.out.run ] && break # its requests are counted
+    sleep 0.01
+done
+tail -n 3 in.jsonl >>growing.jsonl
+wait $pid
+is "input grows while running" 65 $?
+is "input grows: no number of what is left" no "$(grep -q 'no record yet' log && echo yes || echo no)"
 is "input changed: output kept" yes "$([ "$(records moving.out)" != damaged ] && echo yes)"
 
 # ---- bad inputs

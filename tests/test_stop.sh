@@ -168,6 +168,29 @@ for what in whole cut flipped foreign; do
     [ "$what" != whole ] || says 'OUT.saved whole' '3 went on from their saved tokens'
 done
 
+# ---- answers that cannot be recorded: what was saved of them stays
+if command -v prlimit >/dev/null; then
+    requests 5 1200 '"temperature":1,"ignore_eos":true' >full
+    begin "${batch[@]}" -i full -o full.out --save-every 1
+    for ((i = 0; i < 600; i++)); do
+        [ -s full.out.saved ] && break
+        sleep 0.05
+    done
+    prlimit --pid "$job" --fsize=8192 # room for the log, not for an answer
+    for ((i = 0; i < 2400; i++)); do
+        grep -q 'trying again' log && break
+        sleep 0.05
+    done
+    says 'no room for records' 'full.out: cannot write: File too large; trying again'
+    kill -USR1 "$job"
+    ended
+    is 'no room for records' 74 "$status"
+    begin "${batch[@]}" -i full -o full.out
+    kill -9 "$job"
+    ended
+    says 'room again' 'full.out.saved: 4 requests have saved tokens'
+fi
+
 # ---- shards
 for i in 0 1 2; do
     SLURM_ARRAY_TASK_ID=$((i + 5)) SLURM_ARRAY_TASK_MIN=5 SLURM_ARRAY_TASK_MAX=7 SLURM_ARRAY_TASK_COUNT=3 \

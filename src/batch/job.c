@@ -303,6 +303,8 @@ static void save_at_end(job *j, tr_status engine_st)
         j->c->skipped + j->c->answered + j->c->refused + j->c->invalid + j->c->failed;
 
     if (!j->o->saved) return;
+    /* Answers that could not be recorded are in no copy of what runs any more: what was saved of them while they ran stays. */
+    if (j->writer_st != TR_OK && j->n_saves) return;
     if (engine_st == TR_OK && done == tr_input_about(j->o->input)->n_mine)
         tr_saved_remove(j->o->saved);
     else if (engine_st == TR_OK || engine_st == TR_E_STOP)
@@ -451,7 +453,7 @@ static void summary(const job *j)
         tr_log_debug(j->o->log, "saved %ju times: %.3f ms of steps and processor in all, %.4f %%",
                      (uintmax_t)j->n_saves, (double)j->all_saves_ns / 1e6,
                      100 * (double)j->all_saves_ns / (double)(tr_now_ns() - j->begun_ns));
-    say_what_is_left(j, total - done);
+    say_what_is_left(j, done < total ? total - done : 0); /* the input may have grown */
 }
 
 /* What the run amounts to: a failure to record outweighs a failure to compute, that one a
