@@ -438,5 +438,5 @@ bool tr_group_restore(tr_group *g, const tr_progress *p, const tr_scheduler_opti
     /* Of this run none yet: nobody waited for the tokens above, or between them. */
     g->event->first_token_ns = 0;
     g->gaps = (tr_gaps){0};
-    return g->n_live > 0;         /* who has finished has a record, or must be computed */
+    return g->n_live > 0; /* who has finished has a record, or must be computed */
 }
