@@ -44,11 +44,14 @@ in=$dir/in.jsonl
 head -n 6 "$TR_SRCDIR/jobs/quickstart.jsonl" >"$in"
 "$trireme" batch -m "$model" -i "$in" -o "$dir/plain.jsonl" 2>"$dir/log" || complain "$(cat "$dir/log")"
 
-"$trireme" batch -m "$model" -i "$in" -o "$dir/one.jsonl" --profile "$dir/one.h5" --profile-trace 2>"$dir/log" ||
+SLURM_JWT=not-for-the-file SLURM_JOB_NAME=kept-in-the-file "$trireme" batch -m "$model" -i "$in" \
+    -o "$dir/one.jsonl" --profile "$dir/one.h5" --profile-trace 2>"$dir/log" ||
     complain "one rank: $(cat "$dir/log")"
 grep -q 'the profile ends here' "$dir/log" && complain "$(cat "$dir/log")"
 "$compare" "$dir/plain.jsonl" "$dir/one.jsonl" || complain 'one rank: other answers than without a profile'
 check "$dir/one.h5" 1
+grep -qa kept-in-the-file "$dir/one.h5" || complain 'one rank: the Slurm job has no name in the file'
+grep -qa not-for-the-file "$dir"/one.h5 "$dir"/one.h5.d/*/* && complain 'one rank: a secret is in the file'
 
 if [ -n "${MPIEXEC-}" ]; then
     for grid in '--pp 2 --tp 2' '--dp 2 --cp 2'; do

@@ -42,12 +42,36 @@ static void describe_command(tr_profile *p)
     tr_profile_text(p, "/run", "command_line", text);
 }
 
+/* Variables that change what a run does or how fast; nothing else of the user's environment leaves the machine. What mpirun
+ * tells its own processes (OMPI_MCA_orte_...: addresses, a transport key) is no choice of anybody's. */
+static bool matters(const char *variable)
+{
+    static const char *const front[] = {"SLURM_", "OMPI_MCA_", "UCX_",  "OMP_",  "GOMP_",
+                                        "CUDA_",  "NCCL_",     "HDF5_", "PAPI_", "TRIREME_"};
+    static const char *const launcher[] = {"OMPI_MCA_orte_", "OMPI_MCA_ess", "OMPI_MCA_pmix",
+                                           "OMPI_MCA_initial_wdir"};
+    static const char *const secret[] = {"TOKEN",      "SECRET", "PASSW", "KEY",
+                                         "CREDENTIAL", "COOKIE", "JWT",   "AUTH"};
+    const size_t n = strcspn(variable, "=");
+
+    for (size_t i = 0; i < sizeof secret / sizeof *secret; i++) {
+        const char *at = strstr(variable, secret[i]);
+        if (at && (size_t)(at - variable) < n) return false;
+    }
+    for (size_t i = 0; i < sizeof launcher / sizeof *launcher; i++)
+        if (strncmp(variable, launcher[i], strlen(launcher[i])) == 0) return false;
+    for (size_t i = 0; i < sizeof front / sizeof *front; i++)
+        if (strncmp(variable, front[i], strlen(front[i])) == 0) return true;
+    return false;
+}
+
 static void describe_slurm(tr_profile *p)
 {
     for (char **v = environ; *v; v++) {
         char name[64];
         const size_t n = strcspn(*v, "=");
-        if (strncmp(*v, "SLURM_", 6) != 0 || n >= sizeof name || (*v)[n] != '=') continue;
+        if (strncmp(*v, "SLURM_", 6) != 0 || !matters(*v) || n >= sizeof name || (*v)[n] != '=')
+            continue;
         for (size_t i = 0; i < n; i++)
             name[i] = (char)((*v)[i] >= 'A' && (*v)[i] <= 'Z' ? (*v)[i] - 'A' + 'a' : (*v)[i]);
         name[n] = '\0';
@@ -86,28 +110,6 @@ static void describe_times(tr_profile *p, const tr_profile_about *a)
     tr_profile_number(p, "/", "t0_unix_ns", a->unix_ns);
     tr_profile_number(p, "/", "world_size", a->world->size);
     tr_profile_number(p, "/", "rank", a->world->rank);
-}
-
-/* Variables that change what a run does or how fast; nothing else of the user's environment leaves the machine. What mpirun
- * tells its own processes (OMPI_MCA_orte_...: addresses, a transport key) is no choice of anybody's. */
-static bool matters(const char *variable)
-{
-    static const char *const front[] = {"SLURM_", "OMPI_MCA_", "UCX_",  "OMP_",  "GOMP_",
-                                        "CUDA_",  "NCCL_",     "HDF5_", "PAPI_", "TRIREME_"};
-    static const char *const launcher[] = {"OMPI_MCA_orte_", "OMPI_MCA_ess", "OMPI_MCA_pmix",
-                                           "OMPI_MCA_initial_wdir"};
-    static const char *const secret[] = {"TOKEN", "SECRET", "PASSW", "KEY", "CREDENTIAL", "COOKIE"};
-    const size_t n = strcspn(variable, "=");
-
-    for (size_t i = 0; i < sizeof secret / sizeof *secret; i++) {
-        const char *at = strstr(variable, secret[i]);
-        if (at && (size_t)(at - variable) < n) return false;
-    }
-    for (size_t i = 0; i < sizeof launcher / sizeof *launcher; i++)
-        if (strncmp(variable, launcher[i], strlen(launcher[i])) == 0) return false;
-    for (size_t i = 0; i < sizeof front / sizeof *front; i++)
-        if (strncmp(variable, front[i], strlen(front[i])) == 0) return true;
-    return false;
 }
 
 static void describe_environment(tr_profile *p)
