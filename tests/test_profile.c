@@ -365,6 +365,32 @@ static void a_missing_rank_is_said(void **state)
     free(step);
     assert_int_equal(rename(moved, dir), 0);
     assert_int_equal(tr_profile_join(file, "nowhere", WORLD, &err), TR_E_IO);
+    snprintf(other, sizeof other, "%s.part", file);
+    assert_int_not_equal(access(other, F_OK), 0);
+}
+
+/* HDF5 has its own mind about % in the names of sources. */
+static void names_may_have_per_cent_signs(void **state)
+{
+    static const char folder[] = "50%b%%x%d";
+    char path[256], file[256], link[256];
+    hsize_t dims[3];
+    tr_err err = {0};
+
+    (void)state;
+    for (int r = 0; r < WORLD; r++) {
+        made m = {.rank = r};
+        run_rank(&m, path, sizeof path);
+    }
+    snprintf(link, sizeof link, "%s/%s", dir, folder);
+    assert_int_equal(symlink(".", link), 0);
+    snprintf(file, sizeof file, "%s/100%%b.h5", dir);
+    if (tr_profile_join(file, folder, WORLD, &err) != TR_OK) fail_msg("%s", err.text);
+    tr_prof_step *step = get(file, "/steps", dims);
+    assert_true(dims[0] == WORLD && dims[1] == STEPS);
+    assert_true(step[0].step == 1 && step[2 * STEPS].step == 1);
+    free(step);
+    unlink(link);
 }
 
 /* ---- limits ------------------------------------------------------------------------------------------------------------------------ */
@@ -568,6 +594,7 @@ int main(void)
         cmocka_unit_test(rows_are_true),
         cmocka_unit_test(imbalance_is_found_in_the_joined_file),
         cmocka_unit_test(a_missing_rank_is_said),
+        cmocka_unit_test(names_may_have_per_cent_signs),
         cmocka_unit_test(full_buffers_are_counted),
         cmocka_unit_test(a_full_disk_ends_the_profile_only),
         cmocka_unit_test(it_says_why_it_cannot_begin),

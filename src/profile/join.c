@@ -124,11 +124,24 @@ static tr_status look(joiner *j, tr_err *err)
 
 /* ---- datasets without a copy -------------------------------------------------------------------------------------------- */
 
+/* HDF5 takes %b in the names of sources for a block's number and %% for %. */
+static const char *plain(char *text, size_t n, const char *name)
+{
+    size_t at = 0;
+
+    for (; *name && at + 2 < n; name++) {
+        if (*name == '%') text[at++] = '%';
+        text[at++] = *name;
+    }
+    text[at] = '\0';
+    return text;
+}
+
 /* One rank's part: row `rank` of the whole; or all of it where there is no rank axis. */
 static tr_status map_rank(const joiner *j, const set *s, hid_t list, hid_t whole, int rank,
                           tr_err *err)
 {
-    char file[4096];
+    char file[4096], file_plain[2 * sizeof file], path_plain[2 * PATH_BYTES];
     const int axes = tr_dataset_axes(s->d);
     const bool stacked = s->d->axis[0] == TR_AXIS_RANK;
     hsize_t start[TR_DATASET_AXES] = {0};
@@ -141,7 +154,8 @@ static tr_status map_rank(const joiner *j, const set *s, hid_t list, hid_t whole
     source_name(file, sizeof file, j, rank, false);
     TR_H5(part = H5Screate_simple(axes, s->of[rank].n, NULL));
     TR_H5(H5Sselect_hyperslab(whole, H5S_SELECT_SET, start, NULL, s->of[rank].n, NULL));
-    TR_H5(H5Pset_virtual(list, whole, file, s->path, part));
+    TR_H5(H5Pset_virtual(list, whole, plain(file_plain, sizeof file_plain, file),
+                         plain(path_plain, sizeof path_plain, s->path), part));
 
 done:
     if (part >= 0) H5Sclose(part);
@@ -507,11 +521,12 @@ tr_status tr_profile_join(const char *file, const char *folder, int world, tr_er
         goto done;
     }
     st = tr_prof_file_create(&j.out, part, err);
-    if (st != TR_OK) goto done;
-    st = join(&j, err);
-    tr_err later;
-    const tr_status closed = tr_prof_file_close(j.out, st == TR_OK ? err : &later);
-    if (st == TR_OK) st = closed;
+    if (st == TR_OK) {
+        tr_err later;
+        st = join(&j, err);
+        const tr_status closed = tr_prof_file_close(j.out, st == TR_OK ? err : &later);
+        if (st == TR_OK) st = closed;
+    }
     if (st == TR_OK && rename(part, file) != 0)
         st = tr_fail(err, TR_E_IO, "%s: %s", file, strerror(errno));
     if (st != TR_OK) remove(part);
