@@ -67,11 +67,15 @@ static void the_profile_reads_them_too(void **state)
     assert_null(c.absent[0]);
     assert_non_null(c.absent[1]);
     assert_null(c.absent[2]);
+    count(*state, 5); /* before the first step */
+    tr_papi_step(p, TR_PHASE_NONE);
     tr_papi_step(p, TR_PHASE_PREFILL);
+    c.phase(c.ctx, TR_PHASE_PREFILL, phase);
+    assert_true(phase[0] == 0);
     count(*state, 9);
     tr_papi_step(p, TR_PHASE_DECODE);
     c.read(c.ctx, value);
-    assert_true(value[0] == 9);
+    assert_true(value[0] == 14);
     c.phase(c.ctx, TR_PHASE_DECODE, phase);
     assert_true(phase[0] == 9);
     tr_papi_close(p);
@@ -97,9 +101,38 @@ static void absent_events_have_a_reason(void **state)
     tr_sde_close(NULL);
 }
 
+/* Names from the command line cannot disturb each other or the datasets they become: twice the same, the profile's own,
+ * far too long. */
+static void hostile_names_stay_apart(void **state)
+{
+    char events[1200] = "NO_SUCH,NO_SUCH,time,.,..,";
+
+    (void)state;
+    memset(events + strlen(events), 'x', 1000);
+    tr_papi *p = tr_papi_open(events);
+    assert_non_null(p);
+    const tr_profile_counters c = tr_papi_counters(p);
+    assert_int_equal(c.n, 5);
+    for (int i = 0; i < c.n; i++) {
+        assert_non_null(c.absent[i]);
+        assert_string_not_equal(c.name[i], "time");
+        assert_string_not_equal(c.name[i], ".");
+        assert_string_not_equal(c.name[i], "..");
+        for (int k = 0; k < i; k++)
+            assert_string_not_equal(c.name[i], c.name[k]);
+    }
+    assert_string_equal(c.absent[4], "this trireme: the event's name is too long");
+    tr_papi_close(p);
+    p = tr_papi_open(",,,");
+    assert_non_null(p);
+    assert_int_equal(tr_papi_counters(p).n, 0);
+    tr_papi_close(p);
+}
+
 int main(void)
 {
-    const struct CMUnitTest always[] = {cmocka_unit_test(absent_events_have_a_reason)};
+    const struct CMUnitTest always[] = {cmocka_unit_test(absent_events_have_a_reason),
+                                        cmocka_unit_test(hostile_names_stay_apart)};
     int failed = 0;
 
 #if defined HAVE_PAPI && defined HAVE_SDE

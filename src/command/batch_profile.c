@@ -435,6 +435,7 @@ void tr_run_profile_engine(tr_run_profile *r, tr_engine *engine)
     r->kv = tr_model_cache_bytes(r->opened->model);
     r->workspace = tr_model_workspace_bytes(r->opened->model);
     atomic_store(&r->engine, engine);
+    tr_papi_step(r->papi, TR_PHASE_NONE); /* loading is no part of the first step */
     tr_engine_observe(engine, (tr_engine_observer){.ctx = r, .step = see_step});
 }
 

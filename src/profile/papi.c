@@ -64,6 +64,7 @@ static int set_of(tr_papi *p, int component)
 static void add(tr_papi *p, int i)
 {
     int code = PAPI_NULL;
+    if (p->absent[i]) return;
     int result = PAPI_event_name_to_code(p->name[i], &code);
 
     if (result != PAPI_OK) {
@@ -157,18 +158,36 @@ static void stop_all(tr_papi *p)
 
 #endif
 
-/* Names between commas; empty ones and those beyond EVENTS_MAX are left out. */
+static bool listed(const tr_papi *p, const char *name)
+{
+    for (int i = 0; i < p->n; i++)
+        if (strcmp(p->name[i], name) == 0) return true;
+    return false;
+}
+
+/* Names that the profile's own objects in /counters/papi have: no event of PAPI is called so. */
+static bool reserved(const char *name)
+{
+    return !strcmp(name, ".") || !strcmp(name, "..") || !strcmp(name, "time");
+}
+
+/* Names between commas; empty ones, those that come again, and those beyond EVENTS_MAX are left out. */
 static void split(tr_papi *p, const char *events)
 {
     for (const char *s = events; *s && p->n < EVENTS_MAX;) {
-        const size_t n = strcspn(s, ",");
-        if (n > 0 && n < NAME_BYTES) {
-            memcpy(p->name[p->n], s, n);
-            p->name[p->n][n] = '\0';
-            p->names[p->n] = p->name[p->n];
-            p->units[p->n++] = "1";
-        }
+        const size_t n = strcspn(s, ","), kept = n < NAME_BYTES ? n : NAME_BYTES - 1;
+        char *name = p->name[p->n];
+        memcpy(name, s, kept);
+        name[kept] = '\0';
         s += n + (s[n] == ',');
+        if (!kept || listed(p, name)) continue;
+        if (kept < n) absent(p, p->n, "this trireme", "the event's name is too long");
+        if (reserved(name)) { /* no event either, but a name that a dataset can have */
+            memmove(name + 1, name, kept + 1);
+            name[0] = ':';
+        }
+        p->names[p->n] = name;
+        p->units[p->n++] = "1";
     }
 }
 

@@ -10,10 +10,11 @@
 
 typedef struct tr_papi tr_papi;
 
-/* events: "NAME,NAME"; NULL: software events, and cycles and instructions where there are any. Main thread, before the
+/* events: "NAME,NAME", one that comes again counts once; NULL: software events, and cycles and instructions where there are any. Main thread, before the
  * device is opened. NULL: out of memory. */
 tr_papi *tr_papi_open(const char *events);
-/* Main thread, at the end of a step: what was counted since the last call belongs to this phase. NULL: nothing. */
+/* Main thread, at the end of a step: what was counted since the last call belongs to this phase; TR_PHASE_NONE: to
+ * none, it came between or before steps. NULL: nothing. */
 void tr_papi_step(tr_papi *papi, tr_phase phase);
 /* What the profile samples: values up to the last tr_papi_step, from any thread. Valid until close. */
 tr_profile_counters tr_papi_counters(tr_papi *papi);
