@@ -239,7 +239,7 @@ static tr_status adopt(tr_profile *p, const forest *f, tr_err *err)
     p->region = region;
     p->column = column;
     p->n_regions = p->region_room = f->n;
-    if (p->o.tables) p->o.tables(p->o.ctx, &p->now);
+    /* The tables stay as they were at the stop: what settling itself moves between ranks is no part of the run. */
     return tr_profile_write_tables(p, err);
 }
 
