@@ -86,7 +86,7 @@ typedef struct tr_event { /* owned by whoever took it; tr_event_free frees the r
     const char *code;  /* FAILED: "numerical_error", "context_length_exceeded", ... (static) */
     char message[256];
     uint64_t submitted_ns, begun_ns, first_token_ns, done_ns; /* begun: admitted to a slot */
-    int replica;  /* that ran it, -1: none did */
+    int replica;                                              /* that ran it, -1: none did */
     int n_chunks; /* steps in which its prompt was computed, of all choices */
     uint32_t itl_p50_ns,
         itl_p99_ns; /* between tokens of a choice in this run, within an eighth; 0: fewer than two */
