@@ -195,7 +195,7 @@ distcheck_step()
 
 step style style_step
 step kill-20 kill_step 20
-step profile-kill-10 profile_kill_step 10
+step profile-kill-5 profile_kill_step 5
 step grids grids_step
 step two-hosts two_hosts_step
 step rank-kill-3 rank_kill_step 3
