@@ -89,27 +89,27 @@ static inline bytes16 load16(const uint8_t *at)
     return x;
 }
 
+/* Bytes, and pairs of bytes, of two vectors by turns: of their lower halves, of their upper ones. */
+/* clang-format off */
+#define LOW1(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define HIGH1(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#define LOW2(a, b) __builtin_shufflevector(a, b, 0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23)
+#define HIGH2(a, b) __builtin_shufflevector(a, b, 8, 9, 24, 25, 10, 11, 26, 27, 12, 13, 28, 29, 14, 15, 30, 31)
+/* clang-format on */
+
 /* All lanes of a transposed piece of e4m3: a column of it is 16 lanes beside each other, four of them make a group. */
 static void interleave_columns(const pack_block *b, uint8_t *groups)
 {
-    const bytes16 low1 = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23},
-                  high1 = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31},
-                  low2 = {0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23},
-                  high2 = {8, 9, 24, 25, 10, 11, 26, 27, 12, 13, 28, 29, 14, 15, 30, 31};
     const uint8_t *column = (const uint8_t *)b->s->src + source_at(b, b->lane, 0);
 
     for (int i = 0; i < b->n; i += TR_K_GROUP, groups += TR_PACK_ALIGN) {
         bytes16 c[TR_K_GROUP] = {{0}};
         for (int j = 0; j < TR_K_GROUP && i + j < b->n; j++)
             c[j] = load16(column + (size_t)(i + j) * b->s->ld);
-        const bytes16 even = __builtin_shuffle(c[0], c[1], low1),
-                      odd = __builtin_shuffle(c[2], c[3], low1),
-                      even_high = __builtin_shuffle(c[0], c[1], high1),
-                      odd_high = __builtin_shuffle(c[2], c[3], high1);
-        const bytes16 out[4] = {__builtin_shuffle(even, odd, low2),
-                                __builtin_shuffle(even, odd, high2),
-                                __builtin_shuffle(even_high, odd_high, low2),
-                                __builtin_shuffle(even_high, odd_high, high2)};
+        const bytes16 even = LOW1(c[0], c[1]), odd = LOW1(c[2], c[3]),
+                      even_high = HIGH1(c[0], c[1]), odd_high = HIGH1(c[2], c[3]);
+        const bytes16 out[4] = {LOW2(even, odd), HIGH2(even, odd), LOW2(even_high, odd_high),
+                                HIGH2(even_high, odd_high)};
         memcpy(groups, out, sizeof out);
     }
 }
