@@ -158,7 +158,7 @@ slurm_step()
 # What stops and faults leave, on two ranks too.
 stop_step()
 {
-    COMPARE=$compare "$TR_SRCDIR/tests/run_stop.sh" "$TRIREME" "$model" 300 4
+    COMPARE=$compare "$TR_SRCDIR/tests/run_stop.sh" "$TRIREME" "$model" 1500 4
 }
 
 rank_faults_step()

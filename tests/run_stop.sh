@@ -95,13 +95,15 @@ for grid in "${grids[@]}"; do
     part_ms=$((whole_ms * 8 / 10 / wanted + 1))
     stops=0 usr1=0 kills=0 jobs=0 finished=0 went_on=0
     while :; do
+        [ "$jobs" -lt $((30 * wanted)) ] || fail "too fast: stopped $stops times in $jobs jobs; give it more tokens"
         start "$dir/out"
         jobs=$((jobs + 1)) signal=''
         if [ "$stops" -lt "$wanted" ] && begun; then
             ms=$((part_ms / 2 + RANDOM * 32 % (part_ms + 1)))
             signal=USR1
-            # kill -9 after what has been saved a moment ago
-            [ $((stops % 3)) -ne 2 ] || { signal=KILL && ms=$((ms + 1100)); }
+            # kill -9, where the job takes long enough after what has been saved a moment ago
+            [ $((stops % 3)) -ne 2 ] || signal=KILL
+            [ "$signal" != KILL ] || [ "$whole_ms" -lt 3000 ] || ms=$((ms + 1100))
             sleep "$((ms / 1000)).$(printf %03d $((ms % 1000)))"
             pid=$(target)
             [ -z "$pid" ] || kill "-$signal" "$pid" 2>/dev/null
