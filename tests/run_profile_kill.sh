@@ -18,12 +18,15 @@ dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-profile-kill.XXXXXX") || exit 1
 trap 'rm -rf "$dir"' EXIT
 export TMPDIR=$dir
 
-# A fast machine may finish them before it has been killed often enough: then they are begun anew.
-n=60
-for ((i = 0; i < n; i++)); do
-    printf '{"custom_id": "r%d", "method": "POST", "url": "/v1/completions", "body": {"prompt": "The code of stone ferry %d is", "max_tokens": 48, "ignore_eos": true, "seed": %d}}\n' \
-        "$i" "$i" "$i"
-done >"$dir/in.jsonl"
+# requests N: write N of them
+requests()
+{
+    n=$1
+    for ((i = 0; i < n; i++)); do
+        printf '{"custom_id": "r%d", "method": "POST", "url": "/v1/completions", "body": {"prompt": "The code of stone ferry %d is", "max_tokens": 48, "ignore_eos": true, "seed": %d}}\n' \
+            "$i" "$i" "$i"
+    done >"$dir/in.jsonl"
+}
 
 run()
 {
@@ -43,6 +46,16 @@ finished()
     echo "$records records of $n requests, $ids different; $(ls "$dir"/p.h5 2>&1)"
     return 1
 }
+
+# As many as take this machine about five seconds, so that a kill meets flushes. A round may be finished all the same before it
+# has been killed often enough: then the requests are begun anew.
+requests 60
+start=$(date +%s%N)
+run
+wait $pid || { cat "$dir/log"; exit 1; }
+took=$((($(date +%s%N) - start) / 1000000))
+rm -f "$dir"/out.jsonl* "$dir"/p.h5*
+requests $((took < 5000 ? 60 * 5000 / (took + 1) : 60))
 
 kills=0 readable=0 most=0 bad=0 rounds=0
 for ((try = 0; kills < wanted && try < 20 * wanted; try++)); do

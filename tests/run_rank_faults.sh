@@ -79,6 +79,11 @@ rank_pid() { # RANK
     done
 }
 
+# Ranks that stand still, while something is done that takes as long as the whole job.
+held() { kill -STOP $(pgrep -P "$job" -x trireme); }
+
+released() { kill -CONT $(pgrep -P "$job" -x trireme); }
+
 ended() {
     wait "$job" 2>/dev/null
     status=$?
@@ -145,6 +150,7 @@ n=$(lines many.out)
 
 # ---- 23, 24 and 7: a second job; the input changes; OUT is taken away (seen at the end at the latest)
 begin "$n" many many.out --grace 0
+held
 two "$model" -i many -o many.out --tp 2 >log2 2>&1
 is 'a second job on one output' 2 $?
 mv log log1 && cp log2 log
@@ -152,13 +158,16 @@ has 'a second job: who has it' "many.out.run is locked by pid $(rank_pid 0)"
 cp log1 log
 echo >>many
 kill -USR1 "$(rank_pid 0)"
+released
 ended
 is 'the input changed' 65 "$status"
 truncate -s -1 many
 requests 600 more
 begin 0 more more.out --grace 0
+held
 mv more.out away
 kill -USR1 "$(rank_pid 0)"
+released
 ended
 is 'OUT was taken away' 74 "$status"
 
