@@ -67,4 +67,13 @@ tiny="-m $dir/model.0"
     head -c 200000 "$dir/shard" >"$shard"
     refused 65 "$shard: " 4 "-m $dir/model.1" $tiny
 }
+# A question that is refused on rank 0, when the others already wait for its first step.
+timeout 60 "$MPIEXEC" -n 2 "$TRIREME" batch -m "$dir/model.0" --max-model-len 4 --prompt 'Of what may this city be the capital?' \
+    </dev/null >"$dir/log" 2>&1
+status=$?
+if [ "$status" -ne 2 ] || ! grep '^trireme: rank 0 on ' "$dir/log" | grep -qF 'no room for an answer'; then
+    echo "a question that is too long: exit status $status (wanted: 2)"
+    sed 's/^/    /' "$dir/log"
+    failed=1
+fi
 exit "$failed"

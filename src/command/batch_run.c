@@ -609,11 +609,13 @@ tr_status tr_run_job(tr_run *run, tr_err *err)
             tr_buf_puts(&text, run->o->prompt);
         if (st == TR_OK && text.failed) st = tr_fail(err, TR_E_MEMORY, "out of memory");
         if (st == TR_OK) st = tr_job_prompt(&job, text.n ? text.s : "", text.n, stdout, err);
+        tr_engine_dismiss(run->engine); /* of a question that was refused the others know nothing */
         free(text.s);
         return st;
     }
     tr_run_profile_job(run->profile, &job);
     tr_status st = tr_job_run(&job, &counts, err);
+    tr_engine_dismiss(run->engine);
     print_times(run);
     tr_status changed = tr_input_check(run->input, &later);
     if (changed != TR_OK && (st == TR_OK || st == TR_E_STOP)) {
@@ -659,7 +661,9 @@ tr_run *tr_run_create(const tr_batch_options *options, tr_world *world, tr_log *
     run->leads = world->rank == 0;
     run->log = log;
     run->profile = tr_run_profile_create(options, world, &run->opened, log);
-    return run;
+    if (run->profile || !options->profile) return run;
+    tr_run_free(run);
+    return NULL;
 }
 
 void tr_run_free(tr_run *run)

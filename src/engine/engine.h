@@ -109,6 +109,9 @@ bool tr_engine_take_progress(tr_engine *e, tr_progress **list, uint64_t *spent_n
 /* Main thread, leader and followers, until closed and finished (TR_OK), stopped or drained (TR_E_STOP on every rank, at the
  * same step) or failed. What was begun before a drain and finished in it is TR_OK when nothing else had been submitted. */
 tr_status tr_engine_run(tr_engine *e, tr_err *err);
+/* The leader's main thread, instead of run: what it needs is not there, and the other ranks, which wait in theirs for the first
+ * step, are let go. After run: nothing happens. */
+void tr_engine_dismiss(tr_engine *e);
 /* After run: it failed in the middle of a step, and other ranks may be waiting in it for ever. Only ending the job helps. */
 bool tr_engine_broken(const tr_engine *e);
 

@@ -79,6 +79,21 @@ void tr_engine_stop(tr_engine *e)
     pthread_mutex_unlock(&e->lock);
 }
 
+void tr_engine_dismiss(tr_engine *e)
+{
+    tr_err ignored;
+
+    pthread_mutex_lock(&e->lock);
+    const bool ended = e->ended, empty = !e->n_queue;
+    pthread_mutex_unlock(&e->lock);
+    if (ended) return;
+    if (empty)
+        tr_engine_close(e); /* all is well with the others */
+    else
+        tr_engine_stop(e);
+    tr_engine_run(e, &ignored);
+}
+
 void tr_engine_ask_progress(tr_engine *e)
 {
     pthread_mutex_lock(&e->lock);
