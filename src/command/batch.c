@@ -16,20 +16,34 @@
 #include "command/options.h"
 #include "mpi/start.h"
 
+/* The ranks cannot be brought together any more: this one says why and ends the job. */
+static void give_up(const tr_world *world, const tr_err *err)
+{
+    fprintf(stderr, "trireme: rank %d on %s: %s\n", world->rank, world->host, err->text);
+    tr_world_abort(err->status);
+}
+
 /* After each phase every rank knows how all of them fared. A stop asked for meanwhile ends the
- * run between phases. */
+ * run between phases. Phases have collectives of their own: where one rank has failed alone others may wait for it in one of
+ * them, and no watchdog runs yet. They have a minute. */
 static tr_status agree(const tr_world *world, tr_status st, tr_err *err)
 {
+    const uint64_t until_ns = tr_now_ns() + UINT64_C(60000000000);
+
     if (st == TR_OK && tr_stop_requested())
         st = tr_fail(err, TR_E_STOP, "stopped by %s", tr_stop_reason());
-    return tr_agree(world, st, err);
+    if (st == TR_OK || st == TR_E_STOP) return tr_agree(world, st, err);
+    const tr_err mine = *err;
+    st = tr_agree_within(world, st, 60, err);
+    if (world->size > 1 && tr_now_ns() > until_ns) give_up(world, &mine);
+    return st;
 }
 
 static tr_status phases(tr_run *run, const tr_world *world, tr_err *err)
 {
     static tr_status (*const phase[])(tr_run *, tr_err *) = {
-        tr_run_input,        tr_run_files,   tr_run_alike, tr_run_journal,
-        tr_run_open_profile, tr_run_weights, tr_run_model, tr_run_engine};
+        tr_run_input,   tr_run_files, tr_run_alike,  tr_run_journal, tr_run_open_profile,
+        tr_run_weights, tr_run_model, tr_run_engine, tr_run_watch};
     enum { PATIENCE_S = 5 };
 
     tr_status st = TR_OK;
@@ -41,13 +55,6 @@ static tr_status phases(tr_run *run, const tr_world *world, tr_err *err)
         tr_run_broken(run) ? tr_agree_within(world, st, PATIENCE_S, err) : tr_agree(world, st, err);
     tr_run_close_profile(run);
     return st;
-}
-
-/* The ranks cannot be brought together any more: this one says why and ends the job. */
-static void give_up(const tr_world *world, const tr_err *err)
-{
-    fprintf(stderr, "trireme: rank %d on %s: %s\n", world->rank, world->host, err->text);
-    tr_world_abort(err->status);
 }
 
 /* The end of the job's time into the options, and an alarm until the engine looks after it. False: Slurm's is not to be

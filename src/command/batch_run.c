@@ -523,13 +523,18 @@ tr_status tr_run_engine(tr_run *run, tr_err *err)
     if (st == TR_OK)
         st = tr_engine_create(&run->engine, run->opened.model, run->tokenizer, run->opened.control,
                               &options, run->log, &run->opened.regions, err);
-    if (st == TR_OK && run->world->size > 1) {
-        st = tr_watchdog_start(&run->watchdog, run->world, (double)run->o->step_timeout,
-                               run->o->input && strcmp(run->o->output, "-") ? run->o->output : NULL,
-                               err);
-        if (st == TR_OK) tr_engine_watch(run->engine, run->watchdog);
-    }
     if (st == TR_OK) tr_run_profile_engine(run->profile, run->engine);
+    return st;
+}
+
+tr_status tr_run_watch(tr_run *run, tr_err *err)
+{
+    const bool files = run->o->input && strcmp(run->o->output, "-");
+
+    if (run->world->size == 1) return TR_OK;
+    tr_status st = tr_watchdog_start(&run->watchdog, run->world, (double)run->o->step_timeout,
+                                     files ? run->o->output : NULL, err);
+    if (st == TR_OK) tr_engine_watch(run->engine, run->watchdog);
     return st;
 }
 

@@ -23,6 +23,8 @@ tr_status tr_run_open_profile(tr_run *run, tr_err *err); /* --profile: the ranks
 tr_status tr_run_weights(tr_run *run, tr_err *err);
 tr_status tr_run_model(tr_run *run, tr_err *err); /* the cache's size is decided here */
 tr_status tr_run_engine(tr_run *run, tr_err *err);
+tr_status tr_run_watch(tr_run *run,
+                       tr_err *err); /* the watchdog, where there are several ranks; collective */
 tr_status tr_run_job(tr_run *run,
                      tr_err *err); /* or the answer to --prompt; followers run the leader's steps */
 /* After the ranks have agreed on how the job went: the profile's files are brought together. Never changes that. */

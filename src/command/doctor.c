@@ -111,7 +111,8 @@ static int choose_links(const tr_facts *all, int n, int peer[2])
 
 /* ---- before a job ----------------------------------------------------------------------------------------------------- */
 
-static tr_status gather(tr_facts **out, const tr_facts *mine, tr_comm *c, tr_err *err)
+static tr_status gather(tr_facts **out, const tr_facts *mine, const tr_world *world, tr_comm *c,
+                        tr_err *err)
 {
     const size_t n = (size_t)tr_comm_size(c);
     tr_facts *all = tr_calloc(n, sizeof *all);
@@ -119,6 +120,7 @@ static tr_status gather(tr_facts **out, const tr_facts *mine, tr_comm *c, tr_err
     tr_status st = all && bytes ? TR_OK : tr_fail(err, TR_E_MEMORY, "out of memory");
     tr_ticket t = {0};
 
+    st = tr_agree(world, st, err);
     for (size_t i = 0; i < n && st == TR_OK; i++)
         bytes[i] = sizeof *all;
     if (st == TR_OK) st = tr_comm_all_gather(c, mine, all, bytes, &t, err);
@@ -140,7 +142,7 @@ static tr_status look(const tr_world *world, tr_comm *c, const doctor_options *o
 
     tr_facts_find(&mine, world);
     if (st == TR_OK) st = tr_out_probe(&out, &mine.sees_out, world, o->output, err);
-    if (st == TR_OK) st = gather(&all, &mine, c, err);
+    if (st == TR_OK) st = gather(&all, &mine, world, c, err);
     if (st == TR_OK) n_links = choose_links(all, world->size, peer);
     for (int i = 0; i < n_links && st == TR_OK; i++)
         st = measure(&link[i], c, peer[i], data, err);
