@@ -322,6 +322,40 @@ static void test_times(void **state)
     world_free(w);
 }
 
+/* Of tokens that turn out not to be its own when they are replayed nothing stays, not even when the first of them came. */
+static void test_anew(void **state)
+{
+    world *w = world_create(3, 20, 1, 8, 200, 100);
+    tr_request *r = make_request(w), *again;
+    tr_event *e = calloc(1, sizeof *e);
+    tr_progress *p = NULL;
+    (void)state;
+
+    assert_non_null(e);
+    r->params.n = 1;
+    r->params.ignore_eos = true;
+    r->params.n_stop = r->params.n_stop_tokens = r->params.min_tokens = 0;
+    r->params.n_prompt_logprobs = r->params.n_logprobs = -1;
+    r->params.max_tokens = 9;
+    again = clone(r);
+    submit_request(w, r);
+    while (!p || p->choice[0].n_token < 3) {
+        tr_progress_free(p);
+        assert_true(turn(w));
+        p = saved_of(w);
+    }
+    while (turn(w)) {
+    }
+    again->params.ignore_eos = false;
+    p->choice[0].token[1] = EOS; /* and yet another behind it */
+    again->progress = p;
+    e->request = again;
+    assert_null(tr_scheduler_add(w->scheduler, e));
+    assert_true(again->progress && again->progress->unfit);
+    assert_int_equal(e->first_token_ns, 0);
+    world_free(w);
+}
+
 int main(int argc, char **argv)
 {
     uint64_t n_steps = 60000;
@@ -329,6 +363,7 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_ended_choices),
         cmocka_unit_test(test_times),
+        cmocka_unit_test(test_anew),
         cmocka_unit_test_prestate(test_interrupted, &n_steps),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -351,6 +351,7 @@ static tr_group *make_group(tr_scheduler *s, tr_event *e)
     g->event = NULL;
     tr_group_free(g);
     tr_event_clear(e);
+    e->first_token_ns = 0;
     return tr_group_create(e, &s->options);
 }
 
