@@ -24,11 +24,12 @@ struct tr_pace {
     tr_pace_sample told; /* on its way: stays until it is heard */
     tr_ticket ticket;
     bool telling;
-    int n_since;         /* steps since it was told */
-    tr_pace_sample *all; /* [size] */
-    size_t *bytes;       /* [size] */
-    int *n_slow;         /* [size] windows one after the other in which a rank was slow */
-    uint64_t *named_ns;  /* [size] when it was last named */
+    int n_since;          /* steps since it was told */
+    tr_pace_sample *all;  /* [size] */
+    size_t *bytes;        /* [size] */
+    int *n_slow;          /* [size] windows one after the other in which a rank was slow */
+    uint64_t *named_ns;   /* [size] when it was last named */
+    tr_pace_share *share; /* [o.n_stages] */
 };
 
 tr_status tr_pace_create(tr_pace **out, const tr_pace_options *options, tr_err *err)
@@ -52,8 +53,9 @@ tr_status tr_pace_create(tr_pace **out, const tr_pace_options *options, tr_err *
         p->bytes = tr_calloc(n, sizeof *p->bytes);
         p->n_slow = tr_calloc(n, sizeof *p->n_slow);
         p->named_ns = tr_calloc(n, sizeof *p->named_ns);
+        p->share = tr_calloc((size_t)options->n_stages, sizeof *p->share);
     }
-    if (!p || !p->all || !p->bytes || !p->n_slow || !p->named_ns) {
+    if (!p || !p->all || !p->bytes || !p->n_slow || !p->named_ns || !p->share) {
         tr_pace_free(p);
         return tr_fail(err, TR_E_MEMORY, "out of memory for the pace of %zu ranks", n);
     }
@@ -70,6 +72,7 @@ void tr_pace_free(tr_pace *p)
     free(p->bytes);
     free(p->n_slow);
     free(p->named_ns);
+    free(p->share);
     free(p);
 }
 
@@ -247,16 +250,13 @@ tr_status tr_pace_sum_up(tr_pace *p, double *overlap, tr_err *err)
 {
     *overlap = 0;
     if (p->size == 1) return TR_OK;
-    tr_pace_share *share = tr_calloc((size_t)p->o.n_stages, sizeof *share);
-    tr_status st = share ? tr_pace_hear(p, true, err) : tr_fail(err, TR_E_MEMORY, "out of memory");
-
+    tr_status st = tr_pace_hear(p, true, err);
     if (st == TR_OK) st = send_sample(p, &p->total, err);
     p->telling = false;
     if (st == TR_OK) st = tr_comm_wait(p->o.control, TR_LANE_MAIN, p->ticket, err);
     if (st == TR_OK && p->rank == 0 && p->o.n_stages > 1) {
-        *overlap = tr_pace_overlap(p->all, p->size, p->o.n_stages, share);
-        if (*overlap > 0) print_overlap(p, share, *overlap);
+        *overlap = tr_pace_overlap(p->all, p->size, p->o.n_stages, p->share);
+        if (*overlap > 0) print_overlap(p, p->share, *overlap);
     }
-    free(share);
     return st;
 }
