@@ -16,6 +16,9 @@
 
 #include "engine/engine.h"
 #include "fixture.h"
+#include "mpi/flight.h"
+#include "mpi/start.h"
+#include "mpi/watchdog.h"
 #include "vectors.h"
 
 enum { N_REQUESTS = 16, MAX_LEN = 1024, PROMPT_LEN = 184, EOS = 2026 };
@@ -26,6 +29,8 @@ typedef struct setting { /* of one run; 0: the default */
     uint64_t only; /* this request alone; 0: all (ids count from 1) */
     bool shared;   /* the requests that begin alike */
     bool no_cache;
+    tr_watchdog *watch;
+    tr_engine_observer observer;
 } setting;
 
 typedef struct result {
@@ -159,6 +164,8 @@ static void run(const setting *s, result *results)
                                   .is_leader = true};
     if (tr_engine_create(&engine, f.model, NULL, f.self, &eo, NULL, &f.regions, &err) != TR_OK)
         fail_msg("%s", err.text);
+    tr_engine_watch(engine, s->watch);
+    tr_engine_observe(engine, s->observer);
     for (uint64_t id = 1; id <= N_REQUESTS; id++)
         if (s->only == 0 || s->only == id)
             assert_int_equal(
@@ -295,6 +302,45 @@ static void test_choices(void **state)
     forget(results);
 }
 
+typedef struct expected {
+    const tr_world *world;
+    int n, n_known;
+} expected;
+
+static void see_expected(void *ctx, const tr_engine_seen *seen)
+{
+    expected *e = ctx;
+    const tr_flight_state s = tr_flight_look(e->world->flight);
+
+    assert_int_equal(s.step, seen->step);
+    e->n++;
+    e->n_known += s.expected_s > 0;
+}
+
+/* The watchdog is told how long a step should take, once it is known: its default timeout is ten times that, where it is more
+ * than a minute. */
+static void test_expects(void **state)
+{
+    result results[N_REQUESTS + 1] = {0};
+    tr_world world;
+    expected e = {.world = &world};
+    tr_watchdog *watch;
+    tr_err err;
+    (void)state;
+    assert_int_equal(tr_world_start(&world, &err), TR_OK);
+    assert_int_equal(tr_watchdog_start(&watch, &world, 0, NULL, &err), TR_OK);
+    run(&(setting){.dtype = TR_E4M3,
+                   .only = 10,
+                   .watch = watch,
+                   .observer = {.ctx = &e, .step = see_expected}},
+        results);
+    assert_true(e.n > 4);
+    assert_int_equal(e.n_known, e.n - 1); /* of the first nothing is known */
+    forget(results);
+    tr_watchdog_stop(watch);
+    tr_world_finish(TR_OK);
+}
+
 static int read_cases(void **state)
 {
     char path[512];
@@ -317,6 +363,7 @@ int main(void)
         cmocka_unit_test(test_fp8),
         cmocka_unit_test(test_shared_prefixes),
         cmocka_unit_test(test_choices),
+        cmocka_unit_test(test_expects),
     };
     return cmocka_run_group_tests(tests, read_cases, drop_cases);
 }

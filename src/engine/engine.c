@@ -408,7 +408,9 @@ static tr_status run_plan(tr_engine *e, tr_engine_slot *s, tr_err *err)
     if (st) return st;
     s->step.plan = tr_plans_of(s->staging, s->at, e->options.i_replica);
     if (s->step.plan->flags & TR_PLAN_STOP) return TR_OK;
+    s->n_rows = tr_plans_rows(s->staging, s->at, e->options.n_replicas);
     tr_watchdog_beat(e->watch, ++e->n_steps);
+    tr_watchdog_expect(e->watch, tr_expect_step(&e->expect, s->n_rows));
     s->number = e->n_steps;
     s->t0_ns = tr_now_ns();
     tr_model_waited(e->model, &waited_ns, &rows_ns);
@@ -449,6 +451,7 @@ static tr_status wait_oldest(tr_engine *e, tr_err *err)
 static void forget_oldest(tr_engine *e)
 {
     const tr_engine_slot *s = &e->slot[e->i_slot];
+    tr_expect_seen(&e->expect, s->n_rows, (double)(s->t1_ns - s->t0_ns) * 1e-9);
     if (e->observer.step)
         e->observer.step(e->observer.ctx, &(tr_engine_seen){.step = s->number,
                                                             .t0_ns = s->t0_ns,

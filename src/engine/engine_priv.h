@@ -7,6 +7,7 @@
 #include <time.h>
 
 #include "engine/engine.h"
+#include "engine/expect.h"
 #include "engine/pace.h"
 #include "engine/scheduler.h"
 #include "engine/wire.h"
@@ -22,6 +23,7 @@ typedef struct tr_engine_slot { /* a place of the step ring */
     tr_wire wire;  /* staging and report, on their way */
     uint64_t begun_ns;
     uint64_t number, t0_ns, t1_ns; /* for the observer; t1_ns 0: not done yet */
+    int64_t n_rows;                /* of all replicas */
 } tr_engine_slot;
 
 struct tr_engine {
@@ -45,6 +47,7 @@ struct tr_engine {
         heard; /* [options.n_replicas] leader: what a step of another rank's replica sampled, in heard_text */
     char **heard_text; /* [report_bytes_max] each */
     uint64_t n_steps;  /* run here: the same number on every rank */
+    tr_expect expect;
     bool broken;
     tr_engine_slot slot[TR_ENGINE_RING_MAX];
     int i_slot, n_flight; /* the oldest step in flight, and how many */

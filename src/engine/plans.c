@@ -27,6 +27,15 @@ tr_status tr_plans_check(const void *plans, size_t bytes, int n_replicas,
     return TR_OK;
 }
 
+int64_t tr_plans_rows(const void *plans, const uint64_t *at, int n_replicas)
+{
+    int64_t n = 0;
+
+    for (int d = 0; d < n_replicas; d++)
+        n += tr_plans_of(plans, at, d)->n_rows;
+    return n;
+}
+
 bool tr_plans_even(const void *plans, const uint64_t *at, int n_replicas)
 {
     int32_t least = INT32_MAX, most = 0;

@@ -16,6 +16,8 @@ tr_status tr_plans_check(const void *plans, size_t bytes, int n_replicas,
                          const tr_plan_limits *limits, uint64_t *at, tr_err *err);
 /* Of checked plans, one replica's. */
 const tr_plan *tr_plans_of(const void *plans, const uint64_t *at, int replica);
+/* Rows of all replicas together. */
+int64_t tr_plans_rows(const void *plans, const uint64_t *at, int n_replicas);
 /* The replicas have about as many rows as each other: their ranks should take alike long. */
 bool tr_plans_even(const void *plans, const uint64_t *at, int n_replicas);
 
