@@ -161,6 +161,7 @@ static void test_bad(void **state)
         {"batch -m M -i in -o out --step-timeout 0", "--step-timeout 0"},
         {"batch -m M -i in -o out --papi X", "--profile FILE"},
         {"batch -m M -i in -o out --profile-trace", "--profile FILE"},
+        {"batch -m M -i in -o out --profile-flush 30", "--profile FILE"},
         {"batch -m M -i in -o out --profile=", "--profile FILE"},
         /* not built yet: refused, the option named */
         {"batch -m M -i in -o out --device gpu", "--device gpu"},

@@ -307,8 +307,9 @@ static tr_status batch_together(const tr_batch_options *o, tr_err *err)
         return tr_fail(err, TR_E_USAGE, "--prompt and --shard exclude each other");
     if (o->resume && !strcmp(o->output, "-"))
         return tr_fail(err, TR_E_USAGE, "--resume: -o - cannot be resumed");
-    if (absent(o->profile) && (o->profile || o->papi || o->profile_trace))
-        return tr_fail(err, TR_E_USAGE, "--papi and --profile-trace need --profile FILE.h5");
+    if (absent(o->profile) && (o->profile || o->papi || o->profile_trace || o->profile_flush))
+        return tr_fail(err, TR_E_USAGE,
+                       "--papi, --profile-trace and --profile-flush need --profile FILE.h5");
     if (o->allow_tools && !o->thinking_only)
         return tr_fail(err, TR_E_USAGE, "--allow-tools needs --thinking-only");
     return TR_OK;
@@ -324,7 +325,6 @@ tr_status tr_batch_options_parse(tr_batch_options *out, int argc, char **argv, t
         .chat_format = "auto",
         .max_batch_tokens = 1024,
         .max_sequences = 32,
-        .profile_flush = 30,
         .grace = 60,
         .save_every = -1,
         .budget_s = -1,
@@ -338,7 +338,9 @@ tr_status tr_batch_options_parse(tr_batch_options *out, int argc, char **argv, t
     if (out->budget_text) st = tr_limit_time(&out->budget_s, out->budget_text, err);
     if (st == TR_OK && out->shard_text)
         st = tr_limit_shard(&out->shard, out->shard_text, getenv, err);
-    return st == TR_OK ? batch_together(out, err) : st;
+    if (st == TR_OK) st = batch_together(out, err);
+    if (!out->profile_flush) out->profile_flush = 30;
+    return st;
 }
 
 void tr_batch_options_help(FILE *out)
