@@ -11,8 +11,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
+#include "command/doctor_facts.h"
 #include "command/doctor_report.h"
 #include "command/hang.h"
 #include "scratch.h"
@@ -172,6 +174,81 @@ static void test_gpus(void **state)
     for (int i = 0; i < N; i++)
         f[i].n_gpus = 0, f[i].uuid[0] = '\0';
     expect(f, &out, 0, "none found: the CPU computes");
+}
+
+/* The driver's folder, and the files of its devices, of a host with three GPUs of which one may not be opened. */
+static void make_gpus(const char *dir)
+{
+    static const char *const bus[] = {"0000:1b:00.0", "0000:43:00.0", "0000:9d:00.0"};
+    char path[128], text[128];
+
+    for (int i = 0; i < 3; i++) {
+        snprintf(path, sizeof path, "%.64s/%s", dir, bus[i]);
+        assert_int_equal(mkdir(path, 0700), 0);
+        const int n = snprintf(text, sizeof text,
+                               "Model: \t\t NVIDIA\nGPU UUID: \t GPU-%c000\nDevice Minor: \t %d\n",
+                               'a' + i, 2 - i);
+        assert_int_equal(tr_scratch_write(path, "information", text, (size_t)n), 0);
+    }
+    snprintf(path, sizeof path, "%.64s/.dev", dir);
+    assert_int_equal(mkdir(path, 0700), 0);
+    assert_int_equal(tr_scratch_write(path, "nvidia0", "", 0), 0);
+    assert_int_equal(tr_scratch_write(path, "nvidia2", "", 0), 0);
+    strcat(path, "/nvidia1"); /* GPU-b000's: a folder cannot be opened for writing, whoever tries */
+    assert_int_equal(mkdir(path, 0700), 0);
+}
+
+static void remove_gpus(const char *dir)
+{
+    static const char *const inner[] = {".dev/nvidia1", ".dev", "0000:1b:00.0", "0000:43:00.0",
+                                        "0000:9d:00.0"};
+    char path[128];
+
+    for (size_t i = 0; i < sizeof inner / sizeof *inner; i++) {
+        snprintf(path, sizeof path, "%.64s/%s", dir, inner[i]);
+        tr_scratch_clear(path, 1);
+    }
+    tr_scratch_clear(dir, 1);
+}
+
+/* What rank `local` of a host takes; batch systems say so by numbers, by UUIDs, or by what may be opened. */
+static void test_gpu_lists(void **state)
+{
+    static const struct {
+        const char *visible;
+        int local, n;
+        const char *uuid;
+    } rows[] = {
+        {NULL, 0, 2, "GPU-a000"},
+        {NULL, 1, 2, "GPU-c000"},
+        {NULL, 2, 2, ""},
+        {"0", 0, 1, "GPU-a000"},
+        {"1", 1, 1, "GPU-c000"},
+        {"1,0", 0, 2, "GPU-c000"},
+        {"1,0", 1, 2, "GPU-a000"},
+        {"GPU-c000", 0, 1, "GPU-c000"},
+        {"GPU-c0", 3, 1, "GPU-c000"},
+        {"GPU-c000,GPU-a000", 1, 2, "GPU-a000"},
+        {"MIG-7-1,MIG-7-2", 1, 2, "MIG-7-2"},
+        {"-1", 0, 0, ""},
+        {"", 0, 0, ""},
+        {"7", 0, 1, ""},
+    };
+    char dir[64], dev[80];
+    (void)state;
+    assert_non_null(tr_scratch_make(dir, sizeof dir));
+    make_gpus(dir);
+    snprintf(dev, sizeof dev, "%s/.dev", dir);
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        tr_facts f = {.local_rank = rows[i].local, .local_size = 4};
+        tr_facts_gpus(&f, dir, dev, rows[i].visible);
+        assert_int_equal(f.n_gpus, rows[i].n);
+        assert_string_equal(f.uuid, rows[i].uuid);
+    }
+    tr_facts none = {.local_rank = 0};
+    tr_facts_gpus(&none, "/nowhere", "/dev", "0");
+    assert_int_equal(none.n_gpus, 0);
+    remove_gpus(dir);
 }
 
 static void test_limits(void **state)
@@ -397,11 +474,12 @@ static void test_hostile(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_good),     cmocka_unit_test(test_alone),
-        cmocka_unit_test(test_versions), cmocka_unit_test(test_processors),
-        cmocka_unit_test(test_gpus),     cmocka_unit_test(test_limits),
-        cmocka_unit_test(test_files),    cmocka_unit_test(test_missing),
-        cmocka_unit_test(test_mismatch), cmocka_unit_test(test_hostile),
+        cmocka_unit_test(test_good),      cmocka_unit_test(test_alone),
+        cmocka_unit_test(test_versions),  cmocka_unit_test(test_processors),
+        cmocka_unit_test(test_gpus),      cmocka_unit_test(test_limits),
+        cmocka_unit_test(test_files),     cmocka_unit_test(test_missing),
+        cmocka_unit_test(test_mismatch),  cmocka_unit_test(test_hostile),
+        cmocka_unit_test(test_gpu_lists),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -3,6 +3,8 @@
 #include "command/doctor_facts.h"
 
 #include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
 #include <sched.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -96,18 +98,73 @@ int tr_facts_n_cpus(const tr_facts *f)
     return n;
 }
 
-/* The n-th number of "0,2,5"; -1: none. */
-static int64_t list_entry(const char *list, int n)
-{
-    char entry[16];
+/* ---- GPUs ---------------------------------------------------------------------------------------------------------- */
 
-    for (; n > 0 && list; n--) {
-        list = strchr(list, ',');
-        if (list) list++;
+enum { GPUS_MAX = 64 };
+
+typedef struct gpu {
+    char uuid[48];
+    int64_t minor; /* of its device file; -1: not known */
+} gpu;
+
+/* What stands behind `key` in a line of one of the driver's files; NULL: the line is another one. */
+static char *behind(char *line, const char *key)
+{
+    if (strncmp(line, key, strlen(key)) != 0) return NULL;
+    line += strlen(key);
+    line += strspn(line, " \t");
+    line[strcspn(line, " \t\r\n")] = '\0';
+    return line;
+}
+
+/* "GPU UUID: \t GPU-...", "Device Minor: \t 3" */
+static void read_gpu(const char *path, gpu *g)
+{
+    char line[256];
+    const char *value;
+    FILE *f = fopen(path, "re");
+
+    *g = (gpu){.minor = -1};
+    while (f && fgets(line, sizeof line, f)) {
+        if ((value = behind(line, "GPU UUID:")) != NULL) take(g->uuid, sizeof g->uuid, value);
+        if ((value = behind(line, "Device Minor:")) != NULL) g->minor = number_of(value, -1);
     }
-    if (!list) return -1;
-    snprintf(entry, sizeof entry, "%.*s", (int)strcspn(list, ","), list);
-    return number_of(entry, -1);
+    if (f) fclose(f);
+}
+
+/* The driver lists all GPUs of the host; a batch system lets a job or a task open some of them. */
+static bool may_open(const char *dev, const gpu *g)
+{
+    char path[512];
+
+    if (g->minor < 0) return true;
+    snprintf(path, sizeof path, "%s/nvidia%lld", dev, (long long)g->minor);
+    const int fd = open(path, O_RDWR | O_CLOEXEC);
+    if (fd >= 0) close(fd);
+    return fd >= 0 || errno == ENOENT; /* not there: the files have other names here */
+}
+
+static int no_dot(const struct dirent *d)
+{
+    return d->d_name[0] != '.';
+}
+
+/* Those of the driver's folder that may be opened, in the order of the PCI bus. */
+static int list_gpus(gpu *g, const char *root, const char *dev)
+{
+    char path[512];
+    struct dirent **list = NULL;
+    const int n = scandir(root, &list, no_dot, alphasort);
+    int n_gpus = 0;
+
+    for (int i = 0; i < n; i++) {
+        snprintf(path, sizeof path, "%s/%s/information", root, list[i]->d_name);
+        if (n_gpus < GPUS_MAX) read_gpu(path, &g[n_gpus]);
+        if (n_gpus < GPUS_MAX && may_open(dev, &g[n_gpus])) n_gpus++;
+        free(list[i]);
+    }
+    free(list);
+    return n_gpus;
 }
 
 static int list_length(const char *list)
@@ -119,52 +176,42 @@ static int list_length(const char *list)
     return n;
 }
 
-/* "GPU UUID: \t GPU-..." of one of the driver's files. */
-static bool read_uuid(const char *path, char *uuid, size_t room)
+/* The UUID of entry i of CUDA_VISIBLE_DEVICES: a number, a UUID or its beginning, or something this does not know. */
+static void find_visible(char *uuid, size_t room, const char *visible, int64_t i, const gpu *g,
+                         int n)
 {
-    char line[256];
-    bool found = false;
-    FILE *f = fopen(path, "re");
+    char entry[48];
 
-    if (!f) return false;
-    while (!found && fgets(line, sizeof line, f)) {
-        if (strncmp(line, "GPU UUID:", 9)) continue;
-        char *begin = line + 9 + strspn(line + 9, " \t");
-        begin[strcspn(begin, " \t\r\n")] = '\0';
-        take(uuid, room, begin);
-        found = true;
+    for (; i > 0 && visible; i--) {
+        visible = strchr(visible, ',');
+        if (visible) visible++;
     }
-    fclose(f);
-    return found;
+    if (!visible) return;
+    snprintf(entry, sizeof entry, "%.*s", (int)strcspn(visible, ","), visible);
+    const int64_t number = number_of(entry, -1);
+    if (number >= 0 && number < n) take(uuid, room, g[number].uuid);
+    if (number >= 0 || !*entry) return;
+    take(uuid, room, entry);
+    for (int k = 0; k < n; k++)
+        if (!strncmp(g[k].uuid, entry, strlen(entry))) take(uuid, room, g[k].uuid);
 }
 
-static int is_gpu(const struct dirent *d)
+void tr_facts_gpus(tr_facts *f, const char *root, const char *dev, const char *visible)
 {
-    return d->d_name[0] != '.';
+    gpu g[GPUS_MAX];
+    const int n = list_gpus(g, root, dev);
+
+    f->n_gpus = n;
+    if (n && visible) f->n_gpus = strcmp(visible, "-1") ? list_length(visible) : 0;
+    const int64_t mine = f->n_gpus == 1 ? 0 : f->local_rank;
+    if (mine >= f->n_gpus) return;
+    if (visible)
+        find_visible(f->uuid, sizeof f->uuid, visible, mine, g, n);
+    else
+        take(f->uuid, sizeof f->uuid, g[mine].uuid);
 }
 
-/* By the driver's own files, in the order of the PCI bus, so that no context is opened on any GPU. */
-static void find_gpus(tr_facts *f)
-{
-    static const char root[] = "/proc/driver/nvidia/gpus";
-    const char *visible = getenv("CUDA_VISIBLE_DEVICES");
-    struct dirent **list = NULL;
-    const int n = scandir(root, &list, is_gpu, alphasort);
-
-    f->n_gpus = n > 0 ? n : 0;
-    if (n > 0 && visible) f->n_gpus = strcmp(visible, "-1") ? list_length(visible) : 0;
-    int64_t mine = f->n_gpus == 1 ? 0 : f->local_rank;
-    if (visible && mine < f->n_gpus && strncmp(visible, "GPU-", 4) != 0)
-        mine = list_entry(visible, (int)mine);
-    if (f->n_gpus > 0 && mine >= 0 && mine < n) {
-        char path[512];
-        snprintf(path, sizeof path, "%s/%s/information", root, list[mine]->d_name);
-        read_uuid(path, f->uuid, sizeof f->uuid);
-    }
-    for (int i = 0; i < n; i++)
-        free(list[i]);
-    free(list);
-}
+/* ---- the network ----------------------------------------------------------------------------------------------------- */
 
 static void add(char *text, size_t room, const char *what, const char *value)
 {
@@ -183,7 +230,7 @@ static void find_network(tr_facts *f)
                                         "NCCL_IB_HCA",     "NCCL_SOCKET_IFNAME", "NCCL_IB_DISABLE",
                                         "NCCL_P2P_DISABLE"};
     struct dirent **list = NULL;
-    const int n = scandir("/sys/class/infiniband", &list, is_gpu, alphasort);
+    const int n = scandir("/sys/class/infiniband", &list, no_dot, alphasort);
     char scope[16] = "0";
     FILE *yama = fopen("/proc/sys/kernel/yama/ptrace_scope", "re");
 
@@ -236,7 +283,7 @@ void tr_facts_find(tr_facts *f, const tr_world *world)
     find_launcher(f);
     find_job(f);
     find_cpus(f);
-    find_gpus(f);
+    tr_facts_gpus(f, "/proc/driver/nvidia/gpus", "/dev", getenv("CUDA_VISIBLE_DEVICES"));
     find_network(f);
     if (statvfs("/dev/shm", &shm) == 0) f->shm_bytes = (uint64_t)shm.f_bavail * shm.f_frsize;
 }

@@ -36,4 +36,8 @@ void tr_facts_find(tr_facts *f, const tr_world *world);
 
 int tr_facts_n_cpus(const tr_facts *f);
 
+/* n_gpus and uuid, by the driver's own files in `root`, so that no context is made on any GPU: those whose device file in `dev`
+ * this process may open, and of these the ones that CUDA_VISIBLE_DEVICES (`visible`; NULL: not set) leaves. */
+void tr_facts_gpus(tr_facts *f, const char *root, const char *dev, const char *visible);
+
 #endif
