@@ -24,6 +24,7 @@
 #include "mpi/comm.h"
 #include "profile/join.h"
 #include "profile/profile.h"
+#include "profile/read.h"
 #include "profile/settle.h"
 #include "profile/snapshot.h"
 #include "scratch.h"
@@ -425,6 +426,18 @@ static void full_buffers_are_counted(void **state)
     tr_prof_step *step = get(path, "/steps", dims);
     assert_true(lost > 0 && dims[1] + lost == MANY);
     assert_int_equal(get_number(path, "/", "steps_lost"), lost);
+    assert_int_equal(get_number(path, "/", "requests_lost"), 0);
+    assert_true(get_number(path, "/", "lines_lost") > 0);
+    tr_reader *r = NULL;
+    bool steps_said = false, lines_said = false;
+    assert_int_equal(tr_reader_open(&r, path, &err), TR_OK);
+    for (size_t i = 0; tr_reader_note(r, i); i++) {
+        steps_said |= strstr(tr_reader_note(r, i), " steps came faster") != NULL;
+        lines_said |= strstr(tr_reader_note(r, i), " lines of /log came faster") != NULL;
+        assert_null(strstr(tr_reader_note(r, i), " requests came faster"));
+    }
+    assert_true(steps_said && lines_said);
+    tr_reader_close(r);
     free(step);
     uint64_t *window = get(path, "/moe/window_tokens", dims), sum = 0;
     const int64_t length = get_number(path, "/moe/window_tokens", "window_steps");

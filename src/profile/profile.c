@@ -515,6 +515,22 @@ void tr_profile_start(tr_profile *p)
 
 /* ---- the end ----------------------------------------------------------------------------------------------------------- */
 
+/* What came faster than there was room for. */
+static tr_status say_lost(tr_profile *p, tr_err *err)
+{
+    const struct {
+        const char *name;
+        uint64_t n;
+    } lost[] = {{"steps_lost", p->steps.lost},
+                {"requests_lost", p->requests.lost},
+                {"lines_lost", p->n_lost_lines}};
+    tr_status st = TR_OK;
+
+    for (size_t i = 0; i < sizeof lost / sizeof *lost && st == TR_OK; i++)
+        st = tr_prof_file_number(p->file, "/", lost[i].name, (int64_t)lost[i].n, err);
+    return st;
+}
+
 void tr_profile_stop(tr_profile *p)
 {
     tr_err err = {0};
@@ -535,8 +551,7 @@ void tr_profile_stop(tr_profile *p)
     }
     tr_status st = collect(p, &err);
     if (st == TR_OK) st = flush(p, &err);
-    if (st == TR_OK)
-        st = tr_prof_file_number(p->file, "/", "steps_lost", (int64_t)p->steps.lost, &err);
+    if (st == TR_OK) st = say_lost(p, &err);
     for (int i = 0; i < p->n_streams && st == TR_OK && p->o.trace; i++) {
         char path[TR_REGION_NAME + 16];
         snprintf(path, sizeof path, "/trace/%s", p->stream[i].name);

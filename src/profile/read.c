@@ -339,6 +339,21 @@ static void say_missing(tr_reader *r)
                   absent > 1 ? "ranks" : "rank", list, r->about.n_ranks, absent > 1 ? "are" : "is");
 }
 
+/* What the run itself could not keep: sums below lack it. */
+static void say_lost(tr_reader *r)
+{
+    static const char *const what[][2] = {
+        {"steps_lost", "steps"}, {"requests_lost", "requests"}, {"lines_lost", "lines of /log"}};
+
+    for (size_t i = 0; i < sizeof what / sizeof *what; i++) {
+        const char *text = tr_reader_attribute(r, "/", what[i][0]);
+        const long long n = text ? strtoll(text, NULL, 10) : 0;
+        if (n > 0)
+            tr_reader_say(r, "%lld %s came faster than they could be recorded, and are missing", n,
+                          what[i][1]);
+    }
+}
+
 /* ---- groups -------------------------------------------------------------------------------------------------------- */
 
 static tr_status load_groups(tr_reader *r, tr_err *err)
@@ -551,6 +566,7 @@ static tr_status load(tr_reader *r, tr_err *err)
     if (r->about.n_present == 0)
         return tr_fail(err, TR_E_INPUT, "%s: no rank has anything in it", r->path);
     say_missing(r);
+    say_lost(r);
     const size_t n = (size_t)r->about.n_regions;
     size_t cells;
     if (!tr_mul(&cells, (size_t)r->about.n_ranks, n) || cells > TR_READER_CELLS_MAX)
