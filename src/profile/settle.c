@@ -103,12 +103,23 @@ static bool contained(const forest *f, const tr_profile *p)
     return true;
 }
 
+/* Whether any rank says so: a rank that cannot go on must not leave the others in a broadcast. */
+static tr_status anybody(tr_comm *control, bool here, bool *there, tr_err *err)
+{
+    uint64_t word = here;
+    tr_status st = largest(control, &word, err);
+
+    *there = word != 0;
+    return st;
+}
+
 /* The table of one rank to all. */
 static tr_status spread(forest *f, const tr_profile *p, tr_comm *control, int root, tr_err *err)
 {
     tr_status st = TR_OK;
     tr_prof_region *region = NULL;
     uint32_t *row = NULL;
+    bool short_of = false;
     uint64_t n = tr_comm_rank(control) == root ? (uint64_t)p->n_regions : 0;
 
     st = broadcast(control, root, &n, sizeof n, err);
@@ -119,10 +130,9 @@ static tr_status spread(forest *f, const tr_profile *p, tr_comm *control, int ro
     }
     region = tr_calloc((size_t)n, sizeof *region);
     row = tr_calloc((size_t)n, sizeof *row);
-    if (!region || !row) {
-        st = tr_fail(err, TR_E_MEMORY, "out of memory for regions");
-        goto done;
-    }
+    st = anybody(control, !region || !row, &short_of, err);
+    if (st == TR_OK && short_of) st = tr_fail(err, TR_E_MEMORY, "out of memory for regions");
+    if (st != TR_OK) goto done;
     if (tr_comm_rank(control) == root) memcpy(region, p->region, (size_t)n * sizeof *region);
     st = broadcast(control, root, region, (size_t)n * sizeof *region, err);
     if (st == TR_OK) st = merge(f, region, (int)n, row, err);
@@ -134,17 +144,23 @@ done:
 }
 
 /* Whoever has a region that nobody has told of yet tells all it has, the lowest rank first: as many rounds as there are
- * different tables, which is about one for each pipeline stage. */
-static tr_status agree(forest *f, const tr_profile *p, tr_comm *control, tr_err *err)
+ * different tables, which is about one for each pipeline stage. mine: whether this rank can take part; one that cannot ends it
+ * for all. */
+static tr_status agree(forest *f, const tr_profile *p, tr_comm *control, tr_status mine,
+                       tr_err *err)
 {
     const uint64_t size = (uint64_t)tr_comm_size(control), rank = (uint64_t)tr_comm_rank(control);
+    tr_err later;
 
     for (;;) {
-        uint64_t speaker = tr_profile_well(p) && !contained(f, p) ? size - rank : 0;
-        tr_status st = largest(control, &speaker, err);
+        const bool speaks = mine == TR_OK && tr_profile_well(p) && !contained(f, p);
+        uint64_t speaker = mine != TR_OK ? UINT64_MAX : speaks ? size - rank : 0;
+        tr_status st = largest(control, &speaker, mine == TR_OK ? err : &later);
+        if (mine != TR_OK) return mine;
         if (st != TR_OK || !speaker) return st;
-        st = spread(f, p, control, (int)(size - speaker), err);
-        if (st != TR_OK) return st;
+        if (speaker > size)
+            return tr_fail(err, TR_E_MEMORY, "another rank cannot bring its regions in");
+        mine = spread(f, p, control, (int)(size - speaker), err);
     }
 }
 
@@ -268,11 +284,8 @@ tr_status tr_profile_settle(tr_profile *p, tr_comm *control, double drift_ppb, u
     tr_status st = TR_OK;
 
     f.row = tr_calloc(p ? (size_t)p->n_regions : 0, sizeof *f.row);
-    const bool room = f.row && make_room(&f, 64);
-    if (!room && p) tr_profile_survives(p, tr_fail(&why, TR_E_MEMORY, "out of memory"), &why);
-    if (!room) st = tr_fail(err, TR_E_MEMORY, "out of memory for regions");
-    /* Without memory this rank cannot hear the others; the caller ends the job as with any failed collective. */
-    if (st == TR_OK) st = agree(&f, p, control, err);
+    if (!f.row || !make_room(&f, 64)) st = tr_fail(err, TR_E_MEMORY, "out of memory for regions");
+    st = agree(&f, p, control, st, err);
     if (st == TR_OK && tr_profile_well(p)) {
         contained(&f, p);
         tr_profile_survives(p, apply(p, &f, drift_ppb, begun_ns, &why), &why);
