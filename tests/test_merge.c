@@ -1,4 +1,4 @@
-/* --merge: input order, lost and doubled requests, damaged parts, outputs that exist. */
+/* --merge: input order, lost and doubled requests, damaged parts, outputs that exist, FIFOs, a stop. */
 #include <config.h>
 
 #include <setjmp.h>
@@ -8,12 +8,17 @@
 
 #include <cmocka.h>
 
+#include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "base/json.h"
+#include "base/stop.h"
 #include "batch/input.h"
 #include "batch/merge.h"
 #include "batch/record.h"
@@ -182,13 +187,71 @@ static void test_files(void **state)
     expect_merged();
 }
 
+/* A FIFO as input is read once and gone through twice; one as a part cannot be, and nobody waits for it. */
+static void test_fifos(void **state)
+{
+    char fifo[320], *parts[1] = {part_path[0]}, *text = NULL;
+    size_t n;
+    tr_err err;
+    int status;
+    (void)state;
+    snprintf(fifo, sizeof fifo, "%s/fifo", folder);
+    assert_int_equal(mkfifo(fifo, 0600), 0);
+    assert_int_equal(tr_file_read(in_path, 1 << 20, &text, &n, NULL), TR_OK);
+    put_part(0, "876543210", "");
+    const pid_t writer = fork();
+    if (writer == 0) {
+        const int fd = open(fifo, O_WRONLY);
+        _exit(fd >= 0 && write(fd, text, n) == (ssize_t)n ? 0 : 1);
+    }
+    if (tr_merge(fifo, all_path, parts, 1, NULL, &err) != TR_OK) fail_msg("%s", err.text);
+    assert_true(waitpid(writer, &status, 0) == writer && status == 0);
+    expect_merged();
+    parts[0] = fifo;
+    assert_int_equal(tr_merge(in_path, all_path, parts, 1, NULL, &err), TR_E_INPUT);
+    assert_non_null(strstr(err.text, "no file"));
+    free(text);
+    assert_int_equal(unlink(fifo), 0);
+}
+
+/* In a process of its own, since a stop is for good: 0: TR_E_STOP, said so, and nothing is left. */
+static int stopped_merge(const char *in, bool before)
+{
+    char *parts[1] = {part_path[0]}, tmp[320];
+    tr_err err = {0};
+    if (tr_stop_install(&err) != TR_OK) return 10;
+    if (before)
+        raise(SIGUSR1);
+    else
+        tr_stop_alarm(0.05); /* the input is waited for until then, and would be for ever */
+    snprintf(tmp, sizeof tmp, "%s.tmp", all_path);
+    if (tr_merge(in, all_path, parts, 1, NULL, &err) != TR_E_STOP) return 11;
+    if (!strstr(err.text, before ? "stopped by USR1" : "stopped by the time budget")) return 12;
+    return access(all_path, F_OK) == 0 || access(tmp, F_OK) == 0 ? 13 : 0;
+}
+
+static void test_stopped(void **state)
+{
+    char fifo[320];
+    int status;
+    (void)state;
+    snprintf(fifo, sizeof fifo, "%s/fifo", folder);
+    assert_int_equal(mkfifo(fifo, 0600), 0);
+    put_part(0, "876543210", "");
+    for (int before = 0; before < 2; before++) {
+        const pid_t child = fork();
+        if (child == 0) _exit(stopped_merge(before ? in_path : fifo, before));
+        assert_true(waitpid(child, &status, 0) == child && WIFEXITED(status));
+        assert_int_equal(WEXITSTATUS(status), 0);
+    }
+    assert_int_equal(unlink(fifo), 0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_order),
-        cmocka_unit_test(test_lost),
-        cmocka_unit_test(test_doubled),
-        cmocka_unit_test(test_files),
+        cmocka_unit_test(test_order), cmocka_unit_test(test_lost),  cmocka_unit_test(test_doubled),
+        cmocka_unit_test(test_files), cmocka_unit_test(test_fifos), cmocka_unit_test(test_stopped),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }

@@ -3,6 +3,8 @@
 #include "base/stop.h"
 
 #include <errno.h>
+#include <limits.h>
+#include <poll.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/time.h>
@@ -51,6 +53,46 @@ void tr_stop_alarm(double seconds)
 bool tr_stop_requested(void)
 {
     return stop_signal != 0;
+}
+
+/* Until there is something to read, or room to write. False: a stop was asked for. */
+static bool wait_for(int fd, short events)
+{
+    enum {
+        LOOK_MS = 100
+    }; /* another thread may have got the signal, or this one just before poll */
+    struct pollfd p = {.fd = fd, .events = events};
+
+    while (!tr_stop_requested()) {
+        const int n = poll(&p, 1, LOOK_MS);
+        /* Whatever else is the matter with fd, the call itself will say so. */
+        if (n > 0 || (n < 0 && errno != EINTR)) return true;
+    }
+    errno = ECANCELED;
+    return false;
+}
+
+ssize_t tr_stop_read(int fd, void *buf, size_t n)
+{
+    while (wait_for(fd, POLLIN)) {
+        const ssize_t got = read(fd, buf, n);
+        if (got >= 0 || (errno != EINTR && errno != EAGAIN)) return got;
+    }
+    return -1;
+}
+
+ssize_t tr_stop_write(int fd, const void *buf, size_t n)
+{
+    while (wait_for(fd, POLLOUT)) {
+        const ssize_t put = write(fd, buf, n < PIPE_BUF ? n : PIPE_BUF);
+        if (put >= 0 || (errno != EINTR && errno != EAGAIN)) return put;
+    }
+    return -1;
+}
+
+tr_status tr_stop_fail(const char *what, tr_err *err)
+{
+    return tr_fail(err, TR_E_STOP, "%s: stopped by %s", what, tr_stop_reason());
 }
 
 /* URGENT beside the signal's number. */

@@ -7,7 +7,9 @@
 #define TR_BASE_STOP_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include "base/err.h"
 
@@ -16,6 +18,14 @@ tr_status tr_stop_install(tr_err *err);
 bool tr_stop_requested(void);
 /* The name of the signal that asked ("USR1"), or NULL. */
 const char *tr_stop_reason(void);
+
+/* As read and write of a pipe or a terminal, which may let one wait for ever; but waiting ends when a stop is asked for: -1 with
+ * errno ECANCELED, at once for a signal that this thread gets and within a tenth of a second otherwise. Interrupted calls are
+ * begun again. Of a pipe at most 4096 bytes are written at a time, so that the write itself cannot wait either. */
+ssize_t tr_stop_read(int fd, void *buf, size_t n);
+ssize_t tr_stop_write(int fd, const void *buf, size_t n);
+/* TR_E_STOP: "WHAT: stopped by USR1". */
+tr_status tr_stop_fail(const char *what, tr_err *err);
 
 /* So many seconds from now the time budget is over: as if a signal asked then ("the time budget"). 0: it is not. For the time
  * before the engine runs, which looks at the budget itself. Behind a signal it changes nothing, and a signal behind it counts

@@ -10,6 +10,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/stop.h"
+
 struct tr_input {
     char *path; /* as in messages */
     int fd;
@@ -81,9 +83,12 @@ static tr_status copy_aside(tr_input *in, tr_err *err)
     }
     unlink(name);
     for (;;) {
-        ssize_t got = read(in->fd, buf, 1 << 16);
-        if (got < 0 && errno == EINTR) continue;
+        ssize_t got = tr_stop_read(in->fd, buf, 1 << 16);
         if (got == 0) break;
+        if (got < 0 && errno == ECANCELED) {
+            st = tr_stop_fail(in->path, err);
+            goto done;
+        }
         if (got < 0 || !write_all(fd, buf, (size_t)got)) {
             st = tr_fail(err, TR_E_IO, "%s: copying to %s: %s", in->path, dir, strerror(errno));
             goto done;
@@ -102,10 +107,14 @@ done:
 
 static tr_status open_file(tr_input *in, const char *path, tr_err *err)
 {
+    struct stat named;
+    /* A FIFO that nobody has opened for writing yet is waited for where a stop can end it. */
+    const int wait = stat(path, &named) == 0 && S_ISFIFO(named.st_mode) ? O_NONBLOCK : 0;
+
     if (!strcmp(path, "-"))
         in->fd = fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, 3);
     else
-        in->fd = open(path, O_RDONLY | O_CLOEXEC);
+        in->fd = open(path, O_RDONLY | O_CLOEXEC | wait);
     if (in->fd < 0 || fstat(in->fd, &in->before) != 0)
         return tr_fail(err, errno == ENOENT || errno == ENOTDIR ? TR_E_INPUT : TR_E_IO, "%s: %s",
                        in->path, strerror(errno));
@@ -134,6 +143,7 @@ static tr_status first_pass(tr_input *in, tr_err *err)
     }
     st = tr_lines_open(&lines, in->fd, in->path, in->max_line, hasher, err);
     if (st != TR_OK) goto done;
+    tr_lines_heed_stop(lines);
     while ((got = next_line(lines, &line, err)) > 0) {
         uint64_t before;
         st = tr_envelope_read(&e, &line, err);
@@ -230,11 +240,25 @@ tr_status tr_input_take_shard(tr_input *in, tr_input_shard shard, tr_err *err)
     if (shard.n == 1) return TR_OK;
     tr_status st = tr_lines_open(&lines, in->fd, in->path, in->max_line, NULL, err);
     if (st != TR_OK) return st;
+    tr_lines_heed_stop(lines);
     in->info.n_mine = 0;
     while ((got = next_line(lines, &line, err)) > 0)
         in->info.n_mine += is_mine(in, &line);
     tr_lines_close(lines);
     return got < 0 ? err->status : TR_OK;
+}
+
+tr_status tr_input_rewind(tr_input *in, tr_err *err)
+{
+    tr_hasher *hasher = tr_hasher_create();
+
+    if (!hasher) return tr_fail(err, TR_E_MEMORY, "%s: out of memory", in->path);
+    tr_lines_close(in->lines);
+    tr_hasher_free(in->hasher);
+    in->lines = NULL;
+    in->hasher = hasher;
+    in->at_end = false;
+    return tr_lines_open(&in->lines, in->fd, in->path, in->max_line, in->hasher, err);
 }
 
 int tr_input_next(tr_input *in, tr_line *line, tr_err *err)

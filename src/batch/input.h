@@ -24,12 +24,15 @@ typedef struct tr_input_info {
 } tr_input_info;
 
 /* path "-" is stdin. max_line 0: TR_LINE_MAX. TR_E_INPUT: missing, or a custom_id twice (with
- * both line numbers). */
+ * both line numbers). TR_E_STOP: a stop was asked for while it was read, or waited for (base/stop.h). */
 tr_status tr_input_open(tr_input **out, const char *path, size_t max_line, tr_err *err);
 void tr_input_close(tr_input *in);
 /* From the next line on only this shard's are given out (the default: 0 of 1, all). Before the first line. */
 tr_status tr_input_take_shard(tr_input *in, tr_input_shard shard, tr_err *err);
 const tr_input_info *tr_input_about(const tr_input *in);
+
+/* From the first line again, whether or not the last was reached: of what was opened, also where that was a pipe. */
+tr_status tr_input_rewind(tr_input *in, tr_err *err);
 
 /* The next line that is not blank, without BOM, carriage return and line feed. 1, 0 at the end,
  * -1: err. */

@@ -64,6 +64,7 @@ static tr_status scan_lines(tr_journal *j, int keep, scan *found, tr_err *err)
     if (!j->done) return tr_fail(err, TR_E_MEMORY, "%s: out of memory", j->path);
     st = tr_lines_open(&lines, j->fd, j->path, RECORD_MAX, NULL, err);
     if (st != TR_OK) return st;
+    tr_lines_heed_stop(lines);
     while ((got = tr_lines_next(lines, &line, err)) > 0) {
         int is = line.whole && !line.too_long
                      ? tr_record_read(line.text, line.n, j->o.input_hash, &id, &name)

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "base/size.h"
+#include "base/stop.h"
 
 enum { PIECE = 1 << 18 };
 
@@ -20,7 +21,7 @@ struct tr_lines {
     size_t cap, begin, end;
     uint64_t pos; /* in the file, of the byte behind buf[end - 1] */
     uint64_t number;
-    bool eof;
+    bool eof, heeds_stop;
 };
 
 tr_status tr_lines_open(tr_lines **out, int fd, const char *name, size_t max_line,
@@ -48,6 +49,11 @@ void tr_lines_close(tr_lines *l)
     free(l);
 }
 
+void tr_lines_heed_stop(tr_lines *l)
+{
+    l->heeds_stop = true;
+}
+
 /* Room for another piece behind buf[end]: by moving what is left to the front, or by doubling. */
 static bool make_room(tr_lines *l)
 {
@@ -69,6 +75,10 @@ static bool make_room(tr_lines *l)
 static int read_piece(tr_lines *l, tr_err *err)
 {
     if (l->eof) return 0;
+    if (l->heeds_stop && tr_stop_requested()) {
+        tr_stop_fail(l->name, err);
+        return -1;
+    }
     if (!make_room(l)) {
         tr_fail(err, TR_E_MEMORY, "%s: line %ju: out of memory", l->name, (uintmax_t)l->number);
         return -1;

@@ -27,7 +27,10 @@ typedef struct tr_lines tr_lines;
 tr_status tr_lines_open(tr_lines **out, int fd, const char *name, size_t max_line,
                         tr_hasher *hasher, tr_err *err);
 void tr_lines_close(tr_lines *lines);
-/* 1: *line; 0: the end; -1: err (TR_E_IO, TR_E_MEMORY). */
+/* From now on a stop (base/stop.h) ends the reading, a few milliseconds after it was asked for: for passes over whole files, which
+ * nobody else ends. */
+void tr_lines_heed_stop(tr_lines *lines);
+/* 1: *line; 0: the end; -1: err (TR_E_IO, TR_E_MEMORY, TR_E_STOP). */
 int tr_lines_next(tr_lines *lines, tr_line *line, tr_err *err);
 
 #endif

@@ -11,10 +11,12 @@
 #include <unistd.h>
 
 #include "base/size.h"
+#include "base/stop.h"
 #include "batch/input.h"
 #include "batch/record.h"
+#include "batch/runfile.h"
 
-enum { RECORD_MAX = 1 << 30 };
+enum { RECORD_MAX = 1 << 30, PIECE = 1 << 16 };
 
 typedef struct place { /* of a record */
     int part;
@@ -55,18 +57,22 @@ static tr_status index_part(merger *m, int part, tr_err *err)
     tr_status st = TR_OK;
     tr_lines *lines = NULL;
     tr_record_name name;
+    struct stat sb;
     tr_buf id = {0};
     tr_line line;
     uint64_t before;
     size_t n_bad = 0;
     int got;
 
+    if (stat(path, &sb) == 0 && !S_ISREG(sb.st_mode) && !S_ISDIR(sb.st_mode))
+        return tr_fail(err, TR_E_INPUT, "%s: is no file: parts are read twice", path);
     m->fd[part] = open(path, O_RDONLY | O_CLOEXEC);
     if (m->fd[part] < 0)
         return tr_fail(err, errno == ENOENT ? TR_E_INPUT : TR_E_IO, "%s: %s", path,
                        strerror(errno));
     st = tr_lines_open(&lines, m->fd[part], path, RECORD_MAX, NULL, err);
     if (st != TR_OK) return st;
+    tr_lines_heed_stop(lines);
     while ((got = tr_lines_next(lines, &line, err)) > 0) {
         int is =
             line.whole && !line.too_long ? tr_record_read(line.text, line.n, hash, &id, &name) : 0;
@@ -101,43 +107,66 @@ done:
     return st;
 }
 
-static tr_status copy_record(const merger *m, const place *p, FILE *out, const char *out_name,
-                             tr_err *err)
-{
-    char buf[1 << 14];
-    uint64_t done = 0;
+/* ---- writing ----------------------------------------------------------------------------------- */
 
-    while (done < p->bytes) {
-        size_t want = p->bytes - done < sizeof buf ? (size_t)(p->bytes - done) : sizeof buf;
-        ssize_t got = pread(m->fd[p->part], buf, want, (off_t)(p->offset + done));
+typedef struct output {
+    const char *name;
+    int fd;
+    bool waits; /* standard output, whose reader may take its time */
+    char *text; /* [PIECE] not written yet */
+    size_t n;
+} output;
+
+static tr_status flush(output *o, tr_err *err)
+{
+    for (size_t done = 0; done < o->n;) {
+        ssize_t put = o->waits ? tr_stop_write(o->fd, o->text + done, o->n - done)
+                               : write(o->fd, o->text + done, o->n - done);
+        if (put < 0 && errno == EINTR) continue;
+        if (put < 0 && errno == ECANCELED) return tr_stop_fail(o->name, err);
+        if (put < 0) return tr_fail(err, TR_E_IO, "%s: %s", o->name, strerror(errno));
+        done += (size_t)put;
+    }
+    o->n = 0;
+    return tr_stop_requested() ? tr_stop_fail(o->name, err) : TR_OK;
+}
+
+/* A record from its part to the output, through the output's buffer. */
+static tr_status copy_record(const merger *m, const place *p, output *o, tr_err *err)
+{
+    tr_status st = TR_OK;
+
+    for (uint64_t done = 0; done < p->bytes && st == TR_OK;) {
+        size_t want = p->bytes - done < PIECE - o->n ? (size_t)(p->bytes - done) : PIECE - o->n;
+        ssize_t got = pread(m->fd[p->part], o->text + o->n, want, (off_t)(p->offset + done));
         if (got < 0 && errno == EINTR) continue;
         if (got < 0) return tr_fail(err, TR_E_IO, "%s: %s", m->part[p->part], strerror(errno));
         if (got == 0)
             return tr_fail(err, TR_E_INPUT, "%s shrank while it was read", m->part[p->part]);
-        if (fwrite(buf, 1, (size_t)got, out) != (size_t)got)
-            return tr_fail(err, TR_E_IO, "%s: %s", out_name, strerror(errno));
+        o->n += (size_t)got;
         done += (uint64_t)got;
+        if (o->n == PIECE) st = flush(o, err);
     }
-    return TR_OK;
+    return st;
 }
 
 /* Walk the input: write each request's record (out given), or find those that have none (out
  * NULL). */
-static tr_status walk(merger *m, FILE *out, const char *out_name, tr_err *err)
+static tr_status walk(merger *m, output *out, tr_err *err)
 {
     tr_status st = TR_OK;
     tr_envelope e = {0};
     tr_line line;
     uint64_t n_missing = 0, first = 0, i;
     char who[128] = "";
-    int got;
+    int got = 0;
 
-    while (st == TR_OK && (got = tr_input_next(m->input, &line, err)) > 0) {
+    while (st == TR_OK && !tr_stop_requested() && (got = tr_input_next(m->input, &line, err)) > 0) {
         st = tr_envelope_read(&e, &line, err);
         if (st != TR_OK) break;
         bool found = tr_idset_find(m->ids, e.key, &i);
         if (found && out) {
-            st = copy_record(m, &m->at[i], out, out_name, err);
+            st = copy_record(m, &m->at[i], out, err);
         } else if (!found && !n_missing++) {
             first = line.number;
             if (e.has_id)
@@ -146,6 +175,7 @@ static tr_status walk(merger *m, FILE *out, const char *out_name, tr_err *err)
         }
     }
     if (st == TR_OK && got < 0) st = err->status;
+    if (st == TR_OK && tr_stop_requested()) st = tr_stop_fail("joining", err);
     tr_envelope_free(&e);
     if (st == TR_OK && n_missing)
         st = tr_fail(err, TR_E_INPUT, "%ju of %ju requests have no record; the first is line %ju%s",
@@ -154,43 +184,47 @@ static tr_status walk(merger *m, FILE *out, const char *out_name, tr_err *err)
     return st;
 }
 
+/* Every record to a file that will take the name, or to standard output. */
 static tr_status write_merged(merger *m, const char *out, tr_err *err)
 {
-    bool to_stdout = !strcmp(out, "-");
+    const bool to_stdout = !strcmp(out, "-");
+    output o = {.fd = STDOUT_FILENO, .waits = to_stdout, .text = malloc(PIECE)};
     tr_status st = TR_OK;
     char *tmp = NULL;
-    FILE *f = stdout;
 
-    if (!to_stdout) {
-        if (asprintf(&tmp, "%s.tmp", out) < 0)
-            return tr_fail(err, TR_E_MEMORY, "%s: out of memory", out);
-        f = fopen(tmp, "we");
-        if (!f) {
-            st = tr_fail(err, TR_E_IO, "%s: %s", tmp, strerror(errno));
-            goto done;
-        }
+    if (!o.text || (!to_stdout && asprintf(&tmp, "%s.tmp", out) < 0)) {
+        tmp = NULL;
+        st = tr_fail(err, TR_E_MEMORY, "%s: out of memory", out);
+        goto done;
     }
-    st = walk(m, f, to_stdout ? "standard output" : tmp, err);
-    if (st == TR_OK && (fflush(f) != 0 || (!to_stdout && fsync(fileno(f)) != 0)))
-        st = tr_fail(err, TR_E_IO, "%s: %s", out, strerror(errno));
-    if (!to_stdout && fclose(f) != 0 && st == TR_OK)
+    o.name = to_stdout ? "standard output" : tmp;
+    if (!to_stdout) o.fd = open(tmp, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    if (o.fd < 0) {
+        st = tr_fail(err, TR_E_IO, "%s: %s", tmp, strerror(errno));
+        goto done;
+    }
+    st = walk(m, &o, err);
+    if (st == TR_OK) st = flush(&o, err);
+    if (st == TR_OK) st = tr_input_check(m->input, err);
+    if (st == TR_OK && !to_stdout && fsync(o.fd) != 0 && errno != EINVAL)
+        st = tr_fail(err, TR_E_IO, "%s: %s", tmp, strerror(errno));
+    if (!to_stdout && close(o.fd) != 0 && st == TR_OK)
         st = tr_fail(err, TR_E_IO, "%s: %s", tmp, strerror(errno));
     if (!to_stdout && st == TR_OK && rename(tmp, out) != 0)
         st = tr_fail(err, TR_E_IO, "%s: %s", out, strerror(errno));
+    if (!to_stdout && st == TR_OK) st = tr_sync_folder(out, err);
     if (!to_stdout && st != TR_OK) unlink(tmp);
 done:
+    free(o.text);
     free(tmp);
     return st;
 }
 
 /* Every request must have its record before a byte is written. */
-static tr_status check_all(merger *m, const char *input, tr_err *err)
+static tr_status check_all(merger *m, tr_err *err)
 {
-    tr_status st = walk(m, NULL, NULL, err);
-    if (st != TR_OK) return st;
-    tr_input_close(m->input); /* and from the beginning again */
-    m->input = NULL;
-    return tr_input_open(&m->input, input, 0, err);
+    tr_status st = walk(m, NULL, err);
+    return st == TR_OK ? tr_input_rewind(m->input, err) : st;
 }
 
 tr_status tr_merge(const char *input, const char *out, char *const *part, int n_parts, tr_log *log,
@@ -215,7 +249,7 @@ tr_status tr_merge(const char *input, const char *out, char *const *part, int n_
     st = tr_input_open(&m.input, input, 0, err);
     for (int i = 0; st == TR_OK && i < n_parts; i++)
         st = index_part(&m, i, err);
-    if (st == TR_OK) st = check_all(&m, input, err);
+    if (st == TR_OK) st = check_all(&m, err);
     if (st == TR_OK) st = write_merged(&m, out, err);
     if (st == TR_OK)
         tr_log_info(log, "%s: %ju records of %d parts", out,

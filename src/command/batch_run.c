@@ -544,8 +544,8 @@ static tr_status read_stdin(tr_buf *text, tr_err *err)
 {
     char piece[4096];
     ssize_t got;
-    while ((got = read(STDIN_FILENO, piece, sizeof piece)) != 0) {
-        if (got < 0 && errno == EINTR) continue;
+    while ((got = tr_stop_read(STDIN_FILENO, piece, sizeof piece)) != 0) {
+        if (got < 0 && errno == ECANCELED) return tr_stop_fail("standard input", err);
         if (got < 0) return tr_fail(err, TR_E_IO, "standard input: %s", strerror(errno));
         tr_buf_add(text, piece, (size_t)got);
         if (text->n > TR_LINE_MAX)
