@@ -64,24 +64,32 @@ static void after_step(void *ctx, const tr_engine_seen *seen)
     if (++s->n == s->at) tr_engine_stop(s->engine);
 }
 
-/* One engine over the requests that have no event yet, with their progress; stopped behind step `at` (0: before the first, -1: not). What is left
- * of it becomes the new progress. Returns how many steps there were, about. */
-static int run(int ring, int at, tr_event **event, tr_progress **progress)
+/* How a run is stopped and what it leaves. */
+typedef struct how {
+    int ring, n_slots;
+    int at;          /* behind this step (0: before the first); -1: not */
+    bool unrecorded; /* who has ended has no record: what was saved of it is all there is */
+    uint64_t n_continued, n_ended; /* out: as the engine counts; unrecorded ones */
+} how;
+
+/* One engine over the requests that have no event yet, with their progress. What is left of it becomes the new progress. Returns
+ * how many steps there were, about. */
+static int run(how *h, tr_event **event, tr_progress **progress)
 {
     tr_engine *engine;
     tr_event *done;
     tr_err err = {0};
-    uint64_t spent_ns;
+    uint64_t spent_ns, n_taken = 0;
     const tr_engine_options o = {.max_batch_tokens = BATCH,
-                                 .max_sequences = N_SLOTS,
+                                 .max_sequences = h->n_slots,
                                  .max_model_len = MAX_LEN,
-                                 .ring = ring,
+                                 .ring = h->ring,
                                  .queue_max = N_REQUESTS,
                                  .eos = EOS,
                                  .bos = -1,
                                  .pad = -1,
                                  .is_leader = true};
-    stopper_at s = {.at = at};
+    stopper_at s = {.at = h->at};
 
     if (tr_engine_create(&engine, f.model, tokenizer, f.self, &o, NULL, &f.regions, &err) != TR_OK)
         fail_msg("%s", err.text);
@@ -96,21 +104,31 @@ static int run(int ring, int at, tr_event **event, tr_progress **progress)
         assert_int_equal(tr_engine_submit(engine, r, &err), TR_OK);
     }
     tr_engine_close(engine);
-    if (at == 0) tr_engine_stop(engine);
+    if (h->at == 0) tr_engine_stop(engine);
     const tr_status st = tr_engine_run(engine, &err);
-    if (st != TR_OK) assert_true(st == TR_E_STOP && at >= 0 && s.n >= at);
-    while (tr_engine_take(engine, &done, 0) == 1) {
+    if (st != TR_OK) assert_true(st == TR_E_STOP && h->at >= 0 && s.n >= h->at);
+    h->n_continued = tr_engine_stats_get(engine).continued;
+    tr_progress *list = NULL;
+    const bool lost = st == TR_E_STOP && h->unrecorded;
+    while (!lost && tr_engine_take(engine, &done, 0) == 1) {
         assert_int_equal(done->kind, TR_EVENT_DONE);
         assert_true(!done->request->progress && !event[done->request->id]);
         event[done->request->id] = done;
+        n_taken++;
     }
-    tr_progress *list = NULL;
     assert_int_equal(tr_engine_take_progress(engine, &list, &spent_ns), st == TR_E_STOP);
     for (int id = 1; id <= N_REQUESTS && st == TR_OK; id++)
         assert_non_null(event[id]); /* the stop came after the last step */
+    h->n_ended = 0;
     while (list) {
         tr_progress *p = list;
         list = p->next;
+        if (p->n_event && !lost) { /* taken, and recorded: as the job sees by the number */
+            assert_true(p->n_event <= n_taken && event[p->id]);
+            tr_progress_free(p);
+            continue;
+        }
+        h->n_ended += p->n_event > 0;
         assert_true(!event[p->id] && !progress[p->id]);
         progress[p->id] = p;
     }
@@ -157,40 +175,87 @@ static void forget(tr_event **event)
     }
 }
 
-/* twice: what goes on is stopped at the same step again. */
-static void every_step(int ring, bool twice)
+/* twice: what goes on is stopped at the same step again. unrecorded: killed before anybody recorded what had ended. */
+static void every_step(int ring, bool twice, bool unrecorded)
 {
     tr_event *whole[N_REQUESTS + 1] = {0}, *parts[N_REQUESTS + 1] = {0};
     tr_progress *progress[N_REQUESTS + 1] = {0};
-    const int n = run(ring, -1, whole, progress);
+    how undisturbed = {.ring = ring, .n_slots = N_SLOTS, .at = -1};
+    const int n = run(&undisturbed, whole, progress);
     int n_continued = 0;
+    uint64_t n_ended = 0;
 
     assert_in_range(n, 15, STEPS_MAX);
     assert_int_equal(whole[7]->choice[0].finish, TR_FINISH_STOP); /* the stop string was met */
     for (int at = 0; at < n; at++) {
-        run(ring, at, parts, progress);
+        how stopped = {.ring = ring, .n_slots = N_SLOTS, .at = at, .unrecorded = unrecorded};
+        uint64_t n_saved = 0;
+        run(&stopped, parts, progress);
+        n_ended += stopped.n_ended;
         for (int id = 1; id <= N_REQUESTS; id++)
-            n_continued += progress[id] != NULL;
-        if (twice) run(ring, at / 2, parts, progress);
-        run(ring, -1, parts, progress);
+            n_saved += progress[id] != NULL;
+        n_continued += (int)n_saved;
+        if (twice) {
+            stopped.at = at / 2;
+            run(&stopped, parts, progress);
+            n_saved = 0;
+            for (int id = 1; id <= N_REQUESTS; id++)
+                n_saved += progress[id] != NULL;
+        }
+        run(&undisturbed, parts, progress);
+        assert_int_equal(undisturbed.n_continued, n_saved);
         for (int id = 1; id <= N_REQUESTS; id++)
             same(whole[id], parts[id], id);
         forget(parts);
     }
     assert_true(n_continued > n);
+    assert_int_equal(n_ended > 0, unrecorded);
     forget(whole);
 }
 
 static void test_one_in_flight(void **state)
 {
     (void)state;
-    every_step(1, false);
+    every_step(1, false, false);
 }
 
 static void test_two_in_flight(void **state)
 {
     (void)state;
-    every_step(2, true);
+    every_step(2, true, false);
+}
+
+static void test_unrecorded(void **state)
+{
+    (void)state;
+    every_step(2, false, true);
+}
+
+/* Several have saved tokens, one at a time runs: those that are never begun do not go on with theirs, and keep them. */
+static void test_went_on(void **state)
+{
+    tr_event *event[N_REQUESTS + 1] = {0};
+    tr_progress *progress[N_REQUESTS + 1] = {0};
+    how then = {.ring = 1, .n_slots = 1, .at = 1}, last = {.ring = 1, .n_slots = N_SLOTS, .at = -1};
+    int n_tried = 0;
+    (void)state;
+
+    for (int at = 4; at < 12; at++) {
+        how first = {.ring = 1, .n_slots = N_SLOTS, .at = at};
+        uint64_t n_saved = 0;
+        run(&first, event, progress);
+        assert_int_equal(first.n_continued, 0);
+        for (int id = 1; id <= N_REQUESTS; id++)
+            n_saved += progress[id] != NULL;
+        if (n_saved >= 2) {
+            n_tried++;
+            run(&then, event, progress);
+            assert_int_equal(then.n_continued, 1);
+        }
+        run(&last, event, progress);
+        forget(event);
+    }
+    assert_true(n_tried > 0);
 }
 
 static int open_model(void **state)
@@ -222,6 +287,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_one_in_flight),
         cmocka_unit_test(test_two_in_flight),
+        cmocka_unit_test(test_unrecorded),
+        cmocka_unit_test(test_went_on),
     };
     return cmocka_run_group_tests(tests, open_model, close_model);
 }

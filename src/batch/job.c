@@ -18,9 +18,10 @@ typedef struct job {
     const tr_job_options *o;
     tr_job_counts *c;     /* the writer's, except skipped: the reader's */
     atomic_bool stopping; /* admit nothing more */
-    atomic_ullong n_skipped, n_continued;
-    uint64_t saved_ns;     /* the writer's: when it last asked for what is to be saved */
-    uint64_t save_cost_ns; /* of the last saving: steps lost and processor time */
+    atomic_ullong n_skipped;
+    uint64_t n_taken, n_recorded; /* the writer's: events; those up to this one have their record */
+    uint64_t saved_ns;            /* the writer's: when it last asked for what is to be saved */
+    uint64_t save_cost_ns;        /* of the last saving: steps lost and processor time */
     uint64_t n_saves, all_saves_ns;
     /* Records of refused lines, on their way from the reader to the writer. */
     pthread_mutex_t lock;
@@ -80,7 +81,6 @@ static void go_on_from(job *j, tr_request *r, uint64_t line)
     if (!p) return;
     if (tr_progress_fits(p, r, j->o->request.vocab_size)) {
         r->progress = p;
-        atomic_fetch_add(&j->n_continued, 1);
         return;
     }
     tr_log_warn(j->o->log, "line %ju: what was saved is not of its request: it starts over",
@@ -243,6 +243,8 @@ static void write_event(job *j, tr_event *event)
         }
         if (j->o->saved) tr_saved_done(j->o->saved, event->request->id);
     }
+    j->n_taken++;
+    if (j->writer_st == TR_OK) j->n_recorded = j->n_taken;
     free(line.s);
     tr_event_free(event);
 }
@@ -269,6 +271,23 @@ static double save_interval_s(const job *j, uint64_t now_ns)
     return s > least ? s : least;
 }
 
+/* A copy may be older than records: what has one is not saved. */
+static tr_progress *without_recorded(const job *j, tr_progress *list)
+{
+    tr_progress **at = &list;
+
+    while (*at) {
+        tr_progress *p = *at;
+        if (!p->n_event || p->n_event > j->n_recorded) {
+            at = &p->next;
+            continue;
+        }
+        *at = p->next;
+        tr_progress_free(p);
+    }
+    return list;
+}
+
 /* Of what runs, when there is something new; *spent: what it took. */
 static void save(job *j, tr_saved_counts *counts)
 {
@@ -277,6 +296,7 @@ static void save(job *j, tr_saved_counts *counts)
 
     if (!tr_engine_take_progress(j->o->engine, &list, &spent_ns)) return;
     const uint64_t begun_ns = thread_ns();
+    list = without_recorded(j, list);
     tr_saved_write(j->o->saved, list, counts); /* a failure is warned about, and no more */
     tr_progress_free_list(list);
     j->save_cost_ns = spent_ns + thread_ns() - begun_ns;
@@ -518,7 +538,7 @@ tr_status tr_job_run(const tr_job_options *options, tr_job_counts *counts, tr_er
     if (reading) pthread_join(read_thread, NULL);
     pthread_join(write_thread, NULL);
     counts->skipped = atomic_load(&j->n_skipped);
-    counts->continued = atomic_load(&j->n_continued);
+    counts->continued = tr_engine_stats_get(options->engine).continued;
     save_at_end(j, engine_st);
     summary(j);
     st = outcome(j, engine_st, &engine_err, err);

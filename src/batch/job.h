@@ -32,7 +32,7 @@ typedef struct tr_job_options { /* all borrowed */
 typedef struct
     tr_job_counts { /* of this run; requests of the input that have no record are in none of them */
     uint64_t skipped;      /* had a record */
-    uint64_t continued;    /* went on from what was saved */
+    uint64_t continued;    /* begun, or finished at once, with what was saved of them */
     tr_saved_counts saved; /* at the end: what the next job goes on with */
     uint64_t answered, refused, invalid, failed;
     uint64_t numerical;                 /* of failed: numerical_error */

@@ -243,6 +243,7 @@ static void publish_stats(tr_engine *e)
         .preemptions = s.preemptions,
         .finished = s.finished,
         .failed = s.failed,
+        .continued = s.continued,
         .prefill_ns = e->prefill_ns,
         .decode_ns = e->decode_ns,
         .mixed_decode_tokens = s.mixed_decode_tokens,
@@ -308,6 +309,7 @@ static void make_progress(tr_engine *e)
 
     for (int d = 0; d < e->options.n_replicas && !bad; d++)
         bad = tr_scheduler_progress(e->scheduler[d], &list);
+    if (!bad) bad = tr_engine_ended_progress(e, &list);
     if (bad) {
         tr_log_warn(e->log, "no memory for a copy of the running requests: nothing is saved");
         tr_progress_free_list(list);

@@ -47,6 +47,8 @@ typedef struct tr_engine_stats {
     uint64_t steps, prefill_tokens,
         decode_tokens; /* computed: recomputation after preemption counts as prefill */
     uint64_t preemptions, finished, failed;
+    uint64_t
+        continued; /* requests that went on with the tokens another run had saved: begun, or finished with them */
     uint64_t prefill_ns, decode_ns; /* time of steps with, and without, prompt rows */
     uint64_t mixed_decode_tokens;   /* generated in steps that also had prompt rows */
     uint64_t
@@ -100,7 +102,8 @@ const char *tr_engine_drain_reason(tr_engine *e);
 /* Any thread: 1 and *out (the caller's), 0 after timeout_ms without an event, -1 when run has returned and all is taken. */
 int tr_engine_take(tr_engine *e, tr_event **out, int timeout_ms);
 
-/* Any thread: at the next step boundary copy how far every unfinished request has come. */
+/* Any thread: at the next step boundary copy how far every unfinished request has come, and every one that has ended and whose
+ * event nobody has taken (tr_progress.n_event): until it is recorded, it is what a killed run would lose. */
 void tr_engine_ask_progress(tr_engine *e);
 /* Any thread: the newest copy nobody has taken (the caller's: tr_progress_free_list; may be empty) and the time it took, which
  * the steps lost. False: there is none. When run ends with TR_E_STOP it leaves one, asked or not. */

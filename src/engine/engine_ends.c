@@ -113,6 +113,25 @@ bool tr_engine_take_progress(tr_engine *e, tr_progress **list, uint64_t *spent_n
     return made;
 }
 
+int tr_engine_ended_progress(tr_engine *e, tr_progress **list)
+{
+    int bad = 0;
+
+    pthread_mutex_lock(&e->lock);
+    for (size_t i = 0; i < e->n_event && !bad; i++) {
+        const tr_event *event = e->event[(e->i_event + i) % e->event_cap];
+        if (event->kind != TR_EVENT_DONE) continue;
+        tr_progress *p = tr_progress_of(event);
+        bad = p ? 0 : -1;
+        if (!p) continue;
+        p->n_event = e->n_taken + i + 1;
+        p->next = *list;
+        *list = p;
+    }
+    pthread_mutex_unlock(&e->lock);
+    return bad;
+}
+
 const char *tr_engine_drain_reason(tr_engine *e)
 {
     pthread_mutex_lock(&e->lock);
@@ -154,6 +173,7 @@ int tr_engine_take(tr_engine *e, tr_event **out, int timeout_ms)
         e->i_event = (e->i_event + 1) % e->event_cap;
         e->n_event--;
         e->n_outstanding--;
+        e->n_taken++;
         got = 1;
     } else if (e->ended) {
         got = -1;

@@ -72,6 +72,7 @@ struct tr_engine {
     tr_event *
         *event; /* [event_cap] finished, a circle; as large as what is submitted and not taken */
     size_t i_event, n_event, event_cap, n_outstanding;
+    uint64_t n_taken; /* events so far */
     bool closed, stopping, ended;
     const char *drain_reason; /* NULL: not draining */
     bool progress_wanted, progress_made;
@@ -79,6 +80,9 @@ struct tr_engine {
     uint64_t progress_ns;
     tr_engine_stats stats;
 };
+
+/* Of the events that nobody has taken, in front of *list: 0, or -1: out of memory. */
+int tr_engine_ended_progress(tr_engine *e, tr_progress **list);
 
 /* A moment of the monotonic clock, for waits on the engine's conditions. */
 struct timespec tr_engine_deadline(int ms);

@@ -191,6 +191,7 @@ static void count_cached(tr_scheduler *s, tr_group *g, int n_tokens)
 {
     if (g->counted) return;
     g->counted = true;
+    s->stats.continued += g->restored;
     g->event->begun_ns = tr_now_ns();
     g->event->cached_tokens = n_tokens;
     s->stats.cached_tokens += (uint64_t)n_tokens;

@@ -22,6 +22,57 @@ tr_progress *tr_progress_create(int n_choices)
     return p;
 }
 
+tr_progress *tr_progress_begin(const tr_request *r)
+{
+    const tr_params *params = &r->params;
+    tr_progress *p = tr_progress_create(params->n);
+
+    if (!p) return NULL;
+    p->id = r->id;
+    p->prompt = tr_progress_prompt_hash(r->prompt, r->n_prompt);
+    p->key = params->key;
+    p->n_prompt = (int)r->n_prompt;
+    p->max_tokens = params->max_tokens;
+    p->n_logprobs = params->n_logprobs;
+    p->n_prompt_logprobs = params->n_prompt_logprobs;
+    return p;
+}
+
+bool tr_progress_put_choice(tr_progress *p, int i, const int32_t *token, int n,
+                            const tr_scores *scores)
+{
+    tr_progress_choice *to = &p->choice[i];
+    const int n_scores = scores->n < n ? scores->n : n;
+
+    if (!n) return true;
+    to->token = tr_calloc((size_t)n, sizeof *to->token);
+    if (!to->token || !tr_scores_create(&to->scores, n_scores, scores->n_top)) return false;
+    memcpy(to->token, token, (size_t)n * sizeof *to->token);
+    to->n_token = n;
+    tr_scores_copy(&to->scores, scores, n_scores);
+    return true;
+}
+
+bool tr_progress_put_prompt(tr_progress *p, const tr_scores *scores, int n)
+{
+    if (!tr_scores_create(&p->prompt_scores, n, scores->n_top)) return false;
+    tr_scores_copy(&p->prompt_scores, scores, n);
+    return true;
+}
+
+tr_progress *tr_progress_of(const tr_event *e)
+{
+    tr_progress *p = tr_progress_begin(e->request);
+    bool ok = p && tr_progress_put_prompt(p, &e->prompt_scores, e->prompt_scores.n);
+
+    for (int i = 0; ok && i < p->n_choices; i++)
+        ok = tr_progress_put_choice(p, i, e->choice[i].token, e->choice[i].n_token,
+                                    &e->choice[i].scores);
+    if (ok) return p;
+    tr_progress_free(p);
+    return NULL;
+}
+
 void tr_progress_free(tr_progress *p)
 {
     if (!p) return;

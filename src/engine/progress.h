@@ -20,12 +20,24 @@ struct tr_progress {
     int n_choices;
     tr_progress_choice *choice; /* [n_choices] */
     tr_scores prompt_scores;    /* of the first n tokens behind the first */
-    bool unfit;                 /* the scheduler could not go on with it: the request began anew */
-    tr_progress *next;          /* of a list */
+    /* 0: the request is unfinished. Else it has ended, in the event that is the n-th to be taken from its engine (from 1), and
+     * whoever takes and records events knows whether it still needs this. Not kept in files. */
+    uint64_t n_event;
+    bool unfit;        /* the scheduler could not go on with it: the request began anew */
+    tr_progress *next; /* of a list */
 };
 
 /* Room for n_choices; everything else is 0. NULL: out of memory. */
 tr_progress *tr_progress_create(int n_choices);
+/* Of a request: what is for comparison is filled in. NULL: out of memory. */
+tr_progress *tr_progress_begin(const tr_request *r);
+/* Copies: choice i's tokens (none so far), the scores of those of them that are scored; the prompt's first n scores. False: out of
+ * memory. */
+bool tr_progress_put_choice(tr_progress *p, int i, const int32_t *token, int n,
+                            const tr_scores *scores);
+bool tr_progress_put_prompt(tr_progress *p, const tr_scores *scores, int n);
+/* All that an event DONE holds, so that another run has its answer without computing it. NULL: out of memory. */
+tr_progress *tr_progress_of(const tr_event *e);
 void tr_progress_free(tr_progress *p);      /* NULL is fine */
 void tr_progress_free_list(tr_progress *p); /* and what follows */
 

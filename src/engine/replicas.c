@@ -70,6 +70,7 @@ tr_scheduler_stats tr_replicas_stats(tr_scheduler *const *scheduler, int n_repli
         t.preemptions += s.preemptions;
         t.finished += s.finished;
         t.failed += s.failed;
+        t.continued += s.continued;
         t.prompt_tokens += s.prompt_tokens;
         t.cached_tokens += s.cached_tokens;
         t.pages_evicted += s.pages_evicted;

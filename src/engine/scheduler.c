@@ -369,7 +369,7 @@ tr_event *tr_scheduler_add(tr_scheduler *s, tr_event *e)
     }
     if (g->params->max_tokens ==
         0) { /* scoring: the first choice does it, if anything is to be scored */
-        for (int i = g->n_scores > 0; i < g->n_choices; i++) {
+        for (int i = g->n_scores > g->n_scores_taken; i < g->n_choices; i++) {
             g->sequence[i].state = TR_SEQUENCE_DONE;
             g->n_live--;
         }
@@ -377,6 +377,7 @@ tr_event *tr_scheduler_add(tr_scheduler *s, tr_event *e)
     }
     if (g->n_live == 0) {
         tr_group_finish(g);
+        s->stats.continued += g->restored;
         g->event = NULL;
         tr_group_free(g);
         s->stats.finished++;

@@ -44,6 +44,8 @@ typedef struct tr_scheduler_stats {
     uint64_t
         generated_tokens; /* sampled and kept: a first token comes from a prompt's row, not from a decode row */
     uint64_t preemptions, finished, failed;
+    uint64_t
+        continued; /* requests begun, or finished at once, with what another run had saved of them */
     uint64_t prompt_tokens,
         cached_tokens; /* of requests admitted; of these, not computed for them */
     uint64_t pages_evicted;

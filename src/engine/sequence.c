@@ -348,42 +348,22 @@ void tr_group_finish(tr_group *g)
 
 /* ---- progress out and in --------------------------------------------------------------------------- */
 
-static bool copy_choice(tr_progress_choice *to, const tr_sequence *q)
-{
-    const int n = q->n_token, n_scores = q->scores.n < n ? q->scores.n : n;
-
-    if (!n) return true;
-    to->token = tr_calloc((size_t)n, sizeof *to->token);
-    if (!to->token || !tr_scores_create(&to->scores, n_scores, q->scores.n_top)) return false;
-    memcpy(to->token, q->token, (size_t)n * sizeof *to->token);
-    to->n_token = n;
-    tr_scores_copy(&to->scores, &q->scores, n_scores);
-    return true;
-}
-
 int tr_group_progress(const tr_group *g, tr_progress **out)
 {
-    const tr_params *params = g->params;
     bool any = g->n_scores_taken > 0;
 
     *out = NULL;
     for (int i = 0; i < g->n_choices; i++)
         any = any || g->sequence[i].n_token > 0;
     if (!any) return 0;
-    tr_progress *p = tr_progress_create(g->n_choices);
+    tr_progress *p = tr_progress_begin(g->event->request);
     if (!p) return -1;
-    p->id = g->event->request->id;
-    p->prompt = tr_progress_prompt_hash(g->prompt, (size_t)g->n_prompt);
-    p->key = params->key;
-    p->n_prompt = g->n_prompt;
-    p->max_tokens = params->max_tokens;
-    p->n_logprobs = params->n_logprobs;
-    p->n_prompt_logprobs = params->n_prompt_logprobs;
     /* Scores are taken in the order of the prompt, so those there are stand at the beginning. */
-    bool ok = tr_scores_create(&p->prompt_scores, g->n_scores_taken, g->event->prompt_scores.n_top);
-    if (ok) tr_scores_copy(&p->prompt_scores, &g->event->prompt_scores, g->n_scores_taken);
-    for (int i = 0; i < g->n_choices && ok; i++)
-        ok = copy_choice(&p->choice[i], &g->sequence[i]);
+    bool ok = tr_progress_put_prompt(p, &g->event->prompt_scores, g->n_scores_taken);
+    for (int i = 0; i < g->n_choices && ok; i++) {
+        const tr_sequence *q = &g->sequence[i];
+        ok = tr_progress_put_choice(p, i, q->token, q->n_token, &q->scores);
+    }
     if (!ok) {
         tr_progress_free(p);
         return -1;
@@ -438,5 +418,7 @@ bool tr_group_restore(tr_group *g, const tr_progress *p, const tr_scheduler_opti
     /* Of this run none yet: nobody waited for the tokens above, or between them. */
     g->event->first_token_ns = 0;
     g->gaps = (tr_gaps){0};
-    return g->n_live > 0; /* who has finished has a record, or must be computed */
+    g->restored = true;
+    /* All may have ended: then it was saved between its end and its record. Nobody ends before the prompt's scores are there. */
+    return g->n_live > 0 || g->n_scores_taken == g->n_scores;
 }

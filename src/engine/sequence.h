@@ -59,8 +59,9 @@ struct tr_group {
     const int32_t *prompt;
     int n_prompt;
     int n_choices, n_live, n_unborn;
-    bool counted; /* begun: its prompt is in the statistics of the cache */
-    bool aside;   /* of a run that ends: it could not be finished, so it is not gone on with */
+    bool counted;  /* begun: its prompt is in the statistics of the cache */
+    bool restored; /* it has tokens or scores of another run */
+    bool aside;    /* of a run that ends: it could not be finished, so it is not gone on with */
     tr_sequence *sequence; /* [n_choices] */
     tr_stops *stops;
     tr_gaps gaps;
