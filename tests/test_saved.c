@@ -9,6 +9,8 @@
 
 #include <cmocka.h>
 
+#include <dirent.h>
+#include <fcntl.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -26,14 +28,20 @@ enum { VOCAB = 1000, FILE_MAX = 1 << 16 };
 static char folder[256], out_path[300], saved_path[320], tmp_path[330];
 static const tr_run_field fields[] = {{"input", "abc"}, {"seed", "0"}};
 
-static tr_saved *opened(const char *seed)
+/* With a log (NULL: none). */
+static tr_saved *opened_with(const char *seed, tr_log *log)
 {
     const tr_run_field mine[] = {fields[0], {"seed", seed}};
-    const tr_saved_options o = {.out_path = out_path, .field = mine, .n_fields = 2};
+    const tr_saved_options o = {.out_path = out_path, .field = mine, .n_fields = 2, .log = log};
     tr_saved *s = NULL;
     tr_err err;
     if (tr_saved_open(&s, &o, &err) != TR_OK) fail_msg("%s", err.text);
     return s;
+}
+
+static tr_saved *opened(const char *seed)
+{
+    return opened_with(seed, NULL);
 }
 
 static void fill_scores(tr_scores *s, int n, int n_top, int seed)
@@ -259,6 +267,74 @@ static void test_damaged(void **state)
     unlink(saved_path);
 }
 
+/* Every descriptor of this process that reads OUT.saved is exchanged for one that cannot be read. How many there were. */
+static int break_reading(void)
+{
+    char path[320], name[512];
+    DIR *d = opendir("/proc/self/fd");
+    const int bad = open("/dev/null", O_WRONLY | O_CLOEXEC);
+    int n = 0;
+
+    if (!d || bad < 0) return 0;
+    for (struct dirent *e; (e = readdir(d)) != NULL;) {
+        snprintf(path, sizeof path, "/proc/self/fd/%s", e->d_name);
+        const ssize_t got = readlink(path, name, sizeof name - 1);
+        if (got <= 0) continue;
+        name[got] = 0;
+        if (strcmp(name, saved_path) == 0 && dup2(bad, atoi(e->d_name)) >= 0) n++;
+    }
+    closedir(d);
+    close(bad);
+    return n;
+}
+
+/* A file that cannot be read any more: the reason is said, with the file and the line; what runs is saved all the same. */
+static void test_unreadable(void **state)
+{
+    char *said = NULL, *real = realpath(folder, NULL);
+    size_t n_said = 0;
+    FILE *to = open_memstream(&said, &n_said);
+    tr_log *log = to ? tr_log_create(to, false, false) : NULL;
+    tr_saved_counts counts;
+    (void)state;
+
+    assert_true(log && real);
+    if (strcmp(real, folder) != 0 || access("/proc/self/fd", R_OK) != 0) {
+        print_message("skipped: no /proc, or a scratch folder behind a link\n");
+        goto done;
+    }
+    write_three(20);
+    tr_saved *s = opened_with("0", log);
+    assert_int_equal(tr_saved_count(s), 3);
+    assert_int_equal(break_reading(), 1);
+    expect_none(s, 2);
+    fflush(to);
+    assert_non_null(strstr(said, saved_path));
+    assert_non_null(strstr(said, "line 2: Bad file descriptor: its request starts over"));
+    tr_progress *list = list_of(made(1, 30), NULL, NULL);
+    for (int i = 0; i < 2; i++) {
+        assert_true(tr_saved_write(s, list, &counts));
+        assert_int_equal(counts.requests, 1);
+        assert_int_equal(counts.tokens, 30);
+    }
+    fflush(to);
+    const char *first = strstr(said, "line 3: Bad file descriptor: it is saved no longer");
+    assert_non_null(first);
+    assert_null(strstr(first + 1, "line 3:")); /* once is enough */
+    assert_null(strstr(said, "memory"));
+    tr_progress_free_list(list);
+    tr_saved_close(s);
+    s = opened("0");
+    assert_int_equal(tr_saved_count(s), 1);
+    expect(s, 1, 30);
+    tr_saved_close(s);
+done:
+    tr_log_free(log);
+    fclose(to);
+    free(said);
+    free(real);
+}
+
 /* The disk is full at every byte: the old file stays whole, and nothing lies beside it. */
 static void test_full_disk(void **state)
 {
@@ -396,7 +472,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_round),   cmocka_unit_test(test_carried),
         cmocka_unit_test(test_damaged), cmocka_unit_test(test_full_disk),
-        cmocka_unit_test(test_fits),
+        cmocka_unit_test(test_fits),    cmocka_unit_test(test_unreadable),
     };
     return cmocka_run_group_tests(tests, make_folder, remove_folder);
 }

@@ -42,6 +42,7 @@ typedef struct place { /* of an entry of the file as it was opened */
     uint64_t line, offset, bytes;
     int64_t n_tokens; /* generated */
     atomic_bool done;
+    bool left_out; /* the writer's: it could not be read when it was to be carried over */
 } place;
 
 struct tr_saved {
@@ -56,48 +57,57 @@ struct tr_saved {
 
 /* ---- reading ------------------------------------------------------------------------------------ */
 
-static bool read_at(int fd, void *to, size_t n, uint64_t at)
+/* Of what is read: 0 good, an errno, or what no errno is: the file ends there, or it is not what was written. */
+enum { DAMAGED = -1 };
+
+static const char *why_text(int why)
+{
+    return why == DAMAGED ? "it is damaged" : strerror(why);
+}
+
+static int read_at(int fd, void *to, size_t n, uint64_t at)
 {
     char *p = to;
 
     while (n) {
         ssize_t got = pread(fd, p, n, (off_t)at);
         if (got < 0 && errno == EINTR) continue;
-        if (got <= 0) return false;
+        if (got <= 0) return got < 0 ? errno : DAMAGED;
         p += got;
         n -= (size_t)got;
         at += (uint64_t)got;
     }
-    return true;
+    return 0;
 }
 
 /* The hash of bytes [from, from + n), whose first `known` are in memory already. */
-static bool hash_matches(int fd, const char hash[32], const void *first, size_t known,
-                         uint64_t from, uint64_t n)
+static int check_hash(int fd, const char hash[32], const void *first, size_t known, uint64_t from,
+                      uint64_t n)
 {
     tr_hasher *h = tr_hasher_create();
     char *piece = malloc(PIECE), hex[33];
-    bool ok = h && piece;
+    int why = h && piece ? 0 : ENOMEM;
 
-    if (ok) tr_hasher_add(h, first, known);
-    for (uint64_t done = known; ok && done < n;) {
+    if (!why) tr_hasher_add(h, first, known);
+    for (uint64_t done = known; !why && done < n;) {
         size_t some = n - done < PIECE ? (size_t)(n - done) : PIECE;
-        ok = read_at(fd, piece, some, from + done);
-        if (ok) tr_hasher_add(h, piece, some);
+        why = read_at(fd, piece, some, from + done);
+        if (!why) tr_hasher_add(h, piece, some);
         done += some;
     }
-    if (ok) {
+    if (!why) {
         tr_hasher_hex(h, hex);
-        ok = !memcmp(hex, hash, 32);
+        if (memcmp(hex, hash, 32) != 0) why = DAMAGED;
     }
     free(piece);
     tr_hasher_free(h);
-    return ok;
+    return why;
 }
 
 typedef struct words { /* of an entry, not read yet */
     const char *at;
     size_t n;
+    bool no_memory; /* for what they say */
 } words;
 
 static bool take(words *w, void *to, size_t n)
@@ -116,7 +126,9 @@ static bool take_scores(words *w, tr_scores *s, int n, int n_top)
 
     if (n < 0 || n_top < 0 || n_top > TOP_MAX || !tr_mul(&all, (size_t)n, (size_t)n_top * 2 + 2))
         return false;
-    if (all > w->n || !tr_scores_create(s, n, n_top)) return false;
+    if (all > w->n) return false;
+    w->no_memory = !tr_scores_create(s, n, n_top);
+    if (w->no_memory) return false;
     all = (size_t)n * (size_t)n_top;
     return take(w, s->logprob, (size_t)n) && take(w, s->rank, (size_t)n) &&
            take(w, s->top_token, all) && take(w, s->top_logprob, all);
@@ -127,19 +139,25 @@ static bool take_choice(words *w, tr_progress_choice *c, const entry *e)
     int32_t n;
 
     if (!take(w, &n, 1) || n < 0 || (size_t)n > w->n) return false;
-    if (n && !(c->token = tr_calloc((size_t)n, sizeof *c->token))) return false;
+    w->no_memory = n && !(c->token = tr_calloc((size_t)n, sizeof *c->token));
+    if (w->no_memory) return false;
     c->n_token = n;
     return take(w, c->token, (size_t)n) &&
            (e->n_logprobs < 0 || take_scores(w, &c->scores, n, e->n_logprobs));
 }
 
-static tr_progress *parse(const entry *e, words w)
+/* NULL: *why. */
+static tr_progress *parse(const entry *e, words w, int *why)
 {
     tr_progress *p = NULL;
 
+    *why = DAMAGED;
     if (e->n_choices < 1 || e->n_choices > CHOICES_MAX) return NULL;
     p = tr_progress_create(e->n_choices);
-    if (!p) return NULL;
+    if (!p) {
+        *why = ENOMEM;
+        return NULL;
+    }
     p->id = e->line;
     p->prompt = e->prompt;
     p->key = e->key;
@@ -152,25 +170,39 @@ static tr_progress *parse(const entry *e, words w)
     for (int i = 0; i < p->n_choices && ok; i++)
         ok = take_choice(&w, &p->choice[i], e);
     if (ok && !w.n) return p;
+    if (w.no_memory) *why = ENOMEM;
     tr_progress_free(p);
     return NULL;
 }
 
-/* The entry at a place whose length is known to lie in the file. */
-static tr_progress *read_entry(const tr_saved *s, uint64_t offset, uint64_t bytes)
+/* The bytes of an entry whose length is known to lie in the file, whole: the caller's. NULL: *why. */
+static char *read_bytes(const tr_saved *s, uint64_t offset, uint64_t bytes, int *why)
 {
+    const size_t skip = offsetof(entry, line);
     char *text = bytes <= SIZE_MAX ? malloc((size_t)bytes) : NULL;
+    char hex[33];
+    entry e;
+
+    *why = text ? read_at(s->fd, text, (size_t)bytes, offset) : ENOMEM;
+    if (!*why) {
+        memcpy(&e, text, sizeof e);
+        tr_hash128_hex(text + skip, (size_t)bytes - skip, 0, hex);
+        if (e.bytes != bytes || memcmp(hex, e.hash, 32) != 0) *why = DAMAGED;
+    }
+    if (!*why) return text;
+    free(text);
+    return NULL;
+}
+
+static tr_progress *read_entry(const tr_saved *s, uint64_t offset, uint64_t bytes, int *why)
+{
+    char *text = read_bytes(s, offset, bytes, why);
     tr_progress *p = NULL;
     entry e;
 
-    if (text && read_at(s->fd, text, (size_t)bytes, offset)) {
-        memcpy(&e, text, sizeof e);
-        char hex[33];
-        const size_t skip = offsetof(entry, line);
-        tr_hash128_hex(text + skip, (size_t)bytes - skip, 0, hex);
-        if (e.bytes == bytes && !memcmp(hex, e.hash, 32))
-            p = parse(&e, (words){text + sizeof e, ((size_t)bytes - sizeof e) / WORD});
-    }
+    if (!text) return NULL;
+    memcpy(&e, text, sizeof e);
+    p = parse(&e, (words){.at = text + sizeof e, .n = ((size_t)bytes - sizeof e) / WORD}, why);
     free(text);
     return p;
 }
@@ -183,43 +215,52 @@ static int64_t count_tokens(const tr_progress *p)
     return n;
 }
 
-/* One more place; false: it is no whole entry, and where the next one begins is not known either. */
-static bool index_entry(tr_saved *s, uint64_t offset, uint64_t left, uint64_t *bytes, bool *good)
+/* One more place, or why there is none. *bytes 0: where the next one begins is not known either. */
+static int index_entry(tr_saved *s, uint64_t offset, uint64_t left, uint64_t *bytes)
 {
     const size_t skip = offsetof(entry, line);
     entry e;
+    int why;
 
-    *good = false;
-    if (left < sizeof e || !read_at(s->fd, &e, sizeof e, offset)) return false;
-    if (e.bytes < sizeof e || e.bytes > left || e.bytes % WORD) return false;
+    *bytes = 0;
+    if (left < sizeof e) return DAMAGED;
+    why = read_at(s->fd, &e, sizeof e, offset);
+    if (why) return why;
+    if (e.bytes < sizeof e || e.bytes > left || e.bytes % WORD) return DAMAGED;
     *bytes = e.bytes;
     /* First the hash, in pieces: no memory is asked for by a length that nothing vouches for. */
-    if (!hash_matches(s->fd, e.hash, (const char *)&e + skip, sizeof e - skip, offset + skip,
-                      e.bytes - skip))
-        return true;
-    tr_progress *p = read_entry(s, offset, e.bytes);
-    if (p && tr_idset_add(s->by_line, tr_key_line(e.line), s->n_places, NULL) == 1) {
+    why = check_hash(s->fd, e.hash, (const char *)&e + skip, sizeof e - skip, offset + skip,
+                     e.bytes - skip);
+    if (why) return why;
+    tr_progress *p = read_entry(s, offset, e.bytes, &why);
+    if (!p) return why;
+    const int added = tr_idset_add(s->by_line, tr_key_line(e.line), s->n_places, NULL);
+    if (added == 1) {
         place *at = &s->place[s->n_places++];
         at->line = e.line;
         at->offset = offset;
         at->bytes = e.bytes;
         at->n_tokens = count_tokens(p);
-        *good = true;
     }
     tr_progress_free(p);
-    return true;
+    return added == 1 ? 0 : added < 0 ? ENOMEM : DAMAGED;
 }
 
-/* What is there and whole. */
+/* What is there, can be read, and is whole. */
 static void read_file(tr_saved *s, uint64_t size)
 {
     const size_t skip = offsetof(head, run);
     uint64_t at = sizeof(head), bytes, n_bad = 0;
     char hex[33];
-    bool good;
     head h;
+    int why = size < sizeof h ? DAMAGED : read_at(s->fd, &h, sizeof h, 0), first = 0;
 
-    if (size < sizeof h || !read_at(s->fd, &h, sizeof h, 0) || h.magic != MAGIC) {
+    if (why > 0) {
+        tr_log_warn(s->log, "%s: cannot be read: %s; the requests in it start over", s->path,
+                    strerror(why));
+        return;
+    }
+    if (why || h.magic != MAGIC) {
         tr_log_warn(s->log, "%s is not what a job has saved, and is ignored", s->path);
         return;
     }
@@ -241,13 +282,17 @@ static void read_file(tr_saved *s, uint64_t size)
         return;
     }
     for (uint64_t i = 0; i < h.n_entries; i++, at += bytes) {
-        if (!index_entry(s, at, size - at, &bytes, &good)) {
-            n_bad += h.n_entries - i;
-            break;
-        }
-        n_bad += !good;
+        why = index_entry(s, at, size - at, &bytes);
+        if (!why) continue;
+        if (first <= 0) first = why; /* what the system says tells more */
+        n_bad += bytes ? 1 : h.n_entries - i;
+        if (!bytes) break;
     }
-    if (n_bad || size != h.bytes)
+    if (first > 0)
+        tr_log_warn(
+            s->log, "%s: reading it: %s: of %llu requests it gives %zu; the others start over",
+            s->path, strerror(first), (unsigned long long)(s->n_places + n_bad), s->n_places);
+    else if (n_bad || size != h.bytes)
         tr_log_warn(s->log, "%s is damaged: of %llu requests it has %zu; the others start over",
                     s->path, (unsigned long long)(s->n_places + n_bad), s->n_places);
 }
@@ -291,9 +336,13 @@ tr_status tr_saved_open(tr_saved **out, const tr_saved_options *o, tr_err *err)
     unlink(s->tmp_path); /* of a job that was killed while it saved */
     s->fd = open(s->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (s->fd < 0 && errno != ENOENT)
-        tr_log_warn(s->log, "%s: %s; it is ignored", s->path, strerror(errno));
+        tr_log_warn(s->log, "%s: cannot be read: %s; the requests in it start over", s->path,
+                    strerror(errno));
     if (s->fd >= 0) {
-        if (fstat(s->fd, &sb) == 0 && S_ISREG(sb.st_mode))
+        if (fstat(s->fd, &sb) != 0)
+            tr_log_warn(s->log, "%s: cannot be read: %s; the requests in it start over", s->path,
+                        strerror(errno));
+        else if (S_ISREG(sb.st_mode))
             read_file(s, (uint64_t)sb.st_size);
         else
             tr_log_warn(s->log, "%s is not a file; it is ignored", s->path);
@@ -327,7 +376,14 @@ static place *find_place(tr_saved *s, uint64_t line)
 tr_progress *tr_saved_find(tr_saved *s, uint64_t line)
 {
     const place *at = find_place(s, line);
-    return at ? read_entry(s, at->offset, at->bytes) : NULL;
+    int why;
+
+    if (!at) return NULL;
+    tr_progress *p = read_entry(s, at->offset, at->bytes, &why);
+    if (!p)
+        tr_log_warn(s->log, "%s: what it has of line %ju: %s: its request starts over", s->path,
+                    (uintmax_t)line, why_text(why));
+    return p;
 }
 
 void tr_saved_done(tr_saved *s, uint64_t line)
@@ -440,20 +496,26 @@ static bool put_progress(output *o, const tr_progress *p)
     return true;
 }
 
-/* An entry of the old file as it is; its hash is in it. */
-static bool copy_entry(const tr_saved *s, output *o, const place *at)
+/* An entry of the old file as it is. What cannot be read is left out, so that the others are saved all the same; this job has
+ * the old file open and asks it again when it comes to the request. 1: it was put, 0: left out, -1: out of memory. */
+static int copy_entry(const tr_saved *s, output *o, place *at)
 {
-    char *piece = malloc(PIECE);
-    bool ok = piece != NULL;
+    int why;
+    char *text = read_bytes(s, at->offset, at->bytes, &why);
 
-    for (uint64_t done = 0; ok && done < at->bytes;) {
-        size_t some = at->bytes - done < PIECE ? (size_t)(at->bytes - done) : PIECE;
-        ok = read_at(s->fd, piece, some, at->offset + done);
-        if (ok) put(o, piece, some);
-        done += some;
+    if (text) {
+        put(o, text, (size_t)at->bytes);
+        free(text);
+        return 1;
     }
-    free(piece);
-    return ok;
+    if (why == ENOMEM) return -1;
+    if (!at->left_out)
+        tr_log_warn(s->log,
+                    "%s: what it has of line %ju: %s: it is saved no longer, and a job to come "
+                    "starts its request over",
+                    s->path, (uintmax_t)at->line, why_text(why));
+    at->left_out = true;
+    return 0;
 }
 
 static void put_head(const tr_saved *s, output *o, uint64_t n_entries, uint64_t bytes)
@@ -472,8 +534,7 @@ static void put_head(const tr_saved *s, output *o, uint64_t n_entries, uint64_t 
     put(o, &h, sizeof h);
 }
 
-/* Everything to the file that will take the name; the head, which knows how much it is, at last. False: no memory, or what
- * was there cannot be read any more. */
+/* Everything to the file that will take the name; the head, which knows how much it is, at last. False: no memory. */
 static bool put_all(tr_saved *s, output *o, const tr_progress *list, tr_idset *now,
                     tr_saved_counts *counts)
 {
@@ -484,9 +545,11 @@ static bool put_all(tr_saved *s, output *o, const tr_progress *list, tr_idset *n
         counts->tokens += (uint64_t)count_tokens(p);
     }
     for (size_t i = 0; i < s->n_places; i++) {
-        const place *at = &s->place[i];
+        place *at = &s->place[i];
         if (atomic_load(&at->done) || tr_idset_find(now, tr_key_line(at->line), NULL)) continue;
-        if (!copy_entry(s, o, at)) return false;
+        const int copied = copy_entry(s, o, at);
+        if (copied < 0) return false;
+        if (!copied) continue;
         counts->requests++;
         counts->tokens += (uint64_t)at->n_tokens;
     }
