@@ -5,6 +5,7 @@
  *
  *   TRFAULT=KIND:N[+][:ERRNO]  KIND is malloc, open, read, write, fsync, rename or truncate; the N-th call (from 1) fails with
  *                              that errno (a number; each kind has its own otherwise). N+: that one and all later ones.
+ *   TRFAULT_STOP=END            behind the first write to a path that ends so the program gets SIGUSR1, whatever it does then
  *   TRFAULT_COUNT=FILE         the counters of all kinds, 8 bytes each in the order above, kept there while the program runs
  *   TRFAULT_TIME=FILE          at the end: "CALLS SECONDS", spent in writes and syncs of paths that begin with TRFAULT_LOG_PATH
  *   TRFAULT_LOG=FILE           for tests/fault/replay.py: every change of a path that begins with TRFAULT_LOG_PATH, one
@@ -17,6 +18,7 @@
 #include <fcntl.h>
 #include <link.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -42,7 +44,8 @@ static struct {
     int kind, why, log;
     uint64_t n;
     bool later;
-    const char *after, *log_path;
+    const char *after, *stop, *log_path;
+    atomic_int stop_fd; /* of the path that stops; -1: not open, or it has */
     atomic_bool counting;
     atomic_uint_fast64_t *count, own[N_KINDS];
     struct range {
@@ -54,7 +57,7 @@ static struct {
     const char *time_path;
     atomic_uint_fast64_t n_timed, timed_ns;
     char *fd_path[N_FDS]; /* of files that are logged or timed */
-} shim = {.kind = -1, .log = -1, .lock = PTHREAD_MUTEX_INITIALIZER};
+} shim = {.kind = -1, .log = -1, .stop_fd = -1, .lock = PTHREAD_MUTEX_INITIALIZER};
 
 /* ---- who calls ------------------------------------------------------------------------------- */
 
@@ -81,6 +84,7 @@ __attribute__((constructor)) static void start(void)
     bool seen = false;
 
     shim.after = getenv("TRFAULT_AFTER");
+    shim.stop = getenv("TRFAULT_STOP");
     shim.log_path = getenv("TRFAULT_LOG_PATH");
     shim.count = shim.own;
     for (int k = 0; fault && k < N_KINDS; k++) {
@@ -361,17 +365,22 @@ static void written(int fd, const void *data, int64_t at, int64_t n)
 
 /* ---- files ----------------------------------------------------------------------------------- */
 
+static bool ends_in(const char *path, const char *end)
+{
+    const size_t n = strlen(path), k = strlen(end);
+    return n >= k && strcmp(path + n - k, end) == 0;
+}
+
 static int do_open(const char *path, int flags, mode_t mode, const void *caller)
 {
-    if (shim.ready && shim.after && !atomic_load(&shim.counting)) {
-        size_t n = strlen(path), k = strlen(shim.after);
-        if (n >= k && strcmp(path + n - k, shim.after) == 0) atomic_store(&shim.counting, true);
-    }
+    if (shim.ready && shim.after && !atomic_load(&shim.counting) && ends_in(path, shim.after))
+        atomic_store(&shim.counting, true);
     if (fails(OPEN, caller)) return -1;
     bool existed = shim.tracks && syscall(SYS_faccessat, AT_FDCWD, path, F_OK) == 0;
     int fd = (int)syscall(SYS_openat, AT_FDCWD, path, flags, mode);
     if (fd >= 0 && fd < N_FDS) shim.fd_path[fd] = NULL;
     if (shim.tracks) opened(fd, path, flags, existed);
+    if (fd >= 0 && shim.stop && ends_in(path, shim.stop)) atomic_store(&shim.stop_fd, fd);
     return fd;
 }
 
@@ -398,7 +407,9 @@ OPEN_LIKE(__open64_2)
 
 int close(int fd)
 {
+    int open_fd = fd;
     if (fd >= 0 && fd < N_FDS) shim.fd_path[fd] = NULL;
+    if (fd >= 0) atomic_compare_exchange_strong(&shim.stop_fd, &open_fd, -1);
     return (int)syscall(SYS_close, fd);
 }
 
@@ -424,6 +435,11 @@ ssize_t write(int fd, const void *buf, size_t n)
     ssize_t put_n = syscall(SYS_write, fd, buf, n);
     timed(fd, begun);
     written(fd, buf, -1, put_n);
+    int stop_fd = fd;
+    if (put_n > 0 && fd >= 0 && atomic_compare_exchange_strong(&shim.stop_fd, &stop_fd, -1)) {
+        shim.stop = NULL; /* once */
+        raise(SIGUSR1);
+    }
     return put_n;
 }
 
