@@ -97,18 +97,28 @@ for i in range(200):
         out.write(json.dumps(line, ensure_ascii=bool(i % 2)) + "\n")
 PY
 
+# A rank says who it is: looking through all processes again and again takes more time than the job.
+# shellcheck disable=SC2016 # for the shell of the rank
+announce='echo $$ >"$0.$$" && exec "$@"'
 job() { # OUT; in a shell of its own, which it replaces: the process to kill is the job itself
     local run=("$trireme" batch -m "$model" -i "$dir/in.jsonl" -o "$1" --max-sequences 8 --max-model-len 512 --save-every 1)
     # shellcheck disable=SC2206 # a list of options
-    [ -z "$grid" ] || run=("$mpiexec" -n 2 "${run[@]}" $grid)
+    [ -z "$grid" ] || run=("$mpiexec" -n 2 sh -c "$announce" "$dir/pid" "${run[@]}" $grid)
     exec "${run[@]}"
 }
 
-victim() { # the process to kill
-    local all
-    [ -n "$grid" ] || { echo "$pid" && return; }
-    mapfile -t all < <(pgrep -P "$pid" -x trireme)
-    [ "${#all[@]}" -eq 0 ] || echo "${all[RANDOM % ${#all[@]}]}"
+victim() { # the process to kill, into $hit: a rank that is there; nothing: there is none yet
+    local at=("$dir"/pid.*) name=''
+    hit=$pid
+    [ -n "$grid" ] || return 0
+    hit=
+    [ ! -s "${at[0]}" ] || read -r hit <"${at[RANDOM % ${#at[@]}]}"
+    # One that has ended is nobody's number any more, or somebody else's.
+    read -r name 2>/dev/null <"/proc/${hit:-none}/comm"
+    case $name in
+    trireme | sh) ;;
+    *) hit= ;;
+    esac
 }
 
 # Records of both files as sets, without created and cached_tokens; every request exactly once.
@@ -153,13 +163,14 @@ echo "uninterrupted run"
 kills=0 runs=0 finished=0 torn=0 saved=0
 rm -f "$dir"/killed.jsonl*
 while :; do
+    rm -f "$dir"/pid.*
     job "$dir/killed.jsonl" 2>"$dir/log" &
     pid=$!
     runs=$((runs + 1))
     if [ "$kills" -lt "$wanted" ]; then
         ms=$((RANDOM % most_ms))
         sleep "$((ms / 1000)).$(printf %03d $((ms % 1000)))"
-        until hit=$(victim) && [ -n "$hit" ] || ! kill -0 "$pid" 2>/dev/null; do
+        until victim && [ -n "$hit" ] || ! kill -0 "$pid" 2>/dev/null; do
             sleep 0.02 # the launcher is still at it
         done
         if [ -n "$hit" ] && kill -9 "$hit" 2>/dev/null; then
