@@ -10,6 +10,8 @@ trap 'rm -rf "$dir"' EXIT
 model=$TR_SRCDIR/models/tiny
 
 "$TRIREME" bench step -m "$model" --context 70,140 --sequences 1,3 --prefill 130 --steps 3 --regions >"$dir/step" || exit 1
+"$TRIREME" bench step -m "$model" --context 70 --sequences 1 --prefill 64 --prefill-at 0,200 --chunk 40 --steps 2 --threads 1 \
+    --isa plain --sync-check >"$dir/at" || exit 1
 "$TRIREME" bench load -m "$model" >"$dir/load" || exit 1
 "$TRIREME" bench kernels -m "$model" >"$dir/kernels" || exit 1
 "$TRIREME" bench kernels -m "$model" --only topk,norm >"$dir/only" || exit 1
@@ -18,7 +20,7 @@ model=$TR_SRCDIR/models/tiny
 "$TRIREME" bench step >/dev/null 2>&1 && { echo "bench without a model was accepted"; exit 1; }
 "$TRIREME" bench nothing -m "$model" >/dev/null 2>&1 && { echo "an unknown bench was accepted"; exit 1; }
 
-"$python" - "$dir/step" "$dir/load" "$dir/kernels" "$dir/only" "$TR_SRCDIR/kernels/kernels.h" <<'PY'
+"$python" - "$dir/step" "$dir/load" "$dir/kernels" "$dir/only" "$TR_SRCDIR/kernels/kernels.h" "$dir/at" <<'PY'
 import json, re, sys
 
 def lines(path):
@@ -52,6 +54,11 @@ for line in text.splitlines():  # every region that is an operation says what it
     f = line.split()
     if len(f) == 6 and f[0] in ("linear", "norm", "embed", "swiglu", "router", "sample", "kv_write", "sparse_mla"):
         assert f[4] != "-", line
+
+# Rows behind others: the same number of them, with more keys to look at; in the plain form, one thread.
+at = {l["context"]: l for l in lines(sys.argv[6]) if l["bench"] == "step" and l["kind"] == "prefill"}
+assert set(at) == {64, 264} and at[64]["flops"] < at[264]["flops"], at
+assert ", 1 thread, plain" in open(sys.argv[6]).read()
 
 # Kernels: every operation of the table has lines, and what is looked at is right.
 ops = re.findall(r"X\((\w+)\)", re.search(r"#define TR_OPS\(X\)((?:.*\\\n)*.*)", open(sys.argv[5]).read()).group(1))
