@@ -4,6 +4,7 @@
 #   crash        every state in which a crash may leave the journal
 #   nth          the n-th allocation, open, read, write, sync, truncation, rename fails, for every n; the same under the address
 #   nth-asan     sanitizer, where a leak counts too
+#   nth-ranks    the n-th allocation of one rank of two
 #   kill         kill -9 at random moments, in independent series
 #   kill-ranks   the same of a random rank of two
 #   profile-kill the same of 100 runs with a profile, each killed one's file then made readable
@@ -18,7 +19,7 @@
 # Environment: TR_BUILDDIR, a configured build (for building; make check-campaign sets it). Logs are in DIR/log.
 # shellcheck disable=SC2317 # functions are called by name
 set -u
-jobs=$(getconf _NPROCESSORS_ONLN) seconds=0 executions=10000000 kills=1000 steps=overhead,crash,nth,nth-asan,kill,kill-ranks,profile-kill,slurm,fuzz
+jobs=$(getconf _NPROCESSORS_ONLN) seconds=0 executions=10000000 kills=1000 steps=overhead,crash,nth,nth-asan,nth-ranks,kill,kill-ranks,profile-kill,slurm,fuzz
 dir='' build=yes run=yes
 usage()
 {
@@ -85,6 +86,11 @@ crash_step()
 nth_step()
 {
     "$top/tests/run_nth.sh" "$dir/trireme" "$top/models/tiny" -j "$jobs"
+}
+
+nth_ranks_step()
+{
+    "$top/tests/run_rank_nth.sh" "$dir/trireme" "$top/models/tiny" 150
 }
 
 nth_asan_step()

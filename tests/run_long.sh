@@ -182,6 +182,12 @@ nth_step()
     "$TR_SRCDIR/tests/run_nth.sh" "$TRIREME" "$model" "$@"
 }
 
+# The n-th allocation of one rank of two.
+nth_ranks_step()
+{
+    "$TR_SRCDIR/tests/run_rank_nth.sh" "$TRIREME" "$model" "$1"
+}
+
 fuzz_step()
 {
     "$TR_SRCDIR/tests/fuzz/run.sh" -n 20000 -t 8 -w "$long/fuzz"
@@ -205,6 +211,7 @@ step rank-faults rank_faults_step
 step straggler straggler_step
 step faults faults_step
 step nth nth_step --quick
+step nth-ranks-10 nth_ranks_step 5
 step fuzz fuzz_step
 step clang clang_step
 step address address_step
