@@ -59,7 +59,8 @@ tr_status tr_comm_recv(tr_comm *, int from, void *, size_t bytes, tr_ticket *, t
 tr_status tr_comm_broadcast(tr_comm *, int root, void *, size_t bytes, tr_ticket *, tr_err *);
 /* Largest of the members' words, in place: the packed arg-max of parallel.md 2.6. */
 tr_status tr_comm_all_max_u64(tr_comm *, uint64_t *, size_t n, tr_ticket *, tr_err *);
-/* The data of `ticket` is there for `reader` afterwards. */
+/* The data of `ticket` is there for `reader` afterwards. Over MPI: TR_E_COMM or TR_E_MEMORY also where another communicator of
+ * this process is broken, in which the members it waits for may wait themselves. */
 tr_status tr_comm_wait(tr_comm *, tr_lane reader, tr_ticket, tr_err *);
 /* The data of `ticket` is there for `reader` afterwards, but the buffer still belongs to the operation: it may be read, not
  * written, until tr_comm_wait. Of a broadcast that is before other members have it: the root returns at once, and whoever

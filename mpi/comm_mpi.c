@@ -292,10 +292,22 @@ static void progress_one(tr_comm_mpi *c)
     }
 }
 
+/* Of all communicators; what has broken one of them, or NULL: others may wait in that one for ever, so nobody here waits on
+ * another for them. */
+static const tr_err *progress_all(tr_world *world)
+{
+    const tr_err *broken = NULL;
+
+    for (tr_comm_mpi *c = world->comms; c; c = c->next) {
+        if (c->flying) progress_one(c);
+        if (c->broken.status != TR_OK) broken = &c->broken;
+    }
+    return broken;
+}
+
 static void progress(tr_comm *base)
 {
-    for (tr_comm_mpi *c = of(base)->world->comms; c; c = c->next)
-        if (c->flying) progress_one(c);
+    progress_all(of(base)->world);
 }
 
 static operation *find(const tr_comm_mpi *c, uint64_t ticket)
@@ -310,22 +322,22 @@ static operation *find(const tr_comm_mpi *c, uint64_t ticket)
 /* Until the operation is over or, with `read`, its data may be read. */
 static tr_status await_end(tr_comm_mpi *c, tr_ticket ticket, bool read, tr_err *err)
 {
-    tr_comm *base = &c->base;
     const operation *o = find(c, ticket.n);
+    const tr_err *broken = c->broken.status == TR_OK ? NULL : &c->broken;
 
-    if (o && !(read && o->readable) && c->broken.status == TR_OK) {
+    if (o && !(read && o->readable) && !broken) {
         const uint64_t begun_ns = tr_now_ns();
         const tr_comm_op op = o->op;
         tr_flight_wait(c->world->flight, o->flight);
-        for (int i = 1; o && !(read && o->readable) && c->broken.status == TR_OK; i++) {
-            progress(base);
+        for (int i = 1; o && !(read && o->readable) && !broken; i++) {
+            broken = progress_all(c->world);
             o = find(c, ticket.n);
             if (o && i >= c->tests) sched_yield();
         }
         tr_flight_wait(c->world->flight, 0);
-        base->waited_ns[op] += tr_now_ns() - begun_ns;
+        c->base.waited_ns[op] += tr_now_ns() - begun_ns;
     }
-    return c->broken.status == TR_OK ? TR_OK : tr_fail(err, c->broken.status, "%s", c->broken.text);
+    return broken ? tr_fail(err, broken->status, "%s", broken->text) : TR_OK;
 }
 
 static tr_status wait_for(tr_comm *base, tr_lane reader, tr_ticket ticket, tr_err *err)

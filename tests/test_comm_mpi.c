@@ -386,6 +386,29 @@ static void test_wrong_size(void **state)
     tr_comm_free(c);
 }
 
+/* Who waits on one communicator notices that another is broken: whoever it waits for may wait in that one for ever. */
+static void test_broken_elsewhere(void **state)
+{
+    tr_world *w = *state;
+    tr_comm *wrong = split(w, 0, w->rank, "wrong"), *c = split(w, 0, w->rank, "right");
+    const int last = w->size - 1;
+    float x[8] = {0}, y[8] = {0};
+    tr_ticket t, u;
+    tr_err err = {0};
+
+    /* Everybody's sum meets a message of the wrong size: the last member's, or those that the last one gets. */
+    well(tr_comm_all_reduce(wrong, x, w->rank == last ? 3 : 4, TR_F32, &t, &err), &err);
+    if (w->rank == last) { /* waits for what nobody sends */
+        well(tr_comm_recv(c, 0, y, sizeof y, &u, &err), &err);
+        assert_int_equal(tr_comm_wait(c, TR_LANE_MAIN, u, &err), TR_E_COMM);
+        assert_non_null(strstr(err.text, "all_reduce number 1 of wrong: "));
+    }
+    assert_int_equal(tr_comm_wait(wrong, TR_LANE_MAIN, t, &err), TR_E_COMM);
+    assert_int_equal(tr_agree(w, TR_OK, &err), TR_OK);
+    tr_comm_free(c);
+    tr_comm_free(wrong);
+}
+
 /* What nobody answers is given up when the communicator ends. */
 static void test_given_up(void **state)
 {
@@ -440,6 +463,7 @@ int main(int argc, char **argv)
         cmocka_unit_test_prestate(test_ring, &world),
         cmocka_unit_test_prestate(test_in_flight, &world),
         cmocka_unit_test_prestate(test_wrong_size, &world),
+        cmocka_unit_test_prestate(test_broken_elsewhere, &world),
         cmocka_unit_test_prestate(test_given_up, &world),
     };
     const struct CMUnitTest large[] = {cmocka_unit_test_prestate(test_large, &world)};
