@@ -558,6 +558,15 @@ static tr_status settle_all(tr_engine *e, tr_err *err)
     return st;
 }
 
+/* Behind the last plan, on every rank: watched like a step, though there may have been nothing to do before. */
+static tr_status part(tr_engine *e, tr_err *err)
+{
+    tr_watchdog_beat(e->watch, e->n_steps);
+    tr_status st = settle_all(e, err);
+    if (!st) st = hear_words(e, err);
+    return st ? st : tr_pace_sum_up(e->pace, &e->overlap, err);
+}
+
 /* ---- the loops --------------------------------------------------------------------------------------- */
 
 static tr_status send_stop(tr_engine *e, tr_status how, tr_err *err)
@@ -571,9 +580,7 @@ static tr_status send_stop(tr_engine *e, tr_status how, tr_err *err)
     for (int d = 0; d < e->options.n_replicas; d++)
         memcpy(s->staging + (size_t)d * stop->bytes, stop, stop->bytes);
     if (!st) st = tr_wire_give(&s->wire, e->control, a, s->staging, err);
-    if (!st) st = settle_all(e, err);
-    if (!st) st = hear_words(e, err);
-    return st ? st : tr_pace_sum_up(e->pace, &e->overlap, err);
+    return st ? st : part(e, err);
 }
 
 static bool all_idle(const tr_engine *e)
@@ -684,7 +691,8 @@ static tr_status lead(tr_engine *e, tr_err *err)
     /* Followers must leave too; those that still are in a step will not hear of it. */
     if (!e->broken || tr_comm_size(e->control) == 1) {
         tr_status told = send_stop(e, st, &ignored);
-        if (told && !st) {
+        e->broken = e->broken || told; /* somebody may wait in it */
+        if (told && (!st || st == TR_E_STOP)) {
             if (err) *err = ignored;
             st = told;
         }
@@ -735,10 +743,13 @@ static tr_status follow(tr_engine *e, tr_err *err)
         if (!st) st = follow_step(e, &last, err);
         if (st && !last) e->broken = true;
     }
-    tr_err ignored;
-    if (!e->broken && !settle_all(e, &ignored) && !hear_words(e, &ignored))
-        tr_pace_sum_up(e->pace, &e->overlap, &ignored);
-    return st;
+    if (e->broken) return st;
+    tr_err why;
+    const tr_status parted = part(e, &why);
+    if (!parted) return st;
+    e->broken = true; /* others may wait in it */
+    if (err) *err = why;
+    return parted;
 }
 
 bool tr_engine_broken(const tr_engine *e)

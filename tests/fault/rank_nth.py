@@ -18,7 +18,7 @@ GOOD, MEMORY, LOST = 0, 71, 86
 
 with open(source, "w") as f:
     for i in range(6):
-        body = {"prompt": [41 + i] * (3 + 40 * i), "max_tokens": 6, "n": 1 + i % 2, "return_token_ids": True, "seed": i}
+        body = {"prompt": [41 + i] * (3 + 40 * i), "max_tokens": 6, "n": 1 + i % 2, "temperature": 1, "return_token_ids": True, "seed": i}
         f.write(json.dumps({"custom_id": "r%d" % i, "method": "POST", "url": "/v1/completions", "body": body}) + "\n")
 
 # The rank decides in its own shell whether it gets the library.
