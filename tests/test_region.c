@@ -174,7 +174,7 @@ static void full_tables_keep_the_sums(void **state)
     assert_int_equal(sum_excl(node, n), node[0].in[TR_PHASE_NONE].incl_ns);
     for (int i = 0; i < 3 * TR_REGION_DEPTH; i++)
         tr_region_end(&r, 0, 0);
-    assert_int_equal(r.depth, 1);
+    assert_true(r.depth == 1 && r.deeper == 0);
     n = tr_regions_look(&r, node, 8);
     assert_int_equal(n, 8);
     assert_true(tr_regions_lost(&r) > TR_REGIONS_MAX / 2);
@@ -219,6 +219,35 @@ static void another_thread_may_look(void **state)
     tr_regions_prune(&r);
 }
 
+/* Deeper than there is room for, while somebody looks: what others read never changes without the lock (the thread sanitizer's
+ * build runs this), and nobody sees more open regions than there are frames. */
+static void another_thread_may_look_at_deep_stacks(void **state)
+{
+    tr_regions r = {0};
+    atomic_bool stop = false;
+    void *arg[] = {&r, &stop}, *bad;
+    pthread_t thread;
+
+    (void)state;
+    assert_true(tr_regions_grow(&r, "main", NODES));
+    const int a = tr_region_id(&r, "a");
+    assert_int_equal(pthread_create(&thread, NULL, look_often, arg), 0);
+    for (int i = 0; i < 2000; i++) {
+        for (int k = 0; k < TR_REGION_DEPTH + 4; k++) {
+            tr_region_begin(&r, a);
+            assert_true(r.depth <= TR_REGION_DEPTH);
+        }
+        for (int k = 0; k < TR_REGION_DEPTH + 4; k++)
+            tr_region_end(&r, 0, 0);
+        assert_int_equal(r.depth, 1);
+    }
+    atomic_store(&stop, true);
+    pthread_join(thread, &bad);
+    assert_null(bad);
+    assert_int_equal(r.total[a].calls, 2000 * (TR_REGION_DEPTH - 1)); /* one frame is the root's */
+    tr_regions_prune(&r);
+}
+
 static void note_end(void *ctx, int node, uint64_t begun_ns, uint64_t ended_ns, double bytes)
 {
     double *sum = ctx;
@@ -250,6 +279,7 @@ int main(void)
         cmocka_unit_test(open_regions_count_as_far_as_they_have_come),
         cmocka_unit_test(full_tables_keep_the_sums),
         cmocka_unit_test(another_thread_may_look),
+        cmocka_unit_test(another_thread_may_look_at_deep_stacks),
         cmocka_unit_test(a_sink_hears_of_every_end),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -172,7 +172,7 @@ int tr_regions_look(tr_regions *r, tr_region_node *node, int n_max)
     const int n = t->n < n_max ? t->n : n_max;
     uint64_t child_ns = 0; /* of the open region below, as far as it has come */
     memcpy(node, t->node, (size_t)n * sizeof *node);
-    for (int i = (r->depth < TR_REGION_DEPTH ? r->depth : TR_REGION_DEPTH) - 1; i >= 0; i--) {
+    for (int i = r->depth - 1; i >= 0; i--) {
         tr_region_frame f = r->open[i];
         f.tree_child_ns += child_ns;
         child_ns = f.counted ? now - f.begun_ns : f.tree_child_ns;
@@ -201,9 +201,10 @@ void tr_regions_phase(tr_regions *r, tr_phase phase)
 void tr_region_begin_layer(tr_regions *r, int id, int layer)
 {
     if (!r) return;
-    /* Deeper than the stack: counted, so that ends match begins, but not timed. */
-    if (r->depth >= TR_REGION_DEPTH) {
-        r->depth++;
+    /* Deeper than the stack: counted, so that ends match begins, but not timed. Nobody else looks at this count; depth, which
+     * others look at, changes under the lock only. */
+    if (r->depth == TR_REGION_DEPTH) {
+        r->deeper++;
         return;
     }
     tr_region_frame f = {.id = id, .phase = (int)r->phase, .node = -1};
@@ -233,8 +234,8 @@ static void add_total(tr_region_total *t, const tr_region_frame *f, uint64_t now
 void tr_region_end(tr_regions *r, double bytes, double flops)
 {
     if (!r || r->depth == 0) return;
-    if (r->depth > TR_REGION_DEPTH) {
-        r->depth--;
+    if (r->deeper > 0) {
+        r->deeper--;
         return;
     }
     lock(r);
