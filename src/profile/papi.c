@@ -2,7 +2,7 @@
 
 #include "profile/papi.h"
 
-#include <math.h>
+#include <limits.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,50 +12,60 @@
 #include <papi.h>
 #endif
 
-enum { EVENTS_MAX = 64, SETS_MAX = 8, NAME_BYTES = 128 };
+#include "base/size.h"
+
+enum { NAME_BYTES = 128 };
 
 /* Software events work on every machine; the hardware's two where a machine has and shows counters. */
 static const char default_events[] =
     "perf::TASK-CLOCK,perf::PAGE-FAULTS,perf::MINOR-FAULTS,perf::MAJOR-FAULTS,"
     "perf::CONTEXT-SWITCHES,perf::CPU-MIGRATIONS,PAPI_TOT_CYC,PAPI_TOT_INS";
 
+typedef struct event {
+    char name[NAME_BYTES], why[NAME_BYTES];
+    int of, at;                              /* set, and place in it */
+    double last, now;                        /* main thread's */
+    double value, in_phase[TR_N_PHASES + 1]; /* under the lock */
+} event;
+
+typedef struct set { /* of one component of PAPI's */
+    int id, component, n;
+} set;
+
 struct tr_papi {
-    int n;
-    char name[EVENTS_MAX][NAME_BYTES], why[EVENTS_MAX][NAME_BYTES];
-    const char *names[EVENTS_MAX], *units[EVENTS_MAX], *absent[EVENTS_MAX];
-    int of[EVENTS_MAX], at[EVENTS_MAX]; /* set, and place in it */
-    int n_sets, set[SETS_MAX], component[SETS_MAX], n_in[SETS_MAX];
+    int n, room;  /* events; what the list may name at most: its commas and one */
+    event *event; /* [n] */
+    const char **names, **units, **absent; /* [n] */
+    int n_sets;
+    set *set;         /* [n_sets]: no more than there are events */
+    long long *count; /* [n] one set's, on their way */
     bool inherits;
-    double last[EVENTS_MAX]; /* main thread's */
-    pthread_mutex_t lock;    /* what follows */
-    double value[EVENTS_MAX], in_phase[TR_N_PHASES + 1][EVENTS_MAX];
+    pthread_mutex_t lock;
 };
 
 static void absent(tr_papi *p, int i, const char *what, const char *why)
 {
-    snprintf(p->why[i], sizeof p->why[i], "%s: %s", what, why);
-    p->absent[i] = p->why[i];
+    snprintf(p->event[i].why, sizeof p->event[i].why, "%s: %s", what, why);
+    p->absent[i] = p->event[i].why;
 }
 
 #ifdef HAVE_PAPI
 
-/* The event set of a component: PAPI runs one of each component at a time. -1: there is none. */
-static int set_of(tr_papi *p, int component)
+/* The event set of a component: PAPI runs one of each component at a time. -1: there is none; *result says why. */
+static int set_of(tr_papi *p, int component, int *result)
 {
     PAPI_option_t option = {.inherit = {.inherit = PAPI_INHERIT_ALL}};
 
     for (int s = 0; s < p->n_sets; s++)
-        if (p->component[s] == component) return s;
-    if (p->n_sets == SETS_MAX) return -1;
-    const int s = p->n_sets;
-    p->set[s] = PAPI_NULL;
-    p->n_in[s] = 0;
-    p->component[s] = component;
-    if (PAPI_create_eventset(&p->set[s]) != PAPI_OK) return -1;
-    p->n_sets++;
-    if (PAPI_assign_eventset_component(p->set[s], component) != PAPI_OK) return s;
+        if (p->set[s].component == component) return s;
+    set *made = &p->set[p->n_sets];
+    *made = (set){.id = PAPI_NULL, .component = component};
+    *result = PAPI_create_eventset(&made->id);
+    if (*result != PAPI_OK) return -1;
+    const int s = p->n_sets++;
+    if (PAPI_assign_eventset_component(made->id, component) != PAPI_OK) return s;
     /* Threads made from now on count too; a component that does not know how counts this one alone. */
-    option.inherit.eventset = p->set[s];
+    option.inherit.eventset = made->id;
     if (PAPI_set_opt(PAPI_INHERIT, &option) == PAPI_OK) p->inherits = true;
     return s;
 }
@@ -65,38 +75,43 @@ static void add(tr_papi *p, int i)
 {
     int code = PAPI_NULL;
     if (p->absent[i]) return;
-    int result = PAPI_event_name_to_code(p->name[i], &code);
+    int result = PAPI_event_name_to_code(p->event[i].name, &code);
 
     if (result != PAPI_OK) {
         absent(p, i, "PAPI_event_name_to_code", PAPI_strerror(result));
         return;
     }
-    const int s = set_of(p, PAPI_get_event_component(code));
-    result = s < 0 ? PAPI_ENOMEM : PAPI_add_event(p->set[s], code);
+    const int s = set_of(p, PAPI_get_event_component(code), &result);
+    if (s < 0) {
+        absent(p, i, "PAPI_create_eventset", PAPI_strerror(result));
+        return;
+    }
+    result = PAPI_add_event(p->set[s].id, code);
     if (result != PAPI_OK) {
         absent(p, i, "PAPI_add_event", PAPI_strerror(result));
         return;
     }
-    p->of[i] = s;
-    p->at[i] = p->n_in[s]++;
+    p->event[i].of = s;
+    p->event[i].at = p->set[s].n++;
 }
 
 static void start(tr_papi *p, int s)
 {
-    const int result = p->n_in[s] ? PAPI_start(p->set[s]) : PAPI_OK;
+    const int result = p->set[s].n ? PAPI_start(p->set[s].id) : PAPI_OK;
 
     for (int i = 0; i < p->n && result != PAPI_OK; i++)
-        if (!p->absent[i] && p->of[i] == s) absent(p, i, "PAPI_start", PAPI_strerror(result));
-    if (result != PAPI_OK) p->n_in[s] = 0;
+        if (!p->absent[i] && p->event[i].of == s) absent(p, i, "PAPI_start", PAPI_strerror(result));
+    if (result != PAPI_OK) p->set[s].n = 0;
 }
 
 static void name_unit(tr_papi *p, int i)
 {
     int code = PAPI_NULL;
     PAPI_event_info_t info;
+    char *const name = p->event[i].name;
 
-    p->units[i] = strstr(p->name[i], "-CLOCK") ? "ns" : "1";
-    if (PAPI_event_name_to_code(p->name[i], &code) != PAPI_OK) return;
+    p->units[i] = strstr(name, "-CLOCK") ? "ns" : "1";
+    if (PAPI_event_name_to_code(name, &code) != PAPI_OK) return;
     if (PAPI_get_event_info(code, &info) == PAPI_OK && strstr(info.units, "nW")) p->units[i] = "nW";
 }
 
@@ -116,25 +131,23 @@ static void start_all(tr_papi *p)
         start(p, s);
 }
 
-static void read_all(tr_papi *p, double *value)
+/* Events' now: stays what it was where a set cannot be read. */
+static void read_all(tr_papi *p)
 {
-    long long count[SETS_MAX][EVENTS_MAX];
-    bool well[SETS_MAX];
-
-    for (int s = 0; s < p->n_sets; s++)
-        well[s] = p->n_in[s] > 0 && PAPI_read(p->set[s], count[s]) == PAPI_OK;
-    for (int i = 0; i < p->n; i++)
-        if (!p->absent[i] && well[p->of[i]]) value[i] = (double)count[p->of[i]][p->at[i]];
+    for (int s = 0; s < p->n_sets; s++) {
+        if (!p->set[s].n || PAPI_read(p->set[s].id, p->count) != PAPI_OK) continue;
+        for (int i = 0; i < p->n; i++)
+            if (!p->absent[i] && p->event[i].of == s)
+                p->event[i].now = (double)p->count[p->event[i].at];
+    }
 }
 
 static void stop_all(tr_papi *p)
 {
-    long long count[EVENTS_MAX];
-
     for (int s = 0; s < p->n_sets; s++) {
-        if (p->n_in[s]) PAPI_stop(p->set[s], count);
-        PAPI_cleanup_eventset(p->set[s]);
-        PAPI_destroy_eventset(&p->set[s]);
+        if (p->set[s].n) PAPI_stop(p->set[s].id, p->count);
+        PAPI_cleanup_eventset(p->set[s].id);
+        PAPI_destroy_eventset(&p->set[s].id);
     }
 }
 
@@ -146,9 +159,9 @@ static void start_all(tr_papi *p)
         absent(p, i, "this trireme", "built without PAPI");
 }
 
-static void read_all(tr_papi *p, double *value)
+static void read_all(tr_papi *p)
 {
-    (void)p, (void)value;
+    (void)p;
 }
 
 static void stop_all(tr_papi *p)
@@ -161,7 +174,7 @@ static void stop_all(tr_papi *p)
 static bool listed(const tr_papi *p, const char *name)
 {
     for (int i = 0; i < p->n; i++)
-        if (strcmp(p->name[i], name) == 0) return true;
+        if (strcmp(p->event[i].name, name) == 0) return true;
     return false;
 }
 
@@ -171,12 +184,12 @@ static bool reserved(const char *name)
     return !strcmp(name, ".") || !strcmp(name, "..") || !strcmp(name, "time");
 }
 
-/* Names between commas; empty ones, those that come again, and those beyond EVENTS_MAX are left out. */
+/* Names between commas; empty ones and those that come again are left out. */
 static void split(tr_papi *p, const char *events)
 {
-    for (const char *s = events; *s && p->n < EVENTS_MAX;) {
+    for (const char *s = events; *s && p->n < p->room;) {
         const size_t n = strcspn(s, ","), kept = n < NAME_BYTES ? n : NAME_BYTES - 1;
-        char *name = p->name[p->n];
+        char *name = p->event[p->n].name;
         memcpy(name, s, kept);
         name[kept] = '\0';
         s += n + (s[n] == ',');
@@ -191,13 +204,43 @@ static void split(tr_papi *p, const char *events)
     }
 }
 
+static bool make_room(tr_papi *p, const char *events)
+{
+    p->room = 1;
+    for (const char *s = events; (s = strchr(s, ',')) != NULL; s++)
+        if (p->room == INT_MAX || ++p->room == INT_MAX) return false;
+    const size_t n = (size_t)p->room;
+    p->event = tr_calloc(n, sizeof *p->event);
+    p->names = tr_calloc(n, sizeof *p->names);
+    p->units = tr_calloc(n, sizeof *p->units);
+    p->absent = tr_calloc(n, sizeof *p->absent);
+    p->set = tr_calloc(n, sizeof *p->set);
+    p->count = tr_calloc(n, sizeof *p->count);
+    return p->event && p->names && p->units && p->absent && p->set && p->count;
+}
+
+static void free_all(tr_papi *p)
+{
+    free(p->event);
+    free(p->names);
+    free(p->units);
+    free(p->absent);
+    free(p->set);
+    free(p->count);
+    free(p);
+}
+
 tr_papi *tr_papi_open(const char *events)
 {
     tr_papi *p = calloc(1, sizeof *p);
 
-    if (!p) return NULL;
+    if (!events) events = default_events;
+    if (!p || !make_room(p, events)) {
+        if (p) free_all(p);
+        return NULL;
+    }
     pthread_mutex_init(&p->lock, NULL);
-    split(p, events ? events : default_events);
+    split(p, events);
     start_all(p);
     return p;
 }
@@ -205,14 +248,12 @@ tr_papi *tr_papi_open(const char *events)
 void tr_papi_step(tr_papi *p, tr_phase phase)
 {
     if (!p) return;
-    double now[EVENTS_MAX];
-
-    memcpy(now, p->last, sizeof now);
-    read_all(p, now);
+    read_all(p);
     pthread_mutex_lock(&p->lock);
     for (int i = 0; i < p->n; i++) {
-        p->in_phase[phase][i] += now[i] - p->last[i];
-        p->value[i] = p->last[i] = now[i];
+        event *e = &p->event[i];
+        e->in_phase[phase] += e->now - e->last;
+        e->value = e->last = e->now;
     }
     pthread_mutex_unlock(&p->lock);
 }
@@ -222,7 +263,8 @@ static void give(void *ctx, double *values)
     tr_papi *p = ctx;
 
     pthread_mutex_lock(&p->lock);
-    memcpy(values, p->value, (size_t)p->n * sizeof *values);
+    for (int i = 0; i < p->n; i++)
+        values[i] = p->event[i].value;
     pthread_mutex_unlock(&p->lock);
 }
 
@@ -231,7 +273,8 @@ static void give_phase(void *ctx, tr_phase phase, double *values)
     tr_papi *p = ctx;
 
     pthread_mutex_lock(&p->lock);
-    memcpy(values, p->in_phase[phase], (size_t)p->n * sizeof *values);
+    for (int i = 0; i < p->n; i++)
+        values[i] = p->event[i].in_phase[phase];
     pthread_mutex_unlock(&p->lock);
 }
 
@@ -257,5 +300,5 @@ void tr_papi_close(tr_papi *p)
     if (!p) return;
     stop_all(p);
     pthread_mutex_destroy(&p->lock);
-    free(p);
+    free_all(p);
 }

@@ -10,8 +10,8 @@
 
 typedef struct tr_papi tr_papi;
 
-/* events: "NAME,NAME", one that comes again counts once; NULL: software events, and cycles and instructions where there are any. Main thread, before the
- * device is opened. NULL: out of memory. */
+/* events: "NAME,NAME", as many as there are, one that comes again counts once; NULL: software events, and cycles and
+ * instructions where there are any. Main thread, before the device is opened. NULL: out of memory. */
 tr_papi *tr_papi_open(const char *events);
 /* Main thread, at the end of a step: what was counted since the last call belongs to this phase; TR_PHASE_NONE: to
  * none, it came between or before steps. NULL: nothing. */
