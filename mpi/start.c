@@ -172,6 +172,23 @@ done:
     return st;
 }
 
+tr_status tr_world_tell_host(const tr_world *world, void *data, int bytes, tr_err *err)
+{
+    tr_status st = TR_OK;
+    MPI_Comm local = MPI_COMM_NULL;
+    MPI_Request request;
+
+    if (world->size == 1) return TR_OK;
+    TR_MPI(MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, world->rank, MPI_INFO_NULL,
+                               &local));
+    TR_MPI(MPI_Ibcast(data, bytes, MPI_BYTE, 0, local, &request));
+    st = finish(&request, 0, err);
+
+done:
+    if (local != MPI_COMM_NULL) MPI_Comm_free(&local);
+    return st;
+}
+
 /* The code travels in the pointer: nothing has to outlive the caller. */
 static void *exit_later(void *arg)
 {

@@ -37,6 +37,9 @@ tr_status tr_agree_within(const tr_world *world, tr_status mine, double seconds,
 /* Rank 0's bytes to all. Collective over the world. */
 tr_status tr_world_tell(const tr_world *world, void *data, int bytes, tr_err *err);
 
+/* The bytes of each host's first rank (local_rank 0) to the ranks of that host. Collective over the world. */
+tr_status tr_world_tell_host(const tr_world *world, void *data, int bytes, tr_err *err);
+
 /* Ends the whole job with the exit code of `why`, by MPI_Abort, and this process after 5 s if MPI does not. From any
  * thread. */
 _Noreturn void tr_world_abort(tr_status why);

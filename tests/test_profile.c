@@ -23,6 +23,7 @@
 #include "engine/gaps.h"
 #include "mpi/comm.h"
 #include "profile/join.h"
+#include "profile/node.h"
 #include "profile/profile.h"
 #include "profile/read.h"
 #include "profile/settle.h"
@@ -307,6 +308,7 @@ static void imbalance_is_found_in_the_joined_file(void **state)
     tr_err err = {0};
     if (tr_profile_join(file, folder, WORLD, &err) != TR_OK) fail_msg("%s", err.text);
     assert_int_equal(get_number(file, "/", "ranks_missing"), 0);
+    assert_int_equal(get_number(file, "/", "complete"), 1);
     tr_prof_region *region = get(file, "/regions", dims);
     const int op = row_named(region, dims[0], "linear", 0);
     const hsize_t n = dims[0];
@@ -357,6 +359,15 @@ static void a_missing_rank_is_said(void **state)
     snprintf(file, sizeof file, "%s/joined.h5", dir);
     assert_int_equal(tr_profile_join(file, ".", WORLD, &err), TR_OK);
     assert_int_equal(get_number(file, "/", "ranks_missing"), 1);
+    /* a run of which something is missing is not complete, and its readers say what */
+    assert_int_equal(get_number(file, "/", "complete"), 0);
+    tr_reader *r = NULL;
+    assert_int_equal(tr_reader_open(&r, file, &err), TR_OK);
+    assert_string_equal(tr_reader_attribute(r, "/", "missing"), "1");
+    assert_false(tr_reader_about_of(r)->complete);
+    assert_non_null(tr_reader_note(r, 0));
+    assert_non_null(strstr(tr_reader_note(r, 0), "rank 1 of 3 is missing"));
+    tr_reader_close(r);
     snprintf(moved, sizeof moved, "%s-moved", dir);
     assert_int_equal(rename(dir, moved), 0);
     snprintf(other, sizeof other, "%s/joined.h5", moved);
@@ -368,6 +379,135 @@ static void a_missing_rank_is_said(void **state)
     assert_int_equal(tr_profile_join(file, "nowhere", WORLD, &err), TR_E_IO);
     snprintf(other, sizeof other, "%s.part", file);
     assert_int_not_equal(access(other, F_OK), 0);
+}
+
+static void move_file(const char *from_folder, const char *to_folder, const char *name)
+{
+    char from[512], to[512];
+    snprintf(from, sizeof from, "%s/%s", from_folder, name);
+    snprintf(to, sizeof to, "%s/%s", to_folder, name);
+    assert_int_equal(rename(from, to), 0);
+}
+
+/* The same bytes in both files. */
+static void same_in(const char *a, const char *b, const char *path, size_t bytes)
+{
+    hsize_t da[3], db[3];
+    void *x = get(a, path, da), *y = get(b, path, db);
+    assert_memory_equal(da, db, sizeof da);
+    if (memcmp(x, y, bytes * (size_t)(da[0] * da[1] * da[2]))) fail_msg("%s differs", path);
+    free(x);
+    free(y);
+}
+
+/* Files of nodes, ranks spread over them in turn, say through the joined file what the ranks' own files say. */
+static void files_of_nodes_hold_what_those_of_ranks_do(void **state)
+{
+    static const char *const numbers[] = {
+        "/profile/count",     "/profile/time_incl", "/profile/time_excl",      "/profile/time_min",
+        "/profile/bytes",     "/profile/exposed",   "/phase/decode/count",     "/profile/flops",
+        "/moe/expert_tokens", "/moe/rank_tokens",   "/phase/prefill/time_max", "/moe/window_tokens",
+        "/comm/matrix/MOE"};
+    char path[1024], ranks[256], nodes[256], scratch[2][256], folder[256], from[512], name[32];
+    tr_err err = {0};
+    hsize_t dims[3];
+
+    (void)state;
+    for (int r = 0; r < WORLD; r++) {
+        made m = {.rank = r, .work_ms = 1};
+        run_rank(&m, path, sizeof path);
+    }
+    snprintf(folder, sizeof folder, "%s/kept", dir);
+    assert_int_equal(mkdir(folder, 0777), 0);
+    snprintf(ranks, sizeof ranks, "%s/ranks.h5", dir);
+    snprintf(nodes, sizeof nodes, "%s/nodes.h5", dir);
+    assert_int_equal(setenv("TMPDIR", dir, 1), 0);
+    for (int i = 0; i < 2; i++)
+        assert_int_equal(tr_profile_scratch_make(scratch[i], sizeof scratch[i], &err), TR_OK);
+    for (int r = 0; r < WORLD; r++) {
+        snprintf(name, sizeof name, "rank%05d.h5", r);
+        snprintf(from, sizeof from, "%s/%s", dir, name);
+        snprintf(path, sizeof path, "%s/%s", folder, name);
+        assert_int_equal(tr_profile_snapshot(from, path, false, &err), TR_OK);
+        move_file(dir, scratch[r % 2], name);
+    }
+    if (tr_profile_join(ranks, "kept", WORLD, &err) != TR_OK) fail_msg("%s", err.text);
+    snprintf(folder, sizeof folder, "%s/nodes", dir);
+    assert_int_equal(mkdir(folder, 0777), 0);
+    for (int i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "%s/node%05d.h5", folder, i);
+        if (tr_profile_node_write(scratch[i], path, &err) != TR_OK) fail_msg("%s", err.text);
+        tr_prof_rank *rank = get(path, "/grid/ranks", dims);
+        assert_int_equal(dims[0], i == 0 ? 2 : 1);
+        assert_int_equal(rank[dims[0] - 1].rank, i == 0 ? 2 : 1);
+        free(rank);
+        tr_profile_scratch_remove(scratch[i]);
+        assert_int_not_equal(access(scratch[i], F_OK), 0);
+    }
+    if (tr_profile_join(nodes, "nodes", WORLD, &err) != TR_OK) fail_msg("%s", err.text);
+    assert_int_equal(get_number(nodes, "/", "ranks_missing"), 0);
+    assert_int_equal(get_number(nodes, "/", "complete"), 1);
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
+        same_in(ranks, nodes, numbers[i], 8);
+    same_in(ranks, nodes, "/moe/balance", 4);
+    same_in(ranks, nodes, "/steps", sizeof(tr_prof_step));
+    same_in(ranks, nodes, "/grid/ranks", sizeof(tr_prof_rank));
+    same_in(ranks, nodes, "/trace/main", sizeof(tr_prof_trace));
+    same_in(ranks, nodes, "/requests", sizeof(tr_prof_request));
+    /* a node that is missing takes its ranks with it */
+    unlink(path); /* node00001.h5 */
+    assert_int_equal(tr_profile_join(nodes, "nodes", WORLD, &err), TR_OK);
+    assert_int_equal(get_number(nodes, "/", "ranks_missing"), 1);
+    assert_int_equal(get_number(nodes, "/", "complete"), 0);
+    /* and one that says nonsense is none */
+    assert_int_equal(tr_scratch_write(folder, "node00001.h5", "no HDF5", 7), 0);
+    assert_int_equal(tr_profile_join(nodes, "nodes", WORLD, &err), TR_OK);
+    assert_int_equal(get_number(nodes, "/", "ranks_missing"), 1);
+    unsetenv("TMPDIR");
+}
+
+typedef struct copies {
+    made made;
+    const char *path;
+    int n, n_read;
+} copies;
+
+static void read_copy(void *ctx)
+{
+    copies *c = ctx;
+    tr_reader *r = NULL;
+    tr_err err = {0};
+
+    c->n++;
+    if (tr_reader_open(&r, c->path, &err) == TR_OK) c->n_read++;
+    tr_reader_close(r);
+}
+
+/* What a leader finds while its ranks run: copies that can be opened. */
+static void copies_can_be_read_at_once(void **state)
+{
+    char path[256], part[272];
+    copies c = {.made = {.rank = 0}, .path = part};
+    tr_profile *p = NULL;
+    tr_err err = {0};
+    const uint64_t one = 1;
+
+    (void)state;
+    snprintf(path, sizeof path, "%s/copied.h5", dir);
+    snprintf(part, sizeof part, "%s.part", path);
+    assert_true(tr_regions_grow(&c.made.regions, "main", 64));
+    tr_profile_options o = options_of(&c.made, path);
+    o.clear = true;
+    o.copied = read_copy;
+    assert_int_equal(tr_profile_create(&p, &o, &err), TR_OK);
+    tr_profile_put(p, TR_D_RANKS, &one, &(tr_prof_rank){.rank = 0});
+    tr_profile_stream(p, &c.made.regions);
+    tr_profile_start(p); /* flushes */
+    tr_profile_stop(p);
+    tr_profile_close(p, true);
+    tr_regions_prune(&c.made.regions);
+    assert_true(c.n >= 1);
+    assert_int_equal(c.n_read, c.n);
 }
 
 /* HDF5 has its own mind about % in the names of sources. */
@@ -562,7 +702,7 @@ static void a_copy_is_whole_or_not_there(void **state)
     snprintf(from, sizeof from, "%s/from", dir);
     snprintf(to, sizeof to, "%s/to", dir);
     snprintf(tmp, sizeof tmp, "%s.tmp", to);
-    assert_int_equal(tr_profile_snapshot(from, to, &err), TR_OK);
+    assert_int_equal(tr_profile_snapshot(from, to, false, &err), TR_OK);
     FILE *f = fopen(to, "rb");
     assert_non_null(f);
     assert_int_equal(fread(back, 1, sizeof back, f), sizeof data);
@@ -574,7 +714,7 @@ static void a_copy_is_whole_or_not_there(void **state)
     const struct rlimit less = {.rlim_cur = 300000, .rlim_max = old.rlim_max};
     void (*handler)(int) = signal(SIGXFSZ, SIG_IGN);
     assert_int_equal(setrlimit(RLIMIT_FSIZE, &less), 0);
-    const tr_status st = tr_profile_snapshot(from, to, &err);
+    const tr_status st = tr_profile_snapshot(from, to, false, &err);
     setrlimit(RLIMIT_FSIZE, &old);
     signal(SIGXFSZ, handler);
     assert_int_equal(st, TR_E_IO);
@@ -583,7 +723,7 @@ static void a_copy_is_whole_or_not_there(void **state)
     assert_int_equal(sb.st_size, sizeof data);
     assert_int_not_equal(stat(tmp, &sb), 0);
     snprintf(from, sizeof from, "%s/none", dir);
-    assert_int_equal(tr_profile_snapshot(from, to, &err), TR_E_IO);
+    assert_int_equal(tr_profile_snapshot(from, to, false, &err), TR_E_IO);
     assert_non_null(strstr(err.text, "none"));
 }
 
@@ -607,6 +747,8 @@ int main(void)
         cmocka_unit_test(rows_are_true),
         cmocka_unit_test(imbalance_is_found_in_the_joined_file),
         cmocka_unit_test(a_missing_rank_is_said),
+        cmocka_unit_test(files_of_nodes_hold_what_those_of_ranks_do),
+        cmocka_unit_test(copies_can_be_read_at_once),
         cmocka_unit_test(names_may_have_per_cent_signs),
         cmocka_unit_test(full_buffers_are_counted),
         cmocka_unit_test(a_full_disk_ends_the_profile_only),

@@ -62,6 +62,25 @@ if [ -n "${MPIEXEC-}" ]; then
         check "$dir/$name.h5" 4
         [ -z "$(find "$dir/$name.h5.d" -name "*.part" -o -name "*.new")" ] || complain "$grid: a file was not closed"
     done
+
+    # A relative FILE is rank 0's, wherever the others run; and one file of the node in place of its ranks'.
+    mkdir "$dir/here" "$dir/there"
+    wd=-wdir
+    "$MPIEXEC" --version 2>/dev/null | grep -qi 'open mpi' || wd=-wd
+    (cd "$dir/here" && timeout 120 "$MPIEXEC" -n 1 $wd "$dir/here" "$trireme" batch -m "$model" -i "$in" \
+        -o "$dir/wdir.jsonl" --tp 2 --profile run.h5 : -n 1 $wd "$dir/there" "$trireme" batch -m "$model" -i "$in" \
+        -o "$dir/wdir.jsonl" --tp 2 --profile run.h5) 2>"$dir/log" || complain "other folders: $(cat "$dir/log")"
+    check "$dir/here/run.h5" 2
+    [ -z "$(ls -A "$dir/there")" ] || complain "other folders: $(ls "$dir/there") in the other rank's"
+
+    mkdir "$dir/tmp"
+    TMPDIR=$dir/tmp timeout 120 "$MPIEXEC" -n 4 "$trireme" batch -m "$model" -i "$in" -o "$dir/node.jsonl" --dp 2 --cp 2 \
+        --profile "$dir/node.h5" --profile-files node 2>"$dir/log" || complain "--profile-files node: $(cat "$dir/log")"
+    grep -q 'profile' "$dir/log" && complain "--profile-files node: $(cat "$dir/log")"
+    check "$dir/node.h5" 4
+    [ "$(cd "$dir/node.h5.d" && ls ./*)" = node00000.h5 ] || complain "--profile-files node: $(ls "$dir"/node.h5.d/*)"
+    find "$dir/tmp" -name 'trireme-profile-*' | grep -q . && complain '--profile-files node: its folder is still there'
+    "$trireme" profile show "$dir/node.h5" | grep -q '4 ranks' || complain '--profile-files node: show'
 else
     echo 'no MPI launcher: one rank only'
 fi

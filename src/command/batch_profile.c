@@ -17,6 +17,7 @@
 #include "command/profile_run.h"
 #include "mpi/clock_offset.h"
 #include "profile/join.h"
+#include "profile/node.h"
 #include "profile/nvml.h"
 #include "profile/papi.h"
 #include "profile/profile.h"
@@ -30,13 +31,16 @@ enum {
     SAMPLE_S = 1,
     EVENTS_MAX = 1 << 17, /* of a stream and second */
     RUN_BYTES = 96,
+    FILE_BYTES = 4096 - RUN_BYTES - 64, /* what is made of it fits in 4096 */
 };
 
 /* What rank 0 decides for all. */
 typedef struct beginning {
     char run[RUN_BYTES]; /* name of the folder */
-    uint64_t origin_ns;  /* rank 0's clock at time 0 */
-    int64_t unix_ns;     /* and the world's */
+    char file
+        [FILE_BYTES]; /* --profile, from the root: other ranks may be in other folders. "": it has none */
+    uint64_t origin_ns; /* rank 0's clock at time 0 */
+    int64_t unix_ns;    /* and the world's */
 } beginning;
 
 struct tr_run_profile {
@@ -51,6 +55,9 @@ struct tr_run_profile {
     tr_sde *sde;                            /* own counters for PAPI; NULL: no libsde */
     tr_regions read_regions, write_regions; /* rank 0's threads */
     char *folder;                           /* of this run's files, below the one that FILE is in */
+    bool by_node;                           /* files of nodes (profile/node.h) */
+    char scratch[FILE_BYTES]; /* where this node's ranks write then; "": there is none */
+    bool node_failed;         /* has been told; the profile's thread's, then the main thread's */
     beginning began;
     uint64_t begun_ns; /* this rank's clock */
     tr_clock_offset clock;
@@ -109,39 +116,7 @@ static void show_comm(tr_run_profile *r, int i, tr_profile_tables *out)
 static void give_rank_tokens(void *ctx, uint64_t *per_layer)
 {
     const tr_run_profile *r = ctx;
-    if (!r->opened->model) return;
-    const tr_model_seen seen = tr_model_look(r->opened->model);
-
-    for (int l = 0; l < seen.n_layers && seen.expert_rows; l++) {
-        uint64_t sum = 0;
-        for (int e = 0; e < seen.n_local; e++)
-            sum += seen.expert_rows[(size_t)l * (size_t)seen.n_local + (size_t)e];
-        per_layer[seen.layer_first + l] = sum;
-    }
-}
-
-static void show_model(const tr_run_profile *r, tr_profile_tables *out)
-{
-    const tr_model_seen seen = tr_model_look(r->opened->model);
-    const size_t n_experts = (size_t)r->opened->config.n_routed_experts;
-
-    for (int l = 0; l < seen.n_layers; l++) {
-        const int layer = seen.layer_first + l;
-        if (seen.overlap) {
-            const tr_share_cost *key = &seen.overlap[l].key, *latent = &seen.overlap[l].latent;
-            out->overlap[layer] = (tr_prof_overlap){.gatherK_ns = key->flown_ns,
-                                                    .gatherL_ns = latent->flown_ns,
-                                                    .exposedK_ns = key->waited_ns,
-                                                    .exposedL_ns = latent->waited_ns,
-                                                    .bytes = key->bytes + latent->bytes,
-                                                    .calls = latent->calls};
-        }
-        /* Ranks that share an expert's width compute the same rows: counted once. */
-        if (!seen.expert_rows || r->opened->grid.at.xt != 0) continue;
-        memcpy(out->expert_tokens + (size_t)layer * n_experts + (size_t)seen.expert_first,
-               seen.expert_rows + (size_t)l * (size_t)seen.n_local,
-               (size_t)seen.n_local * sizeof(uint64_t));
-    }
+    tr_profile_rank_tokens(r->opened, per_layer);
 }
 
 static void give_tables(void *ctx, tr_profile_tables *out)
@@ -150,8 +125,8 @@ static void give_tables(void *ctx, tr_profile_tables *out)
 
     for (int i = 0; i < GROUPS; i++)
         show_comm(r, i, out);
-    if (r->opened->model) show_model(r, out);
-    give_rank_tokens(r, out->rank_tokens);
+    tr_profile_show_model(r->opened, out);
+    tr_profile_rank_tokens(r->opened, out->rank_tokens);
 }
 
 /* The profile's thread. */
@@ -312,23 +287,74 @@ static tr_status make_folder(const char *path, tr_err *err)
     return tr_fail(err, TR_E_IO, "%s: %s", path, strerror(errno));
 }
 
-/* FILE.d/RUN, and the name of this rank's file in it. */
-static tr_status make_folders(tr_run_profile *r, char *path, size_t n, tr_err *err)
+/* The name of this rank's, or of this node's, file in the run's folder. */
+static void file_name(const tr_run_profile *r, const char *kind, int number, char *path, size_t n)
 {
-    const char *slash = strrchr(r->o->profile, '/');
+    snprintf(path, n, "%s.d/%s/%s%05d.h5", r->began.file, r->began.run, kind, number);
+}
 
-    if (asprintf(&r->folder, "%s.d/%s", slash ? slash + 1 : r->o->profile, r->began.run) < 0) {
+/* FILE.d/RUN, by those who write to it. */
+static tr_status make_folders(tr_run_profile *r, tr_err *err)
+{
+    const char *file = r->began.file, *slash = strrchr(file, '/');
+    char path[4096];
+
+    if (!*file)
+        return tr_fail(err, TR_E_IO, "--profile %s: %s", r->o->profile,
+                       r->world->rank == 0 ? "its folder cannot be named, or its path is too long"
+                                           : "rank 0 cannot name its folder");
+    if (asprintf(&r->folder, "%s.d/%s", slash ? slash + 1 : file, r->began.run) < 0) {
         r->folder = NULL;
         return tr_fail(err, TR_E_MEMORY, "out of memory");
     }
-    const int before = snprintf(path, n, "%s.d", r->o->profile);
-    if (before < 0 || (size_t)before + RUN_BYTES + 32 > n)
-        return tr_fail(err, TR_E_IO, "--profile %s: the path is too long", r->o->profile);
+    if (r->by_node && r->world->local_rank > 0) return TR_OK;
+    snprintf(path, sizeof path, "%s.d", file);
     tr_status st = make_folder(path, err);
-    snprintf(path, n, "%s.d/%s", r->o->profile, r->began.run);
-    if (st == TR_OK) st = make_folder(path, err);
-    snprintf(path, n, "%s.d/%s/rank%05d.h5", r->o->profile, r->began.run, r->world->rank);
+    snprintf(path, sizeof path, "%s.d/%s", file, r->began.run);
+    return st == TR_OK ? make_folder(path, err) : st;
+}
+
+/* Where this rank writes. */
+static tr_status place_file(tr_run_profile *r, char *path, size_t n, tr_err *err)
+{
+    tr_status st = make_folders(r, err);
+
+    if (st != TR_OK) return st;
+    if (!r->by_node)
+        file_name(r, "rank", r->world->rank, path, n);
+    else if (*r->scratch)
+        snprintf(path, n, "%s/rank%05d.h5", r->scratch, r->world->rank);
+    else
+        st = tr_fail(err, TR_E_IO, "rank %d, the first of this node, has no folder for its ranks",
+                     r->world->node_first);
     return st;
+}
+
+/* All there is of this node's ranks, by its leader: after a flush, and at the end. */
+static tr_status write_node(tr_run_profile *r, bool whole)
+{
+    char path[4096];
+    tr_err why;
+    const size_t n = sizeof path - sizeof ".part";
+
+    file_name(r, "node", r->world->node_first, path, n);
+    if (!whole) strcat(path, ".part"); /* fits: room was kept */
+    tr_status st = tr_profile_node_write(r->scratch, path, &why);
+    if (st == TR_OK && whole) {
+        strcat(path, ".part");
+        remove(path);
+    }
+    if (st != TR_OK && !r->node_failed)
+        tr_log_warn(r->log, "the profile of node %s: %s; its ranks' files are in %s",
+                    r->world->host, why.text, r->scratch);
+    r->node_failed = r->node_failed || st != TR_OK;
+    return st;
+}
+
+/* The profile's thread. */
+static void see_copy(void *ctx)
+{
+    write_node(ctx, false);
 }
 
 static tr_status make_profile(tr_run_profile *r, tr_err *err)
@@ -348,8 +374,10 @@ static tr_status make_profile(tr_run_profile *r, tr_err *err)
         .n_matrices = GROUPS,
         .trace = r->o->profile_trace,
         .events_max = EVENTS_MAX,
+        .clear = r->by_node,
         .log = r->log,
         .ctx = r,
+        .copied = r->by_node && r->world->local_rank == 0 ? see_copy : NULL,
         .sample = give_sample,
         .tables = give_tables,
         .rank_tokens = give_rank_tokens,
@@ -360,15 +388,52 @@ static tr_status make_profile(tr_run_profile *r, tr_err *err)
         comm_of(r, i, &group);
         o.matrix[i] = tr_grid_group_name(group);
     }
-    tr_status st = make_folders(r, path, sizeof path, err);
+    tr_status st = place_file(r, path, sizeof path, err);
     return st == TR_OK ? tr_profile_create(&r->profile, &o, err) : st;
+}
+
+/* --profile from the root. As the shell names the folder where it does, for what lies behind an automounter's links; "" where
+ * it is too long, or its folder has gone. */
+static void name_file(beginning *b, const char *file)
+{
+    char *here = *file == '/' ? NULL : get_current_dir_name();
+    const int n =
+        snprintf(b->file, sizeof b->file, "%s%s%s", here ? here : "", here ? "/" : "", file);
+
+    if (n < 0 || n >= (int)sizeof b->file || *b->file != '/') *b->file = '\0';
+    free(here);
+}
+
+/* A folder of the node for its ranks' files; a failure leaves scratch "", and every rank says so. */
+static tr_status tell_scratch(tr_run_profile *r, tr_err *err)
+{
+    tr_err why;
+
+    if (!r->by_node) return TR_OK;
+    if (r->world->local_rank == 0 &&
+        tr_profile_scratch_make(r->scratch, sizeof r->scratch, &why) != TR_OK) {
+        tr_log_warn(r->log, "the profile of node %s: %s", r->world->host, why.text);
+        *r->scratch = '\0';
+    }
+    tr_status st = tr_world_tell_host(r->world, r->scratch, (int)sizeof r->scratch, err);
+    r->scratch[sizeof r->scratch - 1] = '\0';
+    return st;
 }
 
 static tr_status take_part(tr_run_profile *r, tr_err *err)
 {
-    if (r->world->rank == 0) name_run(&r->began);
+    const char *files = r->o->profile_files ? r->o->profile_files : "auto";
+
+    if (r->world->rank == 0) {
+        name_run(&r->began);
+        name_file(&r->began, r->o->profile);
+    }
     tr_status st = tr_world_tell(r->world, &r->began, (int)sizeof r->began, err);
     r->began.run[RUN_BYTES - 1] = '\0';
+    r->began.file[FILE_BYTES - 1] = '\0';
+    r->by_node = strcmp(files, "node") == 0 ||
+                 (strcmp(files, "auto") == 0 && r->world->size > TR_PROFILE_RANK_FILES);
+    if (st == TR_OK) st = tell_scratch(r, err);
     if (st == TR_OK) st = tr_clock_measure(&r->clock, r->world, err);
     r->begun_ns = tr_now_ns();
     return st;
@@ -505,16 +570,43 @@ static double drift_ppb(const tr_clock_offset *before, const tr_clock_offset *af
     return ns > 0 && (gained > unsure || gained < -unsure) ? gained / ns * 1e9 : 0;
 }
 
+/* This rank's end of a run that the others may not reach. */
+static void close_alone(tr_run_profile *r)
+{
+    tr_profile_close(r->profile, false);
+    r->profile = NULL;
+    if (!r->by_node || r->world->local_rank > 0 || !*r->scratch) return;
+    if (write_node(r, false) == TR_OK)
+        tr_log_warn(r->log, "profile: what this node's ranks have written last is in %s",
+                    r->scratch);
+}
+
+/* Every rank's file is closed: node's files of them, and one over all. */
+static tr_status bring_together(tr_run_profile *r, tr_err *err)
+{
+    tr_err why;
+
+    if (r->by_node) {
+        if (r->world->local_rank == 0 && *r->scratch && write_node(r, true) == TR_OK)
+            tr_profile_scratch_remove(r->scratch);
+        tr_status st = barrier(r, err);
+        if (st != TR_OK) return st;
+    }
+    if (r->world->rank != 0 || !r->folder) return TR_OK;
+    if (tr_profile_join(r->began.file, r->folder, r->world->size, &why) != TR_OK)
+        tr_log_warn(r->log, "no joined profile: %s; the ranks' files are in %s.d", why.text,
+                    r->began.file);
+    return TR_OK;
+}
+
 tr_status tr_run_profile_end(tr_run_profile *r, bool whole, tr_err *err)
 {
     tr_clock_offset clock;
-    tr_err why;
 
     if (!r) return TR_OK;
     stop(r);
     if (!whole) {
-        tr_profile_close(r->profile, false);
-        r->profile = NULL;
+        close_alone(r);
         return TR_OK;
     }
     tr_status st = tr_clock_measure(&clock, r->world, err);
@@ -526,11 +618,7 @@ tr_status tr_run_profile_end(tr_run_profile *r, bool whole, tr_err *err)
     tr_profile_close(r->profile, st == TR_OK);
     r->profile = NULL;
     if (st == TR_OK) st = barrier(r, err);
-    if (st != TR_OK || r->world->rank != 0) return st;
-    if (tr_profile_join(r->o->profile, r->folder, r->world->size, &why) != TR_OK)
-        tr_log_warn(r->log, "no joined profile: %s; the ranks' files are in %s.d", why.text,
-                    r->o->profile);
-    return TR_OK;
+    return st == TR_OK ? bring_together(r, err) : st;
 }
 
 void tr_run_profile_free(tr_run_profile *r)

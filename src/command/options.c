@@ -263,6 +263,8 @@ static const tr_option batch_table[] = {
      "leave an account of the run, of every rank, in HDF5: FILE.h5 over FILE.h5.d"},
     {"profile-trace", 0, TR_OPTION_FLAG, AT(profile_trace), 0, 0, NULL, NULL,
      "with --profile: every single region too (large)"},
+    {"profile-files", 0, TR_OPTION_CHOICE, AT(profile_files), 0, 0, "WHAT", "auto|rank|node",
+     "with --profile: one file of each rank, or of each node; auto (default): of ranks up to 512, of nodes above"},
     {"profile-flush", 0, TR_OPTION_INT, AT(profile_flush), 1, 3600, "S", NULL,
      "with --profile: seconds between flushes, what a killed run may lose of it; default 30"},
     {"papi", 0, TR_OPTION_TEXT, AT(papi), 0, 0, "EVENT,...", NULL,
@@ -307,9 +309,11 @@ static tr_status batch_together(const tr_batch_options *o, tr_err *err)
         return tr_fail(err, TR_E_USAGE, "--prompt and --shard exclude each other");
     if (o->resume && !strcmp(o->output, "-"))
         return tr_fail(err, TR_E_USAGE, "--resume: -o - cannot be resumed");
-    if (absent(o->profile) && (o->profile || o->papi || o->profile_trace || o->profile_flush))
+    const bool wants = o->papi || o->profile_trace || o->profile_flush || o->profile_files;
+    if (absent(o->profile) && (o->profile || wants))
         return tr_fail(err, TR_E_USAGE,
-                       "--papi, --profile-trace and --profile-flush need --profile FILE.h5");
+                       "--papi, --profile-trace, --profile-flush and --profile-files need "
+                       "--profile FILE.h5");
     if (o->allow_tools && !o->thinking_only)
         return tr_fail(err, TR_E_USAGE, "--allow-tools needs --thinking-only");
     return TR_OK;

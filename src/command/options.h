@@ -70,7 +70,8 @@ typedef struct tr_batch_options {
     bool dsv31_assistant_after_tool, strict_params;
     const char *profile, *papi; /* NULL: none */
     bool profile_trace;
-    int64_t profile_flush; /* seconds */
+    const char *profile_files; /* NULL: "auto" */
+    int64_t profile_flush;     /* seconds */
     bool resume, verbose, no_bind, no_overlap, sync_check, no_prefix_cache;
     char *const *part; /* --merge: the arguments behind the options */
     int n_parts;

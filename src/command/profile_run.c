@@ -132,6 +132,46 @@ static void describe_environment(tr_profile *p)
     free(pair);
 }
 
+/* ---- the model --------------------------------------------------------------------------------------------------------- */
+
+void tr_profile_rank_tokens(const tr_opened *opened, uint64_t *per_layer)
+{
+    if (!opened->model) return;
+    const tr_model_seen seen = tr_model_look(opened->model);
+
+    for (int l = 0; l < seen.n_layers && seen.expert_rows; l++) {
+        uint64_t sum = 0;
+        for (int e = 0; e < seen.n_local; e++)
+            sum += seen.expert_rows[(size_t)l * (size_t)seen.n_local + (size_t)e];
+        per_layer[seen.layer_first + l] = sum;
+    }
+}
+
+void tr_profile_show_model(const tr_opened *opened, tr_profile_tables *out)
+{
+    if (!opened->model) return;
+    const tr_model_seen seen = tr_model_look(opened->model);
+    const size_t n_experts = (size_t)opened->config.n_routed_experts;
+
+    for (int l = 0; l < seen.n_layers; l++) {
+        const int layer = seen.layer_first + l;
+        if (seen.overlap) {
+            const tr_share_cost *key = &seen.overlap[l].key, *latent = &seen.overlap[l].latent;
+            out->overlap[layer] = (tr_prof_overlap){.gatherK_ns = key->flown_ns,
+                                                    .gatherL_ns = latent->flown_ns,
+                                                    .exposedK_ns = key->waited_ns,
+                                                    .exposedL_ns = latent->waited_ns,
+                                                    .bytes = key->bytes + latent->bytes,
+                                                    .calls = latent->calls};
+        }
+        /* Ranks that share an expert's width compute the same rows: counted once. */
+        if (!seen.expert_rows || opened->grid.at.xt != 0) continue;
+        memcpy(out->expert_tokens + (size_t)layer * n_experts + (size_t)seen.expert_first,
+               seen.expert_rows + (size_t)l * (size_t)seen.n_local,
+               (size_t)seen.n_local * sizeof(uint64_t));
+    }
+}
+
 /* ---- the grid ----------------------------------------------------------------------------------------------------------- */
 
 void tr_profile_describe_rank(tr_profile *p, const tr_world *world, const tr_opened *opened,

@@ -29,5 +29,9 @@ void tr_profile_describe(tr_profile *p, const tr_profile_about *about);
 void tr_profile_describe_rank(tr_profile *p, const tr_world *world, const tr_opened *opened,
                               const tr_profile_gpu *gpu, const tr_clock_offset *clock,
                               double drift_ppb);
+/* What the model has counted, into the profile's tables: overlap and rows of experts; rows of this rank's experts, by layer.
+ * Main thread, between steps; nothing where there is no model yet. */
+void tr_profile_show_model(const tr_opened *opened, tr_profile_tables *out);
+void tr_profile_rank_tokens(const tr_opened *opened, uint64_t *per_layer);
 
 #endif

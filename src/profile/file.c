@@ -106,6 +106,23 @@ tr_status tr_prof_file_close(tr_prof_file *f, tr_err *err)
     return st;
 }
 
+tr_status tr_prof_file_clear(const char *path, tr_err *err)
+{
+    const hbool_t yes = 1;
+    tr_status st = TR_OK;
+    hid_t access = -1, id = -1;
+
+    be_quiet();
+    TR_H5(access = H5Pcreate(H5P_FILE_ACCESS));
+    TR_H5(H5Pset(access, "clear_status_flags", &yes)); /* the property that h5clear sets */
+    TR_H5(id = H5Fopen(path, H5F_ACC_RDWR, access));
+
+done:
+    if (id >= 0 && H5Fclose(id) < 0 && st == TR_OK) st = tr_h5_failed("H5Fclose", err);
+    if (access >= 0) H5Pclose(access);
+    return st == TR_OK ? TR_OK : tr_within(err, "%s", path);
+}
+
 /* ---- datasets ------------------------------------------------------------------------------------------------------ */
 
 static bool axis_grows(tr_axis axis)

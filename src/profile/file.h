@@ -18,6 +18,9 @@ tr_status tr_prof_file_flush(tr_prof_file *f, tr_err *err);
 /* In any case the file is given up; f may be NULL. */
 tr_status tr_prof_file_close(tr_prof_file *f, tr_err *err);
 
+/* A copy of a file that was open says so, and HDF5 opens it no more: it is told that nobody has it open, as by h5clear -s. */
+tr_status tr_prof_file_clear(const char *path, tr_err *err);
+
 /* path NULL: d's own, for those that are not NAMED. dims[]: as many as d has axes. Written whole; what was there before is
  * replaced, and may have had other lengths along REGION, WINDOW, FILE, LINE and whatever else grows. */
 tr_status tr_prof_file_put(tr_prof_file *f, const tr_dataset *d, const char *path,

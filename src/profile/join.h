@@ -4,11 +4,12 @@
 
 #include "base/err.h"
 
-/* FILE from FOLDER/rank00000.h5 .. of `world` ranks. FOLDER is a path relative to the folder that FILE is in: both may be
- * moved together. Written as FILE.part and renamed, so that an earlier FILE is replaced at once or not at all. Numbers of
- * the ranks are virtual datasets; what belongs to the run is copied from the lowest rank's file; expert tokens are summed,
- * balance is computed. Ranks whose file is missing or still a .part are left empty and counted in the attribute
- * ranks_missing. TR_E_IO: none could be read, or FILE not written. */
+/* FILE from FOLDER/rank00000.h5 .. of `world` ranks, or from the files of nodes, node%05d.h5, named after each node's lowest
+ * rank (node.h). FOLDER is a path relative to the folder that FILE is in: both may be moved together. Written as FILE.part and
+ * renamed, so that an earlier FILE is replaced at once or not at all. Numbers of the ranks are virtual datasets; what belongs to
+ * the run is copied from the lowest rank's file; expert tokens are summed, balance is computed. Ranks whose file is missing or
+ * still a .part are left empty; the attribute ranks_missing counts them, missing lists them, and complete is 1 only where there
+ * are none and every file says so. TR_E_IO: no file could be read, or FILE not written. */
 tr_status tr_profile_join(const char *file, const char *folder, int world, tr_err *err);
 
 #endif

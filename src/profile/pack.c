@@ -11,13 +11,16 @@
 #include "base/size.h"
 #include "profile/file.h"
 #include "profile/h5_priv.h"
+#include "profile/rank_list.h"
 
 enum { CHUNK_BYTES = 1 << 18 };
 
 typedef struct packer {
     tr_reader *r;
     tr_prof_file *out;
-    int n_ranks;
+    int *rank; /* [n_rows] of each row */
+    int n_rows;
+    bool all; /* rows are all ranks of the run */
 } packer;
 
 /* ---- the tree and what was counted --------------------------------------------------------------------------------- */
@@ -83,13 +86,16 @@ static void pick(void *column, const tr_reader_cell *c, size_t n, tr_dataset_id 
 
 static tr_status put_cells(packer *p, const tr_reader_cell *cells, int phase, tr_err *err)
 {
-    const uint64_t dims[2] = {(uint64_t)p->n_ranks, (uint64_t)tr_reader_about_of(p->r)->n_regions};
-    const size_t n = (size_t)(dims[0] * dims[1]); /* the reader has checked it */
-    void *column = tr_calloc(n, sizeof(uint64_t));
+    const size_t n_regions = (size_t)tr_reader_about_of(p->r)->n_regions;
+    const size_t n = (size_t)p->n_rows * n_regions; /* the reader has checked it */
+    const uint64_t dims[2] = {(uint64_t)p->n_rows, n_regions};
+    uint64_t *column = tr_calloc(n, sizeof *column);
     tr_status st = column ? TR_OK : tr_fail(err, TR_E_MEMORY, "out of memory");
     for (int id = TR_D_COUNT; id <= TR_D_EXPOSED && st == TR_OK && n > 0; id++) {
         char path[128];
-        pick(column, cells, n, (tr_dataset_id)id);
+        for (int i = 0; i < p->n_rows; i++)
+            pick(column + (size_t)i * n_regions, cells + (size_t)p->rank[i] * n_regions, n_regions,
+                 (tr_dataset_id)id);
         if (phase >= 0) tr_dataset_phase_path(path, sizeof path, &tr_datasets[id], (tr_phase)phase);
         st =
             tr_prof_file_put(p->out, &tr_datasets[id], phase >= 0 ? path : NULL, dims, column, err);
@@ -116,14 +122,14 @@ static tr_status put_counts(packer *p, tr_err *err)
 /* A rank that is absent says so by its number, -1. */
 static tr_status put_ranks(packer *p, tr_err *err)
 {
-    tr_prof_rank *rows = tr_calloc((size_t)p->n_ranks, sizeof *rows);
+    tr_prof_rank *rows = tr_calloc((size_t)p->n_rows, sizeof *rows);
     if (!rows) return tr_fail(err, TR_E_MEMORY, "out of memory");
-    for (int i = 0; i < p->n_ranks; i++) {
-        rows[i] = *tr_reader_rank(p->r, i);
-        if (!tr_reader_has(p->r, i)) rows[i].rank = -1;
+    for (int i = 0; i < p->n_rows; i++) {
+        rows[i] = *tr_reader_rank(p->r, p->rank[i]);
+        if (!tr_reader_has(p->r, p->rank[i])) rows[i].rank = -1;
     }
     tr_status st = tr_prof_file_put(p->out, &tr_datasets[TR_D_RANKS], NULL,
-                                    &(uint64_t){(uint64_t)p->n_ranks}, rows, err);
+                                    &(uint64_t){(uint64_t)p->n_rows}, rows, err);
     free(rows);
     return st;
 }
@@ -170,11 +176,11 @@ static tr_status longest(packer *p, tr_dataset_id id, const char *path, hsize_t 
                          tr_err *err)
 {
     const int axes = tr_dataset_axes(&tr_datasets[id]);
-    dims[0] = (hsize_t)p->n_ranks;
+    dims[0] = (hsize_t)p->n_rows;
     *any = false;
-    for (int i = 0; i < p->n_ranks; i++) {
+    for (int i = 0; i < p->n_rows; i++) {
         tr_h5_data data;
-        tr_status st = tr_reader_read(p->r, id, path, i, &data, err);
+        tr_status st = tr_reader_read(p->r, id, path, p->rank[i], &data, err);
         if (st != TR_OK) return st;
         *any = *any || data.n_axes == axes - 1;
         for (int k = 1; k < axes; k++)
@@ -221,16 +227,16 @@ done:
     return st == TR_OK ? TR_OK : tr_within(err, "%s", path);
 }
 
-/* What one rank has, into its row. */
-static tr_status put_row(packer *p, tr_dataset_id id, const char *path, hid_t set, int rank,
+/* What a row's rank has. */
+static tr_status put_row(packer *p, tr_dataset_id id, const char *path, hid_t set, int i_row,
                          tr_err *err)
 {
     const tr_dataset *d = &tr_datasets[id];
     const int axes = tr_dataset_axes(d);
-    hsize_t start[TR_DATASET_AXES] = {(hsize_t)rank}, count[TR_DATASET_AXES] = {1, 1, 1};
+    hsize_t start[TR_DATASET_AXES] = {(hsize_t)i_row}, count[TR_DATASET_AXES] = {1, 1, 1};
     hid_t type = -1, row = -1, memory = -1;
     tr_h5_data data;
-    tr_status st = tr_reader_read(p->r, id, path, rank, &data, err);
+    tr_status st = tr_reader_read(p->r, id, path, p->rank[i_row], &data, err);
     if (st != TR_OK || data.n == 0) goto done;
     for (int i = 1; i < axes; i++)
         count[i] = data.dim[i - 1];
@@ -245,7 +251,7 @@ done:
     if (row >= 0) H5Sclose(row);
     if (type >= 0) H5Tclose(type);
     free(data.at);
-    return st == TR_OK ? TR_OK : tr_within(err, "%s: rank %d", path, rank);
+    return st == TR_OK ? TR_OK : tr_within(err, "%s: rank %d", path, p->rank[i_row]);
 }
 
 typedef struct attribute_copy {
@@ -281,7 +287,7 @@ static tr_status put_ranked(packer *p, tr_dataset_id id, const char *path, tr_er
     tr_status st = longest(p, id, path, dims, &any, err);
     if (st != TR_OK || !any) return st;
     st = create(p, &tr_datasets[id], path, dims, &set, err);
-    for (int i = 0; i < p->n_ranks && st == TR_OK; i++)
+    for (int i = 0; i < p->n_rows && st == TR_OK; i++)
         st = put_row(p, id, path, set, i, err);
     if (set >= 0 && H5Dclose(set) < 0 && st == TR_OK) st = tr_h5_failed("H5Dclose", err);
     return st == TR_OK ? copy_attributes(p, path, err) : st;
@@ -331,6 +337,24 @@ static tr_status put_tables(packer *p, tr_err *err)
 
 /* ---- all ----------------------------------------------------------------------------------------------------------- */
 
+/* What the texts of the first file have said of it, or of all ranks at that time. */
+static tr_status say_missing(packer *p, tr_err *err)
+{
+    const tr_reader_about *a = tr_reader_about_of(p->r);
+    if (!p->all) return tr_prof_file_number(p->out, "/", "complete", a->ended, err);
+    int *here = tr_calloc((size_t)a->n_ranks, sizeof *here);
+    char list[TR_RANK_LIST];
+    if (!here) return tr_fail(err, TR_E_MEMORY, "out of memory");
+    for (int i = 0; i < a->n_ranks; i++)
+        here[i] = tr_reader_has(p->r, i) ? 0 : -1;
+    tr_rank_list(list, sizeof list, here, a->n_ranks);
+    free(here);
+    tr_status st =
+        tr_prof_file_number(p->out, "/", "ranks_missing", a->n_ranks - a->n_present, err);
+    if (st == TR_OK) st = tr_prof_file_text(p->out, "/", "missing", list, err);
+    return st == TR_OK ? tr_prof_file_number(p->out, "/", "complete", a->complete, err) : st;
+}
+
 static tr_status put_about(packer *p, tr_err *err)
 {
     const tr_reader_text *t;
@@ -340,19 +364,17 @@ static tr_status put_about(packer *p, tr_err *err)
         st = t->is_number
                  ? tr_prof_file_number(p->out, t->object, t->name, strtoll(t->value, NULL, 10), err)
                  : tr_prof_file_text(p->out, t->object, t->name, t->value, err);
-    return st == TR_OK ? tr_prof_file_number(p->out, "/", "ranks_missing",
-                                             p->n_ranks - tr_reader_about_of(p->r)->n_present, err)
-                       : st;
+    return st == TR_OK ? say_missing(p, err) : st;
 }
 
 /* Numbers along the axes, before the datasets that have them. */
 static tr_status put_scales(packer *p, tr_err *err)
 {
-    const uint64_t world = (uint64_t)p->n_ranks;
+    const uint64_t world = (uint64_t)tr_reader_about_of(p->r)->n_ranks;
     tr_h5_data experts;
     tr_status st = tr_reader_read(p->r, TR_D_EXPERT_TOKENS, NULL, -1, &experts, err);
     if (st != TR_OK) return st;
-    st = tr_prof_file_scale(p->out, TR_AXIS_RANK, 0, world, err);
+    if (p->all) st = tr_prof_file_scale(p->out, TR_AXIS_RANK, 0, world, err);
     if (st == TR_OK) st = tr_prof_file_scale(p->out, TR_AXIS_PEER, 0, world, err);
     if (st == TR_OK && tr_reader_about_of(p->r)->n_regions > 0)
         st = tr_prof_file_scale(p->out, TR_AXIS_REGION, 0,
@@ -365,27 +387,53 @@ static tr_status put_scales(packer *p, tr_err *err)
     return st;
 }
 
-tr_status tr_profile_pack(tr_reader *r, const char *path, tr_err *err)
+static tr_status put_all(packer *p, tr_err *err)
 {
-    packer p = {.r = r, .n_ranks = tr_reader_about_of(r)->n_ranks};
+    tr_status st = put_scales(p, err);
+    if (st == TR_OK) st = put_about(p, err);
+    if (st == TR_OK) st = put_ranks(p, err);
+    if (st == TR_OK) st = put_groups(p, err);
+    if (st == TR_OK) st = put_counts(p, err);
+    if (st == TR_OK) st = put_texts(p, TR_D_ENV, err);
+    if (st == TR_OK) st = put_texts(p, TR_D_LOG, err);
+    return st == TR_OK ? put_tables(p, err) : st;
+}
+
+static tr_status pack(tr_reader *r, const char *path, bool all, tr_err *err)
+{
+    const int n_ranks = tr_reader_about_of(r)->n_ranks;
+    packer p = {.r = r, .all = all, .rank = tr_calloc((size_t)n_ranks, sizeof *p.rank)};
     char part[4096];
     tr_err later;
-    if (snprintf(part, sizeof part, "%s.part", path) >= (int)sizeof part)
-        return tr_fail(err, TR_E_USAGE, "-o %s: too long a name", path);
-    tr_status st = tr_prof_file_create(&p.out, part, err);
-    if (st != TR_OK) return st;
-    st = put_scales(&p, err);
-    if (st == TR_OK) st = put_about(&p, err);
-    if (st == TR_OK) st = put_ranks(&p, err);
-    if (st == TR_OK) st = put_groups(&p, err);
-    if (st == TR_OK) st = put_counts(&p, err);
-    if (st == TR_OK) st = put_texts(&p, TR_D_ENV, err);
-    if (st == TR_OK) st = put_texts(&p, TR_D_LOG, err);
-    if (st == TR_OK) st = put_tables(&p, err);
+    tr_status st = TR_OK;
+
+    for (int i = 0; p.rank && i < n_ranks; i++)
+        if (all || tr_reader_has(r, i)) p.rank[p.n_rows++] = i;
+    if (!p.rank)
+        st = tr_fail(err, TR_E_MEMORY, "out of memory");
+    else if (snprintf(part, sizeof part, "%s.part", path) >= (int)sizeof part)
+        st = tr_fail(err, TR_E_USAGE, "-o %s: too long a name", path);
+    else
+        st = tr_prof_file_create(&p.out, part, err);
+    if (st != TR_OK) goto done;
+    st = put_all(&p, err);
     const tr_status closed = tr_prof_file_close(p.out, st == TR_OK ? err : &later);
     if (st == TR_OK) st = closed;
     if (st == TR_OK && rename(part, path) != 0)
         st = tr_fail(err, TR_E_IO, "%s: %s", path, strerror(errno));
     if (st != TR_OK) remove(part);
+
+done:
+    free(p.rank);
     return st;
+}
+
+tr_status tr_profile_pack(tr_reader *r, const char *path, tr_err *err)
+{
+    return pack(r, path, true, err);
+}
+
+tr_status tr_profile_pack_present(tr_reader *r, const char *path, tr_err *err)
+{
+    return pack(r, path, false, err);
 }

@@ -438,7 +438,8 @@ static tr_status flush(tr_profile *p, tr_err *err)
     if (st == TR_OK) st = tr_prof_file_flush(p->file, err);
     if (st == TR_OK && begun_ns >= p->next_copy_ns) {
         const uint64_t flushed_ns = tr_now_ns();
-        st = tr_profile_snapshot(p->fresh, p->part, err);
+        st = tr_profile_snapshot(p->fresh, p->part, p->o.clear, err);
+        if (st == TR_OK && p->o.copied) p->o.copied(p->o.ctx);
         /* A trace makes a file large: copying takes a hundredth of the time at most. */
         p->next_copy_ns = begun_ns + 100 * (tr_now_ns() - flushed_ns);
     }
@@ -489,6 +490,7 @@ static void *work(void *arg)
         pthread_mutex_lock(&p->lock);
         p->costs.cpu_ns = cpu_ns();
     }
+    p->costs.cpu_ns = cpu_ns();
     pthread_mutex_unlock(&p->lock);
     return NULL;
 }

@@ -48,8 +48,11 @@ typedef struct tr_profile_options {
     const char *matrix[TR_PROFILE_MATRICES]; /* names: kinds of groups */
     bool trace;                              /* single regions too */
     int events_max;                          /* of the trace, all streams together, each second */
-    tr_log *log;                             /* kept; may be NULL */
-    void *ctx;                               /* of the two calls; either may be NULL */
+    bool clear;  /* what lies at PATH.part can be opened as it is, without h5clear */
+    tr_log *log; /* kept; may be NULL */
+    void *ctx;   /* of these calls; any may be NULL */
+    void (*copied)(
+        void *ctx); /* PATH.part is new; by whoever flushes, and HDF5 is its own meanwhile */
     void (*sample)(void *ctx, tr_prof_kv *kv, tr_prof_memory *memory); /* by the profile's thread */
     void (*tables)(void *ctx, tr_profile_tables *out);   /* by the main thread, between steps */
     void (*rank_tokens)(void *ctx, uint64_t *per_layer); /* [n_layers], by the main thread */

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "base/size.h"
+#include "profile/rank_list.h"
 #include "profile/read_priv.h"
 
 enum { FILES_MAX = 65536, TEXTS_MAX = 4096, NOTES_MAX = 64 };
@@ -179,28 +180,40 @@ typedef struct source_walk {
     const tr_reader_file *f;
     unsigned char *here; /* [n_rows] */
     char name[256];      /* of the first that is missing */
+    char last[256];      /* looked at: rows of one file follow each other */
+    bool last_is_here;
     size_t n, n_missing;
 } source_walk;
 
 /* Can HDF5 find and open it? As it looks for it: beside the file. "." is the file itself. */
-static bool see_rank_source(void *ctx, const char *source, uint64_t first, uint64_t n)
+static bool is_here(const tr_reader_file *f, const char *source)
 {
-    source_walk *w = ctx;
     char path[4096];
     tr_err ignored;
     hid_t h5 = -1;
-    const char *slash = strrchr(w->f->name, '/');
+    const char *slash = strrchr(f->name, '/');
 
-    w->n++;
+    if (!strcmp(source, ".")) return true;
     if (*source == '/' || !slash)
         snprintf(path, sizeof path, "%s", source);
     else
-        snprintf(path, sizeof path, "%.*s/%s", (int)(slash - w->f->name), w->f->name, source);
-    if (strcmp(source, ".") != 0 && tr_h5_open(&h5, path, &ignored) != TR_OK) {
-        if (w->n_missing++ == 0) snprintf(w->name, sizeof w->name, "%s", source);
-        return true;
+        snprintf(path, sizeof path, "%.*s/%s", (int)(slash - f->name), f->name, source);
+    if (tr_h5_open(&h5, path, &ignored) != TR_OK) return false;
+    H5Fclose(h5);
+    return true;
+}
+
+static bool see_rank_source(void *ctx, const char *source, uint64_t first, uint64_t n)
+{
+    source_walk *w = ctx;
+
+    if (w->n++ == 0 || strcmp(source, w->last) != 0) {
+        snprintf(w->last, sizeof w->last, "%s", source);
+        w->last_is_here = is_here(w->f, source);
+        if (!w->last_is_here && w->n_missing++ == 0)
+            snprintf(w->name, sizeof w->name, "%s", source);
     }
-    if (h5 >= 0) H5Fclose(h5);
+    if (!w->last_is_here) return true;
     for (uint64_t i = first; i - first < n && i < (uint64_t)w->f->n_rows; i++)
         w->here[i] = 1;
     return true;
@@ -229,18 +242,15 @@ static tr_status take_rows(tr_reader *r, tr_reader_file *f, const tr_h5_data *ro
     f->rank = tr_calloc(rows->n, sizeof *f->rank);
     if (!f->rank) return tr_fail(err, TR_E_MEMORY, "%s: out of memory", f->name);
     for (int i = 0; i < f->n_rows; i++) {
-        /* A row that nobody wrote: -1, or zeros in another row than the first. */
-        f->rank[i] = k[i].rank >= 0 &&
-                             (f->n_rows == 1 || k[i].rank == i || r->about.form == TR_READER_FOLDER)
-                         ? k[i].rank
-                         : -1;
+        /* A row that nobody wrote: -1, or zeros in another row than the first. A node's file has its ranks, in order. */
+        f->rank[i] = k[i].rank >= 0 && (i == 0 || k[i].rank > 0) ? k[i].rank : -1;
         if (f->rank[i] >= TR_READER_RANKS_MAX)
             return tr_fail(err, TR_E_INPUT, "%s: rank %d is more than this program reads", f->name,
                            f->rank[i]);
         if (f->rank[i] >= r->about.n_ranks) r->about.n_ranks = f->rank[i] + 1;
     }
     if (r->about.form == TR_READER_FILE) {
-        if (f->n_rows == 1 && f->rank[0] > 0) r->about.form = TR_READER_RANK;
+        if (f->rank[0] > 0) r->about.form = TR_READER_RANK;
         if (f->n_rows > r->about.n_ranks) r->about.n_ranks = f->n_rows;
         return find_missing(r, f, err);
     }
@@ -315,26 +325,13 @@ done:
     return st;
 }
 
-/* "ranks 2, 5-9 (and more) of 16 are missing" */
+/* "ranks 2, 5-9 of 16 are missing" */
 static void say_missing(tr_reader *r)
 {
-    char list[160] = "";
-    size_t n = 0;
+    char list[TR_RANK_LIST];
     const int absent = r->about.n_ranks - r->about.n_present;
     if (absent <= 0 || r->about.form == TR_READER_RANK) return;
-    for (int i = 0; i < r->about.n_ranks; i++) {
-        if (r->file_of[i] >= 0) continue;
-        int last = i;
-        while (last + 1 < r->about.n_ranks && r->file_of[last + 1] < 0)
-            last++;
-        if (n > sizeof list - 40) {
-            snprintf(list + n, sizeof list - n, ", ...");
-            break;
-        }
-        n += (size_t)snprintf(list + n, sizeof list - n, last > i ? "%s%d-%d" : "%s%d",
-                              n ? ", " : "", i, last);
-        i = last;
-    }
+    tr_rank_list(list, sizeof list, r->file_of, r->about.n_ranks);
     tr_reader_say(r, "%s %s of %d %s missing: their time and bytes are in no sum below",
                   absent > 1 ? "ranks" : "rank", list, r->about.n_ranks, absent > 1 ? "are" : "is");
 }
@@ -352,6 +349,18 @@ static void say_lost(tr_reader *r)
             tr_reader_say(r, "%lld %s came faster than they could be recorded, and are missing", n,
                           what[i][1]);
     }
+}
+
+/* A joined file says it of all ranks that it found, and is itself what was found. */
+static bool has_ended(const tr_reader *r)
+{
+    bool ended = true;
+    for (int i = 0; i < r->n_files && ended; i++) {
+        char *says = tr_h5_attribute(r->file[i].h5, "/", "complete");
+        ended = says && !strcmp(says, "1");
+        free(says);
+    }
+    return ended;
 }
 
 /* ---- groups -------------------------------------------------------------------------------------------------------- */
@@ -561,8 +570,10 @@ static tr_status load(tr_reader *r, tr_err *err)
     if (st == TR_OK) st = load_ranks(r, err);
     if (st == TR_OK) st = tr_reader_load_regions(r, err);
     if (st != TR_OK) return st;
-    const char *complete = tr_reader_attribute(r, "/", "complete");
-    r->about.complete = complete && !strcmp(complete, "1");
+    r->about.ended = has_ended(r);
+    /* a rank's or a node's own file speaks for itself */
+    r->about.complete = r->about.ended &&
+                        (r->about.form == TR_READER_RANK || r->about.n_present == r->about.n_ranks);
     if (r->about.n_present == 0)
         return tr_fail(err, TR_E_INPUT, "%s: no rank has anything in it", r->path);
     say_missing(r);

@@ -19,9 +19,9 @@
 typedef struct tr_reader tr_reader;
 
 typedef enum tr_reader_form {
-    TR_READER_FILE,   /* joined or packed */
-    TR_READER_RANK,   /* a rank's own file */
-    TR_READER_FOLDER, /* rank files */
+    TR_READER_FILE, /* joined or packed */
+    TR_READER_RANK, /* a rank's own file, or a node's with its ranks, but the one that rank 0 is in */
+    TR_READER_FOLDER, /* rank or node files */
 } tr_reader_form;
 
 typedef struct tr_reader_about {
@@ -31,7 +31,8 @@ typedef struct tr_reader_about {
     int n_present; /* with rows */
     int n_regions;
     int n_groups;
-    bool complete; /* the run ended and said so */
+    bool ended;    /* every file that is there says that the run came to its end */
+    bool complete; /* the run ended and said so, on every rank, and none of them is missing */
 } tr_reader_about;
 
 /* A region, the same for all ranks: trees of single files are merged by name, parent and layer. */

@@ -54,7 +54,9 @@ static void show_run(FILE *out, const tr_reader *r, const tr_summary *s)
 
     fprintf(out, "%s: run %s%s%s, %s, %s\n", a->path, id ? id : "?", job ? ", job " : "",
             job ? job : "", made ? made : "date not recorded",
-            a->complete ? "complete" : "not complete: what was written before it ended");
+            a->complete                 ? "complete"
+            : a->n_present < a->n_ranks ? "not complete: ranks are missing"
+                                        : "not complete: what was written before it ended");
     fprintf(out, "model %s; %d rank%s on %d node%s; %s, %s steps", model ? model : "?", a->n_ranks,
             a->n_ranks == 1 ? "" : "s", s->n_nodes, s->n_nodes == 1 ? "" : "s",
             tr_figure_time(s->run_s).s, tr_figure_count((double)s->steps).s);

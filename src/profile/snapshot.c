@@ -9,6 +9,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "profile/file.h"
+
 enum { PIECE = 1 << 18 };
 
 /* All of one descriptor to another; the name that failed, or NULL. */
@@ -29,7 +31,7 @@ static const char *copy(int in, const char *from, int out, const char *to, char 
     return NULL;
 }
 
-tr_status tr_profile_snapshot(const char *from, const char *to, tr_err *err)
+tr_status tr_profile_snapshot(const char *from, const char *to, bool clear, tr_err *err)
 {
     tr_status st = TR_OK;
     int in = -1, out = -1;
@@ -48,6 +50,10 @@ tr_status tr_profile_snapshot(const char *from, const char *to, tr_err *err)
     if (!failed) failed = copy(in, from, out, tmp, piece);
     if (!failed && close(out) != 0) failed = tmp;
     if (!failed) out = -1;
+    if (!failed && clear && (st = tr_prof_file_clear(tmp, err)) != TR_OK) {
+        remove(tmp);
+        goto done;
+    }
     if (!failed && rename(tmp, to) != 0) failed = to;
     if (failed) {
         st = tr_fail(err, TR_E_IO, "%s: %s", failed, strerror(errno));
