@@ -15,12 +15,18 @@ model=$TR_SRCDIR/models/tiny
 "$TRIREME" bench load -m "$model" >"$dir/load" || exit 1
 "$TRIREME" bench kernels -m "$model" >"$dir/kernels" || exit 1
 "$TRIREME" bench kernels -m "$model" --only topk,norm >"$dir/only" || exit 1
+"$TRIREME" bench step -m "$model" --context 70 --sequences 2 --prefill 130 --steps 3 --profile "$dir/step.h5" >/dev/null || exit 1
+"$TRIREME" bench profile -m "$model" --context 70 --sequences 2 --pairs 3 --steps 6 --profile "$dir/pairs.h5" >"$dir/profile" || exit 1
+"$TRIREME" profile show "$dir/step.h5" >"$dir/show" || exit 1
+grep -q ', complete$' "$dir/show" || { cat "$dir/show"; exit 1; }
+"$TRIREME" bench load -m "$model" --profile x.h5 >/dev/null 2>&1 && { echo "bench load accepted --profile"; exit 1; }
+"$TRIREME" bench step -m "$model" --profile "$dir/none/x.h5" >/dev/null 2>&1 && { echo "a folder that is not there was accepted"; exit 1; }
 "$TRIREME" bench kernels -m "$model" --only topk,nothing >/dev/null 2>&1 && { echo "an unknown operation was accepted"; exit 1; }
 "$TRIREME" bench step -m "$model" --only norm >/dev/null 2>&1 && { echo "bench step accepted --only"; exit 1; }
 "$TRIREME" bench step >/dev/null 2>&1 && { echo "bench without a model was accepted"; exit 1; }
 "$TRIREME" bench nothing -m "$model" >/dev/null 2>&1 && { echo "an unknown bench was accepted"; exit 1; }
 
-"$python" - "$dir/step" "$dir/load" "$dir/kernels" "$dir/only" "$TR_SRCDIR/kernels/kernels.h" "$dir/at" <<'PY'
+"$python" - "$dir/step" "$dir/load" "$dir/kernels" "$dir/only" "$TR_SRCDIR/kernels/kernels.h" "$dir/at" "$dir/profile" <<'PY'
 import json, re, sys
 
 def lines(path):
@@ -69,5 +75,10 @@ for l in kernels:
     assert l.get("error", 0) < 1e-5, l
 checked = {l["op"] for l in kernels if "error" in l}
 assert checked >= {"linear", "moe", "norm", "swiglu", "sparse_mla", "dense_mha", "index_logits", "topk", "mla_query", "mla_value"}
+# Profile: one line of pairs; the overhead is what its medians say, and no verdict.
+[l] = [l for l in lines(sys.argv[7]) if l["bench"] == "profile"]
+assert l["pairs"] == 3 and l["steps"] == 6 and l["off_median_s"] > 0 and l["on_median_s"] > 0, l
+assert l["overhead_min"] <= l["overhead"] <= l["overhead_max"] and l["flushes"] >= 6 and l["bytes"] > 0, l
+assert 0 <= l["thread_cpu_s"] < l["on_s"], l
 assert {l["op"] for l in lines(sys.argv[4]) if l["bench"] == "kernel"} == {"topk", "norm"}
 PY

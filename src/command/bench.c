@@ -16,13 +16,15 @@ static const char help_text[] =
     "Usage: trireme bench kernels [-m MODEL] [options]\n"
     "       trireme bench step -m MODEL [options]\n"
     "       trireme bench load -m MODEL [options]\n"
+    "       trireme bench profile -m MODEL [options]\n"
     "\n"
     "kernels: every operation alone, at the sizes of MODEL (default: the 671B model's),\n"
     "caches cold, beside the ceilings of this machine, a library's sgemm and an fp64\n"
     "computation. step: whole steps, decode of some sequences at a context and prefill\n"
     "of a prompt; a decoded context longer than 512 tokens repeats its first 512.\n"
     "load: a checkpoint into packed weights, after a plain parallel read of the same\n"
-    "bytes. Each prints a table and JSON lines.\n"
+    "bytes. profile: the same decode steps without and with a profile, in pairs of\n"
+    "blocks, and what the profile's own thread takes. Each prints a table and JSON lines.\n"
     "\n"
     "  -m, --model DIR           folder with config.json and, but for kernels, safetensors\n"
     "      --only OP[,OP...]     of kernels: these operations alone\n"
@@ -32,6 +34,8 @@ static const char help_text[] =
     "      --prefill-at N[,N...] tokens before the prompt's (default 0)\n"
     "      --chunk N             rows of a prefill step (default 512)\n"
     "      --steps N             timed steps of each line (default 64)\n"
+    "      --pairs N             of profile: pairs of blocks of --steps steps (default 10)\n"
+    "      --profile FILE        of step: record all steps; of profile: where to write\n"
     "      --threads N           threads (default: as many as cores are given)\n"
     "      --isa NAME            plain, avx2 or avx512 (default: the best here)\n"
     "      --device NAME         auto, cpu or cuda (default auto)\n"
@@ -91,7 +95,9 @@ enum {
     O_CHUNK,
     O_DEVICE,
     O_PREFILL_AT,
-    O_SYNC_CHECK
+    O_SYNC_CHECK,
+    O_PAIRS,
+    O_PROFILE
 };
 
 static tr_status one_option(int c, const char *arg, tr_bench_options *o, const char **overrides,
@@ -143,6 +149,11 @@ static tr_status one_option(int c, const char *arg, tr_bench_options *o, const c
             return tr_fail(err, TR_E_USAGE, "--device %s: auto, cpu or cuda is wanted", arg);
         o->open.device = arg;
         return TR_OK;
+    case O_PAIRS:
+        return one_int("pairs", arg, 1, 10000, &o->pairs, err);
+    case O_PROFILE:
+        o->profile = arg;
+        return TR_OK;
     case O_SYNC_CHECK:
         o->sync_check = true;
         return TR_OK;
@@ -176,6 +187,8 @@ static tr_status parse(int argc, char **argv, tr_bench_options *o, const char **
         {"regions", no_argument, NULL, O_REGIONS},
         {"device", required_argument, NULL, O_DEVICE},
         {"sync-check", no_argument, NULL, O_SYNC_CHECK},
+        {"pairs", required_argument, NULL, O_PAIRS},
+        {"profile", required_argument, NULL, O_PROFILE},
         {"help", no_argument, NULL, 'h'},
         {NULL, 0, NULL, 0},
     };
@@ -188,6 +201,7 @@ static tr_status parse(int argc, char **argv, tr_bench_options *o, const char **
                             .n_prefill = 1,
                             .n_before = 1,
                             .steps = 64,
+                            .pairs = 10,
                             .chunk = 512,
                             .kv_dtype = TR_E4M3,
                             .open = {.overrides = overrides}};
@@ -209,9 +223,14 @@ static tr_status parse(int argc, char **argv, tr_bench_options *o, const char **
         o->what = TR_BENCH_STEP;
     else if (strcmp(what, "load") == 0)
         o->what = TR_BENCH_LOAD;
+    else if (strcmp(what, "profile") == 0)
+        o->what = TR_BENCH_PROFILE;
     else
         return tr_fail(err, TR_E_USAGE,
-                       "bench: say what: kernels, step or load; see trireme bench --help");
+                       "bench: say what: kernels, step, load or profile; see trireme bench --help");
+    if (o->profile && o->what != TR_BENCH_STEP && o->what != TR_BENCH_PROFILE)
+        return tr_fail(err, TR_E_USAGE, "--profile: an option of bench step and bench profile");
+    if (o->profile && !*o->profile) return tr_fail(err, TR_E_USAGE, "--profile: a file is wanted");
     if (o->only && o->what != TR_BENCH_KERNELS)
         return tr_fail(err, TR_E_USAGE, "--only: an option of bench kernels");
     if (!o->open.model_dir && o->what != TR_BENCH_KERNELS)
@@ -232,9 +251,10 @@ tr_status tr_command_bench(int argc, char **argv, tr_err *err)
     if (st == TR_OK && help)
         fputs(help_text, stdout);
     else if (st == TR_OK)
-        st = options.what == TR_BENCH_KERNELS ? tr_bench_kernels(&options, err)
-             : options.what == TR_BENCH_LOAD  ? tr_bench_load(&options, err)
-                                              : tr_bench_step(&options, err);
+        st = options.what == TR_BENCH_KERNELS   ? tr_bench_kernels(&options, err)
+             : options.what == TR_BENCH_LOAD    ? tr_bench_load(&options, err)
+             : options.what == TR_BENCH_PROFILE ? tr_bench_profile(&options, err)
+                                                : tr_bench_step(&options, err);
     free(overrides);
     return st;
 }

@@ -4,7 +4,7 @@
 
 #include "command/open.h"
 
-enum { TR_BENCH_LIST = 16 };
+enum { TR_BENCH_LIST = 16, TR_BENCH_FLUSH_S = 30 };
 
 typedef struct tr_bench_options {
     tr_open_options open;
@@ -12,11 +12,12 @@ typedef struct tr_bench_options {
     int sequences[TR_BENCH_LIST], n_sequences;
     int prefill[TR_BENCH_LIST], n_prefill;
     int before[TR_BENCH_LIST], n_before; /* tokens before a prefill's */
-    int steps, chunk;
-    const char *only; /* bench kernels: operations, with commas; NULL: all */
+    int steps, chunk, pairs;             /* pairs: of blocks of steps, bench profile */
+    const char *only;                    /* bench kernels: operations, with commas; NULL: all */
     tr_dtype kv_dtype;
+    const char *profile; /* file; NULL: none */
     bool regions, sync_check;
-    enum { TR_BENCH_STEP, TR_BENCH_LOAD, TR_BENCH_KERNELS } what;
+    enum { TR_BENCH_STEP, TR_BENCH_LOAD, TR_BENCH_KERNELS, TR_BENCH_PROFILE } what;
 } tr_bench_options;
 
 /* Single operations: bench_kernels.c. Whole steps: bench_step.c. Loading: bench_load.c. Tables and JSON lines on stdout. */
@@ -25,5 +26,7 @@ tr_status tr_bench_step(const tr_bench_options *options, tr_err *err);
 /* The ceilings, as a line and as JSON. library: what it is, or why there is none (flops 0). bench_kernels.c */
 void tr_bench_print_ceilings(const tr_ceilings *c, double sgemm_flops_per_s, const char *library);
 tr_status tr_bench_load(const tr_bench_options *options, tr_err *err);
+/* What recording a profile costs: bench_profile.c */
+tr_status tr_bench_profile(const tr_bench_options *options, tr_err *err);
 
 #endif

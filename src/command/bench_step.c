@@ -12,6 +12,7 @@
 #include "base/region.h"
 #include "base/size.h"
 #include "command/bench_blas.h"
+#include "command/bench_steps.h"
 #include "kernels/work.h"
 
 enum {
@@ -19,7 +20,7 @@ enum {
     FILL_ROWS = 8 * TR_PAGE_TOKENS, /* of a decoded context are computed, the rest is copies */
 };
 
-typedef struct bench {
+struct tr_bench_steps {
     const tr_bench_options *options;
     tr_opened opened;
     tr_step step;
@@ -32,7 +33,11 @@ typedef struct bench {
     tr_probe probe;  /* the model keeps its address */
     tr_ceilings ceilings;
     double sgemm_flops_per_s; /* 0: no library */
-} bench;
+    int room;                 /* decode steps that have room behind the longest context */
+    tr_bench_record *record;  /* of all steps; NULL: none */
+    tr_papi *papi;
+};
+typedef struct tr_bench_steps bench;
 
 /* ---- how evenly experts are used ---------------------------------------------------------------------- */
 
@@ -115,6 +120,7 @@ static tr_status run(bench *b, int max_context, double *seconds, tr_err *err)
     while (st == TR_OK && !tr_step_done(b->opened.model, &b->step))
         continue;
     if (st == TR_OK) st = tr_step_failure(b->opened.model, &b->step, err);
+    if (st == TR_OK) tr_bench_record_step(b->record, plan, begun, tr_now_ns());
     *seconds = (double)(tr_now_ns() - begun) * 1e-9;
     return st;
 }
@@ -329,7 +335,7 @@ static tr_status copy_pages(bench *b, int sequences, int slot_pages, int n, int 
  * memory with the same numbers, which costs a step what different numbers would. Last tokens are computed, and differ. */
 static tr_status fill(bench *b, int sequences, int context, tr_err *err)
 {
-    const int tokens = context + b->options->steps + 4, at = context - 1, sample = -1;
+    const int tokens = context + b->room, at = context - 1, sample = -1;
     const int n = context < FILL_ROWS ? context : FILL_ROWS;
     double unused;
     tr_status st = open_slots(b, sequences, tokens, err);
@@ -413,7 +419,7 @@ static tr_status prepare(bench *b, tr_err *err)
     const tr_bench_options *o = b->options;
     const int sequences = largest(o->sequences, o->n_sequences),
               prompt = largest(o->prefill, o->n_prefill) + largest(o->before, o->n_before);
-    int length = largest(o->context, o->n_contexts) + o->steps + 4;
+    int length = largest(o->context, o->n_contexts) + b->room;
     if (length < prompt) length = prompt;
 
     tr_status st = tr_open_checkpoint(&b->opened, &o->open, err);
@@ -467,34 +473,110 @@ static tr_status print_ceilings(bench *b, tr_err *err)
     return TR_OK;
 }
 
+const char *tr_bench_kv_name(const tr_bench_options *o)
+{
+    return o->kv_dtype == TR_E4M3 ? "fp8" : o->kv_dtype == TR_BF16 ? "bf16" : "f32";
+}
+
+/* ---- for others -------------------------------------------------------------------------------------------- */
+
+static void close_bench(bench *b)
+{
+    tr_plan_builder_free(b->builder);
+    if (b->opened.model) tr_step_free(&b->step, b->opened.model);
+    tr_opened_close(&b->opened);
+    free(b->seconds);
+    free(b->tokens);
+    free(b->load);
+    free(b->routes);
+}
+
+tr_status tr_bench_steps_open(tr_bench_steps **out, const tr_bench_options *options, int n_steps,
+                              tr_err *err)
+{
+    *out = calloc(1, sizeof **out);
+    if (!*out) return tr_fail(err, TR_E_MEMORY, "out of memory");
+    (*out)->options = options;
+    (*out)->room = n_steps;
+    tr_status st = prepare(*out, err);
+    if (st == TR_OK) return st;
+    tr_bench_steps_close(*out);
+    *out = NULL;
+    return st;
+}
+
+void tr_bench_steps_close(tr_bench_steps *b)
+{
+    if (!b) return;
+    close_bench(b);
+    free(b);
+}
+
+tr_opened *tr_bench_steps_opened(tr_bench_steps *b)
+{
+    return &b->opened;
+}
+
+tr_status tr_bench_steps_fill(tr_bench_steps *b, int sequences, int context, tr_err *err)
+{
+    return fill(b, sequences, context, err);
+}
+
+tr_status tr_bench_steps_decode(tr_bench_steps *b, int sequences, int context, double *seconds,
+                                tr_err *err)
+{
+    return decode(b, sequences, context, seconds, err);
+}
+
+void tr_bench_steps_record(tr_bench_steps *b, tr_bench_record *record)
+{
+    b->record = record;
+}
+
+/* ---- the bench ---------------------------------------------------------------------------------------------- */
+
+static void print_head(const bench *b)
+{
+    printf("# trireme %s, %s, %s, weights %.1f MB, cache %.1f MB\n", PACKAGE_VERSION,
+           b->options->open.model_dir, tr_device_describe(b->opened.device),
+           (double)b->opened.weights->bytes * 1e-6,
+           (double)tr_model_cache_bytes(b->opened.model) * 1e-6);
+    printf("# %-8s %9s %9s %12s %12s %12s %12s %8s %8s %8s %6s %9s %6s %9s %6s\n", "step",
+           "sequences", "context", "median ms", "min ms", "max ms", "tokens/s", "experts",
+           "max/mean", "GB/s", "read", "Gflop/s", b->sgemm_flops_per_s > 0 ? "sgemm" : "FMA",
+           "roof, ms", "x roof");
+}
+
+static tr_status begin_record(bench *b, tr_err *err)
+{
+    const tr_bench_options *o = b->options;
+    const tr_bench_record_options record = {.file = o->profile,
+                                            .model = o->open.model_dir,
+                                            .device = o->open.device,
+                                            .kv_dtype = tr_bench_kv_name(o),
+                                            .papi = b->papi,
+                                            .flush_s = TR_BENCH_FLUSH_S};
+    return o->profile ? tr_bench_record_begin(&b->record, &record, &b->opened, err) : TR_OK;
+}
+
 tr_status tr_bench_step(const tr_bench_options *o, tr_err *err)
 {
-    bench b = {.options = o};
+    bench b = {.options = o, .room = o->steps + 4};
+    tr_err later;
+    if (o->profile) b.papi = tr_papi_open(NULL);
     tr_status st = prepare(&b, err);
     if (st == TR_OK) st = print_ceilings(&b, err);
-    if (st == TR_OK) {
-        printf("# trireme %s, %s, %s, weights %.1f MB, cache %.1f MB\n", PACKAGE_VERSION,
-               o->open.model_dir, tr_device_describe(b.opened.device),
-               (double)b.opened.weights->bytes * 1e-6,
-               (double)tr_model_cache_bytes(b.opened.model) * 1e-6);
-        printf("# %-8s %9s %9s %12s %12s %12s %12s %8s %8s %8s %6s %9s %6s %9s %6s\n", "step",
-               "sequences", "context", "median ms", "min ms", "max ms", "tokens/s", "experts",
-               "max/mean", "GB/s", "read", "Gflop/s", b.sgemm_flops_per_s > 0 ? "sgemm" : "FMA",
-               "roof, ms", "x roof");
-    }
+    if (st == TR_OK) print_head(&b);
+    if (st == TR_OK) st = begin_record(&b, err);
     for (int i = 0; i < o->n_contexts && st == TR_OK; i++)
         for (int j = 0; j < o->n_sequences && st == TR_OK; j++)
             st = bench_decode(&b, o->sequences[j], o->context[i], err);
     for (int i = 0; i < o->n_prefill && st == TR_OK; i++)
         for (int j = 0; j < o->n_before && o->prefill[i] > 0 && st == TR_OK; j++)
             st = bench_prefill(&b, o->prefill[i], o->before[j], err);
-
-    tr_plan_builder_free(b.builder);
-    if (b.opened.model) tr_step_free(&b.step, b.opened.model);
-    tr_opened_close(&b.opened);
-    free(b.seconds);
-    free(b.tokens);
-    free(b.load);
-    free(b.routes);
+    const tr_status recorded = tr_bench_record_end(b.record, NULL, st == TR_OK ? err : &later);
+    if (st == TR_OK) st = recorded;
+    close_bench(&b);
+    tr_papi_close(b.papi);
     return st;
 }
