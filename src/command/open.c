@@ -3,11 +3,13 @@
 #include "command/open.h"
 
 #include <sched.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "base/hash.h"
 #include "base/size.h"
+#include "model/patience.h"
 #include "mpi/comm_mpi.h"
 #include "mpi/grid.h"
 
@@ -133,8 +135,18 @@ tr_status tr_open_weights(tr_opened *o, const tr_open_options *options, tr_log *
     if (st == TR_OK) st = tr_device_open(&o->device, &o->ops, &device, err);
     if (st == TR_OK && !options->no_bind) st = bind_threads(o, options, i_share, n_share, log, err);
     if (st != TR_OK) return st;
-    st = tr_weights_load(&o->weights, &o->config, &o->slice, o->checkpoint, options->load_format,
-                         options->seed, o->device, o->ops, log, &o->regions, err);
+    const tr_patience_options patient = {.checkpoint = o->checkpoint,
+                                         .out = stderr,
+                                         .rank = options->world ? options->world->rank : 0,
+                                         .host =
+                                             options->world ? options->world->host : "this host"};
+    tr_patience *patience = NULL;
+    if (o->checkpoint) st = tr_patience_start(&patience, &patient, err);
+    if (st == TR_OK)
+        st =
+            tr_weights_load(&o->weights, &o->config, &o->slice, o->checkpoint, options->load_format,
+                            options->seed, o->device, o->ops, log, &o->regions, err);
+    tr_patience_stop(patience);
     return st == TR_OK ? TR_OK : tr_within(err, "cannot load model");
 }
 

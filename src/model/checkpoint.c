@@ -34,7 +34,8 @@ struct tr_checkpoint {
     char identity[33];
     atomic_uint_fast64_t *bytes_read; /* behind a pointer: reading leaves the checkpoint const */
     struct shard_use {
-        atomic_uint_fast64_t bytes, ns;
+        atomic_uint_fast64_t bytes, ns, moved_ns; /* moved: when a read began or ended last */
+        atomic_int n_reading;
     } * use; /* [n_shards] */
 };
 
@@ -260,6 +261,21 @@ const char *tr_checkpoint_path(const tr_checkpoint *c, const tr_tensor *t)
     return tr_shard_path(c->shard[t->shard]);
 }
 
+static uint64_t begin_read(const tr_checkpoint *c, const tr_tensor *t)
+{
+    const uint64_t now_ns = tr_now_ns();
+
+    atomic_store_explicit(&c->use[t->shard].moved_ns, now_ns, memory_order_relaxed);
+    atomic_fetch_add(&c->use[t->shard].n_reading, 1);
+    return now_ns;
+}
+
+static void end_read(const tr_checkpoint *c, const tr_tensor *t)
+{
+    atomic_store_explicit(&c->use[t->shard].moved_ns, tr_now_ns(), memory_order_relaxed);
+    atomic_fetch_sub(&c->use[t->shard].n_reading, 1);
+}
+
 static void note_read(const tr_checkpoint *c, const tr_tensor *t, uint64_t bytes, uint64_t begun_ns)
 {
     struct shard_use *use = &c->use[t->shard];
@@ -272,8 +288,9 @@ static void note_read(const tr_checkpoint *c, const tr_tensor *t, uint64_t bytes
 tr_status tr_checkpoint_read(const tr_checkpoint *c, const tr_tensor *t, uint64_t begin, size_t n,
                              void *dst, tr_err *err)
 {
-    const uint64_t begun_ns = tr_now_ns();
+    const uint64_t begun_ns = begin_read(c, t);
     tr_status st = tr_shard_read(c->shard[t->shard], t, begin, n, n, 1, dst, err);
+    end_read(c, t);
     if (st == TR_OK) note_read(c, t, n, begun_ns);
     return st;
 }
@@ -293,9 +310,10 @@ tr_status tr_checkpoint_read_block(const tr_checkpoint *c, const tr_tensor *t, i
     uint64_t element = t->bytes / (uint64_t)t->shape[0] / (uint64_t)t->shape[1];
     uint64_t stride = (uint64_t)t->shape[1] * element, piece = (uint64_t)n_cols * element;
     uint64_t begin = (uint64_t)row0 * stride + (uint64_t)col0 * element;
-    const uint64_t begun_ns = tr_now_ns();
+    const uint64_t begun_ns = begin_read(c, t);
     tr_status st =
         tr_shard_read(c->shard[t->shard], t, begin, (size_t)piece, stride, n_rows, dst, err);
+    end_read(c, t);
     if (st == TR_OK) note_read(c, t, piece * (uint64_t)n_rows, begun_ns);
     return st;
 }
@@ -320,4 +338,22 @@ const char *tr_checkpoint_shard_use(const tr_checkpoint *c, size_t i, uint64_t *
     *bytes = atomic_load_explicit(&c->use[i].bytes, memory_order_relaxed);
     *ns = atomic_load_explicit(&c->use[i].ns, memory_order_relaxed);
     return c->file[i];
+}
+
+const char *tr_checkpoint_waits(const tr_checkpoint *c, uint64_t *ns)
+{
+    const uint64_t now_ns = tr_now_ns();
+    const char *path = NULL;
+
+    *ns = 0;
+    for (size_t i = 0; i < c->n_shards; i++) {
+        const struct shard_use *use = &c->use[i];
+        if (!atomic_load(&use->n_reading)) continue;
+        const uint64_t moved_ns = atomic_load_explicit(&use->moved_ns, memory_order_relaxed);
+        const uint64_t quiet_ns = now_ns > moved_ns ? now_ns - moved_ns : 0;
+        if (path && quiet_ns <= *ns) continue;
+        path = tr_shard_path(c->shard[i]);
+        *ns = quiet_ns;
+    }
+    return path;
 }

@@ -57,5 +57,8 @@ uint64_t tr_checkpoint_bytes_read(const tr_checkpoint *c);
 size_t tr_checkpoint_shards(const tr_checkpoint *c);
 const char *tr_checkpoint_shard_use(const tr_checkpoint *c, size_t i, uint64_t *bytes,
                                     uint64_t *ns);
+/* Path of the shard that has kept its readers waiting longest: some read of it is under way, and none has begun or ended for
+ * *ns. NULL: nobody reads. Any thread. */
+const char *tr_checkpoint_waits(const tr_checkpoint *c, uint64_t *ns);
 
 #endif
