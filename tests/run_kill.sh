@@ -9,15 +9,17 @@
 #   SERIES   so many independent series at a time (default 1), with seeds SEED, SEED + 1, ..., one thread each; together they
 #            kill N_KILLS times
 #   GRID     options of two ranks, such as "--tp 2": the launcher starts them, and a random rank is killed (default: alone)
+# (A series is told by a seventh argument where the requests and an uninterrupted run's records are.)
 set -u
 
 if [ $# -lt 3 ]; then
     echo "usage: $0 TRIREME MODEL N_KILLS [SEED [SERIES [GRID]]]" >&2
     exit 2
 fi
-trireme=$1 model=$2 wanted=$3 seed=${4:-1} series=${5:-1} grid=${6:-}
+trireme=$1 model=$2 wanted=$3 seed=${4:-1} series=${5:-1} grid=${6:-} given=${7:-}
 RANDOM=$seed
 python=${PYTHON:-python3} mpiexec=${MPIEXEC-mpirun}
+comm=$(basename "$trireme") comm=${comm:0:15} # as the system calls it
 export OMP_WAIT_POLICY=passive
 if [ -z "$grid" ]; then
     # One rank talks to nobody: no daemon that outlives a killed job, no networks to look for, a start of 20 ms instead of 300.
@@ -35,30 +37,7 @@ dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-kill.XXXXXX") || exit 1
 trap 'rm -rf "$dir"' EXIT
 export TMPDIR=$dir # MPI's scratch folders, which killed jobs leave behind
 
-if [ "$series" -gt 1 ]; then
-    export OMP_NUM_THREADS=1
-    pids=() bad=0
-    for ((i = 0; i < series; i++)); do
-        share=$(((wanted + series - 1 - i) / series))
-        [ "$share" -gt 0 ] || continue
-        "$0" "$trireme" "$model" "$share" $((seed + i)) 1 "$grid" >"$dir/$i.log" 2>&1 &
-        pids+=($!)
-    done
-    for ((i = 0; i < ${#pids[@]}; i++)); do
-        wait "${pids[i]}" || { bad=$((bad + 1)); sed "s/^/series $i: /" "$dir/$i.log"; }
-    done
-    awk -v bad="$bad" -v series="${#pids[@]}" '
-        / records: / { lost += $3; more += $5; altered += $8; checked += $1 }
-        / kills in / { kills += $1; runs += $4; jobs += $6; torn += $9; saved += $14 }
-        END {
-            printf "%d records compared: %d lost, %d too many, %d altered\n", checked, lost, more, altered
-            printf "%d kills in %d runs, %d jobs finished, %d torn ends met, %d runs had saved tokens; %d series, %d failed\n",
-                kills, runs, jobs, torn, saved, series, bad
-        }' "$dir"/*.log
-    exit $((bad > 0))
-fi
-
-"$python" - "$dir/in.jsonl" <<'PY' || exit 1
+[ -n "$given" ] || "$python" - "$dir/in.jsonl" <<'PY' || exit 1
 import json, random, sys
 
 random.seed(5)
@@ -116,7 +95,7 @@ victim() { # the process to kill, into $hit: a rank that is there; nothing: ther
     # One that has ended is nobody's number any more, or somebody else's.
     read -r name 2>/dev/null <"/proc/${hit:-none}/comm"
     case $name in
-    trireme | sh) ;;
+    "$comm" | sh) ;;
     *) hit= ;;
     esac
 }
@@ -157,8 +136,36 @@ sys.exit(bool(lost or more or altered))
 PY
 }
 
-echo "uninterrupted run"
-(job "$dir/whole.jsonl") 2>"$dir/log" || { cat "$dir/log"; exit 1; }
+# One series or many: the same requests.
+if [ -n "$given" ]; then
+    cp "$given/in.jsonl" "$given/whole.jsonl" "$dir" || exit 1
+else
+    echo "uninterrupted run"
+    (job "$dir/whole.jsonl") 2>"$dir/log" || { cat "$dir/log"; exit 1; }
+fi
+
+if [ "$series" -gt 1 ]; then
+    export OMP_NUM_THREADS=1
+    pids=() bad=0
+    for ((i = 0; i < series; i++)); do
+        share=$(((wanted + series - 1 - i) / series))
+        [ "$share" -gt 0 ] || continue
+        "$0" "$trireme" "$model" "$share" $((seed + i)) 1 "$grid" "$dir" >"$dir/$i.log" 2>&1 &
+        pids+=($!)
+    done
+    for ((i = 0; i < ${#pids[@]}; i++)); do
+        wait "${pids[i]}" || { bad=$((bad + 1)); sed "s/^/series $i: /" "$dir/$i.log"; }
+    done
+    awk -v bad="$bad" -v series="${#pids[@]}" '
+        / records: / { lost += $3; more += $5; altered += $8; checked += $1 }
+        / kills in / { kills += $1; runs += $4; jobs += $6; torn += $9; saved += $14 }
+        END {
+            printf "%d records compared: %d lost, %d too many, %d altered\n", checked, lost, more, altered
+            printf "%d kills in %d runs, %d jobs finished, %d torn ends met, %d runs had saved tokens; %d series, %d failed\n",
+                kills, runs, jobs, torn, saved, series, bad
+        }' "$dir"/*.log
+    exit $((bad > 0))
+fi
 
 kills=0 runs=0 finished=0 torn=0 saved=0
 rm -f "$dir"/killed.jsonl*
