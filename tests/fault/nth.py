@@ -82,9 +82,9 @@ class Place:
         self.scratch = self.folder + ".tmp"  # MPI's: two starts at a time get in each other's way in one
         os.mkdir(self.scratch)
 
-    def run(self, scenario, fault=None, count=None, program=trireme, stops=False):
+    def run(self, scenario, fault=None, count=None, program=trireme, stops=False, clock=None):
         env = dict(os.environ, TMPDIR=self.scratch)
-        if fault or count or stops:
+        if fault or count or stops or clock:
             env["LD_PRELOAD"] = os.path.join(given.folder, "shim.so")
         if fault:
             env["TRFAULT"] = fault
@@ -92,6 +92,8 @@ class Place:
             env["TRFAULT_COUNT"] = count
         if (fault or count) and scenario.after:
             env["TRFAULT_AFTER"] = scenario.after
+        if clock:
+            env["TRFAULT_CLOCK"] = clock
         if stops:
             env["TRFAULT_STOP"] = "/out"
         command = [program, "batch", "-m", model, "-i", scenario.source, "-o", self.out] + scenario.options
@@ -297,6 +299,16 @@ status, text = place.run(stopping)
 stopping.whole = going_on.whole = place.records()
 if status != 0 or twice_stopped != stopping.whole:
     sys.exit("other records after two stops than after none\n%s" % text)
+# The wall clock is set a day forward and back again and again: nothing may take that for time that has passed.
+for clock in ("86400", "-86400"):
+    place.fresh()
+    status, text = place.run(stopping, clock=clock)
+    if status != 0 or place.records() != stopping.whole or "warning" in text:
+        sys.exit("with a wall clock that jumps by %s s: exit status %s\n%s" % (clock, status, text))
+    with open(place.out) as f:
+        created = [json.loads(line)["response"]["body"]["created"] for line in f]
+    if max(created) - min(created) < 80000:
+        sys.exit("the wall clock did not jump: %s" % created)
 say_counts("a job that is stopped and saves, from OUT.run on,", saving)
 say_counts("one that goes on and is stopped again, from OUT.saved on,", carrying)
 

@@ -6,6 +6,7 @@
  *   TRFAULT=KIND:N[+][:ERRNO]  KIND is malloc, open, read, write, fsync, rename or truncate; the N-th call (from 1) fails with
  *                              that errno (a number; each kind has its own otherwise). N+: that one and all later ones.
  *   TRFAULT_STOP=END            behind the first write to a path that ends so the program gets SIGUSR1, whatever it does then
+ *   TRFAULT_CLOCK=SECONDS         the wall clock is set so far forward, and back again, each time the program looks at it
  *   TRFAULT_COUNT=FILE         the counters of all kinds, 8 bytes each in the order above, kept there while the program runs
  *   TRFAULT_TIME=FILE          at the end: "CALLS SECONDS", spent in writes and syncs of paths that begin with TRFAULT_LOG_PATH
  *   TRFAULT_LOG=FILE           for tests/fault/replay.py: every change of a path that begins with TRFAULT_LOG_PATH, one
@@ -52,6 +53,9 @@ static struct {
         uintptr_t begin, end;
     } range[N_RANGES]; /* where our code lies */
     int n_ranges;
+    int64_t jump_s; /* of the wall clock; 0: it goes on evenly */
+    atomic_uint n_looks;
+    int (*clock_gettime)(clockid_t, struct timespec *);
     pthread_mutex_t lock;
     bool tracks; /* files are logged or timed */
     const char *time_path;
@@ -86,6 +90,9 @@ __attribute__((constructor)) static void start(void)
     shim.after = getenv("TRFAULT_AFTER");
     shim.stop = getenv("TRFAULT_STOP");
     shim.log_path = getenv("TRFAULT_LOG_PATH");
+    const char *jump = getenv("TRFAULT_CLOCK");
+    if (jump) shim.jump_s = atoll(jump);
+    *(void **)&shim.clock_gettime = dlsym(RTLD_NEXT, "clock_gettime");
     shim.count = shim.own;
     for (int k = 0; fault && k < N_KINDS; k++) {
         size_t n = strlen(kind_name[k]);
@@ -361,6 +368,31 @@ static void written(int fd, const void *data, int64_t at, int64_t n)
     if (!path || n <= 0) return;
     if (at < 0) at = fstat(fd, &sb) == 0 ? sb.st_size - n : 0; /* all our writes append */
     note("write", path, "", at, data, (size_t)n);
+}
+
+/* ---- the wall clock -------------------------------------------------------------------------- */
+
+static int64_t jump(const void *caller)
+{
+    if (!shim.ready || !shim.jump_s || !is_ours(caller)) return 0;
+    return atomic_fetch_add(&shim.n_looks, 1) % 2 ? 0 : shim.jump_s;
+}
+
+int clock_gettime(clockid_t clock, struct timespec *t)
+{
+    const int got = shim.clock_gettime ? shim.clock_gettime(clock, t)
+                                       : (int)syscall(SYS_clock_gettime, clock, t);
+    if (got == 0 && clock == CLOCK_REALTIME) t->tv_sec += jump(CALLER);
+    return got;
+}
+
+time_t time(time_t *to)
+{
+    struct timespec t = {0};
+    syscall(SYS_clock_gettime, CLOCK_REALTIME, &t);
+    t.tv_sec += jump(CALLER);
+    if (to) *to = t.tv_sec;
+    return t.tv_sec;
 }
 
 /* ---- files ----------------------------------------------------------------------------------- */
