@@ -2,6 +2,7 @@
  * flags of added tokens, time, and memory that runs out. */
 #include <config.h>
 
+#include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -16,6 +17,7 @@
 #include <pcre2.h>
 
 #include "base/json.h"
+#include "machine.h"
 #include "text/bpe.h"
 #include "text/tokenizer.h"
 #include "text/utf8.h"
@@ -440,7 +442,7 @@ static double seconds(tr_encoder *e, const char *text, size_t n)
 }
 
 /* Four times the text may take six times as long (n log n, caches) and some fixed noise; a
- * quadratic step would take sixteen times and, at a megabyte, minutes. */
+ * quadratic step would take sixteen times. Where another process spoils it, it is measured again: the shortest times count. */
 static void time_is_nearly_linear(void **state)
 {
     static const struct {
@@ -459,13 +461,17 @@ static void time_is_nearly_linear(void **state)
     char *text = malloc(N);
 
     (void)state;
+    const double limit = tr_machine_seconds(TR_TEST_SECONDS);
     assert_true(e && text);
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
-        double quarter = seconds(e, text, kinds[i].fill(text, N / 4));
-        double whole = seconds(e, text, kinds[i].fill(text, N));
+        double quarter = 1e9, whole = 1e9;
+        for (int tries = 0; tries < 10 && (!tries || whole > 6 * quarter + 0.05); tries++) {
+            quarter = fmin(quarter, seconds(e, text, kinds[i].fill(text, N / 4)));
+            whole = fmin(whole, seconds(e, text, kinds[i].fill(text, N)));
+        }
+        if (whole > limit) fail_msg("%s: %.3f s, not %.3f", kinds[i].name, whole, limit);
         if (whole > 6 * quarter + 0.05)
             fail_msg("%s: %.3f s, a quarter of it %.3f s", kinds[i].name, whole, quarter);
-        if (whole > TR_TEST_SECONDS) fail_msg("%s: %.3f s", kinds[i].name, whole);
     }
     free(text);
     tr_encoder_free(e);

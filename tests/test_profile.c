@@ -89,6 +89,8 @@ static int row_named(const tr_prof_region *r, hsize_t n, const char *name, int l
 typedef struct made {
     int rank, work_ms;
     uint64_t n_done; /* steps */
+    uint64_t took_ns
+        [LAYERS]; /* the operation, in prompts: asked for work_ms each, on a busy machine more */
     tr_regions regions;
 } made;
 
@@ -154,9 +156,11 @@ static void run_steps(tr_profile *p, made *m)
         tr_region_begin(r, step);
         for (int l = 0; l < LAYERS; l++) {
             tr_region_begin_layer(r, layer, l);
+            const uint64_t op_ns = tr_now_ns();
             tr_region_begin(r, op);
             if (s % 10 == 1) nap(m->work_ms);
             tr_region_end(r, 100, 50);
+            if (s % 10 == 1) m->took_ns[l] += tr_now_ns() - op_ns;
             tr_region_begin(r, wait);
             if (s == 5) nap(2);
             tr_region_end(r, 0, 0);
@@ -245,9 +249,9 @@ static void sums_and_counts_are_true(void **state)
         assert_true(flops[op] == 50 * STEPS);
         assert_int_equal(exposed[op], 0);
         assert_int_equal(region[op].kind, TR_KIND_KERNEL);
-        /* sleeps: never shorter than asked for, and on a busy machine a good deal longer */
+        /* sleeps: never shorter than asked for, and no longer than they were seen to be from outside */
         const uint64_t asked = (uint64_t)m.work_ms * MS * (STEPS / 10);
-        assert_in_range(prefill_ns[op], asked, asked + 1000ull * MS);
+        assert_in_range(prefill_ns[op], asked, m.took_ns[l]);
         assert_true(exposed[wait] == excl[wait] && exposed[wait] >= 2 * MS);
         assert_int_equal(region[wait].group, 9);
         assert_int_equal(region[region[op].parent].layer, l);
@@ -268,7 +272,7 @@ static void rows_are_true(void **state)
     assert_int_equal(dims[1], STEPS);
     for (int i = 0; i < STEPS; i++) {
         assert_int_equal(step[i].step, i + 1);
-        assert_true(step[i].t0 >= 0 && step[i].t1 >= step[i].t0 && step[i].t1 < 60000ll * MS);
+        assert_true(step[i].t0 >= 0 && step[i].t1 >= step[i].t0 && step[i].t1 < 3600000ll * MS);
         assert_int_equal(step[i].tok_decode, 3);
     }
     tr_prof_trace *e = get(path, "/trace/main", n_events);
@@ -299,9 +303,11 @@ static void imbalance_is_found_in_the_joined_file(void **state)
     hsize_t dims[3];
 
     (void)state;
+    uint64_t took_ns[WORLD];
     for (int r = 0; r < WORLD; r++) {
         made m = {.rank = r, .work_ms = 2 + 6 * r};
         run_rank(&m, path, sizeof path);
+        took_ns[r] = m.took_ns[0];
     }
     snprintf(file, sizeof file, "%s/joined.h5", dir);
     snprintf(folder, sizeof folder, ".");
@@ -315,9 +321,13 @@ static void imbalance_is_found_in_the_joined_file(void **state)
     uint64_t *ns = get(file, "/profile/time_excl", dims);
     assert_int_equal(dims[0], WORLD);
     assert_int_equal(dims[1], n);
-    for (int r = 0; r < WORLD; r++)
-        assert_true(ns[(hsize_t)r * n + (hsize_t)op] >= (uint64_t)(2 + 6 * r) * MS * (STEPS / 10));
-    assert_true(ns[2 * n + (hsize_t)op] > 2 * ns[op]);
+    uint64_t *prefill_ns = get(file, "/phase/prefill/time_excl", dims);
+    for (int r = 0; r < WORLD; r++) {
+        const hsize_t at = (hsize_t)r * n + (hsize_t)op;
+        assert_in_range(prefill_ns[at], (uint64_t)(2 + 6 * r) * MS * (STEPS / 10), took_ns[r]);
+        assert_true(ns[at] >= prefill_ns[at]);
+    }
+    free(prefill_ns);
     uint64_t *matrix = get(file, "/comm/matrix/MOE", dims);
     for (int i = 0; i < WORLD * WORLD; i++)
         assert_int_equal(matrix[i], 10 * (i / WORLD) + i % WORLD);
@@ -614,7 +624,7 @@ static void a_full_disk_ends_the_profile_only(void **state)
     small.rlim_cur = 4096;
     signal(SIGXFSZ, SIG_IGN);
     assert_int_equal(setrlimit(RLIMIT_FSIZE, &small), 0);
-    for (int i = 0; i < 400 && tr_profile_well(p); i++) {
+    for (int i = 0; i < 20000 && tr_profile_well(p); i++) {
         run_steps(p, &m);
         nap(10);
     }

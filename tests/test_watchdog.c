@@ -194,9 +194,9 @@ static void go_wrong(const char *how, const tr_world *w, tr_watchdog *wd)
     }
     if (strcmp(how, "slow") == 0 &&
         w->rank == 1) /* three times what a step may take, but it gets on */
-        for (int i = 0; i < 15; i++) {
+        for (int i = 0; i < 30; i++) {
             tr_watchdog_enter(wd, "experts", i);
-            nap(0.2);
+            nap(0.1);
             tr_watchdog_leave(wd);
         }
     if (strcmp(how, "starve") == 0 && w->rank == 1) starve();

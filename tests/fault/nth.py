@@ -98,7 +98,7 @@ class Place:
             env["TRFAULT_STOP"] = "/out"
         command = [program, "batch", "-m", model, "-i", scenario.source, "-o", self.out] + scenario.options
         try:
-            p = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=100)
+            p = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=600)
             return p.returncode, p.stderr.decode(errors="replace")
         except subprocess.TimeoutExpired:
             return "hang", ""
