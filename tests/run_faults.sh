@@ -11,32 +11,23 @@ if [ $# -lt 2 ]; then
 fi
 trireme=$1 model=$2 slow=${3:-}
 python=${PYTHON:-python3}
-export OMP_WAIT_POLICY=passive
 command -v "$python" >/dev/null || { echo "skipped: no $python to read records with" >&2; exit 77; }
-
-dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-faults.XXXXXX") || exit 1
-trap 'rm -rf "$dir"' EXIT
+# shellcheck source=tests/lib.sh
+. "$(dirname "$0")/lib.sh"
+export OMP_WAIT_POLICY=passive
+scratch faults
 cd "$dir" || exit 1
-failed=0 cases=0
 
 # What a job of these tests is started with; -i and -o follow.
 batch=("$trireme" batch -m "$model" --max-sequences 8 --max-model-len 512)
 
-# is NAME EXPECTED GOT
-is() {
-    cases=$((cases + 1))
-    if [ "$2" = "$3" ]; then
-        echo "ok      $1"
-    else
-        echo "FAILED  $1: $3 instead of $2"
-        [ -s log ] && sed 's/^/        /' log
-        failed=$((failed + 1))
-    fi
-}
-
-# has NAME WORD: the log says it
-has() {
-    if grep -q -- "$2" log; then is "$1" yes yes; else is "$1: \"$2\"" yes no; fi
+# Start a job, held when COMMAND succeeds.
+begin() { # IN OUT COMMAND...
+    "${batch[@]}" -i "$1" -o "$2" 2>log &
+    job=$!
+    shift 2
+    await_in_job "$@"
+    kill -STOP "$job"
 }
 
 requests() { # N FILE
@@ -71,17 +62,10 @@ requests 1000 long.jsonl
 
 # fill OUT: start a job and limit OUT's size to a little more than it has
 fill() {
-    "${batch[@]}" -i long.jsonl -o "$1" 2>log &
-    pid=$!
-    for ((i = 0; i < 300; i++)); do
-        [ -s "$1" ] && break
-        sleep 0.1
-    done
-    prlimit --pid $pid --fsize=$(($(wc -c <"$1") + 5000)):
-    for ((i = 0; i < 300; i++)); do
-        grep -q "trying again" log && break
-        sleep 0.1
-    done
+    begin long.jsonl "$1" more_than 0 "$1"
+    prlimit --pid "$job" --fsize=$(($(wc -c <"$1") + 5000)):
+    kill -CONT "$job"
+    await_in_job logged 'trying again'
 }
 
 if ! command -v prlimit >/dev/null; then
@@ -91,9 +75,9 @@ else
     has "full disk: said so" "trying again"
     n=$(records full.jsonl)
     is "full disk: no torn line while it waits" yes "$([ "$n" != damaged ] && [ "$n" -gt 0 ] && [ "$n" -lt 1000 ] && echo yes)"
-    kill -USR1 $pid # give up now rather than in a minute
-    wait $pid
-    is "full disk: exit status" 74 $?
+    kill -USR1 "$job" # give up now rather than in a minute
+    ended
+    is "full disk: exit status" 74 "$status"
     has "full disk: why" "File too large"
     n=$(records full.jsonl)
     "${batch[@]}" -i long.jsonl -o full.jsonl --resume 2>log
@@ -101,48 +85,40 @@ else
     has "full disk: what was there counts" "$n had a record before"
     is "full disk: all records" 1000 "$(records full.jsonl)"
     fill again.jsonl
-    prlimit --pid $pid --fsize=unlimited:
-    wait $pid
-    is "full disk that is cleared: exit status" 0 $?
+    prlimit --pid "$job" --fsize=unlimited:
+    ended
+    is "full disk that is cleared: exit status" 0 "$status"
     has "full disk that is cleared: said so" "going on"
     is "full disk that is cleared: all records" 1000 "$(records again.jsonl)"
     if [ "$slow" = --slow ]; then
         fill slow.jsonl
-        wait $pid
-        is "full disk for a minute" 74 $?
+        ended
+        is "full disk for a minute" 74 "$status"
     fi
 fi
 
-# ---- two jobs on one output
+# ---- two jobs on one output: the first is held meanwhile
 requests 2000 many.jsonl
-"${batch[@]}" -i many.jsonl -o many.out 2>log1 &
-pid=$!
-for ((i = 0; i < 300; i++)); do
-    [ -s many.out ] && break
-    sleep 0.1
-done
-"${batch[@]}" -i many.jsonl -o many.out 2>log
+begin many.jsonl many.out more_than 0 many.out
+"${batch[@]}" -i many.jsonl -o many.out 2>log2
 is "second job on one output" 2 $?
-has "second job: who has it" "pid $pid"
+mv log log1 && cp log2 log
+has "second job: who has it" "pid $job"
+mv log1 log
 
 # ---- stopped by a signal, and the output taken away
-kill -USR1 $pid
-wait $pid
-is "USR1" 75 $?
-cp log1 log
+kill -USR1 "$job"
+kill -CONT "$job"
+ended
+is "USR1" 75 "$status"
 has "USR1: said so" "stopped by USR1"
 before=$(records many.out)
 is "USR1: whole records" yes "$([ "$before" != damaged ] && echo yes)"
-"${batch[@]}" -i many.jsonl -o many.out 2>log &
-pid=$!
-for ((i = 0; i < 300; i++)); do
-    n=$(wc -l <many.out)
-    [ "$n" -gt "$before" ] && break
-    sleep 0.1
-done
-kill -TERM $pid
-wait $pid
-is "TERM" 75 $?
+begin many.jsonl many.out more_than "$(lines many.out)" many.out
+kill -TERM "$job"
+kill -CONT "$job"
+ended
+is "TERM" 75 "$status"
 mv many.out away
 touch many.out
 rm many.out.run
@@ -170,26 +146,18 @@ is "--resume of nothing: made nothing" no "$([ -e none.jsonl.run ] && echo yes |
 
 # ---- an input that changes while the job runs
 cp many.jsonl moving.jsonl
-"${batch[@]}" -i moving.jsonl -o moving.out 2>log &
-pid=$!
-for ((i = 0; i < 300; i++)); do
-    [ -s moving.out ] && break
-    sleep 0.1
-done
+begin moving.jsonl moving.out more_than 0 moving.out
 echo >>moving.jsonl
-kill -USR1 $pid
-wait $pid
-is "input changed while running" 65 $?
-head -n 2 in.jsonl >growing.jsonl
-"${batch[@]}" -i growing.jsonl -o growing.out 2>log &
-pid=$!
-for ((i = 0; i < 3000; i++)); do
-    [ -e growing.out.run ] && break # its requests are counted
-    sleep 0.01
-done
-tail -n 3 in.jsonl >>growing.jsonl
-wait $pid
-is "input grows while running" 65 $?
+kill -USR1 "$job"
+kill -CONT "$job"
+ended
+is "input changed while running" 65 "$status"
+requests 1000 growing.jsonl
+begin growing.jsonl growing.out test -e growing.out.run # its requests are counted
+tail -n 3 many.jsonl >>growing.jsonl
+kill -CONT "$job"
+ended
+is "input grows while running" 65 "$status"
 is "input grows: no number of what is left" no "$(grep -q 'no record yet' log && echo yes || echo no)"
 is "input changed: output kept" yes "$([ "$(records moving.out)" != damaged ] && echo yes)"
 
@@ -243,5 +211,4 @@ is "merge: a lost record" 65 $?
 "$trireme" batch --merge -i ten.jsonl -o doubled part1 part2 part1 2>log
 is "merge: a doubled record" 65 $?
 
-echo "$cases checks, $failed failed"
-[ "$failed" -eq 0 ]
+done_checking

@@ -20,17 +20,11 @@ if [ "${1-}" = --quick ]; then
     shift
 fi
 pattern=${1-}
-mpiexec=${MPIEXEC-mpirun}
-command -v "${mpiexec:-none}" >/dev/null || { echo 'no MPI launcher was found'; exit 77; }
-export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1
-export OMPI_MCA_hwloc_base_binding_policy=none
-export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
-if [ "$(id -u)" -eq 0 ]; then
-    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-fi
-dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-grids.XXXXXX") || exit 1
-trap 'rm -rf "$dir"' EXIT
-failed=0 n_grids=0
+# shellcheck source=tests/lib.sh
+. "$(dirname "$0")/lib.sh"
+need_mpi
+scratch grids
+n_grids=0
 
 # Prompts of token ids: lengths around pages of 64 rows and around index_topk (128), shorter than a group, alike at the beginning
 # (the prefix cache then answers for pages that were computed under another split); sampled with every parameter; scored.
@@ -80,7 +74,7 @@ job() {
     local ranks=$1 name=$2 input=$3
     shift 3
     rm -f "$dir/$name.jsonl"*
-    timeout 300 "$mpiexec" -n "$ranks" "$trireme" batch -m "$model" -i "$dir/$input" -o "$dir/$name.jsonl" \
+    timeout "$patience_s" "$mpiexec" -n "$ranks" "$trireme" batch -m "$model" -i "$dir/$input" -o "$dir/$name.jsonl" \
         --kv-dtype f32 --max-model-len 1024 --max-batch-tokens 256 --max-sequences 12 "$@" \
         >"$dir/log" 2>&1
 }

@@ -18,24 +18,19 @@ if [ $# -lt 3 ]; then
 fi
 trireme=$1 model=$2 wanted=$3 seed=${4:-1} series=${5:-1} grid=${6:-} given=${7:-}
 RANDOM=$seed
-python=${PYTHON:-python3} mpiexec=${MPIEXEC-mpirun}
+python=${PYTHON:-python3}
 comm=$(basename "$trireme") comm=${comm:0:15} # as the system calls it
 export OMP_WAIT_POLICY=passive
+# shellcheck source=tests/lib.sh
+. "$(dirname "$0")/lib.sh"
 if [ -z "$grid" ]; then
-    # One rank talks to nobody: no daemon that outlives a killed job, no networks to look for, a start of 20 ms instead of 300.
-    export OMPI_MCA_ess_singleton_isolated=1 OMPI_MCA_pml=ob1 OMPI_MCA_btl=self OMPI_MCA_mtl=^ofi
-    most_ms=2000
+    one_rank
 else
-    command -v "${mpiexec:-none}" >/dev/null || { echo 'no MPI launcher was found'; exit 77; }
-    export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1 OMPI_MCA_hwloc_base_binding_policy=none
-    export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-    most_ms=4000
+    need_mpi
 fi
 command -v "$python" >/dev/null || { echo "skipped: no $python to compare records with" >&2; exit 77; }
 
-dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-kill.XXXXXX") || exit 1
-trap 'rm -rf "$dir"' EXIT
-export TMPDIR=$dir # MPI's scratch folders, which killed jobs leave behind
+scratch kill
 
 [ -n "$given" ] || "$python" - "$dir/in.jsonl" <<'PY' || exit 1
 import json, random, sys
@@ -88,7 +83,7 @@ job() { # OUT; in a shell of its own, which it replaces: the process to kill is 
 
 victim() { # the process to kill, into $hit: a rank that is there; nothing: there is none yet
     local at=("$dir"/pid.*) name=''
-    hit=$pid
+    hit=$job
     [ -n "$grid" ] || return 0
     hit=
     [ ! -s "${at[0]}" ] || read -r hit <"${at[RANDOM % ${#at[@]}]}"
@@ -138,11 +133,15 @@ PY
 
 # One series or many: the same requests.
 if [ -n "$given" ]; then
-    cp "$given/in.jsonl" "$given/whole.jsonl" "$dir" || exit 1
+    cp "$given/in.jsonl" "$given/whole.jsonl" "$given/whole.ms" "$dir" || exit 1
 else
     echo "uninterrupted run"
+    from_ms=$(now_ms)
     (job "$dir/whole.jsonl") 2>"$dir/log" || { cat "$dir/log"; exit 1; }
+    echo $(($(now_ms) - from_ms)) >"$dir/whole.ms"
 fi
+# A kill comes within a third of the time that a whole run takes.
+most_ms=$(($(cat "$dir/whole.ms") / 3 + 50))
 
 if [ "$series" -gt 1 ]; then
     export OMP_NUM_THREADS=1
@@ -172,17 +171,17 @@ rm -f "$dir"/killed.jsonl*
 while :; do
     rm -f "$dir"/pid.*
     job "$dir/killed.jsonl" 2>"$dir/log" &
-    pid=$!
+    job=$!
     runs=$((runs + 1))
     if [ "$kills" -lt "$wanted" ]; then
-        ms=$((RANDOM % most_ms))
+        ms=$(((RANDOM * 32768 + RANDOM) % most_ms))
         sleep "$((ms / 1000)).$(printf %03d $((ms % 1000)))"
-        until victim && [ -n "$hit" ] || ! kill -0 "$pid" 2>/dev/null; do
+        until victim && [ -n "$hit" ] || ! kill -0 "$job" 2>/dev/null; do
             sleep 0.02 # the launcher is still at it
         done
         if [ -n "$hit" ] && kill -9 "$hit" 2>/dev/null; then
             kills=$((kills + 1))
-            wait "$pid" 2>/dev/null
+            wait "$job" 2>/dev/null
             status=$?
             grep -q 'requests have saved tokens' "$dir/log" && saved=$((saved + 1))
             [ "$status" -eq 137 ] || { [ "$status" -eq 0 ] && kills=$((kills - 1)); }
@@ -192,7 +191,7 @@ while :; do
             [ "$status" -eq 0 ] || continue
         fi
     fi
-    wait "$pid" 2>/dev/null
+    wait "$job" 2>/dev/null
     status=$?
     if [ "$status" -ne 0 ] && [ "$status" -ne 127 ]; then
         echo "exit status $status instead of 0:"

@@ -88,7 +88,7 @@ style_step()
         }' {} +)
     [ -z "$complaints" ] || { echo "$complaints" && return 1; }
     need shellcheck || return 77
-    shellcheck bootstrap jobs/install-deps jobs/quickstart jobs/*.sbatch tests/run tests/*.sh tests/fuzz/run.sh || return 1
+    shellcheck -x bootstrap jobs/install-deps jobs/quickstart jobs/*.sbatch tests/run tests/*.sh tests/fuzz/run.sh || return 1
     need clang-format-14 || return 77
     complaints=$(find src kernels mpi tests -name '*.[ch]' -exec clang-format-14 --dry-run {} + 2>&1 |
         sed -n 's/:.* code should be clang-formatted .*/: not as clang-format-14 writes it/p' | sort -u)

@@ -1,6 +1,7 @@
 #!/bin/bash
-# Kill a batch run with a profile with -9, at random moments, and let it resume; the last run finishes. Every killed run's
-# rank file must be readable after h5clear -s, with what was flushed; every request must have its record.
+# Kill a batch run with a profile with -9 and let it resume; the last run finishes. Every killed run's rank file must be readable
+# after h5clear -s, with what was flushed; every request must have its record. Kills come at random moments behind the first
+# flush, every other one behind the second, so that steps are in the file.
 #
 # usage: run_profile_kill.sh TRIREME MODEL N_KILLS
 set -u
@@ -9,18 +10,17 @@ if [ $# -ne 3 ]; then
     exit 2
 fi
 trireme=$1 model=$2 wanted=$3
-export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
-export OMPI_MCA_ess_singleton_isolated=1 OMPI_MCA_pml=ob1 OMPI_MCA_btl=self OMPI_MCA_mtl=^ofi
+# shellcheck source=tests/lib.sh
+. "$(dirname "$0")/lib.sh"
+one_rank
+export OMP_NUM_THREADS=1
 for tool in h5clear h5dump; do
-    command -v $tool >/dev/null || { echo "skipped: no $tool (Debian: hdf5-tools)"; exit 77; }
+    command -v $tool >/dev/null || skip "skipped: no $tool (Debian: hdf5-tools)"
 done
-dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-profile-kill.XXXXXX") || exit 1
-trap 'rm -rf "$dir"' EXIT
-export TMPDIR=$dir
+scratch profile-kill
 
-# requests N: write N of them
-requests()
-{
+# requests N: write n = N of them
+requests() {
     n=$1
     for ((i = 0; i < n; i++)); do
         printf '{"custom_id": "r%d", "method": "POST", "url": "/v1/completions", "body": {"prompt": "The code of stone ferry %d is", "max_tokens": 48, "ignore_eos": true, "seed": %d}}\n' \
@@ -28,71 +28,81 @@ requests()
     done >"$dir/in.jsonl"
 }
 
-run()
-{
+start() {
+    rm -rf "$dir"/p.h5*
     "$trireme" batch -m "$model" -i "$dir/in.jsonl" -o "$dir/out.jsonl" --max-sequences 4 --profile "$dir/p.h5" \
         --profile-flush 1 >"$dir/log" 2>&1 &
-    pid=$!
+    job=$!
+}
+
+# The rank's file, as far as it is there: a copy is made behind every flush, the first at the start, then once a second. Each
+# takes the other's place, so that its inode tells them apart.
+part() {
+    find "$dir" -name '*.part'
+}
+
+flushed() { # once
+    [ -n "$(part)" ] && [ -s "$dir/out.jsonl" ]
+}
+
+flushed_again() {
+    [ "$(stat -c %i "$(part)" 2>/dev/null)" != "$first" ]
 }
 
 # The run has come to its end: it leaves one record for every request, and a joined profile.
-finished()
-{
-    wait $pid || { echo "it failed by itself: $(cat "$dir/log")"; return 1; }
+finished() {
+    ended
+    [ "$status" -eq 0 ] || { echo "it failed by itself: $(cat "$dir/log")"; return 1; }
     records=$(grep -c . "$dir/out.jsonl")
     ids=$(sed 's/.*"custom_id": *"\([^"]*\)".*/\1/' "$dir/out.jsonl" | sort -u | grep -c .)
     rounds=$((rounds + 1))
-    [ "$records" -eq "$n" ] && [ "$ids" -eq "$n" ] && [ -f "$dir/p.h5" ] && rm "$dir/p.h5" && return 0
+    [ "$records" -eq "$n" ] && [ "$ids" -eq "$n" ] && [ -f "$dir/p.h5" ] && return 0
     echo "$records records of $n requests, $ids different; $(ls "$dir"/p.h5 2>&1)"
     return 1
 }
 
-# As many as take this machine about five seconds, so that a kill meets flushes. A round may be finished all the same before it
-# has been killed often enough: then the requests are begun anew.
-requests 60
-start=$(date +%s%N)
-run
-wait $pid || { cat "$dir/log"; exit 1; }
-took=$((($(date +%s%N) - start) / 1000000))
-rm -f "$dir"/out.jsonl* "$dir"/p.h5*
-requests $((took < 5000 ? 60 * 5000 / (took + 1) : 60))
-
-kills=0 readable=0 most=0 bad=0 rounds=0
-for ((try = 0; kills < wanted && try < 20 * wanted; try++)); do
-    before=$(find "$dir" -name '*.part' | sort)
-    run
-    # A copy is made behind every flush: the first at the start, then once a second.
-    part=
-    for ((i = 0; i < 600; i++)); do
-        kill -0 $pid 2>/dev/null || break
-        part=$(comm -13 <(echo "$before") <(find "$dir" -name '*.part' | sort) | head -n 1)
-        if [ -n "$part" ] && [ -s "$dir/out.jsonl" ]; then break; fi
-        sleep 0.05
-    done
-    sleep "$(awk -v s=$RANDOM 'BEGIN { printf "%.2f", 3 * s / 32768 }')"
-    if ! kill -9 $pid 2>/dev/null; then
-        finished || exit 1
-        rm -f "$dir"/out.jsonl*
-        continue
-    fi
-    wait $pid 2>/dev/null
-    kills=$((kills + 1))
-    if [ -e "$part" ]; then
-        h5clear -s "$part" >"$dir/clear" 2>&1
+# readable: the killed run's file, with $rows steps in it.
+readable() {
+    local file
+    file=$(part)
+    if [ -n "$file" ]; then
+        h5clear -s "$file" >"$dir/clear" 2>&1
     else
-        part=${part%.part} # it was closed already, and killed at the very end
+        file=$(find "$dir" -name 'rank*.h5') # it was closed already, and killed at the very end
     fi
-    rows=$(h5dump -H -d /steps "$part" 2>"$dir/complaints" | sed -n 's/.*SIMPLE { ( 1, \([0-9]*\) ).*/\1/p')
-    if [ -z "$rows" ] || ! h5dump -d /profile/time_excl "$part" >/dev/null 2>>"$dir/complaints"; then
-        echo "kill $kills: $part: $(cat "$dir/clear" "$dir/complaints")"
-        bad=$((bad + 1))
+    rows=$(h5dump -H -d /steps "$file" 2>"$dir/complaints" | sed -n 's/.*SIMPLE { ( 1, \([0-9]*\) ).*/\1/p')
+    [ -n "$rows" ] && h5dump -d /profile/time_excl "$file" >/dev/null 2>>"$dir/complaints" && return 0
+    echo "kill $kills: $file: $(cat "$dir/clear" "$dir/complaints")"
+    return 1
+}
+
+# A round that ends before it has been killed is too short for this machine: then twice as many requests are begun anew.
+kills=0 good=0 most=0 rounds=0
+requests 300
+while [ "$kills" -lt "$wanted" ]; do
+    start
+    await_in_job flushed
+    first=$(stat -c %i "$(part)" 2>/dev/null)
+    if [ $((kills % 2)) -eq 1 ]; then
+        await_in_job flushed_again
+    else
+        sleep "$(awk -v s=$RANDOM 'BEGIN { printf "%.2f", 2 * s / 32768 }')"
+    fi
+    if ! kill -9 "$job" 2>/dev/null; then
+        finished || exit 1
+        [ "$n" -lt 100000 ] || { echo "killed $kills times only: $n requests are too few"; exit 1; }
+        rm -f "$dir"/out.jsonl*
+        requests $((2 * n))
         continue
     fi
-    readable=$((readable + 1))
+    ended
+    kills=$((kills + 1))
+    readable || continue
+    good=$((good + 1))
     [ "$rows" -gt "$most" ] && most=$rows
 done
-run
-finished || bad=$((bad + 1))
-echo "$kills kills: $readable profiles readable, up to $most steps in one; $rounds rounds of $n requests finished, every request with one record"
-# One kill may come before the second flush, of several some come later.
-[ "$bad" -eq 0 ] && [ "$kills" -eq "$wanted" ] && { [ "$wanted" -lt 5 ] || [ "$most" -gt 0 ]; }
+start
+finished || exit 1
+echo "$kills kills: $good profiles readable, up to $most steps in one; $rounds rounds finished, the last of $n requests, each with one record"
+# A single kill may come before the second flush.
+[ "$good" -eq "$wanted" ] && { [ "$wanted" -lt 2 ] || [ "$most" -gt 0 ]; }

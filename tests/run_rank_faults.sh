@@ -11,36 +11,13 @@ if [ $# -lt 2 ]; then
     exit 2
 fi
 trireme=$1 model=$2
-mpiexec=${MPIEXEC-mpirun} python=${PYTHON:-python3}
+python=${PYTHON:-python3}
+# shellcheck source=tests/lib.sh
+. "$(dirname "$0")/lib.sh"
 : "${COMPARE:=${TR_BUILDDIR-.}/tests/compare_records}"
-command -v "${mpiexec:-none}" >/dev/null || { echo 'no MPI launcher was found'; exit 77; }
-export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1 OMPI_MCA_hwloc_base_binding_policy=none
-export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
-if [ "$(id -u)" -eq 0 ]; then
-    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-fi
-dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-rank-faults.XXXXXX") || exit 1
-job=
-trap '[ -z "$job" ] || kill -9 "$job" 2>/dev/null; rm -rf "$dir"' EXIT
+need_mpi
+scratch rank-faults
 cd "$dir" || exit 1
-failed=0 cases=0
-
-# is NAME EXPECTED GOT
-is() {
-    cases=$((cases + 1))
-    if [ "$2" = "$3" ]; then
-        echo "ok      $1"
-    else
-        echo "FAILED  $1: $3 instead of $2"
-        [ -s log ] && sed 's/^/        /' log
-        failed=$((failed + 1))
-    fi
-}
-
-# has NAME WORD: the log says it
-has() {
-    if grep -q -- "$2" log; then is "$1" yes yes; else is "$1: \"$2\"" yes no; fi
-}
 
 requests() { # N FILE
     local i
@@ -50,48 +27,25 @@ requests() { # N FILE
     done >"$2"
 }
 
-batch=("$mpiexec" -n 2 "$trireme" batch --kv-dtype f32 --max-sequences 8 --max-model-len 512 -m)
 two() { # MODEL ARGUMENT...
-    "${batch[@]}" "$@"
+    "$mpiexec" -n 2 "$trireme" batch --kv-dtype f32 --max-sequences 8 --max-model-len "${room:-512}" -m "$@"
 }
 
-# Start and wait until OUT has grown beyond LINES.
-begin() { # LINES IN OUT ARGUMENT...
-    local lines=$1 in=$2 out=$3
-    shift 3
+start() { # IN OUT ARGUMENT...
+    local in=$1 out=$2
+    shift 2
     : >log
-    "${batch[@]}" "$model" -i "$in" -o "$out" --tp 2 "$@" >log 2>&1 & # not a function: $! is the launcher's
+    "$mpiexec" -n 2 "$trireme" batch --kv-dtype f32 --max-sequences 8 --max-model-len "${room:-512}" -m "$model" -i "$in" -o "$out" \
+        --tp 2 "$@" >log 2>&1 & # not a function: $! is the launcher's
     job=$!
-    for ((i = 0; i < 1200; i++)); do
-        [ -e "$out" ] && [ "$(wc -l <"$out")" -gt "$lines" ] && break
-        kill -0 "$job" 2>/dev/null || break
-        sleep 0.05
-    done
 }
 
-rank_pid() { # RANK
-    local pid
-    for pid in $(pgrep -P "$job" -x trireme); do
-        if tr '\0' '\n' <"/proc/$pid/environ" | grep -qE "^(OMPI_COMM_WORLD_RANK|PMI_RANK)=$1\$"; then
-            echo "$pid"
-            return
-        fi
-    done
-}
-
-# Ranks that stand still, while something is done that takes as long as the whole job.
-held() { kill -STOP $(pgrep -P "$job" -x trireme); }
-
-released() { kill -CONT $(pgrep -P "$job" -x trireme); }
-
-ended() {
-    wait "$job" 2>/dev/null
-    status=$?
-    job=
-}
-
-lines() {
-    wc -l <"$1" | tr -d ' '
+# The same, held when OUT has more lines than it had.
+begin() { # IN OUT ARGUMENT...
+    begun_at=$(lines "$2")
+    start "$@"
+    await_in_job more_than "$begun_at" "$2"
+    held
 }
 
 requests 150 in
@@ -100,31 +54,29 @@ is 'a whole job' 0 $?
 requests 800 many
 
 # ---- 4, 5: the launcher passes a signal on to all; one that reaches rank 1 alone; a second one
-begin 0 many many.out --grace 20
+begin many many.out --grace 20
 kill -USR1 "$job"
+released
 ended
 is 'USR1 to the launcher' 75 "$status"
 has 'USR1 to the launcher: why' 'stopped by USR1: .* requests have no record yet'
+begin many many.out --grace 20
 n=$(lines many.out)
-begin "$n" many many.out --grace 20
 kill -TERM "$(rank_pid 1)"
+released
 ended
 is 'TERM to rank 1' 75 "$status"
 has 'TERM to rank 1: why' 'TERM: nothing new is begun; [0-9]* requests have 5 s'
-is 'TERM to rank 1: records went on' yes "$([ "$(lines many.out)" -gt "$n" ] && echo yes)"
-n=$(lines many.out)
-sed 's/"max_tokens":[0-9]*/"max_tokens":400,"logit_bias":{"2026":-100}/' in >slow
-begin -1 slow slow.out --grace 600 --save-every 1
-for ((i = 0; i < 1200; i++)); do # until it generates
-    [ -s slow.out.saved ] && break
-    sleep 0.05
-done
+holds 'TERM to rank 1: what ran was finished' more_than "$n" many.out
+# Answers that no machine finishes before a second signal comes.
+sed 's/"max_tokens":[0-9]*/"max_tokens":8000,"logit_bias":{"2026":-100}/' in >slow
+room=8192
+start slow slow.out --grace 600 --save-every 1
+room=
+await_in_job test -s slow.out.saved # it generates
 pid=$(rank_pid 1)
 kill -USR1 "$pid"
-for ((i = 0; i < 400; i++)); do
-    grep -q 'nothing new is begun' log && break
-    sleep 0.05
-done
+await_in_job logged 'nothing new is begun'
 has 'a signal to rank 1' 'USR1: nothing new is begun; 8 requests have 600 s'
 kill -USR1 "$pid"
 ended
@@ -132,12 +84,10 @@ is 'a second signal to rank 1' 75 "$status"
 
 # ---- 6: the disk is full for rank 0, which alone writes
 if command -v prlimit >/dev/null; then
-    begin "$n" many many.out
+    begin many many.out
     prlimit --pid "$(rank_pid 0)" --fsize=$(($(wc -c <many.out) + 3000)):
-    for ((i = 0; i < 1200; i++)); do
-        grep -q 'trying again' log && break
-        sleep 0.05
-    done
+    released
+    await_in_job logged 'trying again'
     has 'full disk: said so' 'trying again'
     kill -USR1 "$(rank_pid 0)"
     ended
@@ -146,16 +96,14 @@ if command -v prlimit >/dev/null; then
 else
     echo 'skipped full disk: no prlimit'
 fi
-n=$(lines many.out)
 
 # ---- 23, 24 and 7: a second job; the input changes; OUT is taken away (seen at the end at the latest)
-begin "$n" many many.out --grace 0
-held
+begin many many.out --grace 0
 two "$model" -i many -o many.out --tp 2 >log2 2>&1
 is 'a second job on one output' 2 $?
 mv log log1 && cp log2 log
 has 'a second job: who has it' "many.out.run is locked by pid $(rank_pid 0)"
-cp log1 log
+mv log1 log
 echo >>many
 kill -USR1 "$(rank_pid 0)"
 released
@@ -163,8 +111,7 @@ ended
 is 'the input changed' 65 "$status"
 truncate -s -1 many
 requests 600 more
-begin 0 more more.out --grace 0
-held
+begin more more.out --grace 0
 mv more.out away
 kill -USR1 "$(rank_pid 0)"
 released
@@ -194,17 +141,17 @@ two "$model" -i in -o deaf.out --tp 2 >&- 2>&- <&-
 is 'closed stdin, stdout, stderr' 0 $?
 "$COMPARE" whole deaf.out >said
 is 'closed descriptors: the records' 0 $?
-begin 0 many hup.out --grace 0
+begin many hup.out --grace 0
 for rank in 0 1; do
     kill -HUP "$(rank_pid $rank)"
 done
 n=$(lines hup.out)
-for ((i = 0; i < 400; i++)); do
-    [ "$(lines hup.out)" -gt $((n + 20)) ] && break
-    sleep 0.05
-done
-is 'SIGHUP: the job goes on' yes "$([ "$(lines hup.out)" -gt $((n + 20)) ] && echo yes)"
+released
+await_in_job more_than $((n + 20)) hup.out
+holds 'SIGHUP: the job goes on' more_than $((n + 20)) hup.out
+held
 kill -USR1 "$(rank_pid 1)"
+released
 ended
 is 'SIGHUP, then USR1' 75 "$status"
 
@@ -273,5 +220,4 @@ else
     echo "skipped poisoned weights: no $python"
 fi
 
-echo "$cases checks, $failed failed"
-[ "$failed" -eq 0 ]
+done_checking

@@ -16,19 +16,11 @@ trireme=$1 model=$2 tokens=$3 wanted=$4
 RANDOM=${5:-1}
 grids=("${@:6}")
 [ "${#grids[@]}" -gt 0 ] || grids=(alone '--tp 2' '--dp 2' '--pp 2')
+# shellcheck source=tests/lib.sh
+. "$(dirname "$0")/lib.sh"
 : "${COMPARE:=${TR_BUILDDIR-.}/tests/compare_records}"
-mpiexec=${MPIEXEC-mpirun}
-export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1
-export OMPI_MCA_hwloc_base_binding_policy=none
-export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
-if [ "$(id -u)" -eq 0 ]; then
-    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-fi
-dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-stop.XXXXXX") || exit 1
-job=
-trap '[ -z "$job" ] || kill -9 "$job" 2>/dev/null; rm -rf "$dir"' EXIT
-trap 'exit 1' HUP INT TERM
-export TMPDIR=$dir # MPI's scratch folders, which killed jobs leave behind
+mpi_environment
+scratch stop
 
 request() { # NAME TOKENS BODY
     printf '{"custom_id":"%s","method":"POST","url":"/v1/completions","body":{"prompt":"%s, and so on","max_tokens":%d,"ignore_eos":true,"return_token_ids":true,%s}}\n' \
@@ -61,24 +53,15 @@ fail() {
 }
 
 begun() { # wait until it generates; its last line but for the progress is the model's
-    for ((i = 0; i < 1200; i++)); do
-        grep -q 'GB of weights' "$dir/log" && return 0
-        kill -0 "$job" 2>/dev/null || return 1
-        sleep 0.05
-    done
-    fail "the job does not begin"
+    await_in_job logged 'GB of weights' && return 0
+    ! kill -0 "$job" 2>/dev/null || fail "the job does not begin"
+    return 1
 }
 
 target() { # the process to be hit
     local all
-    [ "$grid" != alone ] || { echo "$job" && return; }
-    mapfile -t all < <(pgrep -P "$job" -x trireme)
+    mapfile -t all < <(ranks)
     [ "${#all[@]}" -eq 0 ] || echo "${all[RANDOM % ${#all[@]}]}"
-}
-
-now_ms() {
-    local t=$EPOCHREALTIME
-    echo $(((${t%.*} * 1000000 + 10#${t#*.}) / 1000))
 }
 
 for grid in "${grids[@]}"; do

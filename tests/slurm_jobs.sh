@@ -6,7 +6,7 @@ top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Not below TMPDIR: Slurm's sockets need a short name.
 dir=$(mktemp -d "/tmp/trireme-slurm.XXXXXX") || exit 1
 chmod 755 "$dir"
-export TR_SLURM_DIR=$dir/s TR_SLURM_PORT=$((20000 + $$ % 400 * 20))
+export TR_SLURM_DIR=$dir/s TR_SLURM_PORT
 cluster=$top/tests/slurm_local.sh
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive OMPI_MCA_mpi_yield_when_idle=1
 if [ "$(id -u)" -eq 0 ]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
@@ -14,14 +14,43 @@ if [ "$(id -u)" -eq 0 ]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_
 for name in $(compgen -e | grep -E '^(SLURM|SBATCH|SRUN)_'); do unset "$name"; done
 failed=0
 
+reserved=
 leave() {
     local p
     for p in $(jobs -p); do kill "$p" 2>/dev/null; done
     "$cluster" down >/dev/null 2>&1
-    rm -rf "$dir"
+    rm -rf "$dir" "$reserved"
 }
 trap leave EXIT
 trap 'exit 1' HUP INT TERM
+
+# free_ports FIRST: nobody listens on any of the 20 from there, nor is there a cluster's bridge of that number.
+free_ports() {
+    awk -v first="$1" 'BEGIN { digits = "0123456789ABCDEF" }
+        $4 == "0A" {
+            split($2, at, ":")
+            port = 0
+            for (i = 1; i <= 4; i++) port = port * 16 + index(digits, substr(at[2], i, 1)) - 1
+            if (port >= first && port < first + 20) exit 1
+        }' /proc/net/tcp && [ ! -e "/sys/class/net/trb$1" ]
+}
+
+# Ports that no other test of this machine uses: whoever makes the folder has them, until it ends.
+for ((k = 0; k < 400; k++)); do
+    TR_SLURM_PORT=$((20000 + ($$ + k) % 400 * 20))
+    reserved=/tmp/trireme-slurm-ports.$TR_SLURM_PORT
+    if ! mkdir "$reserved" 2>/dev/null; then
+        # left behind by a test that was killed?
+        read -r owner 2>/dev/null <"$reserved/pid" && [ -O "$reserved" ] && ! kill -0 "$owner" 2>/dev/null && rm -rf "$reserved"
+        reserved=
+        continue
+    fi
+    echo $$ >"$reserved/pid"
+    ! free_ports "$TR_SLURM_PORT" || break
+    rm -rf "$reserved"
+    reserved=
+done
+[ -n "$reserved" ] || { echo 'no ports are free'; exit 1; }
 
 # up OPTION...: the cluster; skipped where there can be none.
 up() {
@@ -76,10 +105,26 @@ requests() {
 # What makes records that do not depend on the neighbours of a request, in steps short enough to be stopped between.
 exact='--kv-dtype f32 --max-model-len 512 --max-batch-tokens 128 --max-sequences 4'
 
-# uninterrupted INPUT: what its records must be, in INPUT.whole.
+# uninterrupted INPUT: what its records must be, in INPUT.whole; how long one rank takes for them into $took_ms.
 uninterrupted() {
+    local from_ms
+    rm -f "$dir/$1.whole"*
+    from_ms=$(date +%s%3N)
     # shellcheck disable=SC2086 # a list of options
     "$trireme" batch -m "$model" -i "$dir/$1" -o "$dir/$1.whole" $exact >"$dir/log" 2>&1 || { cat "$dir/log"; exit 1; }
+    took_ms=$(($(date +%s%3N) - from_ms))
+}
+
+# long_enough INPUT MILLISECONDS LONGEST: an INPUT of at least 200 requests, that takes this machine so long: what is done to a
+# job while it runs must find it running. How many into $n; a multiple of three and two more.
+long_enough() {
+    n=200
+    requests "$n" "$3" >"$dir/$1"
+    uninterrupted "$1"
+    [ "$took_ms" -lt "$2" ] || return 0
+    n=$((n * $2 / (took_ms + 1) / 3 * 3 + 2))
+    requests "$n" "$3" >"$dir/$1"
+    uninterrupted "$1"
 }
 
 # edit SCRIPT NAME LIMIT RESOURCES FILES OPTIONS: jobs/SCRIPT as $dir/NAME.sbatch, its five lines as given; the folder of
@@ -224,11 +269,11 @@ lose_node() {
         done
         "$cluster" drop "$node"
         begun=$SECONDS
-        while [ "$(field "$job" Restarts)" = "$restarts" ] && [ $((SECONDS - begun)) -lt 120 ]; do sleep 0.2; done
+        while [ "$(field "$job" Restarts)" = "$restarts" ] && [ $((SECONDS - begun)) -lt 600 ]; do sleep 0.2; done
         restarts=$((restarts + 1))
         text="$text${text:+, }$node lost after $(records "$out") records, requeued $((SECONDS - begun)) s later"
         "$cluster" restore "$node"
-        until is "$job" RUNNING "$restarts" || [ $((SECONDS - begun)) -gt 180 ]; do sleep 0.2; done
+        until is "$job" RUNNING "$restarts" || [ $((SECONDS - begun)) -gt 900 ]; do sleep 0.2; done
     done
     say "$text"
 }

@@ -23,14 +23,14 @@
 # attached. A requeued job waits for 5 s, not for the 2 minutes of a Slurm as it comes.
 #
 # Environment: TR_SLURM_DIR (state directory, absolute, short: it holds sockets), TR_SLURM_PORT (first of 2 + N
-# ports, default 26817), TR_SLURM_NET (first three bytes of the node network, default 10.213.x, x by the port).
+# ports, default 26817), TR_SLURM_NET (first three bytes of the node network, default 10.x.y, both by the port).
 
 set -euo pipefail
 
 prog=${0##*/}
 dir=${TR_SLURM_DIR:-/tmp/trireme-slurm-$(id -u)}
 port=${TR_SLURM_PORT:-26817}
-net=${TR_SLURM_NET:-10.213.$((port % 250 + 1))}
+net=${TR_SLURM_NET:-10.$((160 + port / 250 % 90)).$((port % 250 + 1))}
 bridge=trb$port
 
 say()  { printf '%s: %s\n' "$prog" "$*" >&2; }
@@ -249,7 +249,7 @@ up() {
     for node in $(nodes); do
         alive "$dir/slurmd.$node.pid" slurmd || start_slurmd "$node"
     done
-    await 20 ready || { status; die "nodes did not come up; see $dir/*.log"; }
+    await 200 ready || { status; die "nodes did not come up; see $dir/*.log"; }
     status
 }
 
@@ -281,7 +281,7 @@ down_quiet() {
     if alive "$dir/slurmctld.pid" slurmctld; then
         # Never with a filter that could be empty: ask for the job numbers.
         for p in $(squeue -h -o %A 2>/dev/null); do scancel -f "$p" 2>/dev/null || true; done
-        await 15 no_jobs || say "jobs still running; stopping anyway"
+        await 60 no_jobs || say "jobs still running; stopping anyway"
     fi
     if [[ -e $conf ]]; then
         for node in $(nodes); do stop "$dir/slurmd.$node.pid" slurmd; done

@@ -5,8 +5,9 @@ set -u
 : "${TRIREME:?}" "${TR_SRCDIR:?}"
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || { echo "skipped: no $python to read JSON with"; exit 77; }
-dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-bench.XXXXXX") || exit 1
-trap 'rm -rf "$dir"' EXIT
+# shellcheck source=tests/lib.sh
+. "$(dirname "$0")/lib.sh"
+scratch bench
 model=$TR_SRCDIR/models/tiny
 
 "$TRIREME" bench step -m "$model" --context 70,140 --sequences 1,3 --prefill 130 --steps 3 --regions >"$dir/step" || exit 1

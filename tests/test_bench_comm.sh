@@ -5,29 +5,23 @@ set -u
 : "${TRIREME:?}"
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || { echo "skipped: no $python to read JSON with"; exit 77; }
-if [ -z "${MPIEXEC-}" ]; then
-    echo 'no MPI launcher was found'
-    exit 77
-fi
-export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1 OMP_NUM_THREADS=1
-if [ "$(id -u)" -eq 0 ]; then
-    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-fi
-dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-bench.XXXXXX") || exit 1
-trap 'rm -rf "$dir"' EXIT
+# shellcheck source=tests/lib.sh
+. "$(dirname "$0")/lib.sh"
+need_mpi
+scratch bench
 
-timeout 60 "$MPIEXEC" -n 3 "$TRIREME" bench comm --bytes 1,50000 --calls 20 >"$dir/out" || exit 1
+timeout "$patience_s" "$mpiexec" -n 3 "$TRIREME" bench comm --bytes 1,50000 --calls 20 >"$dir/out" || exit 1
 
 refused() { # TEXT ARGUMENT...
     text=$1
     shift
-    timeout 60 "$@" >"$dir/stdout" 2>"$dir/stderr" && { echo "accepted: $*"; exit 1; }
+    timeout "$patience_s" "$@" >"$dir/stdout" 2>"$dir/stderr" && { echo "accepted: $*"; exit 1; }
     grep -q -- "$text" "$dir/stderr" || { echo "no word of '$text': $*"; cat "$dir/stderr"; exit 1; }
 }
 refused 'one rank has nobody' "$TRIREME" bench comm
-refused 'bytes 0' "$MPIEXEC" -n 2 "$TRIREME" bench comm --bytes 0
-refused 'ranks 3' "$MPIEXEC" -n 2 "$TRIREME" bench comm --ranks 3
-refused 'unknown option' "$MPIEXEC" -n 2 "$TRIREME" bench comm --speed
+refused 'bytes 0' "$mpiexec" -n 2 "$TRIREME" bench comm --bytes 0
+refused 'ranks 3' "$mpiexec" -n 2 "$TRIREME" bench comm --ranks 3
+refused 'unknown option' "$mpiexec" -n 2 "$TRIREME" bench comm --speed
 "$TRIREME" bench comm --help | grep -q 'mpirun' || { echo "no help"; exit 1; }
 
 "$python" - "$dir/out" <<'PY'

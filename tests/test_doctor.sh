@@ -1,19 +1,10 @@
 #!/bin/bash
 # trireme doctor on 1, 2 and 4 ranks, with two builds in one job, with an output that is not fit, and after a real hang.
 set -u
-if [ -z "${MPIEXEC-}" ]; then
-    echo 'no MPI launcher was found'
-    exit 77
-fi
-export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1 OMP_NUM_THREADS=1
-if [ "$(id -u)" -eq 0 ]; then
-    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-fi
-dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-doctor.XXXXXX") || exit 1
-job=
-trap '[ -z "$job" ] || kill "$job" 2>/dev/null; wait; rm -rf "$dir"' EXIT
-trap 'exit 1' HUP INT TERM
-failed=0
+# shellcheck source=tests/lib.sh
+. "$(dirname "$0")/lib.sh"
+need_mpi
+scratch doctor
 
 complain() {
     echo "$*"
@@ -23,7 +14,7 @@ complain() {
 doctor() { # CODE COMMAND...: what it says, and 0 or 2
     want=$1
     shift
-    timeout 60 "$@" >"$dir/said" 2>"$dir/err"
+    timeout "$patience_s" "$@" >"$dir/said" 2>"$dir/err"
     code=$?
     [ "$code" -eq "$want" ] || complain "exit status $code, not $want: $*"
 }
@@ -34,7 +25,7 @@ says() {
 cores=$(nproc --all)
 for ranks in 1 2 4; do
     if [ "$ranks" -gt "$cores" ]; then want=2; else want=0; fi
-    doctor "$want" "$MPIEXEC" -n "$ranks" "${TRIREME:?}" doctor -o "$dir/out"
+    doctor "$want" "$mpiexec" -n "$ranks" "${TRIREME:?}" doctor -o "$dir/out"
     says "trireme doctor: $ranks rank"
     says "through PMIx, $ranks rank"
     says "$(hostname -s): $ranks rank"
@@ -51,7 +42,7 @@ done
 
 # Two builds: the same program with another byte behind it.
 cp "$TRIREME" "$dir/other" && echo >>"$dir/other"
-doctor 2 "$MPIEXEC" -n 1 "$TRIREME" doctor : -n 1 "$dir/other" doctor
+doctor 2 "$mpiexec" -n 1 "$TRIREME" doctor : -n 1 "$dir/other" doctor
 says "rank 1 on $(hostname -s) runs another build of trireme"
 
 # Nobody started it, and srun without a plug-in.
@@ -61,7 +52,7 @@ doctor 2 env SLURM_STEP_NUM_TASKS=4 SLURM_JOB_ID=7 "$TRIREME" doctor --time-budg
 says 'srun started 4 processes, but each is a job of 1 rank'
 doctor 2 env SLURM_JOB_ID=7 "$TRIREME" doctor
 says 'job 7 ends without a word to trireme'
-doctor 0 env SLURM_JOB_ID=7 SLURM_JOB_END_TIME=$(($(date +%s) + 3605)) "$TRIREME" doctor
+doctor 0 env SLURM_JOB_ID=7 SLURM_JOB_END_TIME=$(($(date +%s) + 3655)) "$TRIREME" doctor
 says '60 min left of job 7'
 
 # Outputs that are not fit, or in use.
@@ -77,21 +68,14 @@ awk 'BEGIN {
         printf "{\"custom_id\": \"r%d\", \"method\": \"POST\", \"url\": \"/v1/completions\", \"body\": {\"prompt\": [%d, 77], " \
             "\"max_tokens\": 100, \"ignore_eos\": true, \"temperature\": 0}}\n", i, 40 + i % 900
 }' >"$dir/in"
-"$MPIEXEC" -n 2 "$TRIREME" batch -m "${TR_SRCDIR:?}/models/tiny" -i "$dir/in" -o "$dir/hung" --tp 2 --step-timeout 3 \
+"$mpiexec" -n 2 "$TRIREME" batch -m "${TR_SRCDIR:?}/models/tiny" -i "$dir/in" -o "$dir/hung" --tp 2 --step-timeout 3 \
     --max-model-len 128 --max-sequences 8 >/dev/null 2>"$dir/err" &
 job=$!
-for _ in $(seq 300); do
-    [ -s "$dir/hung" ] && break
-    kill -0 "$job" 2>/dev/null || break
-    sleep 0.1
-done
+await_in_job test -s "$dir/hung"
 doctor 2 "$TRIREME" doctor -o "$dir/hung"
 says "another job is writing $dir/hung"
-for pid in $(pgrep -P "$job" -x trireme); do
-    tr '\0' '\n' 2>/dev/null <"/proc/$pid/environ" | grep -qx 'OMPI_COMM_WORLD_RANK=1' && kill -STOP "$pid"
-done
-wait "$job"
-job=
+kill -STOP "$(rank_pid 1)"
+ended
 doctor 0 "$TRIREME" doctor "$dir"/hung.hang.rank*.json
 says 'A hang of a job of 2 ranks; reports of 1'
 says 'rank 1: does not respond; last seen by rank 0: step '

@@ -3,10 +3,10 @@
 # as their tools are there. (On a Slurm of this machine's own: run_slurm.sh.)
 set -u
 jobs=${TR_SRCDIR:?}/jobs
-dir=$(mktemp -d) || exit 1
-trap 'rm -rf "$dir"' EXIT
+# shellcheck source=tests/lib.sh
+. "$(dirname "$0")/lib.sh"
+scratch jobs
 cd "$dir" || exit 1
-failed=0
 
 complain() {
     echo "$*"
@@ -72,7 +72,7 @@ stand_in mpirun <<'END'
 echo "mpirun $*" >>said
 trap 'echo USR1 >>said; exit 75' USR1
 echo >ready
-for i in {1..300}; do /bin/sleep 0.1; done
+for i in {1..6000}; do /bin/sleep 0.1; done
 exit 1
 END
 
@@ -183,10 +183,7 @@ edited batch-mpirun.sbatch
 : >said
 SLURM_JOB_ID=7 SLURM_NTASKS=16 SLURM_NNODES=2 SLURM_JOB_NODELIST=n1 LEFT=9:59 bash batch-mpirun.sbatch >log 2>&1 &
 shell=$!
-for _ in {1..100}; do
-    [ ! -e ready ] || break
-    sleep 0.1
-done
+await test -e ready
 kill -USR1 "$shell"
 wait "$shell"
 code=$?

@@ -5,8 +5,9 @@ set -u
 : "${TRIREME:?}" "${TR_SRCDIR:?}"
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || { echo "skipped: no $python to read JSON with"; exit 77; }
-dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-plan.XXXXXX") || exit 1
-trap 'rm -rf "$dir"' EXIT
+# shellcheck source=tests/lib.sh
+. "$(dirname "$0")/lib.sh"
+scratch plan
 model=$dir/model
 mkdir "$model" && cp "$TR_SRCDIR/jobs/deepseek-v3.2.config.json" "$model/config.json" || exit 1
 
@@ -72,10 +73,8 @@ json one --ranks 1
 json ten --ranks 10
 json copies --ranks 8 --ep 1
 json cpu --ranks 4 --dp 2 --gpu none --kv-dtype f32
-begun=$(date +%s)
 json many --ranks 7680 --pp 60
 "$TRIREME" plan -m "$model" --ranks 4096 >"$dir/table" || fail "4096 ranks failed"
-[ $(($(date +%s) - begun)) -le 5 ] || fail "thousands of ranks took long"
 [ "$(wc -l <"$dir/table")" -lt 80 ] || fail "a line for every rank"
 [ "$(awk 'length > 130' "$dir/table" | grep -cv '^Default\|^Warning\|ranks: ')" -eq 0 ] || fail "long lines"
 for word in 'x tp 128;' 'Warning: self_attn.q_b_proj.weight' 'over nodes' 'Time of a step' 'Rates of h200'; do

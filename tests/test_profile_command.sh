@@ -5,8 +5,9 @@
 set -u
 : "${TRIREME:?}" "${TR_BUILDDIR:?}" "${TR_SRCDIR:?}"
 make=$TR_BUILDDIR/tests/profile_make
-dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-profile.XXXXXX") || exit 1
-trap 'rm -rf "$dir"' EXIT
+# shellcheck source=tests/lib.sh
+. "$(dirname "$0")/lib.sh"
+scratch profile
 cd "$dir" || exit 1
 
 fail()
@@ -91,15 +92,12 @@ else
 fi
 
 # ---- a real run, of two ranks
-if [ -n "${MPIEXEC-}" ]; then
-    export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1 OMP_NUM_THREADS=1
-    if [ "$(id -u)" -eq 0 ]; then
-        export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-    fi
+mpi_environment
+if [ -n "$mpiexec" ]; then
     for i in 1 2 3; do
         echo '{"custom_id": "'$i'", "method": "POST", "url": "/v1/completions", "body": {"prompt": [41, 42, 43], "max_tokens": 4}}'
     done >in.jsonl
-    "$MPIEXEC" -n 2 "$TRIREME" batch -m "$TR_SRCDIR/models/tiny" -i in.jsonl -o out.jsonl --max-model-len 256 --tp 2 \
+    "$mpiexec" -n 2 "$TRIREME" batch -m "$TR_SRCDIR/models/tiny" -i in.jsonl -o out.jsonl --max-model-len 256 --tp 2 \
         --profile run.h5 --profile-trace >out 2>&1 || fail "batch --profile: $(cat out)"
     "$TRIREME" profile show run.h5 >out || fail 'show of a real run'
     grep -q '^model tiny; 2 ranks on 1 node' out && grep -q '3 requests (0 failed)' out && ! grep -q '^note' out ||

@@ -3,12 +3,10 @@
 # a run that is killed leaves a file that h5clear makes readable.
 set -u
 trireme=${TRIREME:?} model=${TR_SRCDIR:?}/models/tiny compare=${TR_BUILDDIR:?}/tests/compare_records
-export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1 OMP_NUM_THREADS=1
-if [ "$(id -u)" -eq 0 ]; then
-    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-fi
-dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-profile.XXXXXX") || exit 1
-trap 'rm -rf "$dir"' EXIT
+# shellcheck source=tests/lib.sh
+. "$(dirname "$0")/lib.sh"
+mpi_environment
+scratch profile
 
 # What reads a profile without us.
 python=
@@ -21,7 +19,6 @@ done
 [ -n "$python" ] || echo 'no python3 with h5py: contents are not checked'
 command -v h5dump >/dev/null || echo 'no h5dump (hdf5-tools): files are not dumped'
 
-failed=0
 complain()
 {
     echo "$*"
@@ -53,11 +50,11 @@ check "$dir/one.h5" 1
 grep -qa kept-in-the-file "$dir/one.h5" || complain 'one rank: the Slurm job has no name in the file'
 grep -qa not-for-the-file "$dir"/one.h5 "$dir"/one.h5.d/*/* && complain 'one rank: a secret is in the file'
 
-if [ -n "${MPIEXEC-}" ]; then
+if [ -n "$mpiexec" ]; then
     for grid in '--pp 2 --tp 2' '--dp 2 --cp 2'; do
         name=four${grid//[!a-z0-9]/}
         # shellcheck disable=SC2086 # options
-        timeout 120 "$MPIEXEC" -n 4 "$trireme" batch -m "$model" -i "$in" -o "$dir/$name.jsonl" $grid \
+        timeout "$patience_s" "$mpiexec" -n 4 "$trireme" batch -m "$model" -i "$in" -o "$dir/$name.jsonl" $grid \
             --profile "$dir/$name.h5" 2>"$dir/log" || complain "$grid: $(cat "$dir/log")"
         check "$dir/$name.h5" 4
         [ -z "$(find "$dir/$name.h5.d" -name "*.part" -o -name "*.new")" ] || complain "$grid: a file was not closed"

@@ -1,18 +1,12 @@
 #!/bin/sh
 # What no rank may begin with, or one rank alone has: every rank ends with the same exit code, soon, and one line says why.
 set -u
-if [ -z "${MPIEXEC-}" ]; then
-    echo 'no MPI launcher was found'
-    exit 77
-fi
-export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1 OMP_NUM_THREADS=1
-if [ "$(id -u)" -eq 0 ]; then
-    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-fi
+# shellcheck source=tests/lib.sh
+. "$(dirname "$0")/lib.sh"
+need_mpi
 : "${TRIREME:?}" "${TR_SRCDIR:?}"
-dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-refusals.XXXXXX") || exit 1
-trap 'rm -rf "$dir"' EXIT
-failed=0 host=$(hostname)
+scratch refusals
+host=$(hostname)
 host=${host%%.*}
 echo '{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": [41, 42], "max_tokens": 2}}' >"$dir/in"
 for rank in 0 1; do # a model folder of each rank's own
@@ -35,7 +29,7 @@ refused()
     code=$1 text=$2 ranks=$3 other=$4
     shift 4
     rm -f "$dir"/out*
-    timeout 60 "$MPIEXEC" -n "$ranks" sh "$dir/rank" "$other" "$TRIREME" batch -i "$dir/in" -o "$dir/out" \
+    timeout "$patience_s" "$mpiexec" -n "$ranks" sh "$dir/rank" "$other" "$TRIREME" batch -i "$dir/in" -o "$dir/out" \
         --max-model-len 512 "$@" >"$dir/log" 2>&1
     status=$?
     lines=$(grep -c '^trireme: ' "$dir/log")
