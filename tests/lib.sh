@@ -47,7 +47,10 @@ scratch() {
 
 # shellcheck disable=SC2046 # process ids
 clean() {
-    [ -z "$job" ] || kill -9 $(below "$job") "$job" 2>/dev/null
+    if [ -n "$job" ]; then
+        kill -9 $(below "$job") "$job" 2>/dev/null
+        wait "$job" 2>/dev/null
+    fi
     rm -rf "$dir"
 }
 

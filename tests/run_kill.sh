@@ -205,4 +205,5 @@ while :; do
     [ "$kills" -ge "$wanted" ] && break
     rm -f "$dir"/killed.jsonl*
 done
+job=
 echo "$kills kills in $runs runs, $finished jobs finished, $torn torn ends met and $saved runs had saved tokens"

@@ -63,15 +63,15 @@ if [ -n "$mpiexec" ]; then
     # A relative FILE is rank 0's, wherever the others run; and one file of the node in place of its ranks'.
     mkdir "$dir/here" "$dir/there"
     wd=-wdir
-    "$MPIEXEC" --version 2>/dev/null | grep -qi 'open mpi' || wd=-wd
-    (cd "$dir/here" && timeout 120 "$MPIEXEC" -n 1 $wd "$dir/here" "$trireme" batch -m "$model" -i "$in" \
+    "$mpiexec" --version 2>/dev/null | grep -qi 'open mpi' || wd=-wd
+    (cd "$dir/here" && timeout "$patience_s" "$mpiexec" -n 1 $wd "$dir/here" "$trireme" batch -m "$model" -i "$in" \
         -o "$dir/wdir.jsonl" --tp 2 --profile run.h5 : -n 1 $wd "$dir/there" "$trireme" batch -m "$model" -i "$in" \
         -o "$dir/wdir.jsonl" --tp 2 --profile run.h5) 2>"$dir/log" || complain "other folders: $(cat "$dir/log")"
     check "$dir/here/run.h5" 2
     [ -z "$(ls -A "$dir/there")" ] || complain "other folders: $(ls "$dir/there") in the other rank's"
 
     mkdir "$dir/tmp"
-    TMPDIR=$dir/tmp timeout 120 "$MPIEXEC" -n 4 "$trireme" batch -m "$model" -i "$in" -o "$dir/node.jsonl" --dp 2 --cp 2 \
+    TMPDIR=$dir/tmp timeout "$patience_s" "$mpiexec" -n 4 "$trireme" batch -m "$model" -i "$in" -o "$dir/node.jsonl" --dp 2 --cp 2 \
         --profile "$dir/node.h5" --profile-files node 2>"$dir/log" || complain "--profile-files node: $(cat "$dir/log")"
     grep -q 'profile' "$dir/log" && complain "--profile-files node: $(cat "$dir/log")"
     check "$dir/node.h5" 4

@@ -62,7 +62,7 @@ tiny="-m $dir/model.0"
     refused 65 "$shard: " 4 "-m $dir/model.1" $tiny
 }
 # A question that is refused on rank 0, when the others already wait for its first step.
-timeout 60 "$MPIEXEC" -n 2 "$TRIREME" batch -m "$dir/model.0" --max-model-len 4 --prompt 'Of what may this city be the capital?' \
+timeout "$patience_s" "$mpiexec" -n 2 "$TRIREME" batch -m "$dir/model.0" --max-model-len 4 --prompt 'Of what may this city be the capital?' \
     </dev/null >"$dir/log" 2>&1
 status=$?
 if [ "$status" -ne 2 ] || ! grep '^trireme: rank 0 on ' "$dir/log" | grep -qF 'no room for an answer'; then
