@@ -114,7 +114,8 @@ static size_t characters(const char *s, size_t n)
     return c;
 }
 
-static bool same_text(const tr_record_options *o, int32_t a, int32_t b)
+/* Without memory nobody knows: out has failed then. */
+static bool same_text(tr_buf *out, const tr_record_options *o, int32_t a, int32_t b)
 {
     size_t na, nb;
     char sa[32], sb[32];
@@ -126,6 +127,7 @@ static bool same_text(const tr_record_options *o, int32_t a, int32_t b)
     tr_buf ra = {0}, rb = {0};
     tr_write_text(&ra, ta, na);
     tr_write_text(&rb, tb, nb);
+    if (ra.failed || rb.failed) out->failed = true;
     bool same = ra.n == rb.n && (ra.n == 0 || !memcmp(ra.s, rb.s, ra.n));
     free(ra.s);
     free(rb.s);
@@ -149,7 +151,7 @@ static void write_top_map(tr_buf *out, const tr_record_options *o, const tr_scor
         if (t < 0) break;
         for (int j = 0; j < n_seen; j++) {
             twice = twice || seen[j] == t;
-            spelled = spelled || same_text(o, seen[j], t);
+            spelled = spelled || same_text(out, o, seen[j], t);
         }
         if (twice) continue;
         if (n_seen) tr_buf_puts(out, ",");
