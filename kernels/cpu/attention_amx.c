@@ -24,6 +24,7 @@ enum {
     STEPS_MAX = TR_D_KEY_MAX / TR_TILE_STEP, /* of a key */
     TILE_FLOATS = TR_TILE_BYTES / (int)sizeof(float),
     N_VEC = TR_KEY_BLOCK / 16,
+    STEPS_L1 = 9, /* of a key that all heads meet one after another: 36 KiB of turned keys */
 };
 
 /* A task. n_tiles tiles of heads, `rows` in each; a key is n_steps tiles, a value n_columns of 16. */
@@ -42,7 +43,7 @@ typedef struct task {
     uint8_t turned[KEY_TILES * STEPS_MAX * TR_TILE_BYTES] __attribute__((aligned(64)));
     /* [n_columns][KEY_STEPS] tiles. Of 32 columns 8 l + j, j < 8, the first tile has j < 4. */
     uint8_t value[2 * STEPS_MAX * KEY_STEPS * TR_TILE_BYTES] __attribute__((aligned(64)));
-    float score[TR_TILE_ROWS * TR_KEY_BLOCK] __attribute__((aligned(64)));
+    float score[HEAD_TILES * TR_TILE_ROWS * TR_KEY_BLOCK] __attribute__((aligned(64)));
     uint8_t p[KEY_STEPS * TR_N_PARTS * TR_TILE_BYTES] __attribute__((aligned(64)));
     float out[HEAD_TILES * 2 * STEPS_MAX * TILE_FLOATS] __attribute__((aligned(64)));
 } task;
@@ -151,18 +152,27 @@ static void pair_values(task *t)
         _tile_dpbf16ps(i, 6, 7);                                                                   \
     }
 
-/* score [rows, 64]; of tiles that no key is in nothing is written. */
-static void tile_scores(task *t, int i_tile)
+/* Steps [i, i_end) of score [rows, 64] of a tile of heads; of tiles that no key is in nothing is written. */
+static void tile_scores(task *t, int i_tile, int i, int i_end)
 {
     const int n_key_tiles = (t->n_keys + TR_TILE_ROWS - 1) / TR_TILE_ROWS;
-    const uint8_t *q = query_tiles(t, i_tile), *key = t->turned;
+    const uint8_t *q = query_tiles(t, i_tile) + (size_t)i * TR_N_PARTS * t->part_bytes;
+    const uint8_t *key = t->turned + (size_t)i * TR_TILE_BYTES;
+    float *score = t->score + i_tile * TR_TILE_ROWS * TR_KEY_BLOCK;
     const size_t ld = TR_KEY_BLOCK * sizeof(float);
 
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int i = 0; i < t->n_steps; i++) {
+    if (i == 0) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, score, ld);
+        if (n_key_tiles > 1) _tile_loadd(1, score + 16, ld);
+        if (n_key_tiles > 2) _tile_loadd(2, score + 32, ld);
+        if (n_key_tiles > 3) _tile_loadd(3, score + 48, ld);
+    }
+    for (; i < i_end; i++) {
         _tile_loadd(4, q, 64);
         _tile_loadd(5, q + t->part_bytes, 64);
         _tile_loadd(6, q + 2 * t->part_bytes, 64);
@@ -173,10 +183,19 @@ static void tile_scores(task *t, int i_tile)
         q += TR_N_PARTS * t->part_bytes;
         key += TR_TILE_BYTES;
     }
-    _tile_stored(0, t->score, ld);
-    if (n_key_tiles > 1) _tile_stored(1, t->score + 16, ld);
-    if (n_key_tiles > 2) _tile_stored(2, t->score + 32, ld);
-    if (n_key_tiles > 3) _tile_stored(3, t->score + 48, ld);
+    _tile_stored(0, score, ld);
+    if (n_key_tiles > 1) _tile_stored(1, score + 16, ld);
+    if (n_key_tiles > 2) _tile_stored(2, score + 32, ld);
+    if (n_key_tiles > 3) _tile_stored(3, score + 48, ld);
+}
+
+/* All tiles of heads, a few steps at a time: a block's turned keys are 72 KiB, of which each tile would read all from L2
+ * again. Sums that wait in memory meanwhile are fp32 as they are in tiles. */
+static void block_scores(task *t)
+{
+    for (int i = 0; i < t->n_steps; i += STEPS_L1)
+        for (int tile = 0; tile < t->n_tiles; tile++)
+            tile_scores(t, tile, i, t->n_steps - i < STEPS_L1 ? t->n_steps : i + STEPS_L1);
 }
 
 static float exp_of(float x)
@@ -265,11 +284,11 @@ static void tile_values(task *t, int i_tile)
 static void take_block(task *t, int i_tile)
 {
     const int first = i_tile * t->rows;
+    const float *score = t->score + i_tile * TR_TILE_ROWS * TR_KEY_BLOCK;
 
-    tile_scores(t, i_tile);
     for (int r = 0; r < t->rows; r++) {
         const int h = first + r;
-        float keep = softmax(t, t->score + r * TR_KEY_BLOCK, r, t->max + h, t->sum + h);
+        float keep = softmax(t, score + r * TR_KEY_BLOCK, r, t->max + h, t->sum + h);
         if (keep != 1.0f) keep_row(t, out_tiles(t, i_tile), r, keep);
     }
     tile_values(t, i_tile);
@@ -335,6 +354,7 @@ void tr_latent_attention_amx(const tr_device *d, const struct tr_sparse_mla_args
     while (read_keys(&t)) {
         turn_keys(&t);
         pair_values(&t);
+        block_scores(&t);
         for (int tile = 0; tile < t.n_tiles; tile++) {
             const int from = tr_team_part(TR_KEY_BLOCK, tile, t.n_tiles);
             tr_ask_for_rows(a, t.list, t.at + from,
