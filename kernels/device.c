@@ -26,6 +26,18 @@ const char *tr_device_describe(const tr_device *d)
     return ((const tr_device_head *)(const void *)d)->describe;
 }
 
+const char *tr_device_uuid(const tr_device *d)
+{
+    return ((const tr_device_head *)(const void *)d)->uuid;
+}
+
+int tr_device_choose(int n_devices, int i, int n_ranks)
+{
+    if (n_devices < 1 || i < 0 || i >= n_ranks) return -1;
+    if (n_devices == 1) return 0;
+    return n_ranks <= n_devices ? i : -1;
+}
+
 tr_status tr_ops_check(const tr_ops *ops, tr_err *err)
 {
     const char *missing = NULL;

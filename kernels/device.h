@@ -7,6 +7,7 @@
 
 typedef struct tr_device_head { /* the first member of a struct tr_device */
     char describe[128];
+    char uuid[48];   /* of a GPU: "GPU-0123abcd-..." */
     char error[512]; /* of the last failure, one line */
 } tr_device_head;
 

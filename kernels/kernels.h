@@ -610,17 +610,26 @@ static inline size_t tr_act_bytes(const tr_ops *ops)
 }
 
 /* Open a backend by name: "cpu", "cuda", or "auto": cuda where a GPU and its driver can be used and isa is NULL, else cpu.
- * *ops is static. The device is closed by ops->close. i_device: which GPU of those this process may see, modulo their number.
+ * *ops is static. The device is closed by ops->close. i_device: which GPU of those this process may see, modulo their number;
+ * with n_device_ranks of more than one i_device is this rank's place among so many of its host, and each gets a GPU of its own
+ * (tr_device_choose) or TR_E_USAGE.
  * n_threads 0: tr_device_threads(). isa NULL: the best this CPU has; "plain", "avx2", "avx512", "amx": that one (tests,
  * bench), TR_E_USAGE where the CPU or the build lacks it. */
 typedef struct tr_device_options {
     const char *name;
     int n_threads;
     const char *isa;
-    int i_device;
+    int i_device, n_device_ranks;
 } tr_device_options;
 tr_status tr_device_open(tr_device **out, const tr_ops **ops, const tr_device_options *options,
                          tr_err *err);
+
+/* Which of n_devices rank i of n_ranks of a host takes: where it sees one, its launcher has chosen; of enough, the i-th; else
+ * -1. Pure. */
+int tr_device_choose(int n_devices, int i, int n_ranks);
+
+/* "GPU-0123abcd-...": the same on every rank that opens the same GPU; "" of a CPU. */
+const char *tr_device_uuid(const tr_device *device);
 
 /* Threads of a CPU device that is not told how many: OMP_NUM_THREADS, else as many as this process has CPUs in its mask. */
 int tr_device_threads(void);

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "base/size.h"
+#include "kernels/cuda/comm.h"
 #include "kernels/cuda/gemm_bf16.h"
 #include "kernels/cuda/gemm_heads.h"
 
@@ -329,12 +330,54 @@ static tr_status load_kernels(tr_device *d)
     return tr_cuda_status(d, "opening", e);
 }
 
+/* "GPU-" and the uuid's bytes in groups of 4, 2, 2, 2 and 6, as the driver's tools write it. */
+static void write_uuid(char *out, size_t room, const cudaUUID_t *uuid)
+{
+    size_t n = (size_t)snprintf(out, room, "GPU");
+    for (int i = 0; i < 16; i++) {
+        const int begins = i == 0 || i == 4 || i == 6 || i == 8 || i == 10;
+        n += (size_t)snprintf(out + n, room - n, "%s%02x", begins ? "-" : "",
+                              (unsigned)(unsigned char)uuid->bytes[i]);
+    }
+}
+
+static const char *environment(const char *name)
+{
+    const char *value = getenv(name);
+    return value ? value : "not set";
+}
+
+/* Which GPU; TR_E_USAGE where several ranks of a host have fewer. */
+static tr_status choose_ordinal(int *ordinal, int n, const tr_device_options *options, tr_err *err)
+{
+    *ordinal = (options->i_device % n + n) % n;
+    if (options->n_device_ranks <= 1) return TR_OK;
+    *ordinal = tr_device_choose(n, options->i_device, options->n_device_ranks);
+    if (*ordinal >= 0) return TR_OK;
+    return tr_fail(err, TR_E_USAGE,
+                   "%d ranks of this host see %d GPUs: each rank wants one of its own "
+                   "(CUDA_VISIBLE_DEVICES %.100s, SLURM_GPUS_ON_NODE %.100s, "
+                   "SLURM_STEP_GPUS %.100s)",
+                   options->n_device_ranks, n, environment("CUDA_VISIBLE_DEVICES"),
+                   environment("SLURM_GPUS_ON_NODE"), environment("SLURM_STEP_GPUS"));
+}
+
+int tr_cuda_ordinal(const tr_device *d)
+{
+    return d->ordinal;
+}
+
+cudaStream_t tr_cuda_stream(const tr_device *d, tr_lane lane)
+{
+    return d->stream[lane];
+}
+
 tr_status tr_cuda_open(tr_device **out, const tr_ops **ops, const tr_device_options *options,
                        int *usable, tr_err *err)
 {
     struct cudaDeviceProp prop;
     char pci[32] = "";
-    int n = 0;
+    int n = 0, ordinal = 0;
 
     *out = NULL;
     *usable = 0;
@@ -345,10 +388,11 @@ tr_status tr_cuda_open(tr_device **out, const tr_ops **ops, const tr_device_opti
                        e == cudaSuccess ? "there is none" : cudaGetErrorString(e));
     }
     tr_status st = tr_ops_check(&tr_cuda_ops, err);
+    if (st == TR_OK) st = choose_ordinal(&ordinal, n, options, err);
     if (st != TR_OK) return st;
     tr_device *d = calloc(1, sizeof *d);
     if (!d) return tr_fail(err, TR_E_MEMORY, "out of memory");
-    d->ordinal = (options->i_device % n + n) % n;
+    d->ordinal = ordinal;
     snprintf(d->where, sizeof d->where, "GPU %d of %d", d->ordinal, n);
     e = cudaSetDevice(d->ordinal);
     if (e == cudaSuccess) e = cudaGetDeviceProperties(&prop, d->ordinal);
@@ -356,6 +400,7 @@ tr_status tr_cuda_open(tr_device **out, const tr_ops **ops, const tr_device_opti
     st = tr_cuda_status(d, "opening", e);
     if (st != TR_OK) goto done;
     snprintf(d->where, sizeof d->where, "%.64s, PCI %s", prop.name, pci);
+    write_uuid(d->head.uuid, sizeof d->head.uuid, &prop.uuid);
     snprintf(d->head.describe, sizeof d->head.describe, "cuda, %.64s, %d SMs, %zu GiB", prop.name,
              prop.multiProcessorCount, prop.totalGlobalMem >> 30);
     st = load_kernels(d);
