@@ -5,17 +5,21 @@
 # DESCRIPTION
 #   The CUDA backend, and its communicator.  The backend needs nvcc 12.4 or later and the runtime library, which is linked
 #   statically; the driver is looked for when the program runs, so that one binary serves nodes with and without GPUs.
-#   NCCL does not come with this version: asking for it is refused here instead of being ignored.
+#   NCCL, 2.28 or later, is what several ranks with a GPU each need.  It is asked for, never taken by itself: its communicators
+#   have not been run on GPUs yet.
 #
 # USAGE
 #   (absent)               built where nvcc is found: on PATH, in CUDA_HOME or in /usr/local/cuda
 #   --with-cuda=DIR        the toolkit in DIR; an error where it is not there
 #   --without-cuda         build the CPU backend alone
 #   --with-cuda-arch=ARCH  the GPUs it is for (default sm_90a, Hopper; nothing else in this version)
+#   --with-nccl=DIR        NCCL in DIR (include/nccl.h, lib or lib64); an error where it is not there, or without CUDA
+#   --with-nccl            where the compiler finds it
+#   --without-nccl         the default: one rank with a GPU, any number on CPUs
 #
 # VARIABLES
-#   NVCC, NVCC_FLAGS, CUDA_CFLAGS, CUDA_LIBS; set on the command line they are taken as they are
-#   tr_found_cuda, tr_found_nccl; HAVE_CUDA in config.h and for Automake; TR_CUDA_ARCH in config.h
+#   NVCC, NVCC_FLAGS, CUDA_CFLAGS, CUDA_LIBS, NCCL_CFLAGS, NCCL_LIBS; set on the command line they are taken as they are
+#   tr_found_cuda, tr_found_nccl; HAVE_CUDA, HAVE_NCCL in config.h and for Automake; TR_CUDA_ARCH in config.h
 
 AC_DEFUN([TR_WITH_CUDA], [
   AC_ARG_VAR([NVCC], [CUDA compiler])
@@ -68,9 +72,44 @@ extern "C" int tr_launch(int *x) { tr_kernel<<<1, 1>>>(x); return (int)cudaGetLa
 ])
 
 AC_DEFUN([TR_WITH_NCCL], [
-  AC_ARG_WITH([nccl], [AS_HELP_STRING([--with-nccl=DIR], [NCCL; refused by this version @<:@no@:>@])],
+  AC_ARG_VAR([NCCL_CFLAGS], [C compiler flags for NCCL])
+  AC_ARG_VAR([NCCL_LIBS], [linker flags for NCCL])
+  AC_ARG_WITH([nccl],
+    [AS_HELP_STRING([--with-nccl=DIR], [NCCL in DIR, for several ranks with a GPU each; not run on GPUs yet @<:@no@:>@])],
     [], [with_nccl=no])
-  AS_IF([test "$with_nccl" != no],
-    [AC_MSG_ERROR([--with-nccl: trireme AC_PACKAGE_VERSION has no NCCL communicator; configure without it])])
-  tr_found_nccl="no (this version has ranks on CPUs)"
+  tr_found_nccl="no (several ranks are on CPUs)"
+  AS_IF([test "$with_nccl" != no], [
+    AS_IF([test "$tr_found_cuda" = no], [AC_MSG_ERROR([--with-nccl: there is no CUDA backend for it to serve])])
+    _TR_NCCL_LIBRARY
+    AC_DEFINE([HAVE_NCCL], [1], [Define to 1 if communicators over NCCL are built.])
+  ])
+  AM_CONDITIONAL([HAVE_NCCL], [test "$with_nccl" != no])
+])
+
+AC_DEFUN([_TR_NCCL_LIBRARY], [
+  AS_CASE([$with_nccl],
+    [*/*], [
+      AS_VAR_SET_IF([NCCL_CFLAGS], [], [NCCL_CFLAGS="-isystem $with_nccl/include"])
+      tr_nccl_lib=$with_nccl/lib
+      AS_IF([test -e "$with_nccl/lib64/libnccl.so"], [tr_nccl_lib=$with_nccl/lib64])
+      AS_VAR_SET_IF([NCCL_LIBS], [], [NCCL_LIBS="-L$tr_nccl_lib -Wl,-rpath,$tr_nccl_lib -lnccl"])],
+    [AS_VAR_SET_IF([NCCL_LIBS], [], [NCCL_LIBS=-lnccl])])
+  AC_MSG_CHECKING([for NCCL 2.28 or later])
+  tr_save_LIBS=$LIBS
+  tr_save_CFLAGS=$CFLAGS
+  CFLAGS="$CFLAGS $CUDA_CFLAGS $NCCL_CFLAGS"
+  LIBS="$NCCL_LIBS $CUDA_LIBS $LIBS"
+  AC_LINK_IFELSE([AC_LANG_PROGRAM([[#include <nccl.h>
+#if NCCL_VERSION_CODE < NCCL_VERSION(2, 28, 0)
+#error "older than 2.28"
+#endif]], [[ncclConfig_t c = NCCL_CONFIG_INITIALIZER; int v; c.commName = ""; return (int)ncclGetVersion(&v);]])],
+    [AC_MSG_RESULT([yes])],
+    [AC_MSG_RESULT([no])
+     AC_MSG_ERROR([--with-nccl=$with_nccl: no NCCL of 2.28 or later that can be linked with; config.log says why])])
+  tr_found_nccl=`printf '#include <nccl.h>\nTR NCCL_MAJOR NCCL_MINOR NCCL_PATCH\n' >conftest.c
+    $CC -E $CFLAGS conftest.c 2>/dev/null | sed -n 's/^TR \(@<:@0-9@:>@*\) \(@<:@0-9@:>@*\) \(@<:@0-9@:>@*\)/\1.\2.\3/p'`
+  tr_found_nccl="$tr_found_nccl ($NCCL_LIBS), not run on GPUs yet"
+  rm -f conftest.c
+  LIBS=$tr_save_LIBS
+  CFLAGS=$tr_save_CFLAGS
 ])

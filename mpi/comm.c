@@ -18,8 +18,9 @@ static tr_status bad(tr_err *err, const char *op, const char *what)
     return tr_fail(err, TR_E_COMM, "%s: %s", op, what);
 }
 
-static bool element_bytes(size_t *bytes, size_t n, tr_dtype dtype)
+bool tr_comm_sum_bytes(const tr_comm *c, size_t *bytes, size_t n, tr_dtype dtype)
 {
+    if (dtype == TR_BF16) return c->sums_bf16 && tr_mul(bytes, n, sizeof(uint16_t));
     return dtype == TR_F32 && tr_mul(bytes, n, sizeof(float));
 }
 
@@ -90,8 +91,8 @@ tr_status tr_comm_all_reduce(tr_comm *c, void *buf, size_t n, tr_dtype dtype, tr
 {
     size_t bytes;
 
-    if (!element_bytes(&bytes, n, dtype))
-        return bad(err, "all_reduce", "not a number of f32 elements");
+    if (!tr_comm_sum_bytes(c, &bytes, n, dtype))
+        return bad(err, "all_reduce", "not a number of elements that can be added here");
     if (!ticket || (n && !buf)) return bad(err, "all_reduce", "no buffer or no ticket");
     count(c, TR_COMM_ALL_REDUCE, bytes, ticket);
     return begun(c, c->impl->all_reduce(c, buf, n, dtype, ticket, err));
@@ -114,8 +115,8 @@ tr_status tr_comm_reduce_scatter(tr_comm *c, const void *send, void *recv, size_
 {
     size_t bytes;
 
-    if (!element_bytes(&bytes, n, dtype) || !tr_mul(&bytes, bytes, (size_t)c->size))
-        return bad(err, "reduce_scatter", "not a number of f32 elements");
+    if (!tr_comm_sum_bytes(c, &bytes, n, dtype) || !tr_mul(&bytes, bytes, (size_t)c->size))
+        return bad(err, "reduce_scatter", "not a number of elements that can be added here");
     if (!ticket || (n && (!send || !recv)))
         return bad(err, "reduce_scatter", "no buffer or no ticket");
     count(c, TR_COMM_REDUCE_SCATTER, bytes, ticket);
@@ -134,6 +135,13 @@ tr_status tr_comm_all_to_all(tr_comm *c, const void *send, const size_t *n_send,
         return bad(err, "all_to_all", "no buffer or no ticket");
     count(c, TR_COMM_ALL_TO_ALL, out, ticket);
     return begun(c, c->impl->all_to_all(c, send, n_send, recv, n_recv, ticket, err));
+}
+
+tr_status tr_comm_share(tr_comm *c, const tr_share_move *move, tr_ticket *ticket, tr_err *err)
+{
+    if (!c->impl->share) return bad(err, "share", "a communicator of host memory");
+    count(c, TR_COMM_ALL_GATHER, move->bytes[c->rank], ticket);
+    return begun(c, c->impl->share(c, move, ticket, err));
 }
 
 static bool is_other(const tr_comm *c, int rank)
@@ -199,6 +207,21 @@ tr_status tr_comm_wait_read(tr_comm *c, tr_lane reader, tr_ticket ticket, tr_err
 void tr_comm_progress(tr_comm *c)
 {
     c->impl->progress(c);
+}
+
+const tr_device *tr_comm_device(const tr_comm *c)
+{
+    return c->device;
+}
+
+tr_comm *tr_comm_host(tr_comm *c)
+{
+    return c->host ? c->host : c;
+}
+
+void tr_comm_set_mode(tr_comm *c, tr_comm_mode mode)
+{
+    if (c->device) c->mode = mode;
 }
 
 void tr_comm_counts(const tr_comm *c, tr_comm_op op, uint64_t *calls, uint64_t *bytes)
@@ -279,8 +302,11 @@ static tr_status self_all_gather(tr_comm *c, const void *send, void *recv, const
 static tr_status self_reduce_scatter(tr_comm *c, const void *send, void *recv, size_t n,
                                      tr_dtype dtype, tr_ticket *ticket, tr_err *err)
 {
-    (void)c, (void)dtype, (void)ticket, (void)err;
-    copy(recv, send, n * sizeof(float));
+    size_t bytes = 0;
+
+    (void)ticket, (void)err;
+    tr_comm_sum_bytes(c, &bytes, n, dtype); /* was checked */
+    copy(recv, send, bytes);
     return TR_OK;
 }
 

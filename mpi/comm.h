@@ -3,9 +3,13 @@
  * belong to it. Any number may be in flight, and they may be waited for in any order.
  *
  * Implementations stand behind one table of functions (comm_priv.h): the group of one (here), MPI (comm_mpi.h), a
- * loop-back of several ranks in one process (tests), NCCL (later). On the CPU "wait" returns when the data is there;
+ * loop-back of several ranks in one process (tests), NCCL (comm_nccl.h). On the CPU "wait" returns when the data is there;
  * progress is to be called between operations because MPI advances only when called. All calls of one communicator come
- * from one thread, and operations are begun in the same order on every member. */
+ * from one thread, and operations are begun in the same order on every member.
+ *
+ * Over NCCL buffers are memory of a device. An operation begins behind everything that has gone to the device's main lane,
+ * beside whatever goes there later; "wait" makes a lane wait and returns at once. What the host may do with a buffer is
+ * then told by the device's own tickets, as for any operation of kernels.h. */
 #ifndef TR_MPI_COMM_H
 #define TR_MPI_COMM_H
 
@@ -42,8 +46,8 @@ void tr_comm_free(tr_comm *comm);
 int tr_comm_rank(const tr_comm *), tr_comm_size(const tr_comm *);
 const char *tr_comm_name(const tr_comm *); /* "stage", "attn_tp", ...; "self" of the group of one */
 const char *tr_comm_op_name(tr_comm_op);   /* "all_reduce", ... */
-/* In place. dtype TR_F32 so far; the sum of every element is ((x0 + x1) + x2) + ... over members in rank order, so that
- * it is the same on all members and in every run. */
+/* In place. dtype TR_F32, and of device memory TR_BF16; the sum of every element is ((x0 + x1) + x2) + ... over members in
+ * rank order, made in fp32 and rounded once, so that it is the same on all members and in every run. */
 tr_status tr_comm_all_reduce(tr_comm *, void *buf, size_t n, tr_dtype, tr_ticket *, tr_err *);
 /* bytes[size]: what each member gives; recv holds them in rank order. `send` may lie in recv where it belongs. */
 tr_status tr_comm_all_gather(tr_comm *, const void *send, void *recv, const size_t *bytes,
@@ -79,6 +83,15 @@ uint64_t tr_comm_shortest_ns(const tr_comm *, tr_comm_op),
     tr_comm_longest_ns(const tr_comm *, tr_comm_op);
 /* Of one that has been waited for, and not long ago; 0: not known. */
 uint64_t tr_comm_flight_ns(const tr_comm *, tr_ticket);
+/* The device whose memory the communicator moves; NULL: the host's (the group of one moves what it is given). */
+const tr_device *tr_comm_device(const tr_comm *);
+/* A communicator of the same members for memory of the host: of a device's the one it was made from, else itself. */
+tr_comm *tr_comm_host(tr_comm *);
+/* How calls are meant from now on. RUN: as they are. RECORD: the device's main lane is being recorded, and what is begun goes
+ * into the record; each operation is waited for before the record ends. NOTE: a record runs that has these calls already:
+ * they are counted, and nothing is moved or waited for. Host memory knows RUN alone. */
+typedef enum tr_comm_mode { TR_COMM_RUN, TR_COMM_RECORD, TR_COMM_NOTE } tr_comm_mode;
+void tr_comm_set_mode(tr_comm *, tr_comm_mode);
 /* From now on every call is a region of `regions` (kept; may be NULL): "moe/all_to_all", of kind COMM, and "moe/wait", of
  * kind WAIT; and bytes are counted by the member they are sent to. group: kind of group (mpi/grid.h). */
 tr_status tr_comm_measure(tr_comm *, tr_regions *regions, int group, tr_err *);
@@ -93,8 +106,9 @@ uint64_t tr_comm_sent_to(const tr_comm *, int member);
  *     tr_share_ready   the reader may go on, after `await`
  *
  * Over MPI there is no push: the kernel writes this member's rows into its own cache, sent packs them and begins the
- * gather, ready waits and puts the other members' rows into the cache where they belong. In the group of one there is
- * nothing to do and no plan is needed. Rows of a step that all members compute themselves are in nobody's list. */
+ * gather, ready waits and puts the other members' rows into the cache where they belong. Over NCCL the device packs,
+ * gathers and puts them in their places on the communicator's own stream, all begun by sent, and ready makes the reader's
+ * lane wait. In the group of one there is nothing to do and no plan is needed. Rows of a step that all members compute themselves are in nobody's list. */
 
 /* Where a row lies in storage made of pages of TR_PAGE_TOKENS rows: piece i of row `page*64 + offset` is the `bytes`
  * bytes at page * page_bytes + at + offset * bytes. */
@@ -126,7 +140,8 @@ tr_status tr_share_begin(tr_share *, const tr_rows *, void *dst, tr_push *push, 
 tr_status tr_share_sent(tr_share *, tr_lane writer, tr_err *);
 tr_status tr_share_ready(tr_share *, tr_lane reader, tr_await *await, tr_err *);
 /* What the exchanges have cost so far: how long the rows were under way, as far as their arrival was noticed, how much of
- * that was waited for, bytes that this member gave, and exchanges in which anything travelled. */
+ * that was waited for, bytes that this member gave, and exchanges in which anything travelled. Of device memory bytes and
+ * calls alone: times are the communicator's (tr_comm_flown_ns, tr_comm_waited_ns of all_gather). */
 typedef struct tr_share_cost {
     uint64_t flown_ns, waited_ns, bytes, calls;
 } tr_share_cost;

@@ -2,6 +2,8 @@
 #ifndef TR_MPI_COMM_PRIV_H
 #define TR_MPI_COMM_PRIV_H
 
+#include <stdbool.h>
+
 #include "mpi/comm.h"
 
 enum { TR_COMM_FLIGHTS = 32 };
@@ -10,6 +12,12 @@ struct tr_comm {
     const struct tr_comm_impl *impl;
     int rank, size;
     char name[16];
+    /* Of device memory: what it belongs to, and how the host's memory goes between the same members; NULL: host memory. */
+    tr_device *device;
+    const tr_ops *ops;
+    tr_comm *host;
+    bool sums_bf16;
+    tr_comm_mode mode;
     uint64_t next_ticket;
     uint64_t calls[TR_COMM_N_OPS], bytes[TR_COMM_N_OPS];
     uint64_t waited_ns[TR_COMM_N_OPS]; /* by the implementation's wait */
@@ -41,6 +49,18 @@ static inline void tr_comm_gave(tr_comm *c, int member, size_t bytes)
     if (c->sent) c->sent[member] += bytes;
 }
 
+/* An exchange of cache rows (tr_share) as one operation on a device: the rows in list [first of this member, + its number) are
+ * packed, gathered and, those of the others, put into the cache. Counts as an all_gather. */
+typedef struct tr_share_move {
+    const tr_record *record;
+    size_t row_bytes;
+    char *cache;
+    char *packed; /* [all rows][row_bytes] device memory */
+    const int64_t
+        *list; /* [all rows] device memory: cache rows, member after member, no pad rows */
+    const size_t *bytes; /* [size] what each member gives: its rows * row_bytes */
+} tr_share_move;
+
 /* Same arguments as the public functions; the public ones count, check the arguments and hand on. */
 typedef struct tr_comm_impl {
     tr_status (*all_reduce)(tr_comm *, void *, size_t, tr_dtype, tr_ticket *, tr_err *);
@@ -55,8 +75,15 @@ typedef struct tr_comm_impl {
     tr_status (*all_max)(tr_comm *, uint64_t *, size_t, tr_ticket *, tr_err *);
     tr_status (*wait)(tr_comm *, tr_lane, tr_ticket, tr_err *);
     tr_status (*wait_read)(tr_comm *, tr_lane, tr_ticket, tr_err *); /* NULL: as wait */
+    tr_status (*share)(tr_comm *, const tr_share_move *, tr_ticket *,
+                       tr_err *); /* of device memory only */
     void (*progress)(tr_comm *);
     void (*free)(tr_comm *);
 } tr_comm_impl;
+
+/* comm.c, for share.c: begin an exchange of device memory. */
+tr_status tr_comm_share(tr_comm *, const tr_share_move *, tr_ticket *, tr_err *);
+/* Bytes of n numbers that this communicator can add; false: it cannot, or they do not fit. */
+bool tr_comm_sum_bytes(const tr_comm *, size_t *bytes, size_t n, tr_dtype);
 
 #endif

@@ -1,7 +1,7 @@
 /* Rows that every member writes a part of and every member reads whole (context parallelism, parallel.md 3.4). Over
  * communicators without a push the rows travel as they lie in the cache, quantised: one gather of this step's rows from
- * a buffer in which each member packs its own and finds the others'. In the group of one the writer's rows are the
- * reader's: nobody is pushed to and nothing is awaited. */
+ * a buffer in which each member packs its own and finds the others'; of device memory the device does all of that. In the
+ * group of one the writer's rows are the reader's: nobody is pushed to and nothing is awaited. */
 #include <config.h>
 
 #include <stdbool.h>
@@ -9,7 +9,7 @@
 #include <string.h>
 
 #include "base/size.h"
-#include "mpi/comm.h"
+#include "mpi/comm_priv.h"
 
 /* One exchange after the other: begin, sent, ready. */
 typedef enum phase { IDLE, BEGUN, SENT } phase;
@@ -24,7 +24,8 @@ struct tr_share {
     const int64_t *write_row; /* [sum of n_rows], -1: a pad row */
     size_t *bytes;            /* [size] of the rows that travel */
     size_t my_first, all;     /* bytes before this member's, and of all */
-    char *rows;               /* [rows_max][row_bytes] packed, member after member */
+    char *rows;               /* [rows_max][row_bytes] packed, member after member; the device's */
+    int64_t *list, *list_d;   /* [rows_max] of device memory: the step's rows without pad rows */
     char *dst;                /* between begin and ready */
     tr_ticket ticket;
     tr_share_cost cost;
@@ -68,6 +69,27 @@ static bool good_record(const tr_record *r, size_t *row_bytes)
     return true;
 }
 
+static tr_status take_host(tr_share *s, size_t bytes, tr_err *err)
+{
+    s->rows = malloc(bytes);
+    return s->rows ? TR_OK : tr_fail(err, TR_E_MEMORY, "out of memory");
+}
+
+/* The list is a row's place in the cache; where it lies packed is its place in the list. */
+static tr_status take_device(tr_share *s, size_t bytes, tr_err *err)
+{
+    const tr_ops *ops = s->comm->ops;
+    tr_device *d = s->comm->device;
+    size_t list_bytes;
+
+    s->list = tr_calloc((size_t)s->rows_max, sizeof *s->list);
+    if (!s->list || !tr_mul(&list_bytes, (size_t)s->rows_max, sizeof *s->list_d))
+        return tr_fail(err, TR_E_MEMORY, "out of memory");
+    tr_status st = ops->alloc(d, bytes, TR_MEMORY_DEVICE, (void **)&s->rows);
+    if (st == TR_OK) st = ops->alloc(d, list_bytes, TR_MEMORY_DEVICE, (void **)&s->list_d);
+    return st == TR_OK ? TR_OK : tr_fail(err, st, "share: %s", ops->error(d));
+}
+
 tr_status tr_share_open_record(tr_share **out, tr_comm *comm, const tr_record *record, int rows_max,
                                tr_err *err)
 {
@@ -88,11 +110,12 @@ tr_status tr_share_open_record(tr_share **out, tr_comm *comm, const tr_record *r
     s->row_bytes = row_bytes;
     if (s->size > 1) {
         s->bytes = tr_calloc((size_t)s->size, sizeof *s->bytes);
-        s->rows = malloc(bytes);
-        if (!s->bytes || !s->rows) {
+        if (!s->bytes) {
             st = tr_fail(err, TR_E_MEMORY, "out of memory");
             goto done;
         }
+        st = comm->device ? take_device(s, bytes, err) : take_host(s, bytes, err);
+        if (st != TR_OK) goto done;
     }
     *out = s;
     s = NULL;
@@ -116,8 +139,28 @@ void tr_share_close(tr_share *s)
 {
     if (!s) return;
     free(s->bytes);
-    free(s->rows);
+    if (s->comm->device) {
+        s->comm->ops->release(s->comm->device, s->rows);
+        s->comm->ops->release(s->comm->device, s->list_d);
+    } else {
+        free(s->rows);
+    }
+    free(s->list);
     free(s);
+}
+
+/* The list of this step to the device, in front of everything that will use it. The list of the step before has been used:
+ * the main lane has waited for its exchanges. */
+static tr_status send_list(tr_share *s, size_t n, tr_err *err)
+{
+    const tr_ops *ops = s->comm->ops;
+    size_t n_list = 0;
+
+    for (size_t i = 0; i < n; i++)
+        if (s->write_row[i] >= 0) s->list[n_list++] = s->write_row[i];
+    const tr_status st =
+        ops->upload(s->comm->device, TR_LANE_MAIN, s->list_d, s->list, n_list * sizeof *s->list);
+    return st == TR_OK ? TR_OK : tr_fail(err, st, "share: %s", ops->error(s->comm->device));
 }
 
 tr_status tr_share_plan(tr_share *s, const int *n_rows, const int64_t *write_row, tr_err *err)
@@ -147,7 +190,7 @@ tr_status tr_share_plan(tr_share *s, const int *n_rows, const int64_t *write_row
     }
     s->n_rows = n_rows;
     s->write_row = write_row;
-    return TR_OK;
+    return s->comm->device && s->all ? send_list(s, i, err) : TR_OK;
 }
 
 tr_status tr_share_begin(tr_share *s, const tr_rows *rows, void *dst, tr_push *push, tr_err *err)
@@ -195,11 +238,20 @@ static const int64_t *list_of(const tr_share *s, int m)
 
 tr_status tr_share_sent(tr_share *s, tr_lane writer, tr_err *err)
 {
-    (void)writer; /* on the CPU the writer has written */
+    (void)writer; /* on the CPU it has written; on a device it is the main lane */
     if (s->phase != BEGUN) return tr_fail(err, TR_E_COMM, "share: sent before it was begun");
     s->phase = SENT;
     s->ticket = (tr_ticket){0};
     if (s->size == 1 || !s->all) return TR_OK;
+    if (s->comm->device) {
+        const tr_share_move move = {.record = &s->record,
+                                    .row_bytes = s->row_bytes,
+                                    .cache = s->dst,
+                                    .packed = s->rows,
+                                    .list = s->list_d,
+                                    .bytes = s->bytes};
+        return tr_comm_share(s->comm, &move, &s->ticket, err);
+    }
     char *mine = s->rows + s->my_first;
     copy_rows(s, list_of(s, s->rank), s->n_rows[s->rank], mine, false);
     return tr_comm_all_gather(s->comm, mine, s->rows, s->bytes, &s->ticket, err);
@@ -216,10 +268,13 @@ tr_status tr_share_ready(tr_share *s, tr_lane reader, tr_await *await, tr_err *e
     const uint64_t waited_ns = tr_comm_waited_ns(s->comm, TR_COMM_ALL_GATHER);
     st = tr_comm_wait(s->comm, reader, s->ticket, err);
     if (st != TR_OK) return st;
-    s->cost.waited_ns += tr_comm_waited_ns(s->comm, TR_COMM_ALL_GATHER) - waited_ns;
-    s->cost.flown_ns += tr_comm_flight_ns(s->comm, s->ticket);
+    if (!s->comm->device) {
+        s->cost.waited_ns += tr_comm_waited_ns(s->comm, TR_COMM_ALL_GATHER) - waited_ns;
+        s->cost.flown_ns += tr_comm_flight_ns(s->comm, s->ticket);
+    }
     s->cost.bytes += s->bytes[s->rank];
     s->cost.calls++;
+    if (s->comm->device) return TR_OK;
     char *packed = s->rows;
     for (int m = 0; m < s->size; m++)
         if (m == s->rank)

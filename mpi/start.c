@@ -56,11 +56,17 @@ done:
     return st;
 }
 
-/* "rank 3 on node07: TEXT (and 5 more ranks)"; a text that is too long loses its middle, not its ends. */
+/* "rank 3 on node07: TEXT (and 5 more ranks)"; a text that is too long loses its middle, not its ends. What was agreed inside of a
+ * phase says so already. */
 static void speak_for(char *out, size_t n, const tr_world *world, const char *text, int n_failed)
 {
     char front[128], behind[64] = "";
+    int rank, end = 0;
 
+    if (sscanf(text, "rank %d on %*s%n", &rank, &end) == 1 && end > 0 && text[end - 1] == ':') {
+        snprintf(out, n, "%s", text);
+        return;
+    }
     snprintf(front, sizeof front, "rank %d on %s: ", world->rank, world->host);
     if (n_failed > 1)
         snprintf(behind, sizeof behind, " (and %d more rank%s)", n_failed - 1,
@@ -225,6 +231,13 @@ _Noreturn void tr_world_abort(tr_status why)
     MPI_Finalized(&ended);
     if (begun && !ended) MPI_Abort(MPI_COMM_WORLD, code);
     _exit(code);
+}
+
+_Noreturn void tr_world_give_up(const tr_world *world, tr_status why)
+{
+    exit_in_time(tr_exit_code(why)); /* should the device not answer */
+    if (world->guard) world->guard->abort(world->guard->ctx);
+    tr_world_abort(why);
 }
 
 const char *tr_mpi_threads(void)

@@ -7,6 +7,13 @@
 
 #include "base/err.h"
 
+/* What the watchdog's thread asks of communicators that do not end by themselves (comm_nccl.h). */
+typedef struct tr_world_guard {
+    void *ctx;
+    int (*failed)(void *ctx, char *text, size_t n); /* 1: one has failed, and why: one line */
+    void (*abort)(void *ctx); /* the job is about to be ended: what waits on a device leaves it */
+} tr_world_guard;
+
 typedef struct tr_world {
     int rank, size;             /* MPI_COMM_WORLD */
     int local_rank, local_size; /* ranks of this host, by MPI_COMM_TYPE_SHARED */
@@ -16,6 +23,8 @@ typedef struct tr_world {
      * whoever waits advances every one (comm_mpi.c). flight: the recorder, while a watchdog runs (flight.h). */
     struct tr_comm_mpi *comms;
     struct tr_flight *flight;
+    const tr_world_guard
+        *guard; /* NULL: none. Set before a watchdog starts, and taken away after it was stopped */
 } tr_world;
 
 /* TR_E_COMM when MPI gives less than MPI_THREAD_FUNNELED. */
@@ -43,6 +52,8 @@ tr_status tr_world_tell_host(const tr_world *world, void *data, int bytes, tr_er
 /* Ends the whole job with the exit code of `why`, by MPI_Abort, and this process after 5 s if MPI does not. From any
  * thread. */
 _Noreturn void tr_world_abort(tr_status why);
+/* The same; what waits on this rank's device is made to leave it before. */
+_Noreturn void tr_world_give_up(const tr_world *world, tr_status why);
 
 /* "funneled", "serialized", "multiple": what MPI gives, after start. */
 const char *tr_mpi_threads(void);

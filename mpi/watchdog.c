@@ -280,6 +280,13 @@ static void name_remote(const tr_watchdog *wd, char *line, size_t room)
     }
 }
 
+/* One call: one line. */
+static void write_line(const char *line)
+{
+    const ssize_t n = write(STDERR_FILENO, line, strlen(line));
+    (void)n;
+}
+
 static void say(const tr_watchdog *wd, const tr_flight_state *s, uint64_t since_ns)
 {
     char line[LINE_BYTES] = "", state[256];
@@ -290,8 +297,18 @@ static void say(const tr_watchdog *wd, const tr_flight_state *s, uint64_t since_
     name_local(wd, line, sizeof line - 1);
     name_remote(wd, line, sizeof line - 1);
     add(line, sizeof line, "\n");
-    const ssize_t n = write(STDERR_FILENO, line, strlen(line)); /* one call: one line */
-    (void)n;
+    write_line(line);
+}
+
+static void say_failed(const tr_watchdog *wd, const tr_flight_state *s, const char *why)
+{
+    char line[LINE_BYTES] = "", state[256];
+
+    describe(s, state, sizeof state);
+    add(line, sizeof line - 1, "trireme: rank %d on %s: %s: %s", wd->world->rank, wd->world->host,
+        state, why);
+    add(line, sizeof line, "\n");
+    write_line(line);
 }
 
 /* Until every rank of this host that responds has come to `stage`; with ranks elsewhere always the full time. */
@@ -308,7 +325,9 @@ static void await_stage(tr_watchdog *wd, uint64_t stage)
     }
 }
 
-static _Noreturn void end_job(tr_watchdog *wd, const tr_flight_state *s, uint64_t since_ns)
+/* why NULL: there is no progress. */
+static _Noreturn void end_job(tr_watchdog *wd, const tr_flight_state *s, uint64_t since_ns,
+                              const char *why)
 {
     seat *me = &wd->seats[wd->mine];
 
@@ -316,10 +335,13 @@ static _Noreturn void end_job(tr_watchdog *wd, const tr_flight_state *s, uint64_
     atomic_store(&me->stage, REPORTED);
     await_stage(wd, REPORTED);
     write_report(wd, s, since_ns); /* now it is known who responds */
-    say(wd, s, since_ns);
+    if (why)
+        say_failed(wd, s, why);
+    else
+        say(wd, s, since_ns);
     atomic_store(&me->stage, SAID);
     await_stage(wd, SAID);
-    tr_world_abort(TR_E_COMM);
+    tr_world_give_up(wd->world, TR_E_COMM);
 }
 
 /* ---- the thread -------------------------------------------------------------------------------------------------- */
@@ -400,10 +422,18 @@ static bool is_late(const tr_watchdog *wd, const tr_flight_state *s, uint64_t si
     return now_ns - since_ns > STARVED_LIMITS * limit || !is_starved(wd);
 }
 
+/* A communicator of the device that has failed by itself. */
+static bool has_failed(const tr_watchdog *wd, char *why, size_t room)
+{
+    const tr_world_guard *g = wd->world->guard;
+    return g && g->failed(g->ctx, why, room);
+}
+
 static void *watch(void *arg)
 {
     tr_watchdog *wd = arg;
     uint64_t awake_ns = tr_now_ns(), looked_ns = awake_ns;
+    char why[512];
 
     do {
         const uint64_t now_ns = tr_now_ns();
@@ -418,7 +448,9 @@ static void *watch(void *arg)
         show(wd, &s, awake_ns);
         const uint64_t moved_ns = last_move_ns(wd);
         const uint64_t since_ns = moved_ns > awake_ns ? moved_ns : awake_ns;
-        if (is_late(wd, &s, since_ns, now_ns) || somebody_reports(wd)) end_job(wd, &s, since_ns);
+        if (has_failed(wd, why, sizeof why)) end_job(wd, &s, since_ns, why);
+        if (is_late(wd, &s, since_ns, now_ns) || somebody_reports(wd))
+            end_job(wd, &s, since_ns, NULL);
     } while (sleep_until(wd, looked_ns + PERIOD_NS));
     return NULL;
 }

@@ -8,7 +8,8 @@
  * Ranks of one host see each other's state in shared memory. When time is up every rank that still can writes
  * OUT.hang.rank%05d.json (the state and the last 256 collectives), prints one line with its step, layer, communicator
  * and collective number and with the ranks that do not respond or are not waiting, and ends the job with exit code 86.
- * Ranks of other hosts that left no OUT.hang file are named too.
+ * Ranks of other hosts that left no OUT.hang file are named too. Communicators of a device (world->guard) are asked at every
+ * look whether they have failed by themselves, which ends the job in the same way, and are aborted before it ends.
  *
  * The thread makes no MPI call but MPI_Abort. */
 #ifndef TR_MPI_WATCHDOG_H

@@ -6,6 +6,7 @@
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -232,12 +233,36 @@ static tr_status run_step(tr_comm *c, int step, const char *how, const tr_world 
     return st;
 }
 
+/* A device's communicators, of which rank 1's fail by themselves when it says so. */
+typedef struct device {
+    atomic_bool failed;
+} device;
+
+static int device_failed(void *ctx, char *text, size_t n)
+{
+    device *d = ctx;
+    if (!atomic_load(&d->failed)) return 0;
+    snprintf(text, n, "a link of the device is gone");
+    return 1;
+}
+
+static void device_abort(void *ctx)
+{
+    static const char text[] = "the device's work was aborted\n";
+    (void)ctx;
+    const ssize_t n = write(STDERR_FILENO, text, sizeof text - 1);
+    (void)n;
+}
+
 static int run_rank(tr_world *w, const char *how, const char *out)
 {
+    static device on_device;
+    const tr_world_guard guard = {&on_device, device_failed, device_abort};
     tr_watchdog *wd = NULL;
     tr_comm *c = NULL;
     tr_err err = {0};
     char path[1024];
+    if (strcmp(how, "device") == 0) w->guard = &guard;
     tr_status st = tr_watchdog_start(&wd, w, 1, out, &err);
 
     if (st == TR_OK) st = tr_comm_split(&c, w, 0, w->rank, "stage", &err);
@@ -249,6 +274,11 @@ static int run_rank(tr_world *w, const char *how, const char *out)
     }
     for (int step = 0; step < N_STEPS && st == TR_OK; step++)
         st = run_step(c, step, how, w, wd, &err);
+    if (st == TR_OK && w->guard && w->rank == 1) {
+        atomic_store(&on_device.failed, true);
+        for (;;) /* until the watchdog ends the process */
+            nap(1);
+    }
     if (st == TR_OK) st = tr_agree(w, TR_OK, &err);
     if (st != TR_OK) fprintf(stderr, "rank %d: %s\n", w->rank, err.text);
     if (st == TR_OK && w->rank == 0) puts("finished");

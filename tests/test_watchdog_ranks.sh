@@ -87,6 +87,12 @@ finish 86
 reports 0 1 2 3
 says "rank 1 on $host is not waiting (step 5, layer 11, experts)"
 
+# Communicators of a device that fail by themselves: told at once, and what waits on the device is aborted first.
+start device
+finish 86 60
+says "rank 1 on $host: step 7: a link of the device is gone"
+says "the device's work was aborted"
+
 start kill
 finish 137
 reports

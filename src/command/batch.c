@@ -20,7 +20,7 @@
 static void give_up(const tr_world *world, const tr_err *err)
 {
     fprintf(stderr, "trireme: rank %d on %s: %s\n", world->rank, world->host, err->text);
-    tr_world_abort(err->status);
+    tr_world_give_up(world, err->status);
 }
 
 /* After each phase every rank knows how all of them fared. A stop asked for meanwhile ends the

@@ -1,0 +1,40 @@
+/* Communicators over NCCL: the rows of comm.h in a GPU's memory, one rank and one GPU a process. Built with --with-nccl.
+ *
+ * MPI stays the ground: it finds the ranks, carries NCCL's ids and everything the host itself reads (plans, counts, status).
+ * A communicator has a stream of its own: what is begun waits there, on the device, for what the main lane holds by then; to
+ * wait is to make a lane wait. The host never stands still for either, with one exception: more than 256 operations of a
+ * communicator cannot be under way.
+ *
+ * NCCL's calls do not block here (ncclConfig_t.blocking 0): what it still works on is asked for until it is done, while MPI
+ * goes on. One lock keeps the main thread's calls and the watchdog's apart. The watchdog (watchdog.h) asks every communicator
+ * for errors that came by themselves, and has them aborted before it ends the job.
+ *
+ * Sums of two members are NCCL's: x0 + x1 is x1 + x0. Of more they are made of the members' terms in rank order, as comm.h
+ * promises; NCCL's own rings begin with another member for every part of a buffer. Main thread, but for what is said above. */
+#ifndef TR_MPI_COMM_NCCL_H
+#define TR_MPI_COMM_NCCL_H
+
+#include "mpi/comm.h"
+#include "mpi/start.h"
+
+typedef struct tr_nccl tr_nccl; /* NCCL in this process */
+
+/* device: opened as "cuda", its table is ops; both, and the world, are kept and must outlive it. world->guard is set until
+ * close. NCCL_NVLS_ENABLE is set to 0 where the environment does not say. Not collective. */
+tr_status tr_nccl_open(tr_nccl **out, tr_world *world, tr_device *device, const tr_ops *ops,
+                       tr_err *err);
+/* After all of its communicators, before the device. NULL: nothing. */
+void tr_nccl_close(tr_nccl *nccl);
+
+/* TR_NCCL_TERMS: sums of two members too are made of terms (tests). */
+enum { TR_NCCL_TERMS = 1 };
+
+/* The members of `host` (of more than one; kept, freed after this one) in the same order and with the same name, for
+ * memory of the device. Collective over them: all succeed or none does. Operations that may be in flight together with those of another lane
+ * want a communicator of their own. tr_comm_free is not collective; what is in flight is given up. */
+tr_status tr_nccl_comm(tr_comm **out, tr_nccl *nccl, tr_comm *host, unsigned flags, tr_err *err);
+
+/* "2.28.9" of the library that is loaded. */
+void tr_nccl_version(char *text, size_t n);
+
+#endif
