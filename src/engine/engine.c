@@ -439,9 +439,14 @@ static tr_status wait_oldest(tr_engine *e, tr_err *err)
     tr_engine_slot *s = &e->slot[e->i_slot];
     const tr_step *step = &s->step;
     tr_region_begin(e->regions, e->region_done);
-    while (!tr_step_done(e->model, step)) {
-        tr_comm_progress(e->control);
-        sched_yield();
+    if (!tr_step_done(e->model, step)) {
+        tr_watchdog_enter(e->watch, "device", -1);
+        while (!tr_step_done(e->model, step)) {
+            tr_model_progress(e->model);
+            sched_yield();
+        }
+        tr_watchdog_leave(e->watch);
+        tr_model_progress(e->model); /* if it was aborted this does not return */
     }
     if (!s->t1_ns) s->t1_ns = tr_now_ns();
     tr_region_end(e->regions, 0, 0);
@@ -736,9 +741,10 @@ static tr_status follow(tr_engine *e, tr_err *err)
     bool last = false;
 
     while (!st && !last) {
-        /* What is done is told at once: the leader may be waiting for it. */
+        /* What is done is told at once: the leader may be waiting for it, and with it the next plan. */
         while (e->n_flight && !st &&
-               (e->n_flight == e->options.ring || tr_step_done(e->model, &e->slot[e->i_slot].step)))
+               (e->n_flight == e->options.ring || e->slot[e->i_slot].report ||
+                tr_step_done(e->model, &e->slot[e->i_slot].step)))
             st = retire_oldest(e, err);
         if (!st) st = follow_step(e, &last, err);
         if (st && !last) e->broken = true;

@@ -97,7 +97,8 @@ static tr_status score(tr_model *m, const tr_pass *p, tr_kv_layer kv, int i, int
 {
     const tr_config *c = m->config;
     const tr_row_sums sums = tr_pass_sums(m, p);
-    const double pairs = first ? 0 : sums.scored_pairs * n_row / p->n; /* all is the first part's */
+    const double pairs =
+        first ? 0 : sums.scored_pairs * n_row / p->n_max; /* all: the first part's */
     tr_note(m, tr_work_index_logits(pairs, first ? 0 : sums.scored_keys, c->index_n_heads, &kv));
     return TR_RUN(m, index_logits, err, .rows = &p->rows, .q = m->ws.index_q8, .w = m->ws.index_w,
                   .n_heads = c->index_n_heads, .k = c->index_topk, .kv = kv, .first = first,
@@ -111,7 +112,7 @@ static tr_status select_rows(tr_model *m, const tr_pass *p, int scored, int i, i
     const size_t ld = (size_t)m->max_model_len;
     if (scored)
         tr_model_show(m, "index_logits", layer, i, n_row, p->plan->max_context, ld, m->ws.score);
-    tr_note(m, tr_work_topk(n_row, tr_pass_sums(m, p).scored_pairs * n_row / p->n,
+    tr_note(m, tr_work_topk(n_row, tr_pass_sums(m, p).scored_pairs * n_row / p->n_max,
                             m->config->index_topk));
     return TR_RUN(m, topk, err, .rows = &p->rows, .score = scored ? m->ws.score : NULL, .ld = ld,
                   .k = m->config->index_topk, .i_row = i, .n_row = n_row,
@@ -119,13 +120,21 @@ static tr_status select_rows(tr_model *m, const tr_pass *p, int scored, int i, i
                   .n_selected = m->ws.n_selected);
 }
 
+/* By n_max, as everything about lists: a record serves other numbers of rows too. */
+bool tr_attention_shares(const tr_model *m, const tr_pass *p)
+{
+    enum { ROWS_EACH = 8 };
+    const int tp = tr_comm_size(m->groups.attn_tp);
+    return tp > 1 && p->n_max >= ROWS_EACH * tp;
+}
+
 /* Rows of a stripe: they fit the score buffer. Where the attention group shares the work (parallel.md 3.9) stripe i is member
  * i mod tp's, small enough that everybody has some. A few rows are not worth the exchange. */
 static int stripe_of(const tr_model *m, const tr_pass *p, int *members)
 {
-    enum { ROWS_EACH = 8, MOST_ROWS = 512 };
-    const int tp = tr_comm_size(m->groups.attn_tp), each = (p->n + tp - 1) / tp;
-    const int shared = tp > 1 && p->n >= ROWS_EACH * tp;
+    enum { MOST_ROWS = 512 };
+    const int tp = tr_comm_size(m->groups.attn_tp), each = (p->n_max + tp - 1) / tp;
+    const int shared = tr_attention_shares(m, p);
     int stripe = m->n_stripe;
 
     *members = shared ? tp : 1;
@@ -151,11 +160,11 @@ static tr_status gather_lists(tr_model *m, const tr_pass *p, int i, int stripe, 
     for (int l = 0; l < 3 && st == TR_OK; l++) {
         int32_t *list = lists[l].list;
         for (int j = 0; j < tr_comm_size(tp); j++) {
-            int n = p->n - (i + j * stripe);
+            int n = p->n_max - (i + j * stripe);
             n = n < 0 ? 0 : n < stripe ? n : stripe;
             bytes[j] = (size_t)n * lists[l].width * sizeof *list;
         }
-        const size_t at = own < p->n ? (size_t)own : (size_t)i;
+        const size_t at = own < p->n_max ? (size_t)own : (size_t)i;
         st = tr_comm_all_gather(tp, list + at * lists[l].width, list + (size_t)i * lists[l].width,
                                 bytes, &ticket, err);
         st = tr_model_await(m, tp, st, ticket, (double)bytes[tr_comm_rank(tp)], err);

@@ -83,9 +83,9 @@ static tr_status dispatch(tr_model *m, const tr_pass *p, const tr_moe_weights *w
             tr_model_fetch_words(m, n_send, m->ws.moe.count, (size_t)members * sizeof *n_send, err);
     for (int i = 0; i < members; i++)
         word[i] = sizeof *n_send;
-    if (st == TR_OK)
-        st = tr_comm_all_to_all(m->groups.moe, n_send, word, n_recv, word, &ticket, err);
-    return tr_model_await(m, m->groups.moe, st, ticket, 4.0 * members, err);
+    tr_comm *host = tr_comm_host(m->groups.moe); /* it reads the counts */
+    if (st == TR_OK) st = tr_comm_all_to_all(host, n_send, word, n_recv, word, &ticket, err);
+    return tr_model_await(m, host, st, ticket, 4.0 * members, err);
 }
 
 /* What came, through this rank's experts: y [n_in, hidden], weighted. */
@@ -127,20 +127,20 @@ static tr_status experts(tr_model *m, const tr_moe_weights *w, int n_in, tr_err 
 }
 
 /* Sums of this member's rows over the attention group, into their place. */
-static tr_status sum_own(tr_model *m, const tr_pass *p, float *out, tr_err *err)
+static tr_status sum_own(tr_model *m, const tr_pass *p, tr_act *out, tr_err *err)
 {
     tr_comm *tp = m->groups.attn_tp;
     const size_t n = (size_t)stretch(m, p) * (size_t)m->config->hidden_size;
     tr_ticket ticket = {0};
 
     if (tr_comm_size(tp) == 1) return TR_OK;
-    tr_status st = tr_comm_reduce_scatter(tp, out, out + (size_t)tr_comm_rank(tp) * n, n, TR_F32,
-                                          &ticket, err);
-    return tr_model_await(m, tp, st, ticket, (double)n * sizeof(float), err);
+    tr_act *own = tr_model_act_at(m, out, (size_t)tr_comm_rank(tp) * n);
+    tr_status st = tr_comm_reduce_scatter(tp, out, own, n, m->ops->act, &ticket, err);
+    return tr_model_await(m, tp, st, ticket, (double)n * (double)tr_act_bytes(m->ops), err);
 }
 
 /* Everybody's rows to everybody. */
-static tr_status tell_own(tr_model *m, const tr_pass *p, float *out, tr_err *err)
+static tr_status tell_own(tr_model *m, const tr_pass *p, tr_act *out, tr_err *err)
 {
     tr_comm *tp = m->groups.attn_tp;
     const size_t n = (size_t)stretch(m, p) * (size_t)m->config->hidden_size;
@@ -149,14 +149,14 @@ static tr_status tell_own(tr_model *m, const tr_pass *p, float *out, tr_err *err
 
     if (tr_comm_size(tp) == 1) return TR_OK;
     for (int i = 0; i < tr_comm_size(tp); i++)
-        bytes[i] = n * sizeof(float);
-    tr_status st =
-        tr_comm_all_gather(tp, out + (size_t)tr_comm_rank(tp) * n, out, bytes, &ticket, err);
-    return tr_model_await(m, tp, st, ticket, (double)n * sizeof(float), err);
+        bytes[i] = n * tr_act_bytes(m->ops);
+    const tr_act *own = tr_model_act_at(m, out, (size_t)tr_comm_rank(tp) * n);
+    tr_status st = tr_comm_all_gather(tp, own, out, bytes, &ticket, err);
+    return tr_model_await(m, tp, st, ticket, (double)bytes[0], err);
 }
 
 /* What this member's own rows begin with: the shared expert's sum. */
-static tr_status begin_own(tr_model *m, const tr_pass *p, const tr_moe_weights *w, float *out,
+static tr_status begin_own(tr_model *m, const tr_pass *p, const tr_moe_weights *w, tr_act *out,
                            tr_status (*shared)(tr_model *, const tr_pass *, const tr_moe_weights *,
                                                tr_err *),
                            tr_err *err)
@@ -204,8 +204,9 @@ tr_status tr_moe_rounds(tr_model *m, tr_pass *p, tr_err *err)
 
     p->rounds = 0;
     if (!m->moe_exchange) return TR_OK;
-    tr_status st = tr_comm_all_max_u64(m->groups.moe, &most, 1, &ticket, err);
-    st = tr_model_await(m, m->groups.moe, st, ticket, 8, err);
+    tr_comm *host = tr_comm_host(m->groups.moe);
+    tr_status st = tr_comm_all_max_u64(host, &most, 1, &ticket, err);
+    st = tr_model_await(m, host, st, ticket, 8, err);
     p->rounds = (int)((most + (uint64_t)m->moe_share - 1) / (uint64_t)m->moe_share);
     return st;
 }

@@ -83,9 +83,12 @@ tr_status tr_model_norm(tr_model *m, const tr_pass *p, int d, int i_quant, const
 
 /* ---- two lanes ----------------------------------------------------------------------------------------------------- */
 
+/* Communicators order what they begin behind the main lane (mpi/comm.h): where some of it is begun beside the queries, keys of
+ * context parallelism or lists of shared selections, all of it stays on that lane. */
 bool tr_model_forks(const tr_model *m, const tr_pass *p)
 {
-    return (m->ops->caps & TR_CAP_GRAPH) && !m->probe && p->n <= TR_GRAPH_ROWS;
+    return (m->ops->caps & TR_CAP_GRAPH) && !m->probe && p->n_max <= TR_GRAPH_ROWS &&
+           tr_comm_size(m->groups.attn_cp) == 1 && !tr_attention_shares(m, p);
 }
 
 static tr_status follow(tr_model *m, tr_lane before, tr_lane after, tr_err *err)
@@ -130,16 +133,26 @@ tr_status tr_model_await(tr_model *m, tr_comm *group, tr_status begun, tr_ticket
     return st;
 }
 
-tr_status tr_model_reduce(tr_model *m, const tr_pass *p, tr_comm *group, float *x, tr_err *err)
+tr_status tr_model_reduce(tr_model *m, const tr_pass *p, tr_comm *group, tr_act *x, tr_err *err)
 {
-    const size_t n = (size_t)p->n * (size_t)m->config->hidden_size;
+    const size_t n = (size_t)p->n_max * (size_t)m->config->hidden_size;
     tr_ticket ticket = {0};
     if (tr_comm_size(group) == 1) return TR_OK;
     tr_region_begin(m->regions, m->region_comm);
-    tr_status st = tr_comm_all_reduce(group, x, n, TR_F32, &ticket, err);
+    tr_status st = tr_comm_all_reduce(group, x, n, m->ops->act, &ticket, err);
     if (st == TR_OK) st = tr_comm_wait(group, TR_LANE_MAIN, ticket, err);
-    tr_region_end(m->regions, (double)n * 4, 0);
+    tr_region_end(m->regions, (double)n * (double)tr_act_bytes(m->ops), 0);
     return st;
+}
+
+tr_act *tr_model_act_at(const tr_model *m, tr_act *x, size_t i)
+{
+    return (tr_act *)(void *)((char *)x + i * tr_act_bytes(m->ops));
+}
+
+void tr_model_progress(tr_model *m)
+{
+    tr_comm_progress(m->moving);
 }
 
 void tr_model_count_experts(tr_model *m, const tr_moe_weights *w)
@@ -456,10 +469,11 @@ static tr_status make_rows(tr_model *m, tr_step *step, tr_pass *p, tr_err *err)
     st = m->ops->upload(m->device, TR_LANE_MAIN, s->plan, plan, plan->bytes);
     if (st != TR_OK) return tr_fail(err, st, "plan upload: %s", m->ops->error(m->device));
     s->rows.max_context = s->head_rows.max_context = plan->max_context;
+    /* A device cannot be given nothing to launch for; it reads that there are no rows. */
     *p = (tr_pass){.plan = plan,
                    .rows = s->rows,
                    .n = plan->n_rows,
-                   .n_max = plan->n_rows,
+                   .n_max = plan->n_rows > 0 || (m->ops->caps & TR_CAP_HOST) ? plan->n_rows : 1,
                    .n_head = plan->n_head_rows,
                    .split = split};
     p->rows.n_max = p->n_max;
@@ -514,7 +528,8 @@ static tr_status network_begin(tr_model *m, const tr_pass *p, tr_err *err)
     return st;
 }
 
-static tr_status network_end(tr_model *m, const tr_pass *p, tr_step *step, tr_err *err)
+static tr_status network_end(tr_model *m, const tr_pass *p, tr_step *step, bool with_head,
+                             tr_err *err)
 {
     const tr_slice *slice = &m->weights->slice;
     const int d = m->config->hidden_size, last = slice->layers.begin + slice->layers.n - 1;
@@ -529,14 +544,23 @@ static tr_status network_end(tr_model *m, const tr_pass *p, tr_step *step, tr_er
     if (st == TR_OK) {
         tr_model_show(m, "hidden", last, 0, p->n, d, (size_t)d, m->ws.hidden);
         tr_model_show(m, "final", -1, 0, p->n, d, (size_t)d, m->ws.normed);
-        if (step->plan->n_head_rows > 0) st = tr_head_forward(m, p, step->memory, err);
+        if (with_head && step->plan->n_head_rows > 0) st = tr_head_forward(m, p, step->memory, err);
     }
     tr_region_end(m->regions, 0, 0);
     return st == TR_OK ? TR_OK : tr_within(err, "head");
 }
 
-/* embed or receive, layers, norm and head or send. */
-static tr_status network(tr_model *m, tr_pass *p, tr_step *step, tr_err *err)
+/* What a record without the head leaves to be done. */
+static tr_status network_head(tr_model *m, const tr_pass *p, tr_step *step, tr_err *err)
+{
+    tr_region_begin(m->regions, m->region_head);
+    const tr_status st = tr_head_forward(m, p, step->memory, err);
+    tr_region_end(m->regions, 0, 0);
+    return st == TR_OK ? TR_OK : tr_within(err, "head");
+}
+
+/* embed or receive, layers, norm and head or send. with_head: false where a record ends before the head's products. */
+static tr_status network(tr_model *m, tr_pass *p, tr_step *step, bool with_head, tr_err *err)
 {
     const tr_slice *slice = &m->weights->slice;
     tr_status st = tr_moe_rounds(m, p, err);
@@ -550,17 +574,37 @@ static tr_status network(tr_model *m, tr_pass *p, tr_step *step, tr_err *err)
         tr_region_end(m->regions, 0, 0);
         if (st != TR_OK) return tr_within(err, "layer %d", slice->layers.begin + i);
     }
-    return st == TR_OK ? network_end(m, p, step, err) : st;
+    return st == TR_OK ? network_end(m, p, step, with_head, err) : st;
+}
+
+/* Sums over the attention group can be recorded where a device makes them; of members that have different rows the host counts
+ * what travels, and what goes to another stage is waited for in a later step. */
+static bool groups_can_be_graph(const tr_model *m)
+{
+    return !m->moe_exchange && tr_comm_size(m->groups.pp) == 1 &&
+           (tr_comm_size(m->groups.attn_tp) == 1 || tr_comm_device(m->groups.attn_tp));
 }
 
 /* A step that decodes: one row a sequence, the host has no part in it. */
 static bool can_be_graph(const tr_model *m, const tr_pass *p)
 {
     return (m->ops->caps & TR_CAP_GRAPH) && !m->probe && !m->sync_check && !p->split &&
-           !m->moe_exchange && m->moving == m->groups.attn_tp &&
-           tr_comm_size(m->groups.attn_tp) == 1 && tr_comm_size(m->groups.pp) == 1 &&
-           p->n <= TR_GRAPH_ROWS && p->n <= m->max_rows && p->plan->n_spans == p->n &&
-           p->plan->n_head_rows > 0;
+           groups_can_be_graph(m) && p->n <= TR_GRAPH_ROWS && p->n <= m->max_rows &&
+           p->plan->n_spans == p->n && p->plan->n_head_rows > 0;
+}
+
+/* A head that is cut over members reads what it sampled (head.c), unless all rows are greedy and nobody wants scores. */
+static bool head_can_be_graph(const tr_model *m, const tr_pass *p)
+{
+    return !m->weights->slice.head_partial ||
+           ((p->plan->flags & TR_PLAN_GREEDY) && !(p->plan->flags & TR_PLAN_HAS_SCORES));
+}
+
+static void set_mode(tr_model *m, tr_comm_mode mode)
+{
+    tr_comm *const group[] = {m->groups.attn_tp, m->groups.attn_cp, m->groups.moe, m->groups.pp};
+    for (int i = 0; i < 4; i++)
+        tr_comm_set_mode(group[i], mode);
 }
 
 /* Record the step with room for n_max rows and max_context keys. */
@@ -571,7 +615,9 @@ static tr_status record(tr_model *m, const tr_pass *p, tr_step *step, tr_step_gr
     room.rows.max_context = g->max_context;
     tr_status st = m->ops->graph_begin(m->device, TR_LANE_MAIN);
     if (st != TR_OK) return tr_fail(err, st, "graph: %s", m->ops->error(m->device));
-    st = network(m, &room, step, err);
+    set_mode(m, TR_COMM_RECORD);
+    st = network(m, &room, step, g->has_head, err);
+    set_mode(m, TR_COMM_RUN);
     if (st != TR_OK) {
         tr_model_back(m);
         m->ops->graph_end(m->device, TR_LANE_MAIN, NULL);
@@ -581,14 +627,30 @@ static tr_status record(tr_model *m, const tr_pass *p, tr_step *step, tr_step_gr
     return st == TR_OK ? TR_OK : tr_fail(err, st, "graph: %s", m->ops->error(m->device));
 }
 
-/* The same step as before with other rows: from its record, which the first one of its kind makes. */
+/* What it moves and computes is noted as ever. */
+static tr_status replay(tr_model *m, tr_pass *p, tr_step *step, const tr_step_graph *g, tr_err *err)
+{
+    m->replaying = true;
+    set_mode(m, TR_COMM_NOTE);
+    tr_status st = network(m, p, step, g->has_head, err);
+    set_mode(m, TR_COMM_RUN);
+    m->replaying = false;
+    return st;
+}
+
+/* The same step as before with other rows: from its record, which the first one of its kind makes. With members it is the second
+ * one that does: the first has made NCCL's connections, which is nothing to be recorded. All members take the same steps. */
 static tr_status network_graph(tr_model *m, tr_pass *p, tr_step *step, tr_err *err)
 {
     enum { LEAST_CONTEXT = 4096 };
     const uint32_t kinds = TR_PLAN_HAS_DENSE | TR_PLAN_HAS_ABSORBED | TR_PLAN_HAS_SELECTION;
+    const bool warm_up = tr_comm_size(m->groups.attn_tp) > 1;
     struct tr_step_memory *s = step->memory;
-    tr_step_graph g = {.n_max = 1, .max_context = LEAST_CONTEXT, .flags = p->plan->flags & kinds};
-    tr_status st;
+    tr_step_graph g = {.n_max = 1,
+                       .max_context = LEAST_CONTEXT,
+                       .flags = p->plan->flags & kinds,
+                       .has_head = head_can_be_graph(m, p)};
+    tr_status st = TR_OK;
     int i;
 
     while (g.n_max < p->n)
@@ -599,21 +661,21 @@ static tr_status network_graph(tr_model *m, tr_pass *p, tr_step *step, tr_err *e
     if (g.max_context > m->max_model_len) g.max_context = m->max_model_len;
     for (i = 0; i < s->n_graphs; i++)
         if (s->graph[i].n_max == g.n_max && s->graph[i].max_context == g.max_context &&
-            s->graph[i].flags == g.flags)
+            s->graph[i].flags == g.flags && s->graph[i].has_head == g.has_head)
             break;
-    if (i == TR_STEP_GRAPHS) return network(m, p, step, err);
+    if (i == TR_STEP_GRAPHS) return network(m, p, step, true, err);
     if (i == s->n_graphs) {
-        st = record(m, p, step, &g, err);
-        if (st != TR_OK) return st;
         s->graph[s->n_graphs++] = g;
-    } else { /* what it moves and computes is noted as ever */
-        m->replaying = true;
-        st = network(m, p, step, err);
-        m->replaying = false;
-        if (st != TR_OK) return st;
+        if (warm_up) return network(m, p, step, true, err);
     }
+    if (!s->graph[i].graph)
+        st = record(m, p, step, &s->graph[i], err);
+    else
+        st = replay(m, p, step, &g, err);
+    if (st != TR_OK) return st;
     st = m->ops->graph_run(m->device, TR_LANE_MAIN, s->graph[i].graph);
-    return st == TR_OK ? TR_OK : tr_fail(err, st, "graph: %s", m->ops->error(m->device));
+    if (st != TR_OK) return tr_fail(err, st, "graph: %s", m->ops->error(m->device));
+    return g.has_head ? TR_OK : network_head(m, p, step, err);
 }
 
 tr_status tr_model_forward(tr_model *model, tr_step *step, tr_err *err)
@@ -628,7 +690,7 @@ tr_status tr_model_forward(tr_model *model, tr_step *step, tr_err *err)
     /* A replica without rows still serves the others' with its experts. */
     if (st == TR_OK && (step->plan->n_rows > 0 || model->moe_exchange)) {
         st = can_be_graph(model, &pass) ? network_graph(model, &pass, step, err)
-                                        : network(model, &pass, step, err);
+                                        : network(model, &pass, step, true, err);
         if (st == TR_OK && model->weights->slice.head) st = fetch(model, step, err);
     }
     step->ticket = model->ops->ticket(model->device, TR_LANE_MAIN);

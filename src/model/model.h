@@ -81,6 +81,10 @@ void tr_model_set_watch(tr_model *model, tr_watchdog *watch);    /* kept; NULL: 
 /* Whose messages advance between operations where the model's own groups have one member each. Kept. */
 void tr_model_advance(tr_model *model, tr_comm *comm);
 
+/* To be called while something is waited for: messages go on. Does not return in a process that the watchdog is ending: what the
+ * device has done since is not to be used. */
+void tr_model_progress(tr_model *model);
+
 /* What plans for this model may hold. */
 tr_plan_limits tr_model_limits(const tr_model *model);
 size_t tr_model_cache_bytes(const tr_model *model), tr_model_workspace_bytes(const tr_model *model);

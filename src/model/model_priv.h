@@ -167,8 +167,10 @@ tr_status tr_model_await(tr_model *m, tr_comm *group, tr_status begun, tr_ticket
                          double bytes, tr_err *err);
 /* ws.start says which experts have how many rows: counted where the host can read it. */
 void tr_model_count_experts(tr_model *m, const tr_moe_weights *w);
-/* Sum of [n, hidden] over a group, begun and awaited; nothing in a group of one. */
-tr_status tr_model_reduce(tr_model *m, const tr_pass *p, tr_comm *group, float *x, tr_err *err);
+/* Sum of [n_max, hidden] over a group, begun and awaited; nothing in a group of one. */
+tr_status tr_model_reduce(tr_model *m, const tr_pass *p, tr_comm *group, tr_act *x, tr_err *err);
+/* x + i numbers. */
+tr_act *tr_model_act_at(const tr_model *m, tr_act *x, size_t i);
 /* Show a named intermediate to the probe, if there is one. */
 void tr_model_show(tr_model *m, const char *name, int layer, int i_row, int n_rows, int n_cols,
                    size_t ld, void *data);
@@ -180,6 +182,8 @@ tr_status tr_layer_forward(tr_model *m, const tr_pass *p, int i_layer, int layer
 /* attention.c: ws.normed -> ws.block_out. */
 tr_status tr_attention_forward(tr_model *m, const tr_pass *p, const tr_attention_weights *w,
                                tr_kv_layer kv, int layer, tr_err *err);
+/* The attention group shares the selection of keys: its members exchange lists. */
+bool tr_attention_shares(const tr_model *m, const tr_pass *p);
 /* ffn.c: ws.normed -> ws.block_out. */
 tr_status tr_dense_forward(tr_model *m, const tr_pass *p, const tr_mlp_weights *w, tr_err *err);
 tr_status tr_moe_forward(tr_model *m, const tr_pass *p, const tr_moe_weights *w, int layer,
@@ -204,8 +208,9 @@ tr_status tr_head_forward(tr_model *m, const tr_pass *p, struct tr_step_memory *
 /* A recorded step: of up to n_max rows, all with logits, that see up to max_context keys. */
 typedef struct tr_step_graph {
     int n_max, max_context;
-    uint32_t flags; /* of the plan: which operations there are */
-    tr_graph *graph;
+    uint32_t flags;  /* of the plan: which operations there are */
+    bool has_head;   /* else it ends before the head's products */
+    tr_graph *graph; /* NULL: not recorded yet */
 } tr_step_graph;
 
 enum { TR_STEP_GRAPHS = 48, TR_GRAPH_ROWS = 256 };

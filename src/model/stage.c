@@ -22,6 +22,7 @@ tr_status tr_stage_receive(tr_model *m, const tr_pass *p, tr_err *err)
 
     if (p->n == 0) return TR_OK;
     const int n = part(p->n, tr_comm_rank(tp), tr_comm_size(tp), &begin);
+    /* f32 of a member's share of the rows: no more than block_out has room for, of bf16 of all. */
     float *own = tr_comm_size(tp) > 1 ? m->ws.block_out : m->ws.hidden;
     tr_status st = TR_OK;
     if (n > 0) {
