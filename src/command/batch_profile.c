@@ -77,7 +77,7 @@ static tr_comm *comm_of(const tr_run_profile *r, int i, tr_grid_group *group)
     const tr_opened *o = r->opened;
 
     *group = group_kind[i];
-    if (i < GROUPS - 1) return o->group[i];
+    if (i < GROUPS - 1) return o->device_group[i] ? o->device_group[i] : o->group[i];
     return o->control != o->self ? o->control : NULL;
 }
 

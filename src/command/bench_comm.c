@@ -1,5 +1,5 @@
 /* trireme bench comm: every operation of a communicator, for some group sizes and message lengths, next to the MPI
- * library's own blocking call for the same thing. Both take turns call by call, so that whatever else this machine does
+ * library's own blocking call for the same thing; of GPUs' memory, next to NCCL's own, each until the device has done it. Both take turns call by call, so that whatever else this machine does
  * falls on both. A call is timed on every member between two clock readings behind a barrier; of each member's calls
  * the median counts, of the members the slowest. */
 #include <config.h>
@@ -18,13 +18,20 @@
 #include "base/size.h"
 #include "mpi/comm_mpi.h"
 #include "mpi/yardstick.h"
+#ifdef HAVE_NCCL
+#include "mpi/binding.h"
+#include "mpi/comm_nccl.h"
+#include "mpi/yardstick_nccl.h"
+#endif
 
 static const char help_text[] =
     "Usage: mpirun -n RANKS trireme bench comm [options]\n"
     "\n"
     "Every operation of a communicator, next to the MPI library's own blocking call for\n"
-    "the same thing: a table and JSON lines.\n"
+    "the same thing: a table and JSON lines. With --device cuda in the memory of GPUs, one\n"
+    "for each rank, next to NCCL's own call.\n"
     "\n"
+    "      --device NAME      cpu or cuda (default cpu)\n"
     "      --bytes N[,N...]   what one member gives (default 8,1024,65536,1048576)\n"
     "      --ranks N[,N...]   group sizes (default: 2, 4, 8, ... and all ranks)\n"
     "      --calls N          timed calls of each line (default 10000); fewer of long\n"
@@ -37,12 +44,13 @@ typedef struct comm_options {
     size_t bytes[LIST_MAX];
     int ranks[LIST_MAX];
     int n_bytes, n_ranks, calls;
-    bool help;
+    bool cuda, help;
 } comm_options;
 
 typedef struct group {
-    tr_comm *comm;
+    tr_comm *host, *comm; /* the latter is measured: host, or a device's */
     tr_yardstick *plain;
+    struct tr_nccl_yardstick *plain_nccl;
     int size;
     bool crowded; /* more ranks on this host than cores given */
 } group;
@@ -50,6 +58,9 @@ typedef struct group {
 typedef struct bench {
     tr_world world;
     comm_options options;
+    tr_device *device; /* NULL: host memory */
+    const tr_ops *ops;
+    struct tr_nccl *nccl;
     char *send, *recv;
     size_t *each;          /* [world.size] */
     double *ours, *theirs; /* [calls] seconds */
@@ -93,13 +104,24 @@ static void default_ranks(comm_options *o, int world)
     if (world > 1) o->ranks[o->n_ranks++] = world;
 }
 
+static tr_status choose_device(comm_options *o, const char *name, tr_err *err)
+{
+    o->cuda = strcmp(name, "cuda") == 0;
+    if (!o->cuda && strcmp(name, "cpu") != 0)
+        return tr_fail(err, TR_E_USAGE, "--device %s: cpu or cuda is wanted", name);
+#ifndef HAVE_NCCL
+    if (o->cuda)
+        return tr_fail(err, TR_E_USAGE, "--device cuda: this build has no NCCL (--with-nccl)");
+#endif
+    return TR_OK;
+}
+
 static tr_status parse(comm_options *o, int world, int argc, char **argv, tr_err *err)
 {
-    static const struct option table[] = {{"bytes", required_argument, NULL, 'b'},
-                                          {"ranks", required_argument, NULL, 'r'},
-                                          {"calls", required_argument, NULL, 'c'},
-                                          {"help", no_argument, NULL, 'h'},
-                                          {NULL, 0, NULL, 0}};
+    static const struct option table[] = {
+        {"bytes", required_argument, NULL, 'b'}, {"ranks", required_argument, NULL, 'r'},
+        {"calls", required_argument, NULL, 'c'}, {"device", required_argument, NULL, 'd'},
+        {"help", no_argument, NULL, 'h'},        {NULL, 0, NULL, 0}};
     long list[LIST_MAX], calls;
     tr_status st = TR_OK;
     int c;
@@ -121,6 +143,8 @@ static tr_status parse(comm_options *o, int world, int argc, char **argv, tr_err
         } else if (c == 'c') {
             st = number("calls", optarg, 1, 10000000, &calls, err);
             if (st == TR_OK) o->calls = (int)calls;
+        } else if (c == 'd') {
+            st = choose_device(o, optarg, err);
         } else {
             st = tr_fail(err, TR_E_USAGE,
                          "bench comm: unknown option; see trireme bench comm --help");
@@ -172,6 +196,19 @@ static tr_status begin(bench *b, const group *g, tr_comm_op op, size_t bytes, tr
     }
 }
 
+/* Until the data is there for the host too. */
+static tr_status finish(bench *b, const group *g, tr_ticket t, tr_err *err)
+{
+    tr_status st = tr_comm_wait(g->comm, TR_LANE_MAIN, t, err);
+    int done = 0;
+
+    if (!b->device || st != TR_OK) return st;
+    const uint64_t ticket = b->ops->ticket(b->device, TR_LANE_MAIN);
+    while ((done = b->ops->done(b->device, TR_LANE_MAIN, ticket)) == 0)
+        continue;
+    return done > 0 ? TR_OK : tr_fail(err, TR_E_DEVICE, "%s", b->ops->error(b->device));
+}
+
 static tr_status ping_pong(bench *b, const group *g, size_t bytes, tr_err *err)
 {
     const int me = tr_comm_rank(g->comm);
@@ -181,7 +218,7 @@ static tr_status ping_pong(bench *b, const group *g, size_t bytes, tr_err *err)
     for (int turn = 0; turn < 2 && me < 2 && st == TR_OK; turn++) {
         st = turn == me ? tr_comm_send(g->comm, 1 - me, b->send, bytes, &t, err)
                         : tr_comm_recv(g->comm, 1 - me, b->recv, bytes, &t, err);
-        if (st == TR_OK) st = tr_comm_wait(g->comm, TR_LANE_MAIN, t, err);
+        if (st == TR_OK) st = finish(b, g, t, err);
     }
     return st;
 }
@@ -192,7 +229,16 @@ static tr_status run_ours(bench *b, const group *g, tr_comm_op op, size_t bytes,
 
     if (op == TR_COMM_SEND) return ping_pong(b, g, bytes, err);
     tr_status st = begin(b, g, op, bytes, &t, err);
-    return st == TR_OK ? tr_comm_wait(g->comm, TR_LANE_MAIN, t, err) : st;
+    return st == TR_OK ? finish(b, g, t, err) : st;
+}
+
+static tr_status run_theirs(bench *b, const group *g, tr_comm_op op, size_t bytes, tr_err *err)
+{
+#ifdef HAVE_NCCL
+    if (g->plain_nccl)
+        return tr_nccl_yardstick_run(g->plain_nccl, op, b->send, b->recv, bytes, err);
+#endif
+    return tr_yardstick_run(g->plain, op, b->send, b->recv, bytes, err);
 }
 
 /* One timed call behind a barrier. */
@@ -202,8 +248,7 @@ static tr_status timed(bench *b, const group *g, bool ours, tr_comm_op op, size_
     tr_status st = tr_yardstick_barrier(g->plain, err);
     if (st != TR_OK) return st;
     const uint64_t begun_ns = tr_now_ns();
-    st = ours ? run_ours(b, g, op, bytes, err)
-              : tr_yardstick_run(g->plain, op, b->send, b->recv, bytes, err);
+    st = ours ? run_ours(b, g, op, bytes, err) : run_theirs(b, g, op, bytes, err);
     *seconds = (double)(tr_now_ns() - begun_ns) * 1e-9 * (op == TR_COMM_SEND ? 0.5 : 1.0);
     return st;
 }
@@ -223,14 +268,14 @@ static tr_status slowest_median(const group *g, double *seconds, int n, double *
     qsort(seconds, (size_t)n, sizeof *seconds, by_value);
     *out = seconds[n / 2];
     memcpy(&bits, out, sizeof bits); /* positive numbers are ordered as their bits */
-    tr_status st = tr_comm_all_max_u64(g->comm, &bits, 1, &t, err);
-    if (st == TR_OK) st = tr_comm_wait(g->comm, TR_LANE_MAIN, t, err);
+    tr_status st = tr_comm_all_max_u64(g->host, &bits, 1, &t, err);
+    if (st == TR_OK) st = tr_comm_wait(g->host, TR_LANE_MAIN, t, err);
     memcpy(out, &bits, sizeof bits);
     return st;
 }
 
-static void print_line(const group *g, tr_comm_op op, size_t bytes, int calls, double ours,
-                       double theirs)
+static void print_line(const bench *b, const group *g, tr_comm_op op, size_t bytes, int calls,
+                       double ours, double theirs)
 {
     const char *name = op == TR_COMM_SEND ? "send_recv" : tr_comm_op_name(op);
 
@@ -238,11 +283,12 @@ static void print_line(const group *g, tr_comm_op op, size_t bytes, int calls, d
            ours * 1e6, theirs * 1e6, (ours - theirs) * 1e6, (ours / theirs - 1) * 100,
            (double)bytes / ours * 1e-9, (double)bytes / theirs * 1e-9,
            g->crowded ? "  (more ranks than cores)" : "");
-    printf("{\"bench\": \"comm\", \"op\": \"%s\", \"ranks\": %d, \"bytes\": %zu, \"calls\": %d, "
+    printf("{\"bench\": \"comm\", \"device\": \"%s\", \"op\": \"%s\", \"ranks\": %d, "
+           "\"bytes\": %zu, \"calls\": %d, "
            "\"median_s\": %.9g, \"plain_median_s\": %.9g, \"bytes_per_s\": %.6g, "
            "\"plain_bytes_per_s\": %.6g, \"oversubscribed\": %s}\n",
-           name, g->size, bytes, calls, ours, theirs, (double)bytes / ours, (double)bytes / theirs,
-           g->crowded ? "true" : "false");
+           b->device ? "cuda" : "cpu", name, g->size, bytes, calls, ours, theirs,
+           (double)bytes / ours, (double)bytes / theirs, g->crowded ? "true" : "false");
     fflush(stdout);
 }
 
@@ -254,8 +300,10 @@ static tr_status measure(bench *b, const group *g, tr_comm_op op, size_t wanted,
     double ours = 0, theirs = 0;
     tr_status st = TR_OK;
 
-    memset(b->send, 0, bytes);
-    memset(b->recv, 0, bytes);
+    if (!b->device) { /* a device's memory is zeros, and sums of zeros are */
+        memset(b->send, 0, bytes);
+        memset(b->recv, 0, bytes);
+    }
     for (int i = -WARM_UP; i < calls && st == TR_OK; i++) {
         const int at = i < 0 ? 0 : i;
         const bool first = i & 1; /* who goes first takes turns too */
@@ -265,7 +313,7 @@ static tr_status measure(bench *b, const group *g, tr_comm_op op, size_t wanted,
     }
     if (st == TR_OK) st = slowest_median(g, b->ours, calls, &ours, err);
     if (st == TR_OK) st = slowest_median(g, b->theirs, calls, &theirs, err);
-    if (st == TR_OK && b->world.rank == 0) print_line(g, op, bytes, calls, ours, theirs);
+    if (st == TR_OK && b->world.rank == 0) print_line(b, g, op, bytes, calls, ours, theirs);
     return st;
 }
 
@@ -282,15 +330,75 @@ static tr_status bench_group(bench *b, int size, tr_err *err)
                                      TR_COMM_ALL_MAX};
     const int color = b->world.rank < size ? 0 : -1;
     group g = {.size = size, .crowded = is_crowded(&b->world)};
-    tr_status st = tr_comm_split(&g.comm, &b->world, color, b->world.rank, "bench", err);
+    tr_status st = tr_comm_split(&g.host, &b->world, color, b->world.rank, "bench", err);
 
     if (st == TR_OK) st = tr_yardstick_open(&g.plain, &b->world, color, err);
+    g.comm = g.host;
+#ifdef HAVE_NCCL
+    if (b->device && g.host) {
+        st = tr_nccl_comm(&g.comm, b->nccl, g.host, 0, err);
+        if (st == TR_OK) st = tr_nccl_yardstick_open(&g.plain_nccl, b->nccl, g.host, err);
+    }
+#endif
     for (size_t i = 0; i < sizeof ops / sizeof *ops && g.comm; i++)
         for (int j = 0; j < b->options.n_bytes && st == TR_OK; j++)
             st = measure(b, &g, ops[i], b->options.bytes[j], err);
-    tr_comm_free(g.comm);
+#ifdef HAVE_NCCL
+    tr_nccl_yardstick_close(g.plain_nccl);
+#endif
+    if (g.comm != g.host) tr_comm_free(g.comm);
+    tr_comm_free(g.host);
     tr_yardstick_close(g.plain);
     return tr_agree(&b->world, st, err);
+}
+
+#ifdef HAVE_NCCL
+/* A GPU for every rank, and its memory. */
+static tr_status open_device(bench *b, tr_comm *all, tr_err *err)
+{
+    const tr_device_options options = {
+        .name = "cuda", .i_device = b->world.local_rank, .n_device_ranks = b->world.local_size};
+    tr_bound *bound = NULL;
+    tr_status st = tr_agree(&b->world, tr_device_open(&b->device, &b->ops, &options, err), err);
+
+    if (st != TR_OK) return st;
+    const tr_bound mine = tr_binding_of(&b->world, b->device);
+    st = tr_binding_gather(&bound, all, &mine, err);
+    if (st == TR_OK) st = tr_binding_check(bound, b->world.size, err);
+    for (int i = 0; i < b->world.size && st == TR_OK && b->world.rank == 0; i++)
+        printf("# rank %d on %s: %s, %s\n", i, bound[i].host, bound[i].device, bound[i].uuid);
+    free(bound);
+    return st == TR_OK ? tr_nccl_open(&b->nccl, &b->world, b->device, b->ops, err) : st;
+}
+#endif
+
+static tr_status take_buffers(bench *b, size_t send, size_t recv, tr_err *err)
+{
+    tr_status st = TR_OK;
+
+    if (!b->device) {
+        b->send = malloc(send);
+        b->recv = malloc(recv);
+        return b->send && b->recv ? TR_OK : tr_fail(err, TR_E_MEMORY, "out of memory");
+    }
+    st = b->ops->alloc(b->device, send, TR_MEMORY_DEVICE, (void **)&b->send);
+    if (st == TR_OK) st = b->ops->alloc(b->device, recv, TR_MEMORY_DEVICE, (void **)&b->recv);
+    return st == TR_OK ? TR_OK : tr_fail(err, st, "%s", b->ops->error(b->device));
+}
+
+static void close_device(bench *b)
+{
+    if (!b->device) {
+        free(b->send);
+        free(b->recv);
+        return;
+    }
+#ifdef HAVE_NCCL
+    tr_nccl_close(b->nccl);
+#endif
+    b->ops->release(b->device, b->send);
+    b->ops->release(b->device, b->recv);
+    b->ops->close(b->device);
 }
 
 static tr_status prepare(bench *b, tr_err *err)
@@ -302,28 +410,42 @@ static tr_status prepare(bench *b, tr_err *err)
     most += 8 * (size_t)b->world.size; /* round_bytes */
     if (!tr_mul(&all, most, (size_t)b->world.size))
         return tr_fail(err, TR_E_USAGE, "--bytes: too much for %d ranks", b->world.size);
-    b->send = malloc(most);
-    b->recv = malloc(all);
     b->each = tr_calloc((size_t)b->world.size, sizeof *b->each);
     b->ours = tr_calloc((size_t)b->options.calls, sizeof *b->ours);
     b->theirs = tr_calloc((size_t)b->options.calls, sizeof *b->theirs);
-    return b->send && b->recv && b->each && b->ours && b->theirs
-               ? TR_OK
-               : tr_fail(err, TR_E_MEMORY, "out of memory");
+    if (!b->each || !b->ours || !b->theirs) return tr_fail(err, TR_E_MEMORY, "out of memory");
+    return take_buffers(b, most, all, err);
+}
+
+static void print_head(const bench *b)
+{
+    char library[128], nccl[32] = "";
+
+    tr_mpi_version(library, sizeof library);
+#ifdef HAVE_NCCL
+    if (b->device) tr_nccl_version(nccl, sizeof nccl);
+#endif
+    printf("# trireme %s, %s%s%s, %d ranks, %d on %s; medians, the slowest member's\n",
+           PACKAGE_VERSION, library, nccl[0] ? ", NCCL " : "", nccl, b->world.size,
+           b->world.local_size, b->world.host);
+    printf("# %-14s %5s %10s %10s %10s %9s %8s %9s %9s\n", "operation", "ranks", "bytes", "us",
+           "plain us", "more us", "more %", "GB/s", "plain");
 }
 
 static tr_status run(bench *b, tr_err *err)
 {
-    char version[128];
-    tr_status st = tr_agree(&b->world, prepare(b, err), err);
+    tr_status st = TR_OK;
 
-    if (st == TR_OK && b->world.rank == 0) {
-        tr_mpi_version(version, sizeof version);
-        printf("# trireme %s, %s, %d ranks, %d on %s; medians, the slowest member's\n",
-               PACKAGE_VERSION, version, b->world.size, b->world.local_size, b->world.host);
-        printf("# %-14s %5s %10s %10s %10s %9s %8s %9s %9s\n", "operation", "ranks", "bytes", "us",
-               "plain us", "more us", "more %", "GB/s", "plain");
+#ifdef HAVE_NCCL
+    tr_comm *all = NULL;
+    if (b->options.cuda) {
+        st = tr_comm_split(&all, &b->world, 0, b->world.rank, "all", err);
+        if (st == TR_OK) st = open_device(b, all, err);
+        tr_comm_free(all);
     }
+#endif
+    st = tr_agree(&b->world, st == TR_OK ? prepare(b, err) : st, err);
+    if (st == TR_OK && b->world.rank == 0) print_head(b);
     for (int i = 0; i < b->options.n_ranks && st == TR_OK; i++)
         st = bench_group(b, b->options.ranks[i], err);
     return st;
@@ -346,8 +468,7 @@ tr_status tr_bench_comm(int argc, char **argv, tr_err *err)
         if (b.world.rank == 0) fprintf(stderr, "trireme: %s\n", err->text);
         err->text[0] = '\0';
     }
-    free(b.send);
-    free(b.recv);
+    close_device(&b);
     free(b.each);
     free(b.ours);
     free(b.theirs);

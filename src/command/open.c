@@ -12,6 +12,10 @@
 #include "model/patience.h"
 #include "mpi/comm_mpi.h"
 #include "mpi/grid.h"
+#ifdef HAVE_NCCL
+#include "mpi/binding.h"
+#include "mpi/comm_nccl.h"
+#endif
 
 static tr_status choose_grid(tr_opened *o, const tr_open_options *options, tr_err *err)
 {
@@ -109,23 +113,73 @@ static tr_status bind_threads(const tr_opened *o, const tr_open_options *options
     return TR_OK;
 }
 
-/* What communicators move is host memory so far: several ranks are the CPU's. */
+/* Several ranks are the CPU's, unless there is something that moves a GPU's memory and it is asked for. */
 static tr_status choose_device(const char **name, const tr_open_options *options, tr_err *err)
 {
     *name = options->device ? options->device : "auto";
     if (!options->world || options->world->size == 1 || strcmp(*name, "cpu") == 0) return TR_OK;
+#ifndef HAVE_NCCL
     if (strcmp(*name, "cuda") == 0)
         return tr_fail(err, TR_E_USAGE, "--device cuda: one rank only in this version, not %d",
                        options->world->size);
-    *name = "cpu";
+#else
+    (void)err;
+#endif
+    if (strcmp(*name, "cuda") != 0) *name = "cpu";
     return TR_OK;
 }
+
+#ifdef HAVE_NCCL
+/* Every rank with a GPU of its own. Collective over the world. */
+static tr_status check_binding(const tr_opened *o, const tr_world *world, tr_log *log, tr_err *err)
+{
+    const tr_bound mine = tr_binding_of(world, o->device);
+    tr_bound *all = NULL;
+    tr_status st = tr_binding_gather(&all, o->control, &mine, err);
+
+    if (st == TR_OK) st = tr_binding_check(all, world->size, err);
+    for (int i = 0; log && world->rank == 0 && i < world->size && st == TR_OK; i++)
+        tr_log_debug(log, "rank %d on %s: %s, %s", i, all[i].host, all[i].device, all[i].uuid);
+    free(all);
+    return st;
+}
+
+/* For a GPU's memory every group gets a communicator beside the host's. Collective over the world, in one order on every rank;
+ * after each step all ranks agree, as one that is missing would be waited for. */
+static tr_status open_device_groups(tr_opened *o, tr_world *world, tr_log *log, tr_err *err)
+{
+    tr_comm **to[] = {&o->groups.attn_tp, &o->groups.attn_cp, &o->groups.moe, &o->groups.pp};
+    static const tr_grid_group group[] = {TR_GROUP_ATTN_TP, TR_GROUP_ATTN_CP, TR_GROUP_MOE,
+                                          TR_GROUP_PP};
+    const char *queues = getenv("CUDA_DEVICE_MAX_CONNECTIONS");
+    char version[32];
+
+    tr_status st = check_binding(o, world, log, err);
+    if (st == TR_OK) st = tr_nccl_open(&o->nccl, world, o->device, o->ops, err);
+    st = tr_agree(world, st, err);
+    for (int i = 0; i < 4 && st == TR_OK; i++) {
+        if (o->group[i]) st = tr_nccl_comm(&o->device_group[i], o->nccl, o->group[i], 0, err);
+        if (st == TR_OK && o->group[i]) {
+            *to[i] = o->device_group[i];
+            st = tr_comm_measure(o->device_group[i], &o->regions, group[i], err);
+        }
+        st = tr_agree(world, st, err);
+    }
+    if (st != TR_OK || !log) return st;
+    tr_nccl_version(version, sizeof version);
+    tr_log_info(log, "NCCL %s; these communicators have not been run on GPUs yet", version);
+    if (queues && strcmp(queues, "1") == 0)
+        tr_log_warn(log, "CUDA_DEVICE_MAX_CONNECTIONS=1: communication will wait for computation");
+    return TR_OK;
+}
+#endif
 
 tr_status tr_open_weights(tr_opened *o, const tr_open_options *options, tr_log *log, tr_err *err)
 {
     tr_device_options device = {.n_threads = options->n_threads,
                                 .isa = options->isa,
-                                .i_device = options->world ? options->world->local_rank : 0};
+                                .i_device = options->world ? options->world->local_rank : 0,
+                                .n_device_ranks = options->world ? options->world->local_size : 1};
     int i_share = 0, n_share = 1;
     tr_status st = choose_device(&device.name, options, err);
     if (st == TR_OK) st = open_groups(o, options->world, err);
@@ -133,6 +187,12 @@ tr_status tr_open_weights(tr_opened *o, const tr_open_options *options, tr_log *
     if (st == TR_OK && !options->no_bind)
         st = find_share(o, options->world, &i_share, &n_share, err);
     if (st == TR_OK) st = tr_device_open(&o->device, &o->ops, &device, err);
+#ifdef HAVE_NCCL
+    if (options->world && options->world->size > 1 && strcmp(device.name, "cuda") == 0) {
+        st = tr_agree(options->world, st, err);
+        if (st == TR_OK) st = open_device_groups(o, options->world, log, err);
+    }
+#endif
     if (st == TR_OK && !options->no_bind) st = bind_threads(o, options, i_share, n_share, log, err);
     if (st != TR_OK) return st;
     const tr_patience_options patient = {.checkpoint = o->checkpoint,
@@ -171,6 +231,11 @@ void tr_opened_close(tr_opened *o)
 {
     tr_model_free(o->model);
     if (o->weights) tr_weights_free(o->weights, o->device, o->ops);
+#ifdef HAVE_NCCL
+    for (int i = 0; i < 4; i++)
+        tr_comm_free(o->device_group[i]);
+    tr_nccl_close(o->nccl);
+#endif
     if (o->device) o->ops->close(o->device);
     tr_checkpoint_close(o->checkpoint);
     if (o->control != o->self) tr_comm_free(o->control);

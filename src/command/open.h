@@ -33,8 +33,10 @@ typedef struct tr_opened {
     tr_checkpoint *checkpoint; /* NULL with dummy weights */
     tr_device *device;
     const tr_ops *ops;
-    tr_comm *self, *control; /* the group of one; all ranks */
-    tr_comm *group[4];       /* attn_tp, attn_cp, moe, pp where they have more than one member */
+    tr_comm *self, *control;  /* the group of one; all ranks */
+    tr_comm *group[4];        /* attn_tp, attn_cp, moe, pp where they have more than one member */
+    tr_comm *device_group[4]; /* the same for memory of GPUs; NULL on CPUs */
+    struct tr_nccl *nccl;     /* likewise */
     tr_groups groups;
     tr_weights *weights;
     tr_model *model;

@@ -1,0 +1,47 @@
+#!/bin/sh
+# What is above CUDA and NCCL, on a device and an NCCL that are the host and MPI (tests/fake_nccl/): the communicators' operations on 2
+# and 3 ranks against those over MPI; whole jobs, every grid of which gives the answers of one rank; and what is refused.
+set -u
+if [ -z "${MPIEXEC-}" ]; then
+    echo 'no MPI launcher was found'
+    exit 77
+fi
+export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1 OMP_NUM_THREADS=1
+if [ "$(id -u)" -eq 0 ]; then
+    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+fi
+: "${TR_BUILDDIR:?}" "${TR_SRCDIR:?}"
+dir=$(mktemp -d "${TMPDIR:-/tmp}/trireme-fake.XXXXXX") || exit 1
+trap 'rm -rf "$dir"' EXIT
+status=0
+program=$TR_BUILDDIR/tests/trireme_on_fake
+
+for ranks in 2 3; do
+    if ! timeout 200 "$MPIEXEC" -n "$ranks" "$TR_BUILDDIR/tests/test_comm_on_fake" >"$dir/log" 2>&1; then
+        echo "communicators, $ranks ranks:"
+        cat "$dir/log"
+        status=1
+    fi
+done
+
+printf '#!/bin/sh\nexec "%s" "$@" --device cuda\n' "$program" >"$dir/trireme"
+chmod +x "$dir/trireme"
+"$TR_SRCDIR/tests/run_grids.sh" "$dir/trireme" "$TR_SRCDIR/models/tiny" "$TR_BUILDDIR/tests/compare_records" --quick || status=1
+
+# ends CODE TEXT ENVIRONMENT...
+ends()
+{
+    code=$1 text=$2
+    shift 2
+    timeout 200 env "$@" "$MPIEXEC" -n 2 "$program" batch -m "$TR_SRCDIR/models/tiny" --prompt hello --device cuda --tp 2 \
+        >"$dir/log" 2>&1
+    got=$?
+    [ "$got" -eq "$code" ] && grep -q -- "$text" "$dir/log" && return
+    echo "$*: exit status $got where $code is wanted, or no word of '$text'"
+    cat "$dir/log"
+    status=1
+}
+ends 0 '' FAKE_GPU=
+ends 2 'ranks 0 and 1 on .* have the same GPU, GPU-7' FAKE_GPU=GPU-7
+ends 86 'attn_tp.*an error of the fake NCCL' FAKE_GPU= FAKE_NCCL_CALLS=40
+exit "$status"
