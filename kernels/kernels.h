@@ -20,6 +20,7 @@
 
 typedef struct tr_device tr_device; /* a backend instance: memory, lanes, last error text */
 typedef struct tr_graph tr_graph;   /* recorded work of a lane */
+typedef struct tr_stamps tr_stamps; /* moments of a device's clock */
 
 typedef enum tr_dtype { TR_F32, TR_BF16, TR_E4M3, TR_I32, TR_U8 } tr_dtype;
 /* An activation. Pointers to it name numbers of tr_ops.act: what is declared is the CPU's, a backend with smaller ones reads
@@ -582,6 +583,13 @@ typedef struct tr_ops {
     tr_status (*graph_end)(tr_device *, tr_lane, tr_graph **out);
     tr_status (*graph_run)(tr_device *, tr_lane, tr_graph *);
     void (*graph_free)(tr_device *, tr_graph *);
+    /* Stamps: moments at which a lane has come so far, taken anew whenever asked for; between begin and end of a record it is the
+     * record that takes them, with every run. between: *ns from one to another of the same set, when a ticket behind both has
+     * passed. None of them waits, and a failure is no failure of the device. NULL: the host's clock is the device's. */
+    tr_status (*stamps_create)(tr_device *, int n, tr_stamps **out);
+    void (*stamps_free)(tr_device *, tr_stamps *);
+    tr_status (*stamp)(tr_device *, tr_lane, tr_stamps *, int i);
+    tr_status (*stamps_between)(tr_device *, const tr_stamps *, int from, int to, uint64_t *ns);
     /* The text of the last failure of this device, one line. */
     const char *(*error)(const tr_device *);
     void (*close)(tr_device *);

@@ -177,6 +177,8 @@ static void put_column(writer *w, tr_dataset_id id, int phase)
                    : id == TR_D_TIME_EXCL ? c->excl
                    : id == TR_D_BYTES     ? c->bytes
                    : id == TR_D_EXPOSED   ? c->exposed
+                   : id == TR_D_GPU_NS    ? c->excl / 2
+                   : id == TR_D_GPU_COUNT ? c->count
                                           : (uint64_t)mean;
         real[i] = w->s->nan ? NAN : id == TR_D_FLOPS ? c->flops : (double)c->count * mean * mean;
     }
@@ -194,7 +196,7 @@ static void put_cells(writer *w, int phase)
     const uint64_t n = phase < 0 ? all : phase == TR_PHASE_PREFILL ? prefill : all - prefill;
     for (int i = 0; i < w->n; i++)
         fill(w, w->first + i, w->cell + (size_t)i * (size_t)w->n_regions, n, phase >= 0);
-    for (int id = TR_D_COUNT; id <= TR_D_EXPOSED; id++)
+    for (int id = TR_D_COUNT; id <= TR_D_GPU_COUNT; id++)
         put_column(w, (tr_dataset_id)id, phase);
 }
 

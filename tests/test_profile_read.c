@@ -131,6 +131,9 @@ static void check_numbers(tr_reader *r)
     assert_null(tr_reader_note(r, 0));
     assert_int_equal(tr_summary_make(&s, r, NULL), TR_OK);
     assert_near(s.run_s, run);
+    const tr_reader_cell *c = tr_reader_all_cells(r);
+    for (int i = 0; i < 4 * tr_reader_about_of(r)->n_regions; i++)
+        assert_true(c[i].gpu_count == c[i].count && c[i].gpu_ns == c[i].excl_ns / 2);
     /* Three ranks take `kernel`, the last one twice that. */
     assert_near(op_of(&s, "mla_decode"), kernel * 5 / 4);
     assert_near(op_of(&s, "exchange"), kernel * 1.5 * 3 / 4);

@@ -86,4 +86,10 @@ tr_status tr_cuda_graph_run(tr_device *d, tr_lane lane, tr_graph *graph);
 void tr_cuda_graph_free(tr_device *d, tr_graph *graph);
 void tr_cuda_close(tr_device *d);
 
+/* stamps.c */
+tr_status tr_cuda_stamps_create(tr_device *d, int n, tr_stamps **out);
+void tr_cuda_stamps_free(tr_device *d, tr_stamps *s);
+tr_status tr_cuda_stamp(tr_device *d, tr_lane lane, tr_stamps *s, int i);
+tr_status tr_cuda_stamps_between(tr_device *d, const tr_stamps *s, int from, int to, uint64_t *ns);
+
 #endif

@@ -132,6 +132,7 @@ bool tr_regions_grow(tr_regions *r, const char *stream, int nodes_max)
     r->open[0] = (tr_region_frame){.id = id,
                                    .node = add_node(t, -1, id, -1),
                                    .phase = TR_PHASE_NONE,
+                                   .mark = -1,
                                    .counted = true,
                                    .begun_ns = tr_now_ns()};
     r->depth = 1;
@@ -182,6 +183,17 @@ int tr_regions_look(tr_regions *r, tr_region_node *node, int n_max)
     return n;
 }
 
+void tr_regions_add_gpu(tr_regions *r, int node, int phase, uint64_t ns)
+{
+    if (!r || !r->tree) return;
+    lock(r);
+    if (node >= 0 && node < r->tree->n && phase >= 0 && phase <= TR_N_PHASES) {
+        r->tree->node[node].in[phase].gpu_count++;
+        r->tree->node[node].in[phase].gpu_ns += ns;
+    }
+    unlock(r);
+}
+
 uint64_t tr_regions_lost(tr_regions *r)
 {
     if (!r || !r->tree) return 0;
@@ -207,7 +219,9 @@ void tr_region_begin_layer(tr_regions *r, int id, int layer)
         r->deeper++;
         return;
     }
-    tr_region_frame f = {.id = id, .phase = (int)r->phase, .node = -1};
+    tr_region_frame f = {.id = id, .phase = (int)r->phase, .node = -1, .mark = -1};
+    if (r->clock.begin && r->tree && id >= 0)
+        f.mark = r->clock.begin(r->clock.ctx, r->total[id].kind);
     lock(r);
     if (r->tree && r->depth > 0) place(r, &f, layer);
     f.begun_ns = tr_now_ns();
@@ -248,6 +262,8 @@ void tr_region_end(tr_regions *r, double bytes, double flops)
     if (f->id >= 0) add_total(&r->total[f->id], f, now, bytes, flops);
     if (r->tree && f->counted) add_numbers(&r->tree->node[f->node], f, now, bytes, flops);
     unlock(r);
+    if (f->mark >= 0 && r->clock.end)
+        r->clock.end(r->clock.ctx, f->mark, f->counted ? f->node : -1, f->phase);
     if (r->sink.end) r->sink.end(r->sink.ctx, f->counted ? f->node : -1, f->begun_ns, now, bytes);
 }
 

@@ -55,6 +55,7 @@ typedef struct tr_region_total {
 typedef struct tr_region_numbers {
     uint64_t count, incl_ns, excl_ns, min_ns, max_ns; /* min and max of single inclusive times */
     double sumsq, bytes, flops;                       /* sumsq: of inclusive times, ns^2 */
+    uint64_t gpu_count, gpu_ns; /* calls that were timed on the device, and their time there */
 } tr_region_numbers;
 
 typedef struct tr_region_node {
@@ -71,8 +72,17 @@ typedef struct tr_region_sink {
     void (*end)(void *ctx, int node, uint64_t begun_ns, uint64_t ended_ns, double bytes);
 } tr_region_sink;
 
+/* Asked at the begin and told of the end of every region of a stream with a tree, by the stream's thread: who times them on a
+ * device (device_time.h). begin returns a mark for the end, -1: this one is not timed. node -1: the tree is full. */
+typedef struct tr_region_clock {
+    void *ctx;
+    int (*begin)(void *ctx, tr_region_kind kind);
+    void (*end)(void *ctx, int mark, int node, int phase);
+} tr_region_clock;
+
 typedef struct tr_region_frame { /* an open region; regions.c's own */
     int id, node, phase;
+    int mark;     /* the clock's, -1: none */
     bool counted; /* has a node of its own */
     uint64_t begun_ns, child_ns, tree_child_ns;
 } tr_region_frame;
@@ -84,8 +94,9 @@ typedef struct tr_regions {
     int deeper; /* open regions beyond those: the stream's thread's alone */
     tr_region_total total[TR_REGIONS_MAX];
     tr_region_frame open[TR_REGION_DEPTH];
-    tr_region_sink sink; /* end may be NULL */
-    tr_phase phase;      /* set by tr_regions_phase; counted in trees only */
+    tr_region_sink sink;   /* end may be NULL */
+    tr_region_clock clock; /* begin may be NULL */
+    tr_phase phase;        /* set by tr_regions_phase; counted in trees only */
     struct tr_region_tree *tree;
 } tr_regions;
 
@@ -113,6 +124,8 @@ void tr_regions_prune(tr_regions *r);
 /* Any thread. A copy of the nodes, at most n_max of them, returns how many; 0: not grown. What is open now is counted as
  * if it ended now, so that exclusive times always add up to the root's inclusive time. min_ns of what never ran is 0. */
 int tr_regions_look(tr_regions *r, tr_region_node *node, int n_max);
+/* Any thread. One call of a node took so long on the device. */
+void tr_regions_add_gpu(tr_regions *r, int node, int phase, uint64_t ns);
 /* Any thread: regions that found the tree full so far. */
 uint64_t tr_regions_lost(tr_regions *r);
 

@@ -200,6 +200,11 @@ static void see_step(void *ctx, const tr_engine_seen *seen)
         s.pages_free = (uint32_t)(e.pages_total - e.pages_held - e.pages_cached);
         s.queue = (uint32_t)e.waiting;
     }
+    tr_device_step device;
+    if (tr_model_step_time(r->opened->model, seen->plan->step, &device)) {
+        s.gpu_ns = device.ns;
+        s.graph = device.recorded;
+    }
     r->waited_ns = waited_ns;
     count_bytes(r, bytes);
     tr_sde_step(r->sde, &s, bytes);
@@ -495,11 +500,15 @@ tr_status tr_run_profile_begin(tr_run_profile *r, const char *model_name, const 
 
 void tr_run_profile_engine(tr_run_profile *r, tr_engine *engine)
 {
+    tr_err why;
+
     if (!r || !r->profile) return;
     r->weights = r->opened->weights->bytes;
     r->kv = tr_model_cache_bytes(r->opened->model);
     r->workspace = tr_model_workspace_bytes(r->opened->model);
     atomic_store(&r->engine, engine);
+    if (tr_model_time(r->opened->model, true, &why) != TR_OK)
+        tr_log_warn(r->log, "the profile has no times of the GPU: %s", why.text);
     tr_papi_step(r->papi, TR_PHASE_NONE); /* loading is no part of the first step */
     tr_engine_observe(engine, (tr_engine_observer){.ctx = r, .step = see_step});
 }
@@ -534,6 +543,7 @@ static void put_load(tr_run_profile *r)
 
 static void stop(tr_run_profile *r)
 {
+    if (r->opened->model) tr_model_time(r->opened->model, false, NULL);
     tr_regions_cut(&r->opened->regions);
     tr_regions_cut(&r->read_regions);
     tr_regions_cut(&r->write_regions);

@@ -132,6 +132,8 @@ tr_status tr_bench_record_begin(tr_bench_record **out, const tr_bench_record_opt
     describe(r);
     count(r);
     tr_papi_step(r->o.papi, TR_PHASE_NONE);
+    st = tr_model_time(opened->model, true, err);
+    if (st != TR_OK) goto done;
     tr_profile_start(r->profile);
     *out = r;
     r = NULL;
@@ -155,6 +157,11 @@ void tr_bench_record_step(tr_bench_record *r, const tr_plan *plan, uint64_t t0_n
         const tr_span *span = &tr_plan_spans(plan)[i];
         *(span->kind == TR_SPAN_PREFILL ? &s.tok_prefill : &s.tok_decode) += (uint32_t)span->n_rows;
     }
+    tr_device_step device;
+    if (tr_model_step_time(r->opened->model, plan->step, &device)) {
+        s.gpu_ns = device.ns;
+        s.graph = device.recorded;
+    }
     tr_papi_step(r->o.papi, phase);
     tr_profile_step(r->profile, &s);
 }
@@ -165,6 +172,7 @@ tr_status tr_bench_record_end(tr_bench_record *r, tr_profile_costs *costs, tr_er
 
     if (costs) *costs = (tr_profile_costs){0};
     if (!r) return TR_OK;
+    tr_model_time(r->opened->model, false, NULL);
     tr_regions_cut(&r->opened->regions);
     tr_profile_stop(r->profile);
     if (costs) *costs = tr_profile_costs_get(r->profile);

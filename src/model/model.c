@@ -298,6 +298,7 @@ void tr_model_free(tr_model *model)
     free(model->overlap);
     free(model->expert_rows);
     tr_cache_free(model->cache);
+    tr_graph_close(model);
     tr_model_release(model);
     free(model);
 }
@@ -427,7 +428,7 @@ void tr_step_free(tr_step *step, tr_model *model)
 {
     if (!step->memory) return;
     for (int i = 0; i < step->memory->n_graphs; i++)
-        model->ops->graph_free(model->device, step->memory->graph[i].graph);
+        tr_graph_drop(model, &step->memory->graph[i]);
     for (int i = 0; i < step->memory->n_owned; i++)
         model->ops->release(model->device, step->memory->owned[i]);
     free(step->memory);
@@ -551,7 +552,7 @@ static tr_status network_end(tr_model *m, const tr_pass *p, tr_step *step, bool 
 }
 
 /* What a record without the head leaves to be done. */
-static tr_status network_head(tr_model *m, const tr_pass *p, tr_step *step, tr_err *err)
+tr_status tr_model_head(tr_model *m, const tr_pass *p, tr_step *step, tr_err *err)
 {
     tr_region_begin(m->regions, m->region_head);
     const tr_status st = tr_head_forward(m, p, step->memory, err);
@@ -560,7 +561,7 @@ static tr_status network_head(tr_model *m, const tr_pass *p, tr_step *step, tr_e
 }
 
 /* embed or receive, layers, norm and head or send. with_head: false where a record ends before the head's products. */
-static tr_status network(tr_model *m, tr_pass *p, tr_step *step, bool with_head, tr_err *err)
+tr_status tr_model_network(tr_model *m, tr_pass *p, tr_step *step, bool with_head, tr_err *err)
 {
     const tr_slice *slice = &m->weights->slice;
     tr_status st = tr_moe_rounds(m, p, err);
@@ -577,125 +578,26 @@ static tr_status network(tr_model *m, tr_pass *p, tr_step *step, bool with_head,
     return st == TR_OK ? network_end(m, p, step, with_head, err) : st;
 }
 
-/* Sums over the attention group can be recorded where a device makes them; of members that have different rows the host counts
- * what travels, and what goes to another stage is waited for in a later step. */
-static bool groups_can_be_graph(const tr_model *m)
-{
-    return !m->moe_exchange && tr_comm_size(m->groups.pp) == 1 &&
-           (tr_comm_size(m->groups.attn_tp) == 1 || tr_comm_device(m->groups.attn_tp));
-}
-
-/* A step that decodes: one row a sequence, the host has no part in it. */
-static bool can_be_graph(const tr_model *m, const tr_pass *p)
-{
-    return (m->ops->caps & TR_CAP_GRAPH) && !m->probe && !m->sync_check && !p->split &&
-           groups_can_be_graph(m) && p->n <= TR_GRAPH_ROWS && p->n <= m->max_rows &&
-           p->plan->n_spans == p->n && p->plan->n_head_rows > 0;
-}
-
-/* A head that is cut over members reads what it sampled (head.c), unless all rows are greedy and nobody wants scores. */
-static bool head_can_be_graph(const tr_model *m, const tr_pass *p)
-{
-    return !m->weights->slice.head_partial ||
-           ((p->plan->flags & TR_PLAN_GREEDY) && !(p->plan->flags & TR_PLAN_HAS_SCORES));
-}
-
-static void set_mode(tr_model *m, tr_comm_mode mode)
-{
-    tr_comm *const group[] = {m->groups.attn_tp, m->groups.attn_cp, m->groups.moe, m->groups.pp};
-    for (int i = 0; i < 4; i++)
-        tr_comm_set_mode(group[i], mode);
-}
-
-/* Record the step with room for n_max rows and max_context keys. */
-static tr_status record(tr_model *m, const tr_pass *p, tr_step *step, tr_step_graph *g, tr_err *err)
-{
-    tr_pass room = *p;
-    room.n_max = room.n_head = room.rows.n_max = g->n_max;
-    room.rows.max_context = g->max_context;
-    tr_status st = m->ops->graph_begin(m->device, TR_LANE_MAIN);
-    if (st != TR_OK) return tr_fail(err, st, "graph: %s", m->ops->error(m->device));
-    set_mode(m, TR_COMM_RECORD);
-    st = network(m, &room, step, g->has_head, err);
-    set_mode(m, TR_COMM_RUN);
-    if (st != TR_OK) {
-        tr_model_back(m);
-        m->ops->graph_end(m->device, TR_LANE_MAIN, NULL);
-        return st;
-    }
-    st = m->ops->graph_end(m->device, TR_LANE_MAIN, &g->graph);
-    return st == TR_OK ? TR_OK : tr_fail(err, st, "graph: %s", m->ops->error(m->device));
-}
-
-/* What it moves and computes is noted as ever. */
-static tr_status replay(tr_model *m, tr_pass *p, tr_step *step, const tr_step_graph *g, tr_err *err)
-{
-    m->replaying = true;
-    set_mode(m, TR_COMM_NOTE);
-    tr_status st = network(m, p, step, g->has_head, err);
-    set_mode(m, TR_COMM_RUN);
-    m->replaying = false;
-    return st;
-}
-
-/* The same step as before with other rows: from its record, which the first one of its kind makes. With members it is the second
- * one that does: the first has made NCCL's connections, which is nothing to be recorded. All members take the same steps. */
-static tr_status network_graph(tr_model *m, tr_pass *p, tr_step *step, tr_err *err)
-{
-    enum { LEAST_CONTEXT = 4096 };
-    const uint32_t kinds = TR_PLAN_HAS_DENSE | TR_PLAN_HAS_ABSORBED | TR_PLAN_HAS_SELECTION;
-    const bool warm_up = tr_comm_size(m->groups.attn_tp) > 1;
-    struct tr_step_memory *s = step->memory;
-    tr_step_graph g = {.n_max = 1,
-                       .max_context = LEAST_CONTEXT,
-                       .flags = p->plan->flags & kinds,
-                       .has_head = head_can_be_graph(m, p)};
-    tr_status st = TR_OK;
-    int i;
-
-    while (g.n_max < p->n)
-        g.n_max *= 2;
-    if (g.n_max > m->max_rows) g.n_max = m->max_rows;
-    while (g.max_context < p->plan->max_context)
-        g.max_context *= 2;
-    if (g.max_context > m->max_model_len) g.max_context = m->max_model_len;
-    for (i = 0; i < s->n_graphs; i++)
-        if (s->graph[i].n_max == g.n_max && s->graph[i].max_context == g.max_context &&
-            s->graph[i].flags == g.flags && s->graph[i].has_head == g.has_head)
-            break;
-    if (i == TR_STEP_GRAPHS) return network(m, p, step, true, err);
-    if (i == s->n_graphs) {
-        s->graph[s->n_graphs++] = g;
-        if (warm_up) return network(m, p, step, true, err);
-    }
-    if (!s->graph[i].graph)
-        st = record(m, p, step, &s->graph[i], err);
-    else
-        st = replay(m, p, step, &g, err);
-    if (st != TR_OK) return st;
-    st = m->ops->graph_run(m->device, TR_LANE_MAIN, s->graph[i].graph);
-    if (st != TR_OK) return tr_fail(err, st, "graph: %s", m->ops->error(m->device));
-    return g.has_head ? TR_OK : network_head(m, p, step, err);
-}
-
 tr_status tr_model_forward(tr_model *model, tr_step *step, tr_err *err)
 {
     tr_pass pass;
     tr_status st;
 
     step->out.n_head = 0;
+    tr_device_times_begin(tr_model_times(model), step->plan->step);
     tr_regions_phase(model->regions, tr_plan_phase(step->plan));
     tr_region_begin(model->regions, model->region_step);
     st = make_rows(model, step, &pass, err);
     /* A replica without rows still serves the others' with its experts. */
     if (st == TR_OK && (step->plan->n_rows > 0 || model->moe_exchange)) {
-        st = can_be_graph(model, &pass) ? network_graph(model, &pass, step, err)
-                                        : network(model, &pass, step, true, err);
+        st = tr_graph_fits(model, &pass) ? tr_graph_network(model, &pass, step, err)
+                                         : tr_model_network(model, &pass, step, true, err);
         if (st == TR_OK && model->weights->slice.head) st = fetch(model, step, err);
     }
-    step->ticket = model->ops->ticket(model->device, TR_LANE_MAIN);
     tr_region_end(model->regions, 0, 0);
     tr_regions_phase(model->regions, TR_PHASE_NONE);
+    step->ticket = model->ops->ticket(model->device, TR_LANE_MAIN);
+    tr_device_times_end(tr_model_times(model), step->ticket);
     return st;
 }
 

@@ -6,6 +6,7 @@
 #include <stdbool.h>
 #include <stdio.h>
 
+#include "base/device_time.h"
 #include "base/region.h"
 #include "kernels/kernels.h"
 #include "model/cache.h"
@@ -91,6 +92,13 @@ size_t tr_model_cache_bytes(const tr_model *model), tr_model_workspace_bytes(con
 
 tr_status tr_step_create(tr_step *step, tr_model *model, tr_err *err);
 void tr_step_free(tr_step *step, tr_model *model);
+
+/* Time on the device (base/device_time.h): while it is on, steps, layers and operations are timed there too, into the tree of the
+ * model's regions, where the device has a clock of its own. Off: what has passed is read; before the tree goes. A failure leaves
+ * everything as it was. */
+tr_status tr_model_time(tr_model *model, bool on, tr_err *err);
+/* Of a step that is done, by its plan's number, one of the last few; false: not known. */
+bool tr_model_step_time(tr_model *model, uint64_t step, tr_device_step *out);
 
 /* Enqueue one step: apply the plan, embed (or receive from the stage before), this stage's layers, head and sample (or send to
  * the next stage). step->plan is set by the caller. Every rank of a stage runs every step, with an idle plan if its replica has

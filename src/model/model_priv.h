@@ -2,6 +2,7 @@
 #ifndef TR_MODEL_MODEL_PRIV_H
 #define TR_MODEL_MODEL_PRIV_H
 
+#include "base/device_time.h"
 #include "model/model.h"
 #include "model/part.h"
 
@@ -94,15 +95,19 @@ struct tr_model {
     int moe_rows, moe_share; /* rows that may come to the experts at a time; of one member */
     bool moe_exchange; /* rows go to the experts' ranks; else all ranks of moe have the same rows */
     bool no_overlap, sync_check;
-    tr_lane lane;          /* where operations go */
-    bool replaying;        /* operations are noted, not run: a graph has them */
-    tr_overlap *overlap;   /* [this stage's layers]; with part only */
-    int i_layer;           /* of this stage's, the one that runs */
-    uint64_t *expert_rows; /* [this stage's layers, n_local] counted; NULL: the host cannot */
-    int n_local;           /* experts of this rank */
-    tr_part *part;         /* attn_cp of more than one: what of a plan is this member's */
-    int32_t *page_table;   /* host copy [n_slots, max_pages]; with part only */
-    tr_ticket sent;        /* the last send to the next stage */
+    tr_lane lane;           /* where operations go */
+    tr_device_times *times; /* made by the first tr_model_time; NULL: never */
+    tr_stamps *stamps;      /* its pool */
+    bool timing;            /* now */
+    uint64_t n_replays;     /* while timing */
+    bool replaying;         /* operations are noted, not run: a graph has them */
+    tr_overlap *overlap;    /* [this stage's layers]; with part only */
+    int i_layer;            /* of this stage's, the one that runs */
+    uint64_t *expert_rows;  /* [this stage's layers, n_local] counted; NULL: the host cannot */
+    int n_local;            /* experts of this rank */
+    tr_part *part;          /* attn_cp of more than one: what of a plan is this member's */
+    int32_t *page_table;    /* host copy [n_slots, max_pages]; with part only */
+    tr_ticket sent;         /* the last send to the next stage */
     bool sending;
     float attention_scale;
     tr_cache *cache;
@@ -208,12 +213,28 @@ tr_status tr_head_forward(tr_model *m, const tr_pass *p, struct tr_step_memory *
 /* A recorded step: of up to n_max rows, all with logits, that see up to max_context keys. */
 typedef struct tr_step_graph {
     int n_max, max_context;
-    uint32_t flags;  /* of the plan: which operations there are */
-    bool has_head;   /* else it ends before the head's products */
-    tr_graph *graph; /* NULL: not recorded yet */
+    uint32_t flags;    /* of the plan: which operations there are */
+    bool has_head;     /* else it ends before the head's products */
+    tr_graph *graph;   /* NULL: not recorded yet */
+    tr_graph *stamped; /* the same with stamps around its layers; NULL: none yet */
+    tr_stamps *stamps; /* that it takes */
+    tr_stamp_set *set; /* which of them have been read */
+    bool cannot_stamp; /* there was no memory for it */
 } tr_step_graph;
 
 enum { TR_STEP_GRAPHS = 48, TR_GRAPH_ROWS = 256 };
+
+/* graph.c: steps that decode as records of their operations, and time on the device. tr_graph_fits: the step can be one.
+ * _network: what tr_model_network does, from a record, which the first step of its kind makes. */
+bool tr_graph_fits(const tr_model *m, const tr_pass *p);
+tr_status tr_graph_network(tr_model *m, tr_pass *p, tr_step *step, tr_err *err);
+void tr_graph_drop(tr_model *m, tr_step_graph *g);
+void tr_graph_close(tr_model *m);                   /* what timing has allocated */
+tr_device_times *tr_model_times(const tr_model *m); /* NULL: steps are not timed on the device */
+/* model.c: from the embedding or the stage before to the head or the next one; without the head's products, which tr_model_head
+ * then makes. */
+tr_status tr_model_network(tr_model *m, tr_pass *p, tr_step *step, bool with_head, tr_err *err);
+tr_status tr_model_head(tr_model *m, const tr_pass *p, tr_step *step, tr_err *err);
 
 /* A step's own memory: plan and rows on the device, outputs on device and host; graphs that use them. */
 struct tr_step_memory {

@@ -226,15 +226,15 @@ static void put_region(FILE *out, const tr_reader *r, int region, const tr_reade
     put_text(out, g->name);
     fprintf(out, ",%s,%d,%d,", tr_kind_names.name[g->kind], g->depth, g->layer);
     put_text(out, tr_reader_group_name(r, g->group));
-    fprintf(out, ",%ju,%ju,%ju,%ju,%ju,%.17g,%ju,%.17g,%ju\n", (uintmax_t)c->count,
+    fprintf(out, ",%ju,%ju,%ju,%ju,%ju,%.17g,%ju,%.17g,%ju,%ju,%ju\n", (uintmax_t)c->count,
             (uintmax_t)c->incl_ns, (uintmax_t)c->excl_ns, (uintmax_t)c->min_ns,
-            (uintmax_t)c->max_ns, c->sumsq, (uintmax_t)c->bytes, c->flops,
-            (uintmax_t)c->exposed_ns);
+            (uintmax_t)c->max_ns, c->sumsq, (uintmax_t)c->bytes, c->flops, (uintmax_t)c->exposed_ns,
+            (uintmax_t)c->gpu_ns, (uintmax_t)c->gpu_count);
 }
 
 static const char region_columns[] =
     "region,parent,path,name,kind,depth,layer,group,count,time_incl_ns,time_excl_ns,time_min_ns,"
-    "time_max_ns,time_sumsq_ns2,bytes,flops,exposed_ns\n";
+    "time_max_ns,time_sumsq_ns2,bytes,flops,exposed_ns,gpu_ns,gpu_count\n";
 
 static tr_status put_regions(FILE *out, tables *t, tr_err *err)
 {

@@ -72,6 +72,12 @@ static void pick(void *column, const tr_reader_cell *c, size_t n, tr_dataset_id 
         case TR_D_BYTES:
             whole[i] = c[i].bytes;
             break;
+        case TR_D_GPU_NS:
+            whole[i] = c[i].gpu_ns;
+            break;
+        case TR_D_GPU_COUNT:
+            whole[i] = c[i].gpu_count;
+            break;
         case TR_D_EXPOSED:
             whole[i] = c[i].exposed_ns;
             break;
@@ -84,6 +90,15 @@ static void pick(void *column, const tr_reader_cell *c, size_t n, tr_dataset_id 
     }
 }
 
+static bool timed_on_gpu(const tr_reader *r)
+{
+    const tr_reader_about *a = tr_reader_about_of(r);
+    const tr_reader_cell *c = tr_reader_all_cells(r);
+    for (size_t i = 0; i < (size_t)a->n_ranks * (size_t)a->n_regions; i++)
+        if (c[i].gpu_count) return true;
+    return false;
+}
+
 static tr_status put_cells(packer *p, const tr_reader_cell *cells, int phase, tr_err *err)
 {
     const size_t n_regions = (size_t)tr_reader_about_of(p->r)->n_regions;
@@ -91,7 +106,8 @@ static tr_status put_cells(packer *p, const tr_reader_cell *cells, int phase, tr
     const uint64_t dims[2] = {(uint64_t)p->n_rows, n_regions};
     uint64_t *column = tr_calloc(n, sizeof *column);
     tr_status st = column ? TR_OK : tr_fail(err, TR_E_MEMORY, "out of memory");
-    for (int id = TR_D_COUNT; id <= TR_D_EXPOSED && st == TR_OK && n > 0; id++) {
+    const int last = timed_on_gpu(p->r) ? TR_D_GPU_COUNT : TR_D_EXPOSED;
+    for (int id = TR_D_COUNT; id <= last && st == TR_OK && n > 0; id++) {
         char path[128];
         for (int i = 0; i < p->n_rows; i++)
             pick(column + (size_t)i * n_regions, cells + (size_t)p->rank[i] * n_regions, n_regions,

@@ -46,7 +46,8 @@ typedef struct tr_reader_region {
 /* What one rank recorded in one region: /profile/... and /phase/... */
 typedef struct tr_reader_cell {
     uint64_t count, incl_ns, excl_ns, min_ns, max_ns, bytes, exposed_ns;
-    double sumsq, flops; /* finite */
+    uint64_t gpu_ns, gpu_count; /* calls that were timed on the GPU; 0 of count: none */
+    double sumsq, flops;        /* finite */
 } tr_reader_cell;
 
 typedef struct tr_reader_group {

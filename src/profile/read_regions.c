@@ -164,11 +164,12 @@ typedef struct column {
 #define AT(member) offsetof(tr_reader_cell, member)
 
 static const column columns[] = {
-    {TR_D_COUNT, AT(count), false},        {TR_D_TIME_INCL, AT(incl_ns), false},
-    {TR_D_TIME_EXCL, AT(excl_ns), false},  {TR_D_TIME_MIN, AT(min_ns), false},
-    {TR_D_TIME_MAX, AT(max_ns), false},    {TR_D_TIME_SUMSQ, AT(sumsq), true},
-    {TR_D_BYTES, AT(bytes), false},        {TR_D_FLOPS, AT(flops), true},
-    {TR_D_EXPOSED, AT(exposed_ns), false},
+    {TR_D_COUNT, AT(count), false},         {TR_D_TIME_INCL, AT(incl_ns), false},
+    {TR_D_TIME_EXCL, AT(excl_ns), false},   {TR_D_TIME_MIN, AT(min_ns), false},
+    {TR_D_TIME_MAX, AT(max_ns), false},     {TR_D_TIME_SUMSQ, AT(sumsq), true},
+    {TR_D_BYTES, AT(bytes), false},         {TR_D_FLOPS, AT(flops), true},
+    {TR_D_EXPOSED, AT(exposed_ns), false},  {TR_D_GPU_NS, AT(gpu_ns), false},
+    {TR_D_GPU_COUNT, AT(gpu_count), false},
 };
 
 enum { N_COLUMNS = sizeof columns / sizeof *columns };

@@ -206,6 +206,8 @@ typedef enum tr_dataset_id {
     TR_D_BYTES,
     TR_D_FLOPS,
     TR_D_EXPOSED,
+    TR_D_GPU_NS, /* these two where there was a GPU */
+    TR_D_GPU_COUNT,
     TR_D_STEPS,
     TR_D_REQUESTS,
     TR_D_COMM_OPS,

@@ -73,6 +73,8 @@ static tr_region_numbers sum(const tr_region_node *node, int from, int to)
         s.sumsq += n->sumsq;
         s.bytes += n->bytes;
         s.flops += n->flops;
+        s.gpu_count += n->gpu_count;
+        s.gpu_ns += n->gpu_ns;
     }
     return s;
 }
@@ -125,6 +127,12 @@ static void fill(tr_profile *p, tr_dataset_id id, int from, int to)
             case TR_D_FLOPS:
                 f[row] = n.flops;
                 break;
+            case TR_D_GPU_NS:
+                u[row] = n.gpu_ns;
+                break;
+            case TR_D_GPU_COUNT:
+                u[row] = n.gpu_count;
+                break;
             default:
                 u[row] = exposed(&p->region[row], &n);
                 break;
@@ -141,8 +149,18 @@ static bool phase_ran(const tr_profile *p, int phase)
     return false;
 }
 
+static bool timed_on_gpu(const tr_profile *p)
+{
+    for (int k = 0; k < p->n_streams; k++)
+        for (int i = 0; i < p->stream[k].n_nodes; i++)
+            for (int phase = 0; phase <= TR_N_PHASES; phase++)
+                if (p->stream[k].node[i].in[phase].gpu_count) return true;
+    return false;
+}
+
 static tr_status write_regions(tr_profile *p, tr_err *err)
 {
+    const bool has_gpu = timed_on_gpu(p);
     const uint64_t n = (uint64_t)p->n_regions, dims[] = {1, n};
     char path[64];
 
@@ -152,6 +170,7 @@ static tr_status write_regions(tr_profile *p, tr_err *err)
     for (int i = 0; i < TR_N_DATASETS && st == TR_OK; i++) {
         const tr_dataset *d = &tr_datasets[i];
         if (!(d->flags & TR_DATASET_PHASES)) continue;
+        if ((i == TR_D_GPU_NS || i == TR_D_GPU_COUNT) && !has_gpu) continue;
         fill(p, (tr_dataset_id)i, 0, TR_N_PHASES + 1);
         st = tr_prof_file_put(p->file, d, NULL, dims, p->column, err);
         for (int phase = 0; phase < TR_N_PHASES && st == TR_OK; phase++) {

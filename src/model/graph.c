@@ -1,0 +1,222 @@
+/* Steps that decode, as records of what they launch (CUDA graphs), and time on the device of all steps (base/device_time.h). */
+#include <config.h>
+
+#include "model/model_priv.h"
+
+enum {
+    STAMP_EVERY = 64, /* replays (parallel.md 10.4, build.md 7) */
+    PAIRS = 8192,     /* of stamps: three prefill steps of 61 layers with some 20 operations each */
+};
+
+/* ---- records ----------------------------------------------------------------------------------------------------------- */
+
+/* Sums over the attention group can be recorded where a device makes them; of members that have different rows the host counts
+ * what travels, and what goes to another stage is waited for in a later step. */
+static bool groups_can_be_graph(const tr_model *m)
+{
+    return !m->moe_exchange && tr_comm_size(m->groups.pp) == 1 &&
+           (tr_comm_size(m->groups.attn_tp) == 1 || tr_comm_device(m->groups.attn_tp));
+}
+
+/* A step that decodes: one row a sequence, the host has no part in it. */
+bool tr_graph_fits(const tr_model *m, const tr_pass *p)
+{
+    return (m->ops->caps & TR_CAP_GRAPH) && !m->probe && !m->sync_check && !p->split &&
+           groups_can_be_graph(m) && p->n <= TR_GRAPH_ROWS && p->n <= m->max_rows &&
+           p->plan->n_spans == p->n && p->plan->n_head_rows > 0;
+}
+
+/* A head that is cut over members reads what it sampled (head.c), unless all rows are greedy and nobody wants scores. */
+static bool head_can_be_graph(const tr_model *m, const tr_pass *p)
+{
+    return !m->weights->slice.head_partial ||
+           ((p->plan->flags & TR_PLAN_GREEDY) && !(p->plan->flags & TR_PLAN_HAS_SCORES));
+}
+
+static void set_mode(tr_model *m, tr_comm_mode mode)
+{
+    tr_comm *const group[] = {m->groups.attn_tp, m->groups.attn_cp, m->groups.moe, m->groups.pp};
+    for (int i = 0; i < 4; i++)
+        tr_comm_set_mode(group[i], mode);
+}
+
+/* Record the step into *out with room for n_max rows and max_context keys. */
+static tr_status record(tr_model *m, const tr_pass *p, tr_step *step, const tr_step_graph *g,
+                        tr_graph **out, tr_err *err)
+{
+    tr_pass room = *p;
+    room.n_max = room.n_head = room.rows.n_max = g->n_max;
+    room.rows.max_context = g->max_context;
+    tr_status st = m->ops->graph_begin(m->device, TR_LANE_MAIN);
+    if (st != TR_OK) return tr_fail(err, st, "graph: %s", m->ops->error(m->device));
+    set_mode(m, TR_COMM_RECORD);
+    st = tr_model_network(m, &room, step, g->has_head, err);
+    set_mode(m, TR_COMM_RUN);
+    if (st != TR_OK) {
+        tr_model_back(m);
+        m->ops->graph_end(m->device, TR_LANE_MAIN, NULL);
+        return st;
+    }
+    st = m->ops->graph_end(m->device, TR_LANE_MAIN, out);
+    return st == TR_OK ? TR_OK : tr_fail(err, st, "graph: %s", m->ops->error(m->device));
+}
+
+/* The same step as before with other rows, as a kind: a record of it may have room for more. */
+static tr_step_graph kind_of(const tr_model *m, const tr_pass *p)
+{
+    enum { LEAST_CONTEXT = 4096 };
+    const uint32_t kinds = TR_PLAN_HAS_DENSE | TR_PLAN_HAS_ABSORBED | TR_PLAN_HAS_SELECTION;
+    tr_step_graph g = {.n_max = 1,
+                       .max_context = LEAST_CONTEXT,
+                       .flags = p->plan->flags & kinds,
+                       .has_head = head_can_be_graph(m, p)};
+
+    while (g.n_max < p->n)
+        g.n_max *= 2;
+    if (g.n_max > m->max_rows) g.n_max = m->max_rows;
+    while (g.max_context < p->plan->max_context)
+        g.max_context *= 2;
+    if (g.max_context > m->max_model_len) g.max_context = m->max_model_len;
+    return g;
+}
+
+/* The operations are in the record: what they move and compute is noted as ever. */
+static tr_status note(tr_model *m, tr_pass *p, tr_step *step, const tr_step_graph *g, tr_err *err)
+{
+    m->replaying = true;
+    set_mode(m, TR_COMM_NOTE);
+    tr_status st = tr_model_network(m, p, step, g->has_head, err);
+    set_mode(m, TR_COMM_RUN);
+    m->replaying = false;
+    return st;
+}
+
+static bool make_stamps(tr_model *m, tr_step_graph *g)
+{
+    const int layers = m->weights->slice.layers.n;
+
+    if (g->cannot_stamp || g->set) return g->set != NULL;
+    g->cannot_stamp = m->ops->stamps_create(m->device, 2 * layers, &g->stamps) != TR_OK;
+    if (!g->cannot_stamp) g->set = tr_stamp_set_create(g->stamps, layers);
+    g->cannot_stamp = !g->set;
+    return !g->cannot_stamp;
+}
+
+/* One step in STAMP_EVERY is run from a second record, which has stamps around its layers; *run: the record for this one. */
+static tr_status prepare(tr_model *m, tr_pass *p, tr_step *step, tr_step_graph *g, tr_graph **run,
+                         tr_err *err)
+{
+    tr_device_times *t = tr_model_times(m);
+    const bool due = t && ++m->n_replays % STAMP_EVERY == 0 && make_stamps(m, g);
+
+    *run = g->graph;
+    if (due && !g->stamped) {
+        tr_device_times_mode(t, TR_STAMP_RECORD, g->set);
+        tr_status st = record(m, p, step, g, &g->stamped, err);
+        tr_device_times_mode(t, TR_STAMP_STEP, NULL);
+        if (st == TR_OK) *run = g->stamped;
+        return st;
+    }
+    if (due && !tr_stamp_set_busy(g->set)) {
+        tr_device_times_mode(t, TR_STAMP_REPLAY, g->set);
+        *run = g->stamped;
+    }
+    return note(m, p, step, g, err);
+}
+
+/* The first step of its kind makes the record. With members it is the second one that does: the first has made NCCL's connections,
+ * which is nothing to be recorded. All members take the same steps. */
+tr_status tr_graph_network(tr_model *m, tr_pass *p, tr_step *step, tr_err *err)
+{
+    const bool warm_up = tr_comm_size(m->groups.attn_tp) > 1;
+    struct tr_step_memory *s = step->memory;
+    const tr_step_graph g = kind_of(m, p);
+    tr_graph *run = NULL;
+    tr_status st;
+    int i;
+
+    for (i = 0; i < s->n_graphs; i++)
+        if (s->graph[i].n_max == g.n_max && s->graph[i].max_context == g.max_context &&
+            s->graph[i].flags == g.flags && s->graph[i].has_head == g.has_head)
+            break;
+    if (i == TR_STEP_GRAPHS) return tr_model_network(m, p, step, true, err);
+    if (i == s->n_graphs) {
+        s->graph[s->n_graphs++] = g;
+        if (warm_up) return tr_model_network(m, p, step, true, err);
+    }
+    tr_device_times_mode(tr_model_times(m), TR_STAMP_STEP, NULL);
+    if (!s->graph[i].graph) {
+        st = record(m, p, step, &g, &s->graph[i].graph, err);
+        run = s->graph[i].graph;
+    } else {
+        st = prepare(m, p, step, &s->graph[i], &run, err);
+    }
+    if (st != TR_OK) return st;
+    st = m->ops->graph_run(m->device, TR_LANE_MAIN, run);
+    if (st != TR_OK) return tr_fail(err, st, "graph: %s", m->ops->error(m->device));
+    return g.has_head ? TR_OK : tr_model_head(m, p, step, err);
+}
+
+void tr_graph_drop(tr_model *m, tr_step_graph *g)
+{
+    if (g->graph) m->ops->graph_free(m->device, g->graph);
+    if (g->stamped) m->ops->graph_free(m->device, g->stamped);
+    if (g->stamps) m->ops->stamps_free(m->device, g->stamps);
+    tr_stamp_set_free(g->set);
+}
+
+/* ---- time on the device ---------------------------------------------------------------------------------------------- */
+
+static bool stamp(void *ctx, void *set, int i)
+{
+    tr_model *m = ctx;
+    return m->ops->stamp(m->device, m->lane, set ? set : m->stamps, i) == TR_OK;
+}
+
+static bool between(void *ctx, void *set, int from, int to, uint64_t *ns)
+{
+    tr_model *m = ctx;
+    return m->ops->stamps_between(m->device, set ? set : m->stamps, from, to, ns) == TR_OK;
+}
+
+static int passed(void *ctx, uint64_t ticket)
+{
+    tr_model *m = ctx;
+    return m->ops->done(m->device, TR_LANE_MAIN, ticket);
+}
+
+tr_device_times *tr_model_times(const tr_model *m)
+{
+    return m->timing ? m->times : NULL;
+}
+
+tr_status tr_model_time(tr_model *m, bool on, tr_err *err)
+{
+    const tr_stamp_source source = {m, stamp, between, passed};
+
+    if (!on) {
+        tr_device_times_collect(tr_model_times(m));
+        m->timing = false;
+        return TR_OK;
+    }
+    if (!m->ops->stamps_create || !m->regions) return TR_OK;
+    if (!m->stamps && m->ops->stamps_create(m->device, 2 * PAIRS, &m->stamps) != TR_OK)
+        return tr_fail(err, TR_E_DEVICE, "%d moments of the device's clock cannot be had",
+                       2 * PAIRS);
+    if (!m->times) m->times = tr_device_times_create(m->regions, &source, PAIRS);
+    if (!m->times) return tr_fail(err, TR_E_MEMORY, "out of memory");
+    m->timing = true;
+    return TR_OK;
+}
+
+bool tr_model_step_time(tr_model *m, uint64_t step, tr_device_step *out)
+{
+    tr_device_times_collect(tr_model_times(m));
+    return tr_device_times_of(tr_model_times(m), step, out);
+}
+
+void tr_graph_close(tr_model *m)
+{
+    tr_device_times_free(m->times);
+    if (m->stamps) m->ops->stamps_free(m->device, m->stamps);
+}
