@@ -51,6 +51,9 @@ tiny="-m $dir/model.0"
     refused 2 'another process grid than rank 0: pp 1 dp 2 cp 1 tp 1' 2 '--tp 1 --dp 2' $tiny --tp 2
     refused 2 'another layers of the stages than rank 0: 3,1, not 1,3' 2 '--pp-layers 3,1' $tiny --pp 2 --pp-layers 1,3
 
+    refused 2 "rank 1 on $host: started with another --profile-files than rank 0: node, not auto" 2 '--profile-files node' \
+        $tiny --profile "$dir/profile.h5"
+
     sed -i 's/"routed_scaling_factor": [0-9.]*/"routed_scaling_factor": 2.25/' "$dir/model.1/config.json"
     refused 2 'another model than rank 0' 2 "-m $dir/model.1" $tiny
     cp "$dir/model.0/config.json" "$dir/model.1"

@@ -351,6 +351,7 @@ static tr_status make_alike(const tr_run *run, identity *id, tr_err *err)
     add_field(id, "--max-sequences", "%jd", (intmax_t)o->max_sequences);
     add_field(id, "--no-overlap", "%s", o->no_overlap ? "given" : "not given");
     add_field(id, "--profile", "%s", o->profile ? "given" : "not given");
+    add_field(id, "--profile-files", "%s", o->profile_files ? o->profile_files : "auto");
     return TR_OK;
 }
 
