@@ -310,6 +310,8 @@ static void save_now_and_then(job *j)
     const uint64_t now_ns = tr_now_ns();
 
     if (!j->o->saved || j->o->save_every_s == 0) return;
+    /* What the engine leaves when it stops is for save_at_end, when all that has ended is recorded. */
+    if (tr_engine_draining(j->o->engine) || atomic_load(&j->stopping)) return;
     save(j, &counts);
     if ((double)(now_ns - j->saved_ns) / 1e9 < save_interval_s(j, now_ns)) return;
     j->saved_ns = now_ns;
