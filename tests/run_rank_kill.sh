@@ -79,6 +79,10 @@ hit_rank() {
     return 1
 }
 
+check_whole() { # OUT GRID
+    "$COMPARE" "$dir/whole.$2" "$1" >"$dir/said" || { cat "$dir/said"; fail "$what: the records are not those of an uninterrupted run"; }
+}
+
 whole_ms=1000000
 for g in "${!grids[@]}"; do
     begun_ms=$(now_ms)
