@@ -193,7 +193,7 @@ nth_ranks_step()
 
 fuzz_step()
 {
-    "$TR_SRCDIR/tests/fuzz/run.sh" -n 20000 -t 8 -w "$long/fuzz"
+    "$TR_SRCDIR/tests/fuzz/run.sh" -n 20000 -t 30 -w "$long/fuzz"
 }
 
 distcheck_step()
