@@ -12,6 +12,7 @@
 #include "kernels/cuda/comm.h"
 #include "kernels/cuda/gemm_bf16.h"
 #include "kernels/cuda/gemm_heads.h"
+#include "kernels/suspect.h"
 
 /* ---- failures ------------------------------------------------------------------------------------------------------ */
 
@@ -43,14 +44,57 @@ static tr_status fault_status(tr_device *d)
                           d->where);
 }
 
+/* What an error says about the device. Those that CUDA calls inconsistent or sticky end the context: nothing can be done with
+ * the device after them. */
+static tr_verdict verdict_of(cudaError_t e)
+{
+    /* cudaErrorContained, which older versions of CUDA do not know: memory, or a wrong access over NVLink */
+    const int contained = 226;
+
+    if ((int)e == contained) return TR_VERDICT_PERHAPS;
+    switch (e) {
+    case cudaErrorECCUncorrectable:
+    case cudaErrorNvlinkUncorrectable:
+        return TR_VERDICT_HARDWARE;
+    case cudaErrorIllegalAddress:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorHardwareStackError:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorLaunchFailure:
+    case cudaErrorUnknown:
+        return TR_VERDICT_PERHAPS;
+    default:
+        return TR_VERDICT_NONE;
+    }
+}
+
+/* The device is of no use any more: which one, and whether it is to blame (reliability.md 4, row 18). */
+static tr_status lose_device(tr_device *d, const char *op, cudaError_t e)
+{
+    enum { XID_WAIT_MS = 1000 }; /* the driver's report and CUDA's error come by different ways */
+    char host[128], text[400];
+    tr_suspect_facts facts = {.uuid = d->head.uuid, .host = host, .verdict = verdict_of(e)};
+
+    d->failed = TR_E_DEVICE;
+    tr_suspect_host(host, sizeof host, &facts.in_slurm);
+    if (facts.verdict != TR_VERDICT_NONE) facts.heard = tr_suspect_hear(d->suspect, XID_WAIT_MS);
+    tr_suspect_text(text, sizeof text, &facts);
+    return tr_device_fail(d, TR_E_DEVICE, "%s: %s (%s, %s)", op, cudaGetErrorString(e), d->where,
+                          text);
+}
+
 tr_status tr_cuda_status(tr_device *d, const char *op, cudaError_t e)
 {
     if (e == cudaSuccess) return TR_OK;
     tr_status st = e == cudaErrorMemoryAllocation                             ? TR_E_MEMORY
                    : e == cudaErrorInvalidValue || e == cudaErrorNotSupported ? TR_E_USAGE
                                                                               : TR_E_DEVICE;
-    (void)cudaGetLastError(); /* those that are not sticky are forgotten */
-    if (st == TR_E_DEVICE) d->failed = st;
+    (void)cudaGetLastError();        /* those that are not sticky are forgotten */
+    if (d->failed) return d->failed; /* what came first has been told */
+    if (st == TR_E_DEVICE) return lose_device(d, op, e);
     return tr_device_fail(d, st, "%s: %s (%s)", op,
                           st == TR_E_USAGE ? "arguments or sizes that this backend cannot do"
                                            : cudaGetErrorString(e),
@@ -92,10 +136,13 @@ tr_status tr_cuda_alloc(tr_device *d, size_t bytes, int kind, void **out)
     if (e == cudaErrorMemoryAllocation) {
         size_t left = 0, all = 0;
         (void)cudaGetLastError();
+        if (host)
+            return tr_device_fail(d, TR_E_MEMORY, "out of pinned host memory: %zu bytes (%s)",
+                                  bytes, d->where);
         if (cudaMemGetInfo(&left, &all) != cudaSuccess) (void)cudaGetLastError();
         return tr_device_fail(d, TR_E_MEMORY,
-                              "out of %s memory: %zu bytes, %zu of %zu are free (%s)",
-                              host ? "pinned host" : "device", bytes, left, all, d->where);
+                              "out of device memory: %zu bytes, %zu of %zu are free (%s)", bytes,
+                              left, all, d->where);
     }
     if (e != cudaSuccess) return tr_cuda_status(d, "cudaMalloc", e);
     d->block[d->n_blocks++] = (tr_cuda_block){.memory = p, .host = host};
@@ -287,6 +334,7 @@ void tr_cuda_close(tr_device *d)
     if (d->fault_h) cudaFreeHost(d->fault_h);
     for (size_t i = 0; i < d->n_notes; i++)
         free(d->note[i].head);
+    tr_suspect_close(d->suspect);
     free(d->note);
     free(d->block);
     free(d);
@@ -376,7 +424,8 @@ tr_status tr_cuda_open(tr_device **out, const tr_ops **ops, const tr_device_opti
                        int *usable, tr_err *err)
 {
     struct cudaDeviceProp prop;
-    char pci[32] = "";
+    char pci[32] = "", host[128];
+    bool in_slurm;
     int n = 0, ordinal = 0;
 
     *out = NULL;
@@ -384,7 +433,8 @@ tr_status tr_cuda_open(tr_device **out, const tr_ops **ops, const tr_device_opti
     cudaError_t e = cudaGetDeviceCount(&n);
     if (e != cudaSuccess || n < 1) {
         (void)cudaGetLastError();
-        return tr_fail(err, TR_E_DEVICE, "no usable GPU: %s",
+        tr_suspect_host(host, sizeof host, &in_slurm);
+        return tr_fail(err, TR_E_DEVICE, "no usable GPU on %s: %s", host,
                        e == cudaSuccess ? "there is none" : cudaGetErrorString(e));
     }
     tr_status st = tr_ops_check(&tr_cuda_ops, err);
@@ -401,6 +451,7 @@ tr_status tr_cuda_open(tr_device **out, const tr_ops **ops, const tr_device_opti
     if (st != TR_OK) goto done;
     snprintf(d->where, sizeof d->where, "%.64s, PCI %s", prop.name, pci);
     write_uuid(d->head.uuid, sizeof d->head.uuid, &prop.uuid);
+    d->suspect = tr_suspect_open(pci); /* NULL: errors are told without the driver's number */
     snprintf(d->head.describe, sizeof d->head.describe, "cuda, %.64s, %d SMs, %zu GiB", prop.name,
              prop.multiProcessorCount, prop.totalGlobalMem >> 30);
     st = load_kernels(d);

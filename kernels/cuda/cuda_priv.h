@@ -38,8 +38,9 @@ typedef struct tr_weight_note {
 struct tr_device {
     tr_device_head head;
     int ordinal;
-    char where[128];  /* "NVIDIA H200, PCI 0000:1b:00.0", for errors */
-    tr_status failed; /* sticky */
+    char where[128];            /* "NVIDIA H200, PCI 0000:1b:00.0", for errors */
+    tr_status failed;           /* sticky */
+    struct tr_suspect *suspect; /* listens for the driver's errors; NULL: nobody does */
     cudaStream_t stream[TR_N_LANES];
     cudaEvent_t ticket[TR_N_LANES][TR_TICKETS], join[TR_N_LANES];
     uint64_t issued[TR_N_LANES], finished[TR_N_LANES];
