@@ -49,6 +49,7 @@ static tr_status phases(tr_run *run, const tr_world *world, tr_err *err)
     tr_status st = TR_OK;
     for (size_t i = 0; st == TR_OK && i < sizeof phase / sizeof *phase; i++)
         st = agree(world, phase[i](run, err), err);
+    if (st == TR_E_MEMORY) tr_run_budget(run);
     if (st != TR_OK) return st;
     st = tr_run_job(run, err);
     st =

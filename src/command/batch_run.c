@@ -17,6 +17,7 @@
 #include "command/batch_profile.h"
 #include "command/budget.h"
 #include "command/open.h"
+#include "model/estimate.h"
 
 enum { MODEL_LEN_MAX = 16384, SMALL_FILE_MAX = 16 << 20, N_FIELDS = 18, FIELD_MAX = 96 };
 enum { TERM_GRACE_S = 5 }; /* Slurm's KillWait is 30 s (parallel.md 10.3) */
@@ -426,6 +427,36 @@ static tr_status choose_pages(const tr_run *run, int *n_pages, tr_err *err)
     if (want > fit) want = fit;
     *n_pages = want > INT32_MAX ? INT32_MAX : (int)want;
     return TR_OK;
+}
+
+void tr_run_budget(const tr_run *run)
+{
+    const tr_opened *o = &run->opened;
+    if (!run->model_name) return; /* the model's files have not been read */
+    const size_t page = tr_cache_page_bytes(&o->config, o->slice.layers.n, run->kv_dtype);
+    const size_t each = tr_ceil_div((size_t)run->max_model_len, TR_PAGE_TOKENS) + 1;
+    const bool gpu = o->ops ? strcmp(o->ops->name, "cpu") != 0 : strcmp(run->o->device, "cpu") != 0;
+    const uint64_t device = o->device ? o->ops->memory_left(o->device) : 0;
+    tr_weight_bytes weights;
+
+    tr_estimate_weights(&weights, &o->config, &o->slice);
+    const tr_budget budget = {
+        .rank = run->world->rank,
+        .host = run->world->host,
+        .device = o->device ? tr_device_describe(o->device) : run->o->device,
+        .weights = tr_weight_bytes_total(&weights),
+        .workspace = tr_estimate_workspace(&o->config, &o->slice,
+                                           (int)(run->o->max_batch_tokens + run->o->max_sequences),
+                                           run->max_model_len, gpu ? 2 : 4),
+        .cache_least = (uint64_t)each * page,
+        .cache_whole = (uint64_t)each * page * (uint64_t)run->o->max_sequences,
+        .left = device || gpu ? device : tr_memory_available(),
+        .max_batch_tokens = (int)run->o->max_batch_tokens,
+        .max_sequences = (int)run->o->max_sequences,
+        .max_model_len = run->max_model_len,
+        .kv_dtype = run->o->kv_dtype,
+    };
+    tr_budget_print(&budget, run->log);
 }
 
 /* Every rank has the same pages, so that one page table serves all: the fewest that fit anywhere. Collective, also for a rank that

@@ -27,6 +27,8 @@ tr_status tr_run_watch(tr_run *run,
                        tr_err *err); /* the watchdog, where there are several ranks; collective */
 tr_status tr_run_job(tr_run *run,
                      tr_err *err); /* or the answer to --prompt; followers run the leader's steps */
+/* After a phase up to the engine found too little memory: what this rank takes, if enough is known of the model to tell. */
+void tr_run_budget(const tr_run *run);
 /* After the ranks have agreed on how the job went: the profile's files are brought together. Never changes that. */
 void tr_run_close_profile(tr_run *run);
 /* After job: other ranks may wait for this one for ever (tr_engine_broken). */

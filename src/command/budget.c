@@ -86,3 +86,24 @@ uint64_t tr_memory_available(void)
     uint64_t host = host_available(), group = groups_available();
     return group < host || !host ? (group == UINT64_MAX ? 0 : group) : host;
 }
+
+void tr_budget_print(const tr_budget *b, tr_log *log)
+{
+    const double least = (double)b->weights + (double)b->workspace + (double)b->cache_least;
+
+    tr_log_info(log, "memory of rank %d on %s (%s), GB (10^9 bytes):", b->rank, b->host, b->device);
+    tr_log_info(log, "  weights             %9.3f  fewer with more ranks",
+                (double)b->weights / 1e9);
+    tr_log_info(log, "  buffers of a step   %9.3f  --max-batch-tokens %d, --max-sequences %d",
+                (double)b->workspace / 1e9, b->max_batch_tokens, b->max_sequences);
+    tr_log_info(log, "  caches, at least    %9.3f  --max-model-len %d, --kv-dtype %s",
+                (double)b->cache_least / 1e9, b->max_model_len, b->kv_dtype);
+    tr_log_info(log, "  caches, at most     %9.3f  for --max-sequences %d of that length",
+                (double)b->cache_whole / 1e9, b->max_sequences);
+    tr_log_info(log, "  needed, at least    %9.3f", least / 1e9);
+    if (b->left)
+        tr_log_info(log, "  left at the moment  %9.3f  beside what has been taken",
+                    (double)b->left / 1e9);
+    else
+        tr_log_info(log, "  left at the moment    unknown");
+}
