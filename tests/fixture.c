@@ -48,7 +48,8 @@ int tr_fixture_open(tr_fixture *f, const tr_fixture_options *o)
                                     .n_pages =
                                         n_slots * ((max_len + TR_PAGE_TOKENS - 1) / TR_PAGE_TOKENS),
                                     .cp_mode = o->cp_mode,
-                                    .no_overlap = o->no_overlap};
+                                    .no_overlap = o->no_overlap,
+                                    .find_not_finite = o->find_not_finite};
     if (tr_model_create(&f->model, &f->config, f->weights, f->device, f->ops, &groups, &model,
                         f->has_token, &f->regions, &f->err) != TR_OK)
         return fail(f, "model");

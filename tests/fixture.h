@@ -38,7 +38,7 @@ typedef struct tr_fixture_options {
     int rank;
     const tr_groups *groups; /* NULL: groups of one */
     tr_cp_mode cp_mode;
-    bool no_overlap;
+    bool no_overlap, find_not_finite;
 } tr_fixture_options;
 
 int tr_fixture_open(tr_fixture *f, const tr_fixture_options *options);

@@ -442,6 +442,44 @@ static void test_full_change_rows(void **state)
     }
 }
 
+/* What a request that failed on logits that are not finite says of where; a number that is no place is nonsense. */
+static void test_not_finite(void **state)
+{
+    const struct {
+        int32_t token;
+        const char *code, *end; /* of the message */
+    } t[] = {
+        {TR_NOT_FINITE, "numerical_error", " 9 are not finite"},
+        {TR_NOT_FINITE_HEAD, "numerical_error", " 9 are not finite, first in the head"},
+        {TR_NOT_FINITE_EMBEDDING, "numerical_error", " 9 are not finite, first in the embedding"},
+        {TR_NOT_FINITE_LAYER_0, "numerical_error", " 9 are not finite, first in layer 0"},
+        {TR_NOT_FINITE_LAYER_0 - 60, "numerical_error", " 9 are not finite, first in layer 60"},
+        {TR_NOT_FINITE_LAST, "numerical_error", " 9 are not finite, first in layer 4095"},
+        {TR_NOT_FINITE_LAST - 1, "internal_error", " was sampled, of 97"},
+        {INT32_MIN, "internal_error", " was sampled, of 97"},
+    };
+    (void)state;
+    for (size_t i = 0; i < sizeof t / sizeof *t; i++) {
+        world *w = world_create(1, 10, 1, 3, 100, 100);
+        const tr_plan *plan;
+        assert_null(add(w, plain_request(10, 5, 1)));
+        assert_int_equal(tr_scheduler_plan(w->scheduler, &plan, NULL), TR_OK);
+        device_run(&w->device, plan);
+        w->device.out.token[0] = t[i].token;
+        tr_scheduler_commit(w->scheduler, &w->device.out);
+        tr_event *e = tr_scheduler_event(w->scheduler);
+        assert_non_null(e);
+        assert_int_equal(e->kind, TR_EVENT_FAILED);
+        assert_string_equal(e->code, t[i].code);
+        const size_t n = strlen(e->message), n_end = strlen(t[i].end);
+        assert_true(n > n_end);
+        assert_string_equal(e->message + n - n_end, t[i].end);
+        tr_event_free(e);
+        finish(w);
+        world_free(w);
+    }
+}
+
 /* A device that answers nonsense costs the request, not the run. */
 static void test_bad_output(void **state)
 {
@@ -524,6 +562,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_distrust),
         cmocka_unit_test(test_first_come),
         cmocka_unit_test(test_full_change_rows),
+        cmocka_unit_test(test_not_finite),
         cmocka_unit_test(test_bad_output),
         cmocka_unit_test(test_limits),
         cmocka_unit_test_prestate(test_random_worlds, &n_steps),

@@ -351,6 +351,7 @@ static tr_status make_alike(const tr_run *run, identity *id, tr_err *err)
     add_field(id, "--max-batch-tokens", "%jd", (intmax_t)o->max_batch_tokens);
     add_field(id, "--max-sequences", "%jd", (intmax_t)o->max_sequences);
     add_field(id, "--no-overlap", "%s", o->no_overlap ? "given" : "not given");
+    add_field(id, "--sync-check", "%s", o->sync_check ? "given" : "not given");
     add_field(id, "--profile", "%s", o->profile ? "given" : "not given");
     add_field(id, "--profile-files", "%s", o->profile_files ? o->profile_files : "auto");
     return TR_OK;
@@ -499,6 +500,7 @@ tr_status tr_run_model(tr_run *run, tr_err *err)
         .cp_mode = run->opened.ranks.cp_mode,
         .no_overlap = run->o->no_overlap,
         .sync_check = run->o->sync_check,
+        .find_not_finite = run->o->sync_check,
     };
     st = tr_open_model(&run->opened, &options, has_token, err);
     free(has_token);

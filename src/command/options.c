@@ -274,7 +274,8 @@ static const tr_option batch_table[] = {
     {"no-overlap", 0, TR_OPTION_FLAG, AT(no_overlap), 0, 0, NULL, NULL,
      "plan a step only after the previous one was read back"},
     {"sync-check", 0, TR_OPTION_FLAG, AT(sync_check), 0, 0, NULL, NULL,
-     "wait for every operation, so that a failure names the one that failed"},
+     "wait for every operation, so that a failure names the one that failed, and look at every row "
+     "after every layer: a numerical_error says where its numbers were not finite first. Slow"},
     {"check-agree", 0, TR_OPTION_ABSENT_FLAG, 0, 0, 0, NULL, NULL, NULL},
 };
 /* clang-format on */

@@ -492,11 +492,13 @@ static void commit_row(tr_scheduler *s, tr_head_row *row, const tr_step_output *
     tr_sequence *q = row->sequence;
     tr_group *g = q->group;
     const int32_t token = out->token[h];
+    char where[48];
 
     row->sequence = NULL;
-    if (token == -2) {
-        tr_event_fail(g->event, "numerical_error", "logits at position %d are not finite",
-                      row->i_score >= 0 ? row->i_score : g->n_prompt + q->n_token - 1);
+    if (tr_not_finite(token, where, sizeof where)) {
+        tr_event_fail(g->event, "numerical_error", "logits at position %d are not finite%s%s",
+                      row->i_score >= 0 ? row->i_score : g->n_prompt + q->n_token - 1,
+                      *where ? ", " : "", where);
         tr_pages_distrust(s->pages, q->page, q->n_pages);
         fail_group(s, g);
         return;

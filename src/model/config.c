@@ -29,7 +29,7 @@ typedef struct int_key {
 static const int_key int_keys[] = {
     {"vocab_size", AT(vocab_size), 1, 1 << 24, -1},
     {"hidden_size", AT(hidden_size), 1, 1 << 17, -1},
-    {"num_hidden_layers", AT(num_hidden_layers), 1, 4096, -1},
+    {"num_hidden_layers", AT(num_hidden_layers), 1, TR_LAYERS_MAX, -1},
     {"num_nextn_predict_layers", AT(num_nextn_predict_layers), 0, 1, 0},
     {"first_k_dense_replace", AT(first_k_dense_replace), 0, 4096, -1},
     {"moe_layer_freq", AT(moe_layer_freq), 1, 4096, 1},

@@ -8,7 +8,10 @@
 
 #include "base/err.h"
 
-enum { TR_ROPE_DIM_MAX = 1024 }; /* largest qk_rope_head_dim */
+enum {
+    TR_ROPE_DIM_MAX = 1024, /* largest qk_rope_head_dim */
+    TR_LAYERS_MAX = 4096,   /* num_hidden_layers */
+};
 
 typedef struct tr_config {
     int vocab_size, hidden_size, num_hidden_layers, num_nextn_predict_layers;

@@ -21,8 +21,8 @@ static bool groups_can_be_graph(const tr_model *m)
 /* A step that decodes: one row a sequence, the host has no part in it. */
 bool tr_graph_fits(const tr_model *m, const tr_pass *p)
 {
-    return (m->ops->caps & TR_CAP_GRAPH) && !m->probe && !m->sync_check && !p->split &&
-           groups_can_be_graph(m) && p->n <= TR_GRAPH_ROWS && p->n <= m->max_rows &&
+    return (m->ops->caps & TR_CAP_GRAPH) && !m->probe && !m->sync_check && !m->finite &&
+           !p->split && groups_can_be_graph(m) && p->n <= TR_GRAPH_ROWS && p->n <= m->max_rows &&
            p->plan->n_spans == p->n && p->plan->n_head_rows > 0;
 }
 

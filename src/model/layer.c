@@ -49,6 +49,7 @@ tr_status tr_layer_forward(tr_model *m, const tr_pass *p, int i_layer, int layer
         tr_model_show(m, "hidden", layer - 1, 0, p->n, d, (size_t)d, m->ws.hidden);
         st = norm(m, p, NULL, w->attention.input_norm, err);
     }
+    if (st == TR_OK && add) st = tr_finite_layer(m, p, layer - 1, err);
     if (st != TR_OK) return st;
 
     tr_region_begin(m->regions, m->region_attention);

@@ -279,6 +279,7 @@ tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weig
         if (!m->part || !m->page_table || !m->overlap)
             st = tr_fail(err, TR_E_MEMORY, "out of memory");
     }
+    if (st == TR_OK && options->find_not_finite) st = tr_finite_create(m, err);
     if (st != TR_OK) goto done;
     *out = m;
     m = NULL;
@@ -299,6 +300,7 @@ void tr_model_free(tr_model *model)
     free(model->expert_rows);
     tr_cache_free(model->cache);
     tr_graph_close(model);
+    tr_finite_free(model);
     tr_model_release(model);
     free(model);
 }
@@ -506,7 +508,9 @@ static tr_status fetch(tr_model *m, tr_step *step, tr_err *err)
         st = m->ops->download(m->device, TR_LANE_MAIN, step->out.top_token, s->top_token, top);
     if (st == TR_OK)
         st = m->ops->download(m->device, TR_LANE_MAIN, step->out.top_logprob, s->top_logprob, top);
-    return st == TR_OK ? TR_OK : tr_fail(err, st, "outputs: %s", m->ops->error(m->device));
+    if (st == TR_OK && m->finite) st = settle(m);
+    return st == TR_OK ? tr_finite_tell(m, step, err)
+                       : tr_fail(err, st, "outputs: %s", m->ops->error(m->device));
 }
 
 /* The sum that is still to be made, and RMSNorm of it with `weight`. */
@@ -520,13 +524,17 @@ static tr_status last_norm(tr_model *m, const tr_pass *p, const float *weight, t
 static tr_status network_begin(tr_model *m, const tr_pass *p, tr_err *err)
 {
     const int d = m->config->hidden_size;
-    if (!m->weights->slice.embed) return tr_stage_receive(m, p, err);
+    if (!m->weights->slice.embed) {
+        const tr_status received = tr_stage_receive(m, p, err);
+        return received == TR_OK ? tr_finite_receive(m, p, err) : received;
+    }
     tr_note(m, tr_work_embed(p->n, d, m->weights->embed_dtype));
     tr_status st = TR_RUN(m, embed, err, .rows = &p->rows, .table = m->weights->embed,
                           .dtype = m->weights->embed_dtype, .first = 0,
                           .n_table = m->config->vocab_size, .d = d, .out = m->ws.hidden);
-    if (st == TR_OK) tr_model_show(m, "embed", -1, 0, p->n, d, (size_t)d, m->ws.hidden);
-    return st;
+    if (st != TR_OK) return st;
+    tr_model_show(m, "embed", -1, 0, p->n, d, (size_t)d, m->ws.hidden);
+    return tr_finite_embedding(m, p, err);
 }
 
 static tr_status network_end(tr_model *m, const tr_pass *p, tr_step *step, bool with_head,
@@ -538,14 +546,18 @@ static tr_status network_end(tr_model *m, const tr_pass *p, tr_step *step, bool 
     if (!slice
              ->head) { /* of the norm's two results the sum alone is wanted: the next stage has the weight */
         tr_status st = last_norm(m, p, m->weights->layer[0].post_norm, err);
-        return st == TR_OK ? tr_stage_send(m, p, err) : st;
+        if (st == TR_OK) st = tr_finite_layer(m, p, last, err);
+        if (st == TR_OK) st = tr_stage_send(m, p, err);
+        return st == TR_OK ? tr_finite_send(m, p, err) : st;
     }
     tr_region_begin(m->regions, m->region_head);
     tr_status st = last_norm(m, p, m->weights->norm, err);
     if (st == TR_OK) {
         tr_model_show(m, "hidden", last, 0, p->n, d, (size_t)d, m->ws.hidden);
         tr_model_show(m, "final", -1, 0, p->n, d, (size_t)d, m->ws.normed);
-        if (with_head && step->plan->n_head_rows > 0) st = tr_head_forward(m, p, step->memory, err);
+        st = tr_finite_layer(m, p, last, err);
+        if (st == TR_OK && with_head && step->plan->n_head_rows > 0)
+            st = tr_head_forward(m, p, step->memory, err);
     }
     tr_region_end(m->regions, 0, 0);
     return st == TR_OK ? TR_OK : tr_within(err, "head");
@@ -587,6 +599,7 @@ tr_status tr_model_forward(tr_model *model, tr_step *step, tr_err *err)
     tr_device_times_begin(tr_model_times(model), step->plan->step);
     tr_regions_phase(model->regions, tr_plan_phase(step->plan));
     tr_region_begin(model->regions, model->region_step);
+    tr_finite_begin(model, step->plan);
     st = make_rows(model, step, &pass, err);
     /* A replica without rows still serves the others' with its experts. */
     if (st == TR_OK && (step->plan->n_rows > 0 || model->moe_exchange)) {

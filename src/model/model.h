@@ -28,10 +28,23 @@ typedef struct tr_groups {
     int n_xt;         /* ranks of moe that share each expert's width */
 } tr_groups;
 
+/* Tokens of rows whose logits are not finite. A model that looks for it (find_not_finite) says where the rows of that sequence, as
+ * far as this job has computed them since it got its slot, were not finite first, in the order of the network. LAYER_0 - l: in what
+ * layer l left in the residual stream. HEAD: in none of these, so behind them. (-3 is never a result: kernels.h, sample_merge.) */
+enum {
+    TR_NOT_FINITE = -2, /* the model does not look */
+    TR_NOT_FINITE_HEAD = -4,
+    TR_NOT_FINITE_EMBEDDING = -5,
+    TR_NOT_FINITE_LAYER_0 = -6,
+    TR_NOT_FINITE_LAST = TR_NOT_FINITE_LAYER_0 - (TR_LAYERS_MAX - 1),
+};
+/* False: the token is none of these, and `where` is as it was. Else `where` says where, "first in layer 3"; "": not known. */
+bool tr_not_finite(int32_t token, char *where, size_t size);
+
 /* What a step leaves for the host; valid when ops->done(ticket). Arrays over head rows, in the order of the spans. */
 typedef struct tr_step_output {
     int n_head;
-    int32_t *token; /* as sample's token_out: id, -1 scored, -2 not finite */
+    int32_t *token; /* as sample's token_out: id, -1 scored; or a TR_NOT_FINITE */
     float *logprob;
     int32_t *rank;
     int32_t *top_token; /* [n_head, TR_MAX_LOGPROBS] */
@@ -56,6 +69,7 @@ typedef struct tr_model_options {
     bool
         sync_check; /* wait for every operation, so that a failure is the one's that failed (--sync-check) */
     bool no_overlap; /* wait for every exchange where it begins (--no-overlap): the same results */
+    bool find_not_finite; /* look at all rows after every layer (--sync-check), on all ranks */
 } tr_model_options;
 
 /* For tests: called after every named intermediate with its rows; may change them. index scores come

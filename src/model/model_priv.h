@@ -75,6 +75,8 @@ typedef struct tr_workspace {
     size_t scratch_bytes;
 } tr_workspace;
 
+typedef struct tr_finite tr_finite; /* finite.c */
+
 enum { TR_MEMBERS_MAX = 1024 }; /* of one group: sizes of what each member gives are on the stack */
 
 enum { TR_MODEL_ALLOCATIONS = 64 };
@@ -95,6 +97,7 @@ struct tr_model {
     int moe_rows, moe_share; /* rows that may come to the experts at a time; of one member */
     bool moe_exchange; /* rows go to the experts' ranks; else all ranks of moe have the same rows */
     bool no_overlap, sync_check;
+    tr_finite *finite;      /* NULL: nobody looks */
     tr_lane lane;           /* where operations go */
     tr_device_times *times; /* made by the first tr_model_time; NULL: never */
     tr_stamps *stamps;      /* its pool */
@@ -206,6 +209,18 @@ tr_status tr_moe_rounds(tr_model *m, tr_pass *p, tr_err *err);
 /* stage.c: ws.hidden from the stage before, to the next one. */
 tr_status tr_stage_receive(tr_model *m, const tr_pass *p, tr_err *err);
 tr_status tr_stage_send(tr_model *m, const tr_pass *p, tr_err *err);
+
+/* finite.c: where rows stop being finite. All but create do nothing in a model that was not asked to look.
+ * begin: slots that a plan opens are as new. embedding, layer: ws.hidden as these left it. receive, send: behind the rows, from
+ * the stage before, to the next one. tell: the step's outputs are on the host; collective over attn_cp. */
+tr_status tr_finite_create(tr_model *m, tr_err *err);
+void tr_finite_free(tr_model *m);
+void tr_finite_begin(tr_model *m, const tr_plan *plan);
+tr_status tr_finite_embedding(tr_model *m, const tr_pass *p, tr_err *err);
+tr_status tr_finite_layer(tr_model *m, const tr_pass *p, int layer, tr_err *err);
+tr_status tr_finite_receive(tr_model *m, const tr_pass *p, tr_err *err);
+tr_status tr_finite_send(tr_model *m, const tr_pass *p, tr_err *err);
+tr_status tr_finite_tell(tr_model *m, tr_step *step, tr_err *err);
 
 /* head.c: logits of the rows that asked for them, and a token or a score of each. ws.normed: RMSNorm of the last layer. */
 tr_status tr_head_forward(tr_model *m, const tr_pass *p, struct tr_step_memory *s, tr_err *err);
