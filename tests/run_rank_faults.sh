@@ -126,15 +126,20 @@ is 'the same in one job' 0 $?
 "$COMPARE" many.whole many.out >said
 is 'the same records' 0 $?
 
-# ---- 20: rank 1 was started with another seed
+# ---- 20: rank 1 was started with another seed, or it alone with --sync-check
 cat >rank <<'RANK'
 rank=${OMPI_COMM_WORLD_RANK-${PMI_RANK-${PMIX_RANK-}}}
-[ "$rank" = 0 ] || set -- "$@" --seed 5
+[ "$rank" = 0 ] || set -- "$@" $OTHER
 exec "$@"
 RANK
+export OTHER='--seed 5'
 "$mpiexec" -n 2 sh rank "$trireme" batch -m "$model" -i in -o seed.out --tp 2 --max-model-len 512 >log 2>&1
 is 'another seed on rank 1' 2 $?
 has 'another seed on rank 1: named' 'rank 1 on .*: started with another --seed than rank 0: 5, not 0'
+OTHER=--sync-check
+"$mpiexec" -n 2 sh rank "$trireme" batch -m "$model" -i in -o seed.out --pp 2 --max-model-len 512 >log 2>&1
+is '--sync-check on rank 1 alone' 2 $?
+has '--sync-check on rank 1 alone: named' 'started with another --sync-check than rank 0: given, not not given'
 
 # ---- 22: nobody listens
 two "$model" -i in -o deaf.out --tp 2 >&- 2>&- <&-
@@ -216,6 +221,67 @@ PY
     two poisoned -i suspect -o suspect.out --tp 2 >log 2>&1
     is 'more than 1 % poisoned' 70 $?
     has 'more than 1 % poisoned: why' 'suspect device'
+
+    # The same told where (--sync-check), and an expert of one layer that is not a number: whoever comes by it fails, in that layer.
+    # With --pp 2 layer 1 is the last one of the first stage.
+    "$python" - "$model" <<'PY' || exit 1
+import glob, json, shutil, struct, sys
+
+for layer, expert in (1, 4), (2, 3):  # that some of the prompts come by
+    name = f"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight_scale_inv"
+    shutil.copytree(sys.argv[1], f"layer{layer}", copy_function=shutil.copyfile)
+    done = 0
+    for path in glob.glob(f"layer{layer}/*.safetensors"):
+        with open(path, "r+b") as f:
+            n = struct.unpack("<Q", f.read(8))[0]
+            t = json.loads(f.read(n)).get(name)
+            if not t:
+                continue
+            assert t["dtype"] == "F32", t
+            begin, end = t["data_offsets"]
+            f.seek(8 + n + begin)
+            f.write(struct.pack("<f", float("nan")) * ((end - begin) // 4))
+            done += 1
+    assert done == 1, name
+PY
+    head -n 20 suspect >few
+    one() { # MODEL ARGUMENT...
+        "$mpiexec" -n 1 "$trireme" batch --kv-dtype f32 --max-sequences 8 --max-model-len 512 -m "$@"
+    }
+    said_where() { # WHAT OUT PLACE [N]: all that failed, N of them if given, say so; others were answered
+        "$python" - "$2" "$3" "${4-}" <<'PY'
+import json, sys
+
+out, place, n = sys.argv[1:]
+records = [json.loads(l) for l in open(out)]
+failed = [r["response"]["body"]["error"] for r in records if r["response"]["status_code"] != 200]
+assert len(records) == 20 and 0 < len(failed) < 20, len(failed)
+assert not n or len(failed) == int(n), len(failed)
+for e in failed:
+    assert e["code"] == "numerical_error" and e["message"].endswith(" are not finite" + place), e
+PY
+        is "$1: where" 0 $?
+    }
+    for grid in one '--tp 2' '--dp 2' '--cp 2' '--pp 2'; do
+        run=two
+        [ "$grid" != one ] || run=one
+        options=${grid#one}
+        # shellcheck disable=SC2086 # options
+        "$run" poisoned -i few -o where.out $options --sync-check >log 2>&1
+        is "$grid: a poisoned embedding, --sync-check" 70 $?
+        said_where "$grid: a poisoned embedding, --sync-check" where.out ', first in the embedding' 5
+        rm -f where.out*
+        for layer in 1 2; do
+            # shellcheck disable=SC2086 # options
+            "$run" "layer$layer" -i few -o where.out $options --sync-check >log 2>&1
+            is "$grid: a poisoned expert of layer $layer" 70 $?
+            said_where "$grid: a poisoned expert of layer $layer" where.out ", first in layer $layer"
+            rm -f where.out*
+        done
+    done
+    two layer2 -i few -o where.out --tp 2 >log 2>&1
+    is 'a poisoned expert, nobody looks' 70 $?
+    said_where 'a poisoned expert, nobody looks' where.out ''
 else
     echo "skipped poisoned weights: no $python"
 fi
