@@ -2,6 +2,7 @@
 # What make check-long runs, from Makefile.am, which sets TRIREME, TR_SRCDIR and TR_BUILDDIR (the long campaigns are
 # run_campaign.sh's). Each step is one line on stdout; its output is in TR_BUILDDIR/long/STEP.log, its counts are in
 # TR_BUILDDIR/long/results as "STEP PASSED FAILED SKIPPED". Builds are kept there, so that a second run is short.
+# make check-long STEPS='thread plain' runs these alone.
 # shellcheck disable=SC2317 # functions are called by name
 set -u
 : "${TRIREME:?run it as make check-long}" "${TR_SRCDIR:?}" "${TR_BUILDDIR:?}"
@@ -22,6 +23,7 @@ step()
 {
     name=$1
     shift
+    case " ${STEPS:-$name} " in *" $name "*) ;; *) return ;; esac
     rm -f "$long/counts"
     begun=$(date +%s)
     "$@" >"$long/$name.log" 2>&1

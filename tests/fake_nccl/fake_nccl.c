@@ -483,16 +483,25 @@ ncclResult_t ncclBroadcast(const void *send, void *recv, size_t n, ncclDataType_
     return collective(BROADCAST, send, recv, n, type, root, comm, s);
 }
 
+/* What was sent alone: MPI's until the end. */
+typedef struct parcel {
+    struct parcel *before;
+    char bytes[];
+} parcel;
+static parcel *last_sent;
+
 /* Alone: what is sent leaves at once. */
 static ncclResult_t letter(bool sends, void *p, size_t bytes, int peer, ncclComm_t comm,
                            cudaStream_t s)
 {
     if (sends) {
         MPI_Request r;
-        void *kept = must(malloc(bytes + 1)); /* MPI's until the end */
+        parcel *kept = must(malloc(sizeof *kept + bytes));
+        kept->before = last_sent;
+        last_sent = kept;
         drain(s, s->n_begun);
-        memcpy(kept, p, bytes);
-        MPI_Isend(kept, (int)bytes, MPI_BYTE, peer, 0, comm->mpi, &r);
+        memcpy(kept->bytes, p, bytes);
+        MPI_Isend(kept->bytes, (int)bytes, MPI_BYTE, peer, 0, comm->mpi, &r);
         MPI_Request_free(&r);
         return said(comm);
     }
