@@ -263,7 +263,8 @@ static int run_rank(tr_world *w, const char *how, const char *out)
     tr_err err = {0};
     char path[1024];
     if (strcmp(how, "device") == 0) w->guard = &guard;
-    tr_status st = tr_watchdog_start(&wd, w, 1, out, &err);
+    /* Of a rank that is killed the launcher is to be the first to tell, however slow this machine is. */
+    tr_status st = tr_watchdog_start(&wd, w, strcmp(how, "kill") == 0 ? 600 : 1, out, &err);
 
     if (st == TR_OK) st = tr_comm_split(&c, w, 0, w->rank, "stage", &err);
     snprintf(path, sizeof path, "%s.pid.%d", out, w->rank);
