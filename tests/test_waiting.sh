@@ -110,6 +110,18 @@ tail -n 2000 whole >part.1
 job=$!
 read -r -N 1 -t 120 -u 4 first || is 'joining to a pipe' written 'not written'
 is 'joining to a pipe: begun' '{' "${first-}"
+# The pipe is full when the job sleeps and has used no processor time for a while.
+calm=0 before=
+for ((i = 0; calm < 20 && i < 6000; i++)); do
+    now=$(awk '{ print $3, $14, $15 }' "/proc/$job/stat")
+    case $now in
+    "$before") calm=$((calm + 1)) ;;
+    *) calm=0 ;;
+    esac
+    [ "${now%% *}" = S ] || calm=0
+    before=$now
+    sleep 0.02
+done
 ended 'joining to a pipe' USR1
 says 'joining to a pipe' 'standard output: stopped by USR1'
 
