@@ -435,6 +435,7 @@ static void *watch(void *arg)
     uint64_t awake_ns = tr_now_ns(), looked_ns = awake_ns;
     char why[512];
 
+    pthread_setname_np(pthread_self(), "watchdog"); /* for top and debuggers */
     do {
         const uint64_t now_ns = tr_now_ns();
         const tr_flight_state s = tr_flight_look(wd->flight);

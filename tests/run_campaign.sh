@@ -1,6 +1,7 @@
 #!/bin/sh
 # The long fault and fuzz campaigns of one process (reliability.md 5 and 6), with one table at the end:
 #   overhead     the journal and the check of the logits in percent of a job's time
+#   on-off       saving, the watchdog and a profile likewise: jobs with and without, in turn, on a machine with nothing else to do
 #   crash        every state in which a crash may leave the journal
 #   nth          the n-th allocation, open, read, write, sync, truncation, rename fails, for every n; the same under the address
 #   nth-asan     sanitizer, where a leak counts too
@@ -19,7 +20,7 @@
 # Environment: TR_BUILDDIR, a configured build (for building; make check-campaign sets it). Logs are in DIR/log.
 # shellcheck disable=SC2317 # functions are called by name
 set -u
-jobs=$(getconf _NPROCESSORS_ONLN) seconds=0 executions=10000000 kills=1000 steps=overhead,crash,nth,nth-asan,nth-ranks,kill,kill-ranks,profile-kill,slurm,fuzz
+jobs=$(getconf _NPROCESSORS_ONLN) seconds=0 executions=10000000 kills=1000 steps=overhead,on-off,crash,nth,nth-asan,nth-ranks,kill,kill-ranks,profile-kill,slurm,fuzz
 dir='' build=yes run=yes
 usage()
 {
@@ -76,6 +77,11 @@ fi
 overhead_step()
 {
     TMPDIR=$dir/tmp "$PYTHON" "$top/tests/fault/overhead.py" "$dir/trireme" "$top/models/tiny" "$TR_SHIM" "$dir/nan_check" 5 1 --wide
+}
+
+on_off_step()
+{
+    TMPDIR=$dir/tmp "$PYTHON" "$top/tests/fault/on_off.py" "$dir/trireme" "$top/models/tiny" --jobs $(((jobs + 1) / 2)) --pairs 60
 }
 
 crash_step()

@@ -49,7 +49,7 @@ static void test_good(void **state)
                 o.max_batch_tokens == 1024);
     assert_true(!o.resume && !o.merge && !o.help && !o.prompt && o.n_parts == 0);
     assert_true(!o.ranks.tp && !o.ranks.pp && !o.ranks.dp && !o.ranks.cp && !o.ranks.ep &&
-                !o.ranks.moe_tp && !o.step_timeout); /* not given */
+                !o.ranks.moe_tp && o.step_timeout == -1); /* not given */
     free(copy);
     assert_int_equal(parse("batch --model=M --input - --output - --kv-dtype f32 --max-model-len "
                            "4096 --seed 9223372036854775807 "
@@ -158,7 +158,7 @@ static void test_bad(void **state)
         {"batch -m M -i in -o out --ep=", "--ep"},
         {"batch -m M -i in -o out --moe-tp 1.5", "--moe-tp 1.5"},
         {"batch -m M -i in -o out --cp-mode zigzag", "round-robin-split|in-seq-split"},
-        {"batch -m M -i in -o out --step-timeout 0", "--step-timeout 0"},
+        {"batch -m M -i in -o out --step-timeout -1", "--step-timeout -1"},
         {"batch -m M -i in -o out --papi X", "--profile FILE"},
         {"batch -m M -i in -o out --profile-trace", "--profile FILE"},
         {"batch -m M -i in -o out --profile-flush 30", "--profile FILE"},

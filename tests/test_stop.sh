@@ -205,8 +205,22 @@ has 'merged without a shard' '33 of 100 requests have no record; the first is li
 "$TRIREME" batch --merge -i in -o doubled part.0 part.1 part.2 whole >log 2>&1
 is 'merged with one twice' 65 $?
 
-# ---- two ranks: a signal that only rank 1 gets
+# ---- two ranks: a watchdog each, and none with --step-timeout 0; a signal that only rank 1 gets
+watchdogs() {
+    for pid in $(ranks); do
+        cat "/proc/$pid"/task/*/comm
+    done | grep -cx watchdog
+}
 if [ -n "$mpiexec" ]; then
+    for timeout_s in 100 0; do
+        begin_long "guarded.$timeout_s" "$mpiexec" -n 2 "${batch[@]}" -i long --grace 0 --pp 2 --step-timeout "$timeout_s"
+        held
+        is "watchdogs with --step-timeout $timeout_s" $((timeout_s ? 2 : 0)) "$(watchdogs)"
+        released
+        kill -USR1 "$(rank_pid 0)"
+        ended
+        is "stopped with --step-timeout $timeout_s" 75 "$status"
+    done
     begin_long two.out "$mpiexec" -n 2 "${batch[@]}" -i long --grace 0 --pp 2
     kill -USR1 "$(rank_pid 1)"
     ended

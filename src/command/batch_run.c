@@ -565,8 +565,9 @@ tr_status tr_run_watch(tr_run *run, tr_err *err)
 {
     const bool files = run->o->input && strcmp(run->o->output, "-");
 
-    if (run->world->size == 1) return TR_OK;
-    tr_status st = tr_watchdog_start(&run->watchdog, run->world, (double)run->o->step_timeout,
+    if (run->world->size == 1 || !run->o->step_timeout) return TR_OK;
+    const double timeout_s = run->o->step_timeout < 0 ? 0 : (double)run->o->step_timeout;
+    tr_status st = tr_watchdog_start(&run->watchdog, run->world, timeout_s,
                                      files ? run->o->output : NULL, err);
     if (st == TR_OK) tr_engine_watch(run->engine, run->watchdog);
     return st;

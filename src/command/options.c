@@ -205,8 +205,8 @@ static const tr_option batch_table[] = {
     TR_RANK_OPTIONS(tr_batch_options, ranks),
     {"no-bind", 0, TR_OPTION_FLAG, AT(no_bind), 0, 0, NULL, NULL,
      "leave threads where the launcher put them"},
-    {"step-timeout", 0, TR_OPTION_INT, AT(step_timeout), 1, 1 << 20, "S", NULL,
-     "give up without progress for so long, seconds (default: 60, or 10 times a step)"},
+    {"step-timeout", 0, TR_OPTION_INT, AT(step_timeout), 0, 1 << 20, "S", NULL,
+     "give up without progress for so long, seconds; 0: never (default: 60, or 10 times a step)"},
 
     {NULL, 0, TR_OPTION_TITLE, 0, 0, 0, NULL, NULL, "Engine"},
     {"max-batch-tokens", 0, TR_OPTION_INT, AT(max_batch_tokens), 1, 1 << 20, "N", NULL,
@@ -332,6 +332,7 @@ tr_status tr_batch_options_parse(tr_batch_options *out, int argc, char **argv, t
         .max_sequences = 32,
         .grace = 60,
         .save_every = -1,
+        .step_timeout = -1,
         .budget_s = -1,
         .shard = {.n = 1},
     };

@@ -57,7 +57,7 @@ typedef struct tr_batch_options {
     int64_t max_model_len; /* 0: the default */
     int64_t max_batch_tokens, max_sequences, seed;
     tr_rank_options ranks;
-    int64_t step_timeout; /* seconds; 0: the default */
+    int64_t step_timeout; /* seconds; 0: no watchdog; -1: the default */
     int64_t grace;        /* seconds that running requests have after USR1 or INT */
     int64_t save_every;   /* seconds; 0: only at a stop; -1: not given */
     double budget_s;      /* --time-budget, from the start of the program; < 0: none given */
