@@ -597,10 +597,11 @@ typedef struct tr_ops {
     size_t (*linear_bytes)(tr_format, int n_mats, int n_out, int n_in);
     tr_status (*linear_pack)(tr_device *, tr_linear *dst, const tr_linear_src *src);
     /* The same by the device's threads, which read the rows themselves, a few at a time, each those that it will use; NULL
-     * where a backend wants whole pieces. linear_fill: a piece that is not transposed, its rows ld numbers long; src->src
-     * is not used. table_fill: rows of row_bytes, as they are. Both return what `rows` failed with. */
-    tr_status (*linear_fill)(tr_device *, tr_linear *dst, const tr_linear_src *src,
-                             tr_rows_fn *rows, void *ctx);
+     * where a backend wants whole pieces. linear_fill: pieces that are not transposed, their rows ld numbers long; src[i].src
+     * is not used, rows of piece i are asked for with ctx[i]; all pieces at once keep all threads at work. table_fill: rows
+     * of row_bytes, as they are. Both return what `rows` failed with. */
+    tr_status (*linear_fill)(tr_device *, tr_linear *dst, const tr_linear_src *src, int n_src,
+                             tr_rows_fn *rows, void *const *ctx);
     tr_status (*table_fill)(tr_device *, void *dst, size_t row_bytes, int n_rows, tr_rows_fn *rows,
                             void *ctx);
     /* What moe, sparse_mla and sample need for up to that many rows; pure. */

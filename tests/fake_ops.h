@@ -109,8 +109,8 @@ static const tr_ops fake_ops = {
 };
 
 /* A backend that reads rows itself, a few at a time, the last ones first. */
-static inline tr_status filling_linear(tr_device *d, tr_linear *dst, const tr_linear_src *s,
-                                       tr_rows_fn *rows, void *ctx)
+static inline tr_status filling_piece(tr_device *d, tr_linear *dst, const tr_linear_src *s,
+                                      tr_rows_fn *rows, void *ctx)
 {
     const size_t element = dst->format == TR_W_E4M3_B128 ? 1 : dst->format == TR_W_BF16 ? 2 : 4;
     char *buffer = malloc(5 * s->ld * element);
@@ -131,6 +131,15 @@ static inline tr_status filling_linear(tr_device *d, tr_linear *dst, const tr_li
         if (st == TR_OK) st = fake_linear_pack(d, dst, &piece);
     }
     free(buffer);
+    return st;
+}
+
+static inline tr_status filling_linear(tr_device *d, tr_linear *dst, const tr_linear_src *s, int n,
+                                       tr_rows_fn *rows, void *const *ctx)
+{
+    tr_status st = TR_OK;
+    for (int i = n; i-- > 0 && st == TR_OK;)
+        st = filling_piece(d, dst, &s[i], rows, ctx[i]);
     return st;
 }
 

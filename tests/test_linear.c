@@ -403,21 +403,68 @@ static void filled_matrices(void **state)
                              .n_out = pieces[p].rows};
         const size_t element = format == TR_W_E4M3_B128 ? 1 : format == TR_W_BF16 ? 2 : 4;
         source from = {(const char *)s.data, (size_t)s.columns * element, -1};
-        assert_int_equal(cpu.ops->linear_fill(cpu.d, &filled, &src, read_source, &from), TR_OK);
+        void *ctx = &from;
+        assert_int_equal(cpu.ops->linear_fill(cpu.d, &filled, &src, 1, read_source, &ctx), TR_OK);
         assert_memory_equal(filled.data, packed.data, bytes);
         char *table = test_alloc((size_t)s.rows, from.row_bytes);
         assert_int_equal(
             cpu.ops->table_fill(cpu.d, table, from.row_bytes, s.rows, read_source, &from), TR_OK);
         assert_memory_equal(table, s.data, (size_t)s.rows * from.row_bytes);
         from.bad = s.rows / 2;
-        assert_int_equal(cpu.ops->linear_fill(cpu.d, &filled, &src, read_source, &from), TR_E_IO);
+        assert_int_equal(cpu.ops->linear_fill(cpu.d, &filled, &src, 1, read_source, &ctx), TR_E_IO);
         assert_int_equal(
             cpu.ops->table_fill(cpu.d, table, from.row_bytes, s.rows, read_source, &from), TR_E_IO);
         src.transposed = 1;
-        assert_int_equal(cpu.ops->linear_fill(cpu.d, &filled, &src, read_source, &from),
+        assert_int_equal(cpu.ops->linear_fill(cpu.d, &filled, &src, 1, read_source, &ctx),
                          TR_E_USAGE);
         free(table);
         free_stored(&s);
+        cpu.ops->close(cpu.d);
+    }
+}
+
+/* All pieces of two matrices in one call: what one call for each makes, whoever reads what. */
+static void many_pieces_filled_at_once(void **state)
+{
+    enum { ROWS = 150, COLUMNS = 300, N = 4 };
+    static const int at[N][3] = {{0, 0, 0}, {0, ROWS, 0}, {1, ROWS, 1}, {1, 0, 1}};
+    uint64_t seed = 12;
+    (void)state;
+    for (int threads = 1; threads <= 5; threads++) {
+        test_cpu cpu;
+        if (!test_cpu_open(&cpu, TEST_N_ISAS - 1, threads) && !test_cpu_open(&cpu, 0, threads))
+            continue;
+        stored s[2] = {make_stored(&seed, TR_W_E4M3_B128, ROWS, COLUMNS, 0, 5),
+                       make_stored(&seed, TR_W_E4M3_B128, ROWS, COLUMNS, 40, 5)};
+        tr_linear one = make_linear(&cpu, TR_W_E4M3_B128, 2, 2 * ROWS, COLUMNS);
+        tr_linear all = make_linear(&cpu, TR_W_E4M3_B128, 2, 2 * ROWS, COLUMNS);
+        tr_linear_src src[N];
+        source from[2] = {{(const char *)s[0].data, COLUMNS, -1},
+                          {(const char *)s[1].data, COLUMNS, -1}};
+        void *ctx[N];
+        for (int i = 0; i < N; i++) {
+            const stored *x = &s[at[i][2]];
+            src[i] = (tr_linear_src){.ld = COLUMNS,
+                                     .scale = x->scale,
+                                     .scale_ld = (size_t)x->scale_ld,
+                                     .row0 = x->row0,
+                                     .col0 = x->col0,
+                                     .i_mat = at[i][0],
+                                     .o_begin = at[i][1],
+                                     .n_out = ROWS};
+            ctx[i] = &from[at[i][2]];
+            assert_int_equal(cpu.ops->linear_fill(cpu.d, &one, &src[i], 1, read_source, &ctx[i]),
+                             TR_OK);
+        }
+        assert_int_equal(cpu.ops->linear_fill(cpu.d, &all, src, N, read_source, ctx), TR_OK);
+        assert_memory_equal(all.data, one.data,
+                            cpu.ops->linear_bytes(TR_W_E4M3_B128, 2, 2 * ROWS, COLUMNS));
+        from[1].bad = 3;
+        assert_int_equal(cpu.ops->linear_fill(cpu.d, &all, src, N, read_source, ctx), TR_E_IO);
+        src[N - 1].n_out = 2 * ROWS + 1; /* refused before anything is read */
+        assert_int_equal(cpu.ops->linear_fill(cpu.d, &all, src, N, read_source, ctx), TR_E_USAGE);
+        free_stored(&s[0]);
+        free_stored(&s[1]);
         cpu.ops->close(cpu.d);
     }
 }
@@ -581,9 +628,9 @@ int main(void)
         cmocka_unit_test(shapes),          cmocka_unit_test(offsets),
         cmocka_unit_test(pieces),          cmocka_unit_test(rows_do_not_depend_on_each_other),
         cmocka_unit_test(many_rows),       cmocka_unit_test(indexed_rows),
-        cmocka_unit_test(filled_matrices), cmocka_unit_test(small_products),
-        cmocka_unit_test(nan_codes),       cmocka_unit_test(refusals),
-        cmocka_unit_test(devices),
+        cmocka_unit_test(filled_matrices), cmocka_unit_test(many_pieces_filled_at_once),
+        cmocka_unit_test(small_products),  cmocka_unit_test(nan_codes),
+        cmocka_unit_test(refusals),        cmocka_unit_test(devices),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -506,25 +506,28 @@ static void large_tensors_come_in_chunks(void **state)
     struct tr_weights_memory memory = {0};
     tr_weights weights = {.memory = &memory};
     tr_linear q_b;
-    loaded m = {0};
     open_model(tr_source_path(path, sizeof path, "models/tiny"), &c, &checkpoint);
+    loaded m = {.checkpoint = checkpoint};
     tr_loader l = {.config = &c,
                    .checkpoint = checkpoint,
                    .device = &m.device,
                    .ops = &fake_ops,
                    .weights = &weights,
-                   .read_region = -1,
-                   .pack_region = -1,
                    .chunk_bytes = 1};
-    m.checkpoint = checkpoint;
-
+    l.read_region = l.pack_region = l.fill_region = -1;
     tr_range rows = {.begin = 100, .n = 400}, columns = {.begin = 100, .n = 99};
     tr_wanted_get(&w, &c, TR_ROLE_Q_B, 1, 0);
-    assert_int_equal(tr_loader_linear(&l, &q_b, &w, 1, rows.n + 3, columns.n, &err), TR_OK);
-    assert_int_equal(tr_loader_pack(&l, &q_b, &w, rows, columns, 0, 3, &err), TR_OK);
-    same_matrix(&m, &q_b, 0, 3, w.name, rows, columns, false);
-    assert_int_equal(weights.bytes_read, 400 * 99 + 4 * 2 * sizeof(float));
-
+    tr_piece piece[] = {{.w = w, .rows = rows, .columns = columns, .o_begin = 3},
+                        {.w = w, .rows = {200, 100}, .columns = columns, .i_mat = 1}};
+    for (int i = 0; i < 2; i++) { /* the second time by a device that reads by itself */
+        l.ops = i ? &filling_ops : &fake_ops;
+        assert_int_equal(tr_loader_linear(&l, &q_b, &w, 2, rows.n + 3, columns.n, &err), TR_OK);
+        assert_int_equal(tr_loader_pack(&l, &q_b, piece, 2, &err), TR_OK);
+        same_matrix(&m, &q_b, 0, 3, w.name, rows, columns, false);
+        same_matrix(&m, &q_b, 1, 0, w.name, piece[1].rows, columns, false);
+        assert_int_equal(weights.bytes_read, (i + 1) * (500 * 99 + 12 * sizeof(float)));
+    }
+    l.ops = &fake_ops;
     void *embed, *want;
     tr_dtype dtype;
     const tr_tensor *t;

@@ -146,8 +146,8 @@ TR_OPS(TR_CPU_OP)
 
 size_t tr_cpu_linear_bytes(tr_format format, int n_mats, int n_out, int n_in);
 tr_status tr_cpu_linear_pack(tr_device *d, tr_linear *dst, const tr_linear_src *src);
-tr_status tr_cpu_linear_fill(tr_device *d, tr_linear *dst, const tr_linear_src *src,
-                             tr_rows_fn *rows, void *ctx);
+tr_status tr_cpu_linear_fill(tr_device *d, tr_linear *dst, const tr_linear_src *src, int n_src,
+                             tr_rows_fn *rows, void *const *ctx);
 tr_status tr_cpu_table_fill(tr_device *d, void *dst, size_t row_bytes, int n_rows, tr_rows_fn *rows,
                             void *ctx);
 tr_status tr_cpu_ceilings(tr_device *d, tr_ceilings *out);

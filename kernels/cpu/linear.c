@@ -216,20 +216,22 @@ static void pack_panel(tr_device *d, const tr_linear *dst, const tr_packed *m,
     }
 }
 
+/* Pieces of one linear. */
 typedef struct pack_work {
     tr_device *d;
     const tr_linear *dst;
     const tr_linear_src *src;
-    tr_rows_fn *rows; /* fill: where rows come from */
-    void *ctx;
+    int n_src;
+    tr_rows_fn *rows; /* fill: where rows of src[i] come from, with ctx[i] */
+    void *const *ctx;
     atomic_int status;
 } pack_work;
 
 /* Panels that the piece has a part in and that member i of n owns: those that it will read in tr_cpu_gemm_all, so that
  * first touch places them. */
-static void own_panels(const pack_work *w, int i, int n, int *begin, int *end)
+static void own_panels(const pack_work *w, const tr_linear_src *s, int i, int n, int *begin,
+                       int *end)
 {
-    const tr_linear_src *s = w->src;
     const int n_panels = tr_n_panels(w->dst->n_out), last = tr_n_panels(s->o_begin + s->n_out);
 
     *begin = tr_team_part(n_panels, i, n);
@@ -244,8 +246,14 @@ static void pack_member(void *ctx, int i, int n)
     const tr_packed m = tr_packed_view(w->dst, w->src->i_mat);
     int panel, end;
 
-    for (own_panels(w, i, n, &panel, &end); panel < end; panel++)
+    for (own_panels(w, w->src, i, n, &panel, &end); panel < end; panel++)
         pack_panel(w->d, w->dst, &m, w->src, panel, 0);
+}
+
+static int shift_of(const tr_linear *dst, const tr_linear_src *src)
+{
+    const int origin = src->transposed ? src->row0 : src->col0;
+    return dst->format == TR_W_E4M3_B128 ? origin % TR_K_BLOCK : 0;
 }
 
 static tr_status begin_piece(tr_device *d, tr_linear *dst, const tr_linear_src *src)
@@ -254,8 +262,7 @@ static tr_status begin_piece(tr_device *d, tr_linear *dst, const tr_linear_src *
     if (st != TR_OK) return st;
 
     tr_pack_header *header = tr_packed_header(dst, src->i_mat);
-    int origin = src->transposed ? src->row0 : src->col0;
-    int k_shift = dst->format == TR_W_E4M3_B128 ? origin % TR_K_BLOCK : 0;
+    const int k_shift = shift_of(dst, src);
     if (header->magic == TR_PACK_MAGIC && header->k_shift != k_shift)
         return tr_cpu_fail(d, TR_E_USAGE,
                            "linear_pack: pieces of one matrix begin at columns %d and %d of a "
@@ -269,7 +276,7 @@ tr_status tr_cpu_linear_pack(tr_device *d, tr_linear *dst, const tr_linear_src *
 {
     tr_status st = begin_piece(d, dst, src);
     if (st != TR_OK) return st;
-    pack_work w = {.d = d, .dst = dst, .src = src};
+    pack_work w = {.d = d, .dst = dst, .src = src, .n_src = 1};
     tr_device_run(d, (double)src->n_out * dst->n_in, pack_member, &w);
     return TR_OK;
 }
@@ -279,13 +286,14 @@ tr_status tr_cpu_linear_pack(tr_device *d, tr_linear *dst, const tr_linear_src *
 enum { FILL_BYTES = 512 << 10 }; /* of rows that are read before they are packed: they stay in L2 */
 
 /* Rows of the panels [panel, end) to the buffer, then into their panels. */
-static tr_status fill_panels(pack_work *w, const tr_packed *m, int panel, int end, void *buffer)
+static tr_status fill_panels(const pack_work *w, const tr_packed *m, int i_src, int panel, int end,
+                             void *buffer)
 {
-    const tr_linear_src *s = w->src;
+    const tr_linear_src *s = &w->src[i_src];
     const int from = panel * TR_PANEL - s->o_begin, to = end * TR_PANEL - s->o_begin;
     const int first = from > 0 ? from : 0, n = (to < s->n_out ? to : s->n_out) - first;
     tr_linear_src here = *s;
-    tr_status st = w->rows(w->ctx, first, n, buffer);
+    tr_status st = w->rows(w->ctx[i_src], first, n, buffer);
 
     here.src = buffer;
     here.row0 += first;
@@ -294,36 +302,59 @@ static tr_status fill_panels(pack_work *w, const tr_packed *m, int panel, int en
     return st;
 }
 
+static size_t rows_bytes(const tr_linear *dst, const tr_linear_src *s) /* of a panel, in the file */
+{
+    return TR_PANEL * s->ld * (size_t)tr_format_bytes(dst->format);
+}
+
+/* Member i's part of a piece; the buffer has room for FILL_BYTES or a panel. */
+static void fill_piece(pack_work *w, int i_src, int i, int n, void *buffer)
+{
+    const tr_linear_src *s = &w->src[i_src];
+    const tr_packed m = tr_packed_view(w->dst, s->i_mat);
+    const size_t panel_bytes = rows_bytes(w->dst, s);
+    const int step = panel_bytes < FILL_BYTES ? (int)(FILL_BYTES / panel_bytes) : 1;
+    tr_status st = TR_OK;
+    int panel, end;
+
+    for (own_panels(w, s, i, n, &panel, &end); panel < end && st == TR_OK; panel += step) {
+        if (atomic_load(&w->status) != TR_OK) break;
+        st = fill_panels(w, &m, i_src, panel, end - panel < step ? end : panel + step, buffer);
+    }
+    if (st != TR_OK) atomic_store(&w->status, (int)st);
+}
+
 static void fill_member(void *ctx, int i, int n)
 {
     pack_work *w = ctx;
-    const tr_packed m = tr_packed_view(w->dst, w->src->i_mat);
-    const size_t panel_bytes =
-        TR_PANEL * w->src->ld * (size_t)tr_format_bytes(w->dst->format); /* in the file */
-    const int step = panel_bytes < FILL_BYTES ? (int)(FILL_BYTES / panel_bytes) : 1;
     TR_SCRATCH uint8_t small[FILL_BYTES] __attribute__((aligned(64)));
-    void *buffer = panel_bytes <= FILL_BYTES ? small : malloc(panel_bytes);
-    tr_status st = buffer ? TR_OK : TR_E_MEMORY;
-    int panel, end;
+    size_t most = 0;
 
-    for (own_panels(w, i, n, &panel, &end); panel < end && st == TR_OK; panel += step) {
-        if (atomic_load(&w->status) != TR_OK) break;
-        st = fill_panels(w, &m, panel, end - panel < step ? end : panel + step, buffer);
-    }
-    if (st != TR_OK) atomic_store(&w->status, (int)st);
+    for (int k = 0; k < w->n_src; k++)
+        if (rows_bytes(w->dst, &w->src[k]) > most) most = rows_bytes(w->dst, &w->src[k]);
+    void *buffer = most <= FILL_BYTES ? small : malloc(most);
+    if (!buffer) atomic_store(&w->status, (int)TR_E_MEMORY);
+    for (int k = 0; k < w->n_src && buffer; k++)
+        fill_piece(w, k, i, n, buffer);
     if (buffer != small) free(buffer);
 }
 
-tr_status tr_cpu_linear_fill(tr_device *d, tr_linear *dst, const tr_linear_src *src,
-                             tr_rows_fn *rows, void *ctx)
+tr_status tr_cpu_linear_fill(tr_device *d, tr_linear *dst, const tr_linear_src *src, int n_src,
+                             tr_rows_fn *rows, void *const *ctx)
 {
-    if (src->transposed || src->ld < (size_t)dst->n_in)
-        return tr_cpu_fail(d, TR_E_USAGE, "linear_fill: rows of %zu numbers for %d columns",
-                           src->ld, dst->n_in);
-    tr_status st = begin_piece(d, dst, src);
+    pack_work w = {.d = d, .dst = dst, .src = src, .n_src = n_src, .rows = rows, .ctx = ctx};
+    tr_status st = TR_OK;
+    double work = 0;
+
+    for (int i = 0; i < n_src && st == TR_OK; i++) {
+        if (src[i].transposed || src[i].ld < (size_t)dst->n_in)
+            return tr_cpu_fail(d, TR_E_USAGE, "linear_fill: rows of %zu numbers for %d columns",
+                               src[i].ld, dst->n_in);
+        st = begin_piece(d, dst, &src[i]);
+        work += (double)src[i].n_out * dst->n_in;
+    }
     if (st != TR_OK) return st;
-    pack_work w = {.d = d, .dst = dst, .src = src, .rows = rows, .ctx = ctx};
-    tr_device_run(d, (double)src->n_out * dst->n_in, fill_member, &w);
+    tr_device_run(d, work, fill_member, &w);
     st = (tr_status)atomic_load(&w.status);
     return st == TR_OK
                ? TR_OK

@@ -22,10 +22,10 @@ enum { CHUNK_BYTES = 32 << 20 };
 static tr_status load_part(tr_loader *l, tr_linear *dst, tr_role role, int layer, tr_range rows,
                            tr_range columns, tr_err *err)
 {
-    tr_wanted w;
-    tr_wanted_get(&w, l->config, role, layer, 0);
-    TRY(tr_loader_linear(l, dst, &w, 1, rows.n, columns.n, err));
-    return tr_loader_pack(l, dst, &w, rows, columns, 0, 0, err);
+    tr_piece p = {.rows = rows, .columns = columns};
+    tr_wanted_get(&p.w, l->config, role, layer, 0);
+    TRY(tr_loader_linear(l, dst, &p.w, 1, rows.n, columns.n, err));
+    return tr_loader_pack(l, dst, &p, 1, err);
 }
 
 static tr_status load_whole(tr_loader *l, tr_linear *dst, tr_role role, int layer, tr_err *err)
@@ -35,24 +35,48 @@ static tr_status load_whole(tr_loader *l, tr_linear *dst, tr_role role, int laye
     return load_part(l, dst, role, layer, tr_whole(w.shape[0]), tr_whole(w.shape[1]), err);
 }
 
+/* Pieces of one linear on their way, and the room for them; those that are put in go when it is full. */
+typedef struct pieces {
+    tr_linear *dst;
+    int n;
+    tr_piece piece[TR_PIECES_MAX];
+} pieces;
+
+static tr_status pieces_go(tr_loader *l, pieces *p, tr_err *err)
+{
+    const int n = p->n;
+    p->n = 0;
+    return n > 0 ? tr_loader_pack(l, p->dst, p->piece, n, err) : TR_OK;
+}
+
+/* The piece to be filled in; NULL: *st says why not. */
+static tr_piece *next_piece(tr_loader *l, pieces *p, tr_status *st, tr_err *err)
+{
+    *st = p->n == TR_PIECES_MAX ? pieces_go(l, p, err) : TR_OK;
+    return *st == TR_OK ? &p->piece[p->n++] : NULL;
+}
+
 /* One matrix [2 inner, hidden] per expert: gate rows, then up rows. A dense MLP is a single expert 0; for_moe: whether the
  * moe operation is what runs them. */
 static tr_status load_gate_up(tr_loader *l, tr_linear *dst, tr_role gate, tr_role up, int layer,
                               tr_range experts, tr_range inner, int for_moe, tr_err *err)
 {
     tr_range hidden = tr_whole(l->config->hidden_size);
+    pieces all = {.dst = dst};
+    tr_status st;
     tr_wanted w;
 
     tr_wanted_get(&w, l->config, gate, layer, experts.begin);
     TRY(tr_loader_linear(l, dst, &w, experts.n, 2 * inner.n, hidden.n, err));
     dst->gate_up = for_moe;
-    for (int e = 0; e < experts.n; e++) {
-        tr_wanted_get(&w, l->config, gate, layer, experts.begin + e);
-        TRY(tr_loader_pack(l, dst, &w, inner, hidden, e, 0, err));
-        tr_wanted_get(&w, l->config, up, layer, experts.begin + e);
-        TRY(tr_loader_pack(l, dst, &w, inner, hidden, e, inner.n, err));
+    for (int i = 0; i < 2 * experts.n; i++) {
+        tr_piece *p = next_piece(l, &all, &st, err);
+        if (!p) return st;
+        *p = (tr_piece){.rows = inner, .columns = hidden, .i_mat = i / 2};
+        p->o_begin = i % 2 * inner.n;
+        tr_wanted_get(&p->w, l->config, i % 2 ? up : gate, layer, experts.begin + i / 2);
     }
-    return TR_OK;
+    return pieces_go(l, &all, err);
 }
 
 /* One matrix [hidden, inner] per expert. */
@@ -60,15 +84,19 @@ static tr_status load_down(tr_loader *l, tr_linear *dst, tr_role role, int layer
                            tr_range inner, tr_err *err)
 {
     tr_range hidden = tr_whole(l->config->hidden_size);
+    pieces all = {.dst = dst};
+    tr_status st;
     tr_wanted w;
 
     tr_wanted_get(&w, l->config, role, layer, experts.begin);
     TRY(tr_loader_linear(l, dst, &w, experts.n, hidden.n, inner.n, err));
     for (int e = 0; e < experts.n; e++) {
-        tr_wanted_get(&w, l->config, role, layer, experts.begin + e);
-        TRY(tr_loader_pack(l, dst, &w, hidden, inner, e, 0, err));
+        tr_piece *p = next_piece(l, &all, &st, err);
+        if (!p) return st;
+        *p = (tr_piece){.rows = hidden, .columns = inner, .i_mat = e};
+        tr_wanted_get(&p->w, l->config, role, layer, experts.begin + e);
     }
-    return TR_OK;
+    return pieces_go(l, &all, err);
 }
 
 static tr_status load_mlp(tr_loader *l, tr_mlp_weights *mlp, tr_role gate, tr_role up, tr_role down,

@@ -92,21 +92,15 @@ static tr_range blocks_of(tr_range r)
     return (tr_range){.begin = first, .n = (r.begin + r.n - 1) / TR_SCALE_BLOCK + 1 - first};
 }
 
-static tr_status fetch_scale(tr_loader *l, const tr_wanted *w, tr_range rows, tr_range columns,
-                             tr_err *err)
+/* Scales of the blocks that rows and columns touch: [r.n, c.n]. */
+static tr_status read_scale(tr_loader *l, const tr_wanted *w, tr_range r, tr_range c, float *to,
+                            tr_err *err)
 {
-    tr_range r = blocks_of(rows), c = blocks_of(columns);
     char name[sizeof w->name + 16];
-    size_t n = strlen(w->name);
+    const size_t n = strlen(w->name);
 
-    void *room = l->scale;
-    tr_status st =
-        grow(&room, &l->scale_bytes, (size_t)r.n, (size_t)c.n * sizeof(float), w->name, err);
-    l->scale = room;
-    l->scale_ld = (size_t)c.n;
-    if (st != TR_OK) return st;
     if (l->dummy) {
-        tr_dummy_scale(l->dummy, w, r.begin, r.n, c.begin, c.n, l->scale);
+        tr_dummy_scale(l->dummy, w, r.begin, r.n, c.begin, c.n, to);
         return TR_OK;
     }
     memcpy(name, w->name, n);
@@ -114,7 +108,26 @@ static tr_status fetch_scale(tr_loader *l, const tr_wanted *w, tr_range rows, tr
     const tr_tensor *t = tr_checkpoint_find(l->checkpoint, name);
     if (!t) return tr_fail(err, TR_E_INPUT, "%s is missing", name);
     l->weights->bytes_read += (uint64_t)r.n * (uint64_t)c.n * sizeof(float);
-    return tr_checkpoint_read_block(l->checkpoint, t, r.begin, r.n, c.begin, c.n, l->scale, err);
+    return tr_checkpoint_read_block(l->checkpoint, t, r.begin, r.n, c.begin, c.n, to, err);
+}
+
+static tr_status grow_scale(tr_loader *l, size_t rows, size_t columns, const char *name,
+                            tr_err *err)
+{
+    void *room = l->scale;
+    tr_status st = grow(&room, &l->scale_bytes, rows, columns * sizeof(float), name, err);
+    l->scale = room;
+    return st;
+}
+
+static tr_status fetch_scale(tr_loader *l, const tr_wanted *w, tr_range rows, tr_range columns,
+                             tr_err *err)
+{
+    const tr_range r = blocks_of(rows), c = blocks_of(columns);
+    tr_status st = grow_scale(l, (size_t)r.n, (size_t)c.n, w->name, err);
+
+    l->scale_ld = (size_t)c.n;
+    return st == TR_OK ? read_scale(l, w, r, c, l->scale, err) : st;
 }
 
 static tr_status fetch(tr_loader *l, const tr_wanted *w, tr_range rows, tr_range columns,
@@ -275,62 +288,113 @@ static tr_status read_rows(void *ctx, int row, int n, void *dst)
     return st;
 }
 
-/* Counted and told as a fetch is. A failure of reading is told before one of the device. */
-static tr_status rows_done(rows_of *r, tr_status st, tr_err *err)
+/* Counted and told as a fetch is. A failure of reading is told before one of the device, the first tensor's first. */
+static tr_status rows_done(rows_of *r, int n, tr_status st, tr_err *err)
 {
-    const uint64_t bytes =
-        (uint64_t)r->rows.n * (uint64_t)r->columns.n * (uint64_t)element_bytes(r->stored);
+    tr_loader *l = r->l;
+    uint64_t bytes = 0;
+    int bad = -1;
 
-    if (r->tensor)
-        r->l->weights->bytes_read += bytes;
-    else
-        r->l->bytes_made += bytes;
-    tr_region_end(r->l->regions, (double)bytes, 0.0);
-    tell_progress(r->l);
-    pthread_mutex_destroy(&r->lock);
-    if (st == TR_OK) return TR_OK;
-    return r->bad_row < r->rows.n ? tr_fail(err, r->why.status, "%s", r->why.text)
-                                  : device_fail(r->l, st, r->w->name, err);
-}
-
-static tr_status fill(tr_loader *l, tr_linear *dst, const tr_wanted *w, tr_range rows,
-                      tr_range columns, int i_mat, int o_begin, tr_err *err)
-{
-    rows_of r = {.l = l, .w = w, .rows = rows, .columns = columns, .bad_row = rows.n};
-    tr_status st = locate(l, w, &r.tensor, &r.stored, err);
-    if (st == TR_OK && format_of(r.stored) != dst->format) st = wrong_format(w, err);
-    if (st == TR_OK && r.stored == TR_STORED_F8_E4M3) st = fetch_scale(l, w, rows, columns, err);
-    if (st != TR_OK) return st;
-    tr_linear_src src = {
-        .ld = (size_t)columns.n, .i_mat = i_mat, .o_begin = o_begin, .n_out = rows.n};
-    if (r.stored == TR_STORED_F8_E4M3) {
-        src.scale = l->scale;
-        src.scale_ld = l->scale_ld;
-        src.row0 = rows.begin % TR_SCALE_BLOCK;
-        src.col0 = columns.begin % TR_SCALE_BLOCK;
+    for (int i = n; i-- > 0;) {
+        const uint64_t here =
+            (uint64_t)r[i].rows.n * (uint64_t)r[i].columns.n * (uint64_t)element_bytes(r[i].stored);
+        bytes += here;
+        if (r[i].tensor)
+            l->weights->bytes_read += here;
+        else
+            l->bytes_made += here;
+        if (r[i].bad_row < r[i].rows.n) bad = i;
+        pthread_mutex_destroy(&r[i].lock);
     }
-    pthread_mutex_init(&r.lock, NULL);
-    tr_region_begin(l->regions, l->fill_region);
-    return rows_done(&r, l->ops->linear_fill(l->device, dst, &src, read_rows, &r), err);
+    tr_region_end(l->regions, (double)bytes, 0.0);
+    tell_progress(l);
+    if (st == TR_OK) return TR_OK;
+    return bad >= 0 ? tr_fail(err, r[bad].why.status, "%s", r[bad].why.text)
+                    : device_fail(l, st, r->w->name, err);
 }
 
-tr_status tr_loader_pack(tr_loader *l, tr_linear *dst, const tr_wanted *w, tr_range rows,
-                         tr_range columns, int i_mat, int o_begin, tr_err *err)
+/* Where the pieces' rows come from, and their scales. */
+static tr_status begin_fill(tr_loader *l, const tr_linear *dst, const tr_piece *p, int n,
+                            rows_of *r, tr_linear_src *src, tr_err *err)
 {
-    int step = chunk_rows(l, columns);
+    size_t n_scales = 0, at = 0;
     tr_status st = TR_OK;
-    if (l->ops->linear_fill) return fill(l, dst, w, rows, columns, i_mat, o_begin, err);
-    for (int done = 0, n = 0; done < rows.n && st == TR_OK; done += n) {
-        tr_range chunk = {.begin = rows.begin + done};
+
+    for (int i = 0; i < n && st == TR_OK; i++) {
+        r[i] = (rows_of){.l = l, .w = &p[i].w, .rows = p[i].rows, .columns = p[i].columns};
+        r[i].bad_row = p[i].rows.n;
+        st = locate(l, r[i].w, &r[i].tensor, &r[i].stored, err);
+        if (st == TR_OK && format_of(r[i].stored) != dst->format) st = wrong_format(r[i].w, err);
+        n_scales += (size_t)blocks_of(p[i].rows).n * (size_t)blocks_of(p[i].columns).n;
+    }
+    const int scaled = st == TR_OK && dst->format == TR_W_E4M3_B128;
+    if (scaled) st = grow_scale(l, n_scales, 1, p->w.name, err);
+    for (int i = 0; i < n && st == TR_OK; i++) {
+        const tr_range rows = blocks_of(p[i].rows), columns = blocks_of(p[i].columns);
+        src[i] = (tr_linear_src){.ld = (size_t)p[i].columns.n,
+                                 .i_mat = p[i].i_mat,
+                                 .o_begin = p[i].o_begin,
+                                 .n_out = p[i].rows.n};
+        if (!scaled) continue;
+        src[i].scale = l->scale + at;
+        src[i].scale_ld = (size_t)columns.n;
+        src[i].row0 = p[i].rows.begin % TR_SCALE_BLOCK;
+        src[i].col0 = p[i].columns.begin % TR_SCALE_BLOCK;
+        st = read_scale(l, r[i].w, rows, columns, l->scale + at, err);
+        at += (size_t)rows.n * (size_t)columns.n;
+    }
+    return st;
+}
+
+static tr_status fill(tr_loader *l, tr_linear *dst, const tr_piece *p, int n, tr_err *err)
+{
+    tr_linear_src src[TR_PIECES_MAX];
+    void *ctx[TR_PIECES_MAX];
+    rows_of *r = tr_calloc((size_t)n, sizeof *r);
+
+    if (!r) return tr_fail(err, TR_E_MEMORY, "%s: out of memory", p->w.name);
+    tr_status st = begin_fill(l, dst, p, n, r, src, err);
+    if (st != TR_OK) goto done;
+    for (int i = 0; i < n; i++) {
+        pthread_mutex_init(&r[i].lock, NULL);
+        ctx[i] = &r[i];
+    }
+    tr_region_begin(l->regions, l->fill_region);
+    st = rows_done(r, n, l->ops->linear_fill(l->device, dst, src, n, read_rows, ctx), err);
+
+done:
+    free(r);
+    return st;
+}
+
+/* Where the backend wants whole pieces. */
+static tr_status pack_piece(tr_loader *l, tr_linear *dst, const tr_piece *p, tr_err *err)
+{
+    const int step = chunk_rows(l, p->columns);
+    tr_status st = TR_OK;
+
+    for (int done = 0, n = 0; done < p->rows.n && st == TR_OK; done += n) {
+        tr_range chunk = {.begin = p->rows.begin + done};
         /* A slice that begins inside a block first goes to the block's end. */
         n = step - chunk.begin % TR_SCALE_BLOCK;
-        if (n > rows.n - done) n = rows.n - done;
+        if (n > p->rows.n - done) n = p->rows.n - done;
         chunk.n = n;
-        st = tr_loader_fetch(l, w, chunk, columns, err);
+        st = tr_loader_fetch(l, &p->w, chunk, p->columns, err);
         if (st != TR_OK) break;
-        st = tr_loader_pack_fetched(l, dst, w, chunk, columns, tr_whole(n), 0, i_mat,
-                                    o_begin + done, err);
+        st = tr_loader_pack_fetched(l, dst, &p->w, chunk, p->columns, tr_whole(n), 0, p->i_mat,
+                                    p->o_begin + done, err);
     }
+    return st;
+}
+
+tr_status tr_loader_pack(tr_loader *l, tr_linear *dst, const tr_piece *piece, int n_pieces,
+                         tr_err *err)
+{
+    tr_status st = TR_OK;
+
+    if (l->ops->linear_fill) return fill(l, dst, piece, n_pieces, err);
+    for (int i = 0; i < n_pieces && st == TR_OK; i++)
+        st = pack_piece(l, dst, &piece[i], err);
     return st;
 }
 
@@ -385,7 +449,7 @@ tr_status tr_loader_table(tr_loader *l, void **out, tr_dtype *dtype, const tr_wa
         pthread_mutex_init(&r.lock, NULL);
         tr_region_begin(l->regions, l->fill_region);
         st = l->ops->table_fill(l->device, *out, row_bytes, r.rows.n, read_rows, &r);
-        return rows_done(&r, st, err);
+        return rows_done(&r, 1, st, err);
     }
     int step = chunk_rows(l, tr_whole(w->shape[1]));
     for (int row = 0; row < w->shape[0] && st == TR_OK; row += step) {

@@ -52,9 +52,18 @@ tr_status tr_loader_fetch(tr_loader *l, const tr_wanted *w, tr_range rows, tr_ra
 tr_status tr_loader_linear(tr_loader *l, tr_linear *dst, const tr_wanted *w, int n_mats, int n_out,
                            int n_in, tr_err *err);
 
-/* Rows and columns of a stored tensor become rows [o_begin, o_begin + rows.n) of matrix i_mat. Reads in chunks. */
-tr_status tr_loader_pack(tr_loader *l, tr_linear *dst, const tr_wanted *w, tr_range rows,
-                         tr_range columns, int i_mat, int o_begin, tr_err *err);
+/* Rows and columns of a stored tensor become rows [o_begin, o_begin + rows.n) of matrix i_mat. */
+typedef struct tr_piece {
+    tr_wanted w;
+    tr_range rows, columns;
+    int i_mat, o_begin;
+} tr_piece;
+
+enum { TR_PIECES_MAX = 64 };
+
+/* Up to TR_PIECES_MAX pieces of one linear, read in chunks: by all threads at once where the device reads by itself. */
+tr_status tr_loader_pack(tr_loader *l, tr_linear *dst, const tr_piece *piece, int n_pieces,
+                         tr_err *err);
 
 /* Part of what was fetched last: its rows [first, first + n) of the fetch, which began at stored row `row0`, as a matrix
  * of dst, or transposed as one. */
