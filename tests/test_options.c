@@ -99,6 +99,9 @@ static void test_good(void **state)
                      TR_OK); /* anywhere */
     assert_int_equal(o.n_parts, 2);
     free(copy);
+    assert_int_equal(parse("batch --merge --verbose -i in -o - p", &o, &err, &copy), TR_OK);
+    assert_true(o.merge && o.verbose);
+    free(copy);
     assert_int_equal(parse("batch -m M --prompt Hello", &o, &err, &copy), TR_OK);
     assert_string_equal(o.prompt, "Hello");
     free(copy);
@@ -172,6 +175,19 @@ static void test_bad(void **state)
         {"batch -m M -i in -o out --shard 2/2", "--shard 2/2"},
         {"batch -m M --prompt x --shard 1/2", "--shard"},
         {"batch --merge -i in -o all --shard 1/2 p", "--shard"},
+        {"batch --merge -i in -o all --save-every 60 p", "--save-every"},
+        {"batch --merge -i in -o all p --save-every 0", "--save-every"},
+        {"batch --merge -i in -o - -m M p", "--model"},
+        {"batch --merge -i in -o all --resume p", "--resume"},
+        {"batch --merge -i in -o all --device auto p", "--device"},
+        {"batch --merge -i in -o all --override a=1 p", "--override"},
+        {"batch --merge -i in -o all --grace 0 p", "--grace"},
+        {"batch --merge -i in -o all --tp 2 p", "--tp"},
+        {"batch --merge -i in -o all --time-budget 60 p", "--time-budget"},
+        {"batch --merge -i in -o all --profile x.h5 p", "--profile"},
+        {"batch -m M -i in -o - --save-every 60", "--save-every"},
+        {"batch -m M -i in -o - --save-every 0", "--save-every"},
+        {"batch -m M --prompt x --save-every 60", "--save-every"},
         {"batch -m M -i in -o out --shard auto", "--shard auto"},
         {"batch -m M -i in -o out --index-topk-freq 4", "--index-topk-freq"},
         {"batch -m M -i in -o out --index-topk-pattern FS", "--index-topk-pattern"},

@@ -288,12 +288,70 @@ static bool absent(const char *path)
     return !path || !*path;
 }
 
+static tr_batch_options batch_defaults(void)
+{
+    return (tr_batch_options){
+        .kv_dtype = "fp8",
+        .load_format = "safetensors",
+        .device = "auto",
+        .chat_format = "auto",
+        .max_batch_tokens = 1024,
+        .max_sequences = 32,
+        .grace = 60,
+        .save_every = -1,
+        .step_timeout = -1,
+        .budget_s = -1,
+        .shard = {.n = 1},
+    };
+}
+
+/* Whether the option says something else than the default, or names it: a choice is then a word of the command line. */
+static bool is_given(const tr_option *t, const tr_batch_options *o, const tr_batch_options *fresh)
+{
+    const void *a = (const char *)o + t->at, *b = (const char *)fresh + t->at;
+
+    switch (t->kind) {
+    case TR_OPTION_FLAG:
+        return memcmp(a, b, sizeof(bool)) != 0;
+    case TR_OPTION_INT:
+        return memcmp(a, b, sizeof(int64_t)) != 0;
+    case TR_OPTION_TEXT:
+    case TR_OPTION_CHOICE:
+        return memcmp(a, b, sizeof(const char *)) != 0;
+    case TR_OPTION_LIST:
+        return ((const tr_option_list *)a)->n > 0;
+    case TR_OPTION_TITLE:
+    case TR_OPTION_ABSENT:
+    case TR_OPTION_ABSENT_FLAG:
+        break;
+    }
+    return false;
+}
+
+/* Joining runs no model: what speaks of one is a mistake. */
+static tr_status merge_alone(const tr_batch_options *o, tr_err *err)
+{
+    static const char *const fits[] = {"input", "output", "merge", "verbose", "help"};
+    const tr_batch_options fresh = batch_defaults();
+
+    for (int i = 0; i < N_BATCH; i++) {
+        const tr_option *t = &batch_table[i];
+        bool fit = !is_given(t, o, &fresh);
+        for (size_t k = 0; k < sizeof fits / sizeof *fits && !fit; k++)
+            fit = !strcmp(fits[k], t->name);
+        if (!fit)
+            return tr_fail(err, TR_E_USAGE,
+                           "--merge joins records of all shards: --%s does not go with it",
+                           t->name);
+    }
+    return TR_OK;
+}
+
 static tr_status batch_together(const tr_batch_options *o, tr_err *err)
 {
     if (o->merge) {
-        if (o->shard_text)
-            return tr_fail(err, TR_E_USAGE,
-                           "--merge joins all shards: --shard does not go with it");
+        tr_status st = merge_alone(o, err);
+        if (st != TR_OK) return st;
         if (absent(o->input) || absent(o->output) || !o->n_parts)
             return tr_fail(err, TR_E_USAGE, "--merge needs -i IN, -o OUT and the parts to join");
         return TR_OK;
@@ -310,6 +368,9 @@ static tr_status batch_together(const tr_batch_options *o, tr_err *err)
         return tr_fail(err, TR_E_USAGE, "--prompt and --shard exclude each other");
     if (o->resume && !strcmp(o->output, "-"))
         return tr_fail(err, TR_E_USAGE, "--resume: -o - cannot be resumed");
+    if (o->save_every >= 0 && (o->prompt || !strcmp(o->output, "-")))
+        return tr_fail(err, TR_E_USAGE, "--save-every: %s cannot be resumed, nothing is saved",
+                       o->prompt ? "--prompt" : "-o -");
     const bool wants = o->papi || o->profile_trace || o->profile_flush || o->profile_files;
     if (absent(o->profile) && (o->profile || wants))
         return tr_fail(err, TR_E_USAGE,
@@ -323,19 +384,7 @@ static tr_status batch_together(const tr_batch_options *o, tr_err *err)
 tr_status tr_batch_options_parse(tr_batch_options *out, int argc, char **argv, tr_err *err)
 {
     int rest = 0;
-    *out = (tr_batch_options){
-        .kv_dtype = "fp8",
-        .load_format = "safetensors",
-        .device = "auto",
-        .chat_format = "auto",
-        .max_batch_tokens = 1024,
-        .max_sequences = 32,
-        .grace = 60,
-        .save_every = -1,
-        .step_timeout = -1,
-        .budget_s = -1,
-        .shard = {.n = 1},
-    };
+    *out = batch_defaults();
     tr_status st = tr_options_parse(batch_table, N_BATCH, out, argc, argv, &rest, err);
     if (st != TR_OK) return st;
     out->part = argv + rest;
