@@ -56,14 +56,20 @@ done:
     return st;
 }
 
+int tr_names_rank(const char *text)
+{
+    int rank, end = 0;
+
+    return sscanf(text, "rank %d on %*s%n", &rank, &end) == 1 && end > 0 && text[end - 1] == ':';
+}
+
 /* "rank 3 on node07: TEXT (and 5 more ranks)"; a text that is too long loses its middle, not its ends. What was agreed inside of a
  * phase says so already. */
 static void speak_for(char *out, size_t n, const tr_world *world, const char *text, int n_failed)
 {
     char front[128], behind[64] = "";
-    int rank, end = 0;
 
-    if (sscanf(text, "rank %d on %*s%n", &rank, &end) == 1 && end > 0 && text[end - 1] == ':') {
+    if (tr_names_rank(text)) {
         snprintf(out, n, "%s", text);
         return;
     }

@@ -34,6 +34,9 @@ tr_status tr_world_start(tr_world *world, tr_err *err);
  * after a failure the process exits with its code 5 s later, should MPI not come to an end. */
 void tr_world_finish(tr_status how);
 
+/* Whether an error's text begins with the rank it comes from, as tr_agree leaves it: who prints it need not say one. */
+int tr_names_rank(const char *text);
+
 /* All ranks say how a phase (open, load, a step) went; all return the same status: TR_OK if all were well, else the
  * status of the lowest failing rank, whose text every rank gets, "rank 3 on node07: " in front where size > 1 and
  * "(and 5 more ranks)" behind. `mine` is TR_OK or err->status. Collective over the world. */

@@ -32,6 +32,18 @@ static void test_world(void **state)
     assert_int_equal(strlen(shorter), 7);
 }
 
+static void test_who_speaks(void **state)
+{
+    (void)state;
+    assert_true(tr_names_rank("rank 3 on node07: no room"));
+    assert_true(tr_names_rank("rank 12 on node07.cluster: rank 3 of 4 is bad"));
+    assert_false(tr_names_rank("no room"));
+    assert_false(tr_names_rank("rank 3 of 4 is bad: no room"));
+    assert_false(tr_names_rank("rank 3 on"));
+    assert_false(tr_names_rank("rank x on node07: no room"));
+    assert_false(tr_names_rank(""));
+}
+
 static void test_all_well(void **state)
 {
     tr_err err = {0};
@@ -98,6 +110,7 @@ int main(void)
     tr_err err = {0};
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_prestate(test_world, &world),
+        cmocka_unit_test(test_who_speaks),
         cmocka_unit_test_prestate(test_all_well, &world),
         cmocka_unit_test_prestate(test_failures, &world),
         cmocka_unit_test_prestate(test_long_text, &world),

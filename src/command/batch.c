@@ -16,10 +16,14 @@
 #include "command/options.h"
 #include "mpi/start.h"
 
-/* The ranks cannot be brought together any more: this one says why and ends the job. */
+/* The ranks cannot be brought together any more: this one says why and ends the job. What they agreed on before names its
+ * rank. */
 static void give_up(const tr_world *world, const tr_err *err)
 {
-    fprintf(stderr, "trireme: rank %d on %s: %s\n", world->rank, world->host, err->text);
+    if (tr_names_rank(err->text))
+        fprintf(stderr, "trireme: %s\n", err->text);
+    else
+        fprintf(stderr, "trireme: rank %d on %s: %s\n", world->rank, world->host, err->text);
     tr_world_give_up(world, err->status);
 }
 
@@ -54,7 +58,7 @@ static tr_status phases(tr_run *run, const tr_world *world, tr_err *err)
     st = tr_run_job(run, err);
     st =
         tr_run_broken(run) ? tr_agree_within(world, st, PATIENCE_S, err) : tr_agree(world, st, err);
-    tr_run_close_profile(run);
+    tr_run_close_profile(run, st);
     return st;
 }
 

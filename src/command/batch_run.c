@@ -604,14 +604,17 @@ bool tr_run_broken(const tr_run *run)
     return run->engine && tr_engine_broken(run->engine);
 }
 
-void tr_run_close_profile(tr_run *run)
+void tr_run_close_profile(tr_run *run, tr_status how)
 {
     enum { PATIENCE_S = 5 };
     tr_err why = {0};
 
     if (!run->profile) return;
-    tr_status st = tr_run_broken(run) ? tr_fail(&why, TR_E_COMM, "a step was not finished") : TR_OK;
-    st = tr_agree_within(run->world, st, PATIENCE_S, &why);
+    tr_status st = how == TR_E_COMM || tr_run_broken(run)
+                       ? tr_fail(&why, TR_E_COMM, "a step was not finished")
+                       : TR_OK;
+    /* Ranks that did not come to the agreement will not come to this one. */
+    if (how != TR_E_COMM) st = tr_agree_within(run->world, st, PATIENCE_S, &why);
     st = tr_run_profile_end(run->profile, st == TR_OK, &why);
     if (st != TR_OK) tr_log_warn(run->log, "no joined profile: %s", why.text);
 }

@@ -29,8 +29,9 @@ tr_status tr_run_job(tr_run *run,
                      tr_err *err); /* or the answer to --prompt; followers run the leader's steps */
 /* After a phase up to the engine found too little memory: what this rank takes, if enough is known of the model to tell. */
 void tr_run_budget(const tr_run *run);
-/* After the ranks have agreed on how the job went: the profile's files are brought together. Never changes that. */
-void tr_run_close_profile(tr_run *run);
+/* After the ranks have agreed on how the job went: the profile's files are brought together, or after TR_E_COMM, when nobody
+ * can be waited for any more, left as they are. Never changes how it went. */
+void tr_run_close_profile(tr_run *run, tr_status how);
 /* After job: other ranks may wait for this one for ever (tr_engine_broken). */
 bool tr_run_broken(const tr_run *run);
 

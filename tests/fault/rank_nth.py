@@ -4,6 +4,7 @@ usage: rank_nth.py FOLDER TRIREME MODEL MPIEXEC CASES      FOLDER holds shim.so 
 """
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -65,6 +66,11 @@ def wrong(status, text):
     said = [line for line in text.split("\n") if line.startswith("trireme: ")]
     if status != GOOD and not said:
         return "nobody says why"
+    if any(re.match(r"trireme: rank \d+ on \S+: rank \d+ on ", line) for line in said):
+        return "a message names a rank twice"
+    # Who has waited for the others in vain does not wait for them again, to bring the profile together.
+    if any("no joined profile" in line and "did not answer" in line for line in text.split("\n")):
+        return "the others are waited for twice"
     again, more = run(-1)
     if again != 0:
         return "run again: exit status %s\n%s" % (again, more)
