@@ -1,4 +1,5 @@
-/* --merge: input order, lost and doubled requests, damaged parts, outputs that exist, FIFOs, a stop. */
+/* --merge: input order, lost and doubled requests, damaged parts, outputs that exist, FIFOs, a stop, an input that
+ * changes. */
 #include <config.h>
 
 #include <setjmp.h>
@@ -247,11 +248,75 @@ static void test_stopped(void **state)
     assert_int_equal(unlink(fifo), 0);
 }
 
+/* What is done to the input while a merge has it open: its log, which says that a line of the part is left out, does it. */
+typedef struct meddler {
+    enum { GROWN, SHRUNK, ANOTHER_WORD, ANOTHER_FILE, N_WAYS } how;
+    const char *text;
+    size_t n;
+    int done;
+} meddler;
+
+static ssize_t meddle(void *cookie, const char *line, size_t n)
+{
+    meddler *m = cookie;
+    char other[320];
+    (void)line;
+    if (m->done++) return (ssize_t)n;
+    char *text = malloc(m->n + 1);
+    assert_non_null(text);
+    memcpy(text, m->text, m->n);
+    text[m->n] = '\n';
+    if (m->how == ANOTHER_WORD) memcpy(strstr(text, "no request"), "an request", 10);
+    snprintf(other, sizeof other, "%s/other", folder);
+    assert_int_equal(tr_scratch_write(folder, m->how == ANOTHER_FILE ? "other" : "in", text,
+                                      m->how == GROWN    ? m->n + 1
+                                      : m->how == SHRUNK ? m->n - 1
+                                                         : m->n),
+                     0);
+    if (m->how == ANOTHER_FILE) assert_int_equal(rename(other, in_path), 0);
+    free(text);
+    return (ssize_t)n;
+}
+
+/* reliability.md 4, row 24: exit 65, no output, and with the input as it was the same command does it. */
+static void test_input_changes(void **state)
+{
+    char *text = NULL, *parts[1] = {part_path[0]}, tmp[320];
+    size_t n;
+    tr_err err;
+    (void)state;
+    assert_int_equal(tr_file_read(in_path, 1 << 20, &text, &n, NULL), TR_OK);
+    snprintf(tmp, sizeof tmp, "%s.tmp", all_path);
+    for (int how = 0; how < N_WAYS; how++) {
+        meddler m = {.how = how, .text = text, .n = n};
+        FILE *out = fopencookie(&m, "w", (cookie_io_functions_t){.write = meddle});
+        assert_non_null(out);
+        setvbuf(out, NULL, _IONBF, 0);
+        tr_log *log = tr_log_create(out, false, false);
+        assert_non_null(log);
+        put_part(0, "012345678", "{}\n");
+        err = (tr_err){0};
+        if (tr_merge(in_path, all_path, parts, 1, log, &err) != TR_E_INPUT || m.done == 0 ||
+            !strstr(err.text, in_path) || !strstr(err.text, "changed"))
+            fail_msg("way %d: %d, %s", how, m.done, err.text);
+        assert_int_equal(access(all_path, F_OK), -1);
+        assert_int_equal(access(tmp, F_OK), -1);
+        tr_log_free(log);
+        fclose(out);
+        assert_int_equal(tr_scratch_write(folder, "in", text, n), 0);
+        if (tr_merge(in_path, all_path, parts, 1, NULL, &err) != TR_OK) fail_msg("%s", err.text);
+        expect_merged();
+    }
+    free(text);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_order), cmocka_unit_test(test_lost),  cmocka_unit_test(test_doubled),
-        cmocka_unit_test(test_files), cmocka_unit_test(test_fifos), cmocka_unit_test(test_stopped),
+        cmocka_unit_test(test_input_changes), cmocka_unit_test(test_order),
+        cmocka_unit_test(test_lost),          cmocka_unit_test(test_doubled),
+        cmocka_unit_test(test_files),         cmocka_unit_test(test_fifos),
+        cmocka_unit_test(test_stopped),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }

@@ -332,8 +332,11 @@ for kind in ("write", "fsync", "truncate"):
     for n in every(reached[kind], 100) if kind in chosen else []:
         cases.append((plain, kind + " once", "%s:%d" % (kind, n), {0, 74}))
         cases.append((plain, kind + " from then on", "%s:%d+:%d" % (kind, n, errno.ESTALE), {74}))
+        if kind == "fsync":  # where NFS says that the quota is used up
+            cases.append((plain, "fsync, EDQUOT", "fsync:%d:%d" % (n, errno.EDQUOT), {0, 74}))
         if kind == "write":
             cases.append((plain, "write, ENOSPC", "write:%d:%d" % (n, errno.ENOSPC), {0, 74}))
+            cases.append((plain, "write, EDQUOT", "write:%d:%d" % (n, errno.EDQUOT), {0, 74}))
             cases.append((plain, "write, EINTR", "write:%d:%d" % (n, errno.EINTR), {0}))
 for kind in ("open", "write", "fsync", "rename", "truncate"):
     if kind in chosen:
@@ -345,6 +348,10 @@ free_places = [Place("place-%d" % i) for i in range(given.jobs)]
 with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
     for done in concurrent.futures.as_completed([pool.submit(case, *c) for c in cases]):
         done.result()
+
+# What a full disk is, a used up quota is too: records wait for room, all but the very first writes.
+if not given.quick and seen.get("write, ENOSPC") != seen.get("write, EDQUOT"):
+    sys.exit("a used up quota is not taken as a full disk is: %s, %s" % (seen["write, EDQUOT"], seen["write, ENOSPC"]))
 
 for label, row in seen.items():
     print("%-24s %s" % (label, ", ".join("%d x exit %s" % (row[s], s) for s in sorted(row, key=str))))
