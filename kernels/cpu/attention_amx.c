@@ -32,17 +32,17 @@ enum {
     /* Of a key that all heads meet one after another: 24 KiB turned, while 18 KiB of queries pass by. */
     STEPS_L1 = 6,
     HEAD_PIECES = 4, /* of a head's softmax */
-    PAIRS_PIECE = 8, /* pairs of keys that are interleaved at a time */
 };
 
-/* What becomes of a block before it meets the queries. */
+/* What becomes of 16 keys of a block, and then of the next 16, before they meet the queries. */
 typedef enum stage { READING, TURNING, PAIRING, READY } stage;
 
 typedef struct block {
     int n_keys;
     stage stage;
-    int i;   /* pieces of this stage that are done, or of the key that is read */
-    int row; /* its cache row; -1: none is begun */
+    int tile; /* of keys, on its way */
+    int i;    /* pieces of this stage that are done, or of the key that is read */
+    int row;  /* its cache row; -1: none is begun */
     uint8_t turned[KEY_TILES * STEPS_MAX * TR_TILE_BYTES] __attribute__((aligned(64)));
     /* [n_columns][KEY_STEPS] tiles. Of 32 columns 8 l + j, j < 8, the first tile has j < 4. */
     uint8_t value[2 * STEPS_MAX * KEY_STEPS * TR_TILE_BYTES] __attribute__((aligned(64)));
@@ -63,7 +63,7 @@ typedef struct task {
     /* [n_tiles][n_steps][3][rows][32] bf16 */
     uint8_t q[HEAD_TILES * STEPS_MAX * TR_N_PARTS * TR_TILE_BYTES] __attribute__((aligned(64)));
     float wide[TR_D_KEY_MAX] __attribute__((aligned(64)));
-    uint16_t key[TR_KEY_BLOCK * TR_D_KEY_MAX] __attribute__((aligned(64))); /* [64][n_steps 32] */
+    uint16_t key[TR_TILE_ROWS * TR_D_KEY_MAX] __attribute__((aligned(64))); /* [16][n_steps 32] */
     block block[2];
     float half[TR_TILE_ROWS * 16] __attribute__((aligned(64))); /* turned */
     float x[TR_KEY_BLOCK] __attribute__((aligned(64))); /* a head's scores on the way to p */
@@ -167,26 +167,34 @@ static int expand_part(const task *t, uint16_t *key, int row, int part)
     return _mm512_cmpeq_epi8_mask(largest, quiet) == 0;
 }
 
-/* The next cache row of the list; entries that name no row are passed over. -1: there is none, or no room. */
-static int next_row(task *t, const block *b)
+/* The next cache row of the list; entries that name no row are passed over. -1: there is none. */
+static int next_row(task *t)
 {
     int row = -1;
-    while (row < 0 && t->at < t->a->k && b->n_keys < TR_KEY_BLOCK)
+    while (row < 0 && t->at < t->a->k)
         row = tr_selected_row(t->a, t->list, t->at++);
     return row;
 }
 
-/* A part of a key, or all of it. Keys that fill up the last step are zeros. */
+/* The list has ended behind n keys of a tile: zeros fill it up, and the last step of values. */
+static void end_reading(task *t, block *b, int n)
+{
+    const int ld = t->n_steps * TR_TILE_STEP, half_a_step = b->tile * TR_TILE_ROWS % TR_TILE_STEP;
+
+    b->stage = n > 0 ? TURNING : half_a_step ? PAIRING : READY;
+    if (b->stage != READY)
+        memset(t->key + n * ld, 0, (size_t)((TR_TILE_ROWS - n) * ld) * sizeof *t->key);
+}
+
+/* A part of a key, or all of it. */
 static void read_piece(task *t, block *b)
 {
-    const int ld = t->n_steps * TR_TILE_STEP, n = b->n_keys;
-    uint16_t *key = t->key + n * ld;
+    const int n = b->n_keys - b->tile * TR_TILE_ROWS;
+    uint16_t *key = t->key + n * t->n_steps * TR_TILE_STEP;
 
-    if (b->row < 0) b->row = next_row(t, b);
+    if (b->row < 0) b->row = next_row(t);
     if (b->row < 0) {
-        const int end = (n + TR_TILE_STEP - 1) / TR_TILE_STEP * TR_TILE_STEP;
-        memset(key, 0, (size_t)((end - n) * ld) * sizeof *key);
-        b->stage = n > 0 ? TURNING : READY;
+        end_reading(t, b, n);
         return;
     }
     if (in_parts(&t->a->kv) && expand_part(t, key, b->row, b->i)) {
@@ -198,6 +206,7 @@ static void read_piece(task *t, block *b)
     b->n_keys++;
     b->i = 0;
     b->row = -1;
+    if (n + 1 == TR_TILE_ROWS) b->stage = TURNING;
 }
 
 /* Half the way of 16 rows of 16 words towards 16 columns: words and pairs of words trade places among four rows. Row 4 q
@@ -239,47 +248,45 @@ static void turn_end(uint8_t *tile, const float *half)
     }
 }
 
-/* Half of the way to a tile of 16 pairs of numbers by 16 keys; all steps of 32 numbers of some keys, then the next keys. */
+/* Half of the way to a tile of 16 pairs of numbers by 16 keys. */
 static void turn_piece(task *t, block *b)
 {
-    const int ld = t->n_steps * TR_TILE_STEP, i_tile = b->i / 2;
-    const int i = i_tile / t->n_steps, step = i_tile % t->n_steps;
+    const int ld = t->n_steps * TR_TILE_STEP, step = b->i / 2;
 
     if (b->i % 2 == 0)
-        turn_begin(t->half, t->key + i * TR_TILE_ROWS * ld + step * TR_TILE_STEP, (size_t)ld);
+        turn_begin(t->half, t->key + step * TR_TILE_STEP, (size_t)ld);
     else
-        turn_end(b->turned + (size_t)i_tile * TR_TILE_BYTES, t->half);
-    if (++b->i < 2 * t->n_steps * ((b->n_keys + TR_TILE_ROWS - 1) / TR_TILE_ROWS)) return;
+        turn_end(b->turned + (size_t)(b->tile * t->n_steps + step) * TR_TILE_BYTES, t->half);
+    if (++b->i < 2 * t->n_steps) return;
     b->i = 0;
     b->stage = PAIRING;
 }
 
-/* Tiles of 16 pairs of keys by 16 columns, two tiles' columns at a time: rows of one tile follow each other, those of
- * many tiles would all want the same few sets of L1. Pairs past the last key are zeros: read_piece made them. */
+/* Half of the tiles of 16 pairs of keys by 16 columns, those of two tiles' columns: rows of one tile follow each other,
+ * those of many tiles would all want the same few sets of L1. */
 static void pair_piece(const task *t, block *b)
 {
+    enum { PAIRS = TR_TILE_ROWS / 2 };
     const int ld = t->n_steps * TR_TILE_STEP;
-    const int n_pieces =
-        (b->n_keys + TR_TILE_STEP - 1) / TR_TILE_STEP * TR_TILE_STEP / 2 / PAIRS_PIECE;
-    const int column = b->i / n_pieces, s = b->i % n_pieces * PAIRS_PIECE;
-    const uint16_t *key = t->key + 2 * s * ld + column * TR_TILE_STEP;
+    const uint16_t *key = t->key + b->i * TR_TILE_STEP;
     /* a tile of the next step follows a tile */
-    uint8_t *to = b->value + (size_t)(2 * column) * KEY_STEPS * TR_TILE_BYTES + s * 64;
+    uint8_t *to = b->value + (size_t)(2 * b->i) * KEY_STEPS * TR_TILE_BYTES + b->tile * PAIRS * 64;
 
 #pragma GCC unroll 8
-    for (int i = 0; i < PAIRS_PIECE; i++, key += 2 * ld, to += 64) {
+    for (int i = 0; i < PAIRS; i++, key += 2 * ld, to += 64) {
         __m512i x = _mm512_load_si512(key), y = _mm512_load_si512(key + ld);
         _mm512_store_si512(to, _mm512_unpacklo_epi16(x, y));
         _mm512_store_si512(to + KEY_STEPS * TR_TILE_BYTES, _mm512_unpackhi_epi16(x, y));
     }
-    if (++b->i >= n_pieces * t->n_columns / 2) b->stage = READY;
+    if (2 * ++b->i < t->n_columns) return;
+    b->i = 0;
+    b->stage = ++b->tile < KEY_TILES ? READING : READY;
 }
 
 static int pieces_of_block(const task *t)
 {
     const int parts = in_parts(&t->a->kv) ? t->a->kv.d_latent / TR_SCALE_BLOCK : 1;
-    return TR_KEY_BLOCK * parts + 2 * KEY_TILES * t->n_steps +
-           TR_KEY_BLOCK / 2 / PAIRS_PIECE * t->n_columns / 2 + 1;
+    return TR_KEY_BLOCK * parts + 2 * KEY_TILES * t->n_steps + KEY_TILES * t->n_columns / 2;
 }
 
 /* A piece of the next block. */
@@ -304,7 +311,7 @@ static void prepare(task *t)
 static void begin_block(task *t, block *b)
 {
     t->next = b;
-    b->n_keys = b->i = 0;
+    b->n_keys = b->tile = b->i = 0;
     b->row = -1;
     b->stage = READING;
 }
