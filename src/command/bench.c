@@ -14,7 +14,7 @@
 
 static const char help_text[] =
     "Usage: trireme bench kernels [-m MODEL] [options]\n"
-    "       trireme bench step -m MODEL [options]\n"
+    "       [mpirun -n RANKS] trireme bench step -m MODEL [options]\n"
     "       trireme bench load -m MODEL [options]\n"
     "       trireme bench profile -m MODEL [options]\n"
     "\n"
@@ -43,6 +43,15 @@ static const char help_text[] =
     "      --load-format NAME    safetensors or dummy (default safetensors)\n"
     "      --override KEY=VALUE  a config.json number; may be repeated\n"
     "      --seed N              of dummy weights and of the token ids (default 0)\n"
+    "      --tp N                of step under mpirun, as all these: ranks that share the heads\n"
+    "      --pp N                pipeline stages\n"
+    "      --dp N                replicas: each has its part of --sequences, and a prompt\n"
+    "      --cp N                ranks that share the rows of a prompt\n"
+    "      --ep N                ranks that share the experts\n"
+    "      --moe-tp N            ranks that share each expert's width\n"
+    "      --pp-layers N,N...    layers of each stage\n"
+    "      --cp-mode MODE        round-robin-split or in-seq-split\n"
+    "      --no-overlap          wait for every exchange where it begins\n"
     "      --regions             where the time went, after each line\n"
     "      --sync-check          wait for every operation: --regions then tells its time on a\n"
     "                            GPU, and a failure names it\n"
@@ -97,8 +106,54 @@ enum {
     O_PREFILL_AT,
     O_SYNC_CHECK,
     O_PAIRS,
-    O_PROFILE
+    O_PROFILE,
+    O_TP,
+    O_PP,
+    O_DP,
+    O_CP,
+    O_EP,
+    O_MOE_TP,
+    O_PP_LAYERS,
+    O_CP_MODE,
+    O_NO_OVERLAP
 };
+
+/* One of the grid's sizes. */
+static tr_status rank_option(const char *option, const char *arg, int64_t *out, tr_err *err)
+{
+    int n = 0;
+    tr_status st = one_int(option, arg, 1, TR_RANKS_MAX, &n, err);
+    *out = n;
+    return st;
+}
+
+static tr_status grid_option(int c, const char *arg, tr_rank_options *o, tr_err *err)
+{
+    switch (c) {
+    case O_TP:
+        return rank_option("tp", arg, &o->tp, err);
+    case O_PP:
+        return rank_option("pp", arg, &o->pp, err);
+    case O_DP:
+        return rank_option("dp", arg, &o->dp, err);
+    case O_CP:
+        return rank_option("cp", arg, &o->cp, err);
+    case O_EP:
+        return rank_option("ep", arg, &o->ep, err);
+    case O_MOE_TP:
+        return rank_option("moe-tp", arg, &o->moe_tp, err);
+    case O_PP_LAYERS:
+        o->pp_layers = arg;
+        return TR_OK;
+    case O_CP_MODE:
+        o->cp_mode = arg;
+        if (strcmp(arg, "round-robin-split") == 0 || strcmp(arg, "in-seq-split") == 0) return TR_OK;
+        return tr_fail(err, TR_E_USAGE, "--cp-mode %s: round-robin-split or in-seq-split is wanted",
+                       arg);
+    default:
+        return tr_fail(err, TR_E_USAGE, "bench: unknown option; see trireme bench --help");
+    }
+}
 
 static tr_status one_option(int c, const char *arg, tr_bench_options *o, const char **overrides,
                             tr_err *err)
@@ -157,12 +212,20 @@ static tr_status one_option(int c, const char *arg, tr_bench_options *o, const c
     case O_SYNC_CHECK:
         o->sync_check = true;
         return TR_OK;
+    case O_NO_OVERLAP:
+        o->no_overlap = true;
+        return TR_OK;
     case O_REGIONS:
         o->regions = true;
         return TR_OK;
     default:
-        return tr_fail(err, TR_E_USAGE, "bench: unknown option; see trireme bench --help");
+        return grid_option(c, arg, &o->open.ranks, err);
     }
+}
+
+static bool has_grid(const tr_rank_options *o)
+{
+    return o->tp || o->pp || o->dp || o->cp || o->ep || o->moe_tp || o->pp_layers || o->cp_mode;
 }
 
 /* overrides: room for argc strings. *help: --help was given. */
@@ -189,6 +252,15 @@ static tr_status parse(int argc, char **argv, tr_bench_options *o, const char **
         {"sync-check", no_argument, NULL, O_SYNC_CHECK},
         {"pairs", required_argument, NULL, O_PAIRS},
         {"profile", required_argument, NULL, O_PROFILE},
+        {"tp", required_argument, NULL, O_TP},
+        {"pp", required_argument, NULL, O_PP},
+        {"dp", required_argument, NULL, O_DP},
+        {"cp", required_argument, NULL, O_CP},
+        {"ep", required_argument, NULL, O_EP},
+        {"moe-tp", required_argument, NULL, O_MOE_TP},
+        {"pp-layers", required_argument, NULL, O_PP_LAYERS},
+        {"cp-mode", required_argument, NULL, O_CP_MODE},
+        {"no-overlap", no_argument, NULL, O_NO_OVERLAP},
         {"help", no_argument, NULL, 'h'},
         {NULL, 0, NULL, 0},
     };
@@ -231,6 +303,9 @@ static tr_status parse(int argc, char **argv, tr_bench_options *o, const char **
     if (o->profile && o->what != TR_BENCH_STEP && o->what != TR_BENCH_PROFILE)
         return tr_fail(err, TR_E_USAGE, "--profile: an option of bench step and bench profile");
     if (o->profile && !*o->profile) return tr_fail(err, TR_E_USAGE, "--profile: a file is wanted");
+    if ((has_grid(&o->open.ranks) || o->no_overlap) && o->what != TR_BENCH_STEP)
+        return tr_fail(err, TR_E_USAGE, "bench %s: --tp and the like are options of bench step",
+                       what);
     if (o->only && o->what != TR_BENCH_KERNELS)
         return tr_fail(err, TR_E_USAGE, "--only: an option of bench kernels");
     if (!o->open.model_dir && o->what != TR_BENCH_KERNELS)

@@ -1,5 +1,6 @@
 /* trireme bench step: whole steps of a model, decode and prefill. Times are of tr_model_forward alone (plan to tokens on the
- * host), by the monotonic clock; medians over the steps. */
+ * host), by the monotonic clock; medians over the steps. Ranks begin a step together, and it ends when the last one has: every
+ * rank makes the same plans by itself, a replica for its own sequences. Bytes, flops and regions are rank 0's. */
 #include <config.h>
 
 #include "command/bench.h"
@@ -14,6 +15,7 @@
 #include "command/bench_blas.h"
 #include "command/bench_steps.h"
 #include "kernels/work.h"
+#include "mpi/watchdog.h"
 
 enum {
     SLOT_SHIFT = 61, /* sequences differ, as in any real batch: they use different experts */
@@ -36,8 +38,20 @@ struct tr_bench_steps {
     int room;                 /* decode steps that have room behind the longest context */
     tr_bench_record *record;  /* of all steps; NULL: none */
     tr_papi *papi;
+    tr_watchdog *watchdog; /* NULL: one rank */
 };
 typedef struct tr_bench_steps bench;
+
+static bool leads(const bench *b)
+{
+    return !b->options->open.world || b->options->open.world->rank == 0;
+}
+
+/* Of n sequences of all replicas those of one. */
+static int own_sequences(const bench *b, int n)
+{
+    return n / b->opened.ranks.sizes.dp;
+}
 
 /* ---- how evenly experts are used ---------------------------------------------------------------------- */
 
@@ -107,21 +121,35 @@ static void make_tokens(int32_t *tokens, int n, int vocab, uint64_t seed)
     }
 }
 
+/* The longest of the ranks' times, which is also where they wait for each other. */
+static tr_status longest(bench *b, uint64_t *ns, tr_err *err)
+{
+    tr_ticket ticket = {0};
+    tr_status st = tr_comm_all_max_u64(b->opened.control, ns, 1, &ticket, err);
+    return st == TR_OK ? tr_comm_wait(b->opened.control, TR_LANE_MAIN, ticket, err) : st;
+}
+
 static tr_status run(bench *b, int max_context, double *seconds, tr_err *err)
 {
+    uint64_t ns = 0;
     const tr_plan_limits limits = tr_model_limits(b->opened.model);
     const tr_plan *plan = tr_plan_seal(b->builder, max_context);
     if (!plan) return tr_fail(err, TR_E_USAGE, "bench: a plan does not fit");
     tr_status st = tr_plan_check(plan, plan->bytes, &limits, err);
     if (st != TR_OK) return st;
     b->step.plan = plan;
-    uint64_t begun = tr_now_ns();
+    tr_watchdog_beat(b->watchdog, plan->step);
+    st = longest(b, &ns, err);
+    if (st != TR_OK) return st;
+    const uint64_t begun = tr_now_ns();
     st = tr_model_forward(b->opened.model, &b->step, err);
     while (st == TR_OK && !tr_step_done(b->opened.model, &b->step))
-        continue;
+        tr_model_progress(b->opened.model);
     if (st == TR_OK) st = tr_step_failure(b->opened.model, &b->step, err);
     if (st == TR_OK) tr_bench_record_step(b->record, plan, begun, tr_now_ns());
-    *seconds = (double)(tr_now_ns() - begun) * 1e-9;
+    ns = tr_now_ns() - begun;
+    if (st == TR_OK) st = longest(b, &ns, err);
+    *seconds = (double)ns * 1e-9;
     return st;
 }
 
@@ -131,7 +159,7 @@ static tr_status open_slots(bench *b, int n, int tokens, tr_err *err)
     const int pages = (int)tr_ceil_div((size_t)tokens, TR_PAGE_TOKENS);
     double unused;
     tr_plan_begin(b->builder, b->n_steps++, TR_PLAN_IDLE);
-    for (int slot = 0; slot < n; slot++) {
+    for (int slot = 0; slot < own_sequences(b, n); slot++) {
         const tr_slot_open open = {.key = (uint64_t)slot,
                                    .slot = slot,
                                    .n_logprobs = -1,
@@ -161,7 +189,7 @@ static tr_status prefill(bench *b, int slot, int from, int n, double *seconds, t
         const int32_t sample = -1;
         const int last = at + rows == from + n;
         double one = 0;
-        tr_plan_begin(b->builder, b->n_steps++, 0);
+        tr_plan_begin(b->builder, b->n_steps++, TR_PLAN_GREEDY);
         const tr_span span = {.slot = slot,
                               .n_rows = rows,
                               .position = at,
@@ -180,16 +208,19 @@ static tr_status prefill(bench *b, int slot, int from, int n, double *seconds, t
     return st;
 }
 
-/* One row of every slot, from the device's own length and last token. */
+/* One row of every slot, from the device's own length and last token; these are the last stage's, so that with more than one
+ * they are given, as the scheduler does. */
 static tr_status decode(bench *b, int n, int context, double *seconds, tr_err *err)
 {
     const int32_t sample = -1;
-    tr_plan_begin(b->builder, b->n_steps++, 0);
-    for (int slot = 0; slot < n; slot++) {
+    const bool given = b->opened.ranks.sizes.pp > 1;
+    tr_plan_begin(b->builder, b->n_steps++, TR_PLAN_GREEDY);
+    for (int slot = 0; slot < own_sequences(b, n); slot++) {
+        const int32_t *token = b->tokens + (size_t)slot * SLOT_SHIFT + context;
         const tr_span span = {.slot = slot,
                               .n_rows = 1,
-                              .position = -1,
-                              .i_token = -1,
+                              .position = given ? context : -1,
+                              .i_token = given ? tr_plan_add_tokens(b->builder, token, 1) : -1,
                               .kind = TR_SPAN_DECODE,
                               .owner = -1,
                               .n_logits = 1};
@@ -213,18 +244,19 @@ static double touched_bytes(const bench *b, bool decode)
     static const char *const op[] = {"linear",       "mla_query",  "mla_value", "kv_write",
                                      "index_logits", "sparse_mla", "dense_mha", "moe"};
     const tr_regions *r = &b->opened.regions;
-    const tr_config *c = &b->opened.config;
+    const tr_slice *slice = &b->opened.weights->slice;
     double bytes = 0;
     for (int i = 0; i < r->n; i++)
         for (size_t j = 0; j < sizeof op / sizeof *op; j++)
             if (strcmp(r->total[i].name, op[j]) == 0 && (!decode || strcmp(op[j], "moe") != 0))
                 bytes += r->total[i].bytes;
-    for (int i = 0; i < c->num_hidden_layers && decode; i++) {
+    for (int i = 0; i < slice->layers.n && decode; i++) {
         const tr_layer_weights *w = &b->opened.weights->layer[i];
+        const int *load = b->load + (slice->layers.begin + i) * b->opened.config.n_routed_experts;
         double hit = 0;
         if (!w->is_moe) continue;
-        for (int e = 0; e < c->n_routed_experts; e++)
-            hit += b->load[i * c->n_routed_experts + e] > 0;
+        for (int e = slice->experts.begin; e < slice->experts.begin + slice->experts.n; e++)
+            hit += load[e] > 0;
         bytes += tr_work_moe(0, hit, b->opened.ops, &w->moe.gate_up, &w->moe.down).bytes *
                  b->options->steps;
     }
@@ -237,8 +269,9 @@ static double useful_flops(const bench *b, const tr_row_sums *s)
 {
     const tr_regions *r = &b->opened.regions;
     const tr_config *c = &b->opened.config;
+    const tr_slice *slice = &b->opened.weights->slice;
     const double d_kv = (double)c->qk_nope_head_dim + c->v_head_dim;
-    double flops = 2.0 * c->num_attention_heads * c->num_hidden_layers *
+    double flops = 2.0 * slice->heads.n * slice->layers.n *
                    ((s->dense_pairs + s->selected) * (d_kv + c->qk_rope_head_dim) +
                     s->n_dense * d_kv * c->kv_lora_rank); /* absorbed rows: mla_query, mla_value */
     for (int i = 0; i < r->n; i++)
@@ -282,6 +315,7 @@ static void report(bench *b, const char *what, int sequences, int context, doubl
                  flops = useful_flops(b, sums) / o->steps;
     const double compute =
         b->sgemm_flops_per_s > 0 ? b->sgemm_flops_per_s : b->ceilings.fma_flops_per_s;
+    if (!leads(b)) return;
     balance(b, &hit, &uneven);
     const double roof = roofline(b);
     printf("  %-8s %9d %9d %12.3f %12.3f %12.3f %12.1f %7.0f%% %8.2f %8.2f %5.1f%% %9.2f %5.1f%% "
@@ -316,6 +350,7 @@ static tr_status copy_pages(bench *b, int sequences, int slot_pages, int n, int 
     tr_status st = TR_OK;
     double unused;
     int pending = 0;
+    sequences = own_sequences(b, sequences);
     for (int i = from; i < sequences * to && st == TR_OK; i++) {
         /* the first slot's pages, then the next one's */
         const int page = i / to * slot_pages + i % to;
@@ -344,8 +379,8 @@ static tr_status fill(bench *b, int sequences, int context, tr_err *err)
         st = copy_pages(b, sequences, (int)tr_ceil_div((size_t)tokens, TR_PAGE_TOKENS), n, context,
                         err);
     if (st != TR_OK) return st;
-    tr_plan_begin(b->builder, b->n_steps++, 0);
-    for (int slot = 0; slot < sequences; slot++) {
+    tr_plan_begin(b->builder, b->n_steps++, TR_PLAN_GREEDY);
+    for (int slot = 0; slot < own_sequences(b, sequences); slot++) {
         const tr_span span = {.slot = slot,
                               .n_rows = 1,
                               .position = at,
@@ -375,23 +410,25 @@ static tr_status bench_decode(bench *b, int sequences, int context, tr_err *err)
     tr_regions_reset(&b->opened.regions);
     for (int i = 0; i < b->options->steps && st == TR_OK; i++)
         st = decode(b, sequences, context + 3 + i, &b->seconds[i], err);
-    for (int i = 0; i < b->options->steps * sequences; i++)
-        tr_row_sums_add(&sums, context + 3 + i / sequences, 1, 0, b->opened.config.index_topk);
+    const int own = own_sequences(b, sequences);
+    for (int i = 0; i < b->options->steps * own; i++)
+        tr_row_sums_add(&sums, context + 3 + i / own, 1, 0, b->opened.config.index_topk);
     if (st == TR_OK) report(b, "decode", sequences, context, sequences, &sums);
     return st;
 }
 
-/* n rows behind `before` tokens, which are made as a decoded context is. */
+/* In every replica n rows behind `before` tokens, which are made as a decoded context is. */
 static tr_status bench_prefill(bench *b, int n, int before, tr_err *err)
 {
+    const tr_grid_sizes *sizes = &b->opened.ranks.sizes;
     const int computed = before < FILL_ROWS ? before : FILL_ROWS, k = b->opened.config.index_topk;
-    tr_status st = open_slots(b, 1, before + n, err);
+    tr_status st = open_slots(b, sizes->dp, before + n, err);
     tr_row_sums sums = {0};
     double unused;
     if (st == TR_OK) st = prefill(b, 0, 0, computed, &unused, err);
     if (st == TR_OK)
-        st = copy_pages(b, 1, (int)tr_ceil_div((size_t)(before + n), TR_PAGE_TOKENS), computed,
-                        before, err);
+        st = copy_pages(b, sizes->dp, (int)tr_ceil_div((size_t)(before + n), TR_PAGE_TOKENS),
+                        computed, before, err);
     for (int i = -1; i < b->options->steps && st == TR_OK; i++) {
         watch(b, i < 0);
         if (i == 0) tr_regions_reset(&b->opened.regions);
@@ -402,7 +439,10 @@ static tr_status bench_prefill(bench *b, int n, int before, tr_err *err)
         if (dense > 0) tr_row_sums_add(&sums, before, dense, 1, k);
         if (n > dense) tr_row_sums_add(&sums, before + dense, n - dense, 0, k);
     }
-    if (st == TR_OK) report(b, "prefill", 1, before + n, n, &sums);
+    sums.dense_pairs /= sizes->cp; /* rows are dealt out */
+    sums.selected /= sizes->cp;
+    sums.n_dense /= sizes->cp;
+    if (st == TR_OK) report(b, "prefill", sizes->dp, before + n, (double)n * sizes->dp, &sums);
     return st;
 }
 
@@ -414,32 +454,64 @@ static int largest(const int *values, int n)
     return best;
 }
 
+static tr_status check_sequences(const bench *b, tr_err *err)
+{
+    const tr_bench_options *o = b->options;
+    const int dp = b->opened.ranks.sizes.dp;
+    for (int i = 0; i < o->n_sequences; i++)
+        if (o->sequences[i] % dp)
+            return tr_fail(err, TR_E_USAGE, "--sequences %d: %d replicas want as many of them each",
+                           o->sequences[i], dp);
+    return TR_OK;
+}
+
+/* What is opened with the others of a job. After each phase all ranks know how it went. */
+static tr_status agreed(const bench *b, tr_status st, tr_err *err)
+{
+    return b->options->open.world ? tr_agree(b->options->open.world, st, err) : st;
+}
+
+static tr_status watch_steps(bench *b, tr_err *err)
+{
+    tr_world *world = b->options->open.world;
+    if (!world || world->size == 1) return TR_OK;
+    tr_status st = tr_watchdog_start(&b->watchdog, world, 0, NULL, err);
+    if (st == TR_OK) tr_model_set_watch(b->opened.model, b->watchdog);
+    if (st == TR_OK) tr_model_advance(b->opened.model, b->opened.control);
+    return st;
+}
+
 static tr_status prepare(bench *b, tr_err *err)
 {
     const tr_bench_options *o = b->options;
-    const int sequences = largest(o->sequences, o->n_sequences),
+    const int all = largest(o->sequences, o->n_sequences),
               prompt = largest(o->prefill, o->n_prefill) + largest(o->before, o->n_before);
     int length = largest(o->context, o->n_contexts) + b->room;
     if (length < prompt) length = prompt;
 
     tr_status st = tr_open_checkpoint(&b->opened, &o->open, err);
+    if (st == TR_OK) st = check_sequences(b, err);
+    if (st == TR_OK && length > b->opened.config.max_position_embeddings)
+        st =
+            tr_fail(err, TR_E_USAGE, "bench: %d tokens of one sequence, the model has %d positions",
+                    length, b->opened.config.max_position_embeddings);
+    st = agreed(b, st, err);
+    if (st == TR_OK) st = agreed(b, tr_open_weights(&b->opened, &o->open, NULL, err), err);
     if (st != TR_OK) return st;
-    if (length > b->opened.config.max_position_embeddings)
-        return tr_fail(err, TR_E_USAGE,
-                       "bench: %d tokens of one sequence, the model has %d positions", length,
-                       b->opened.config.max_position_embeddings);
-    st = tr_open_weights(&b->opened, &o->open, NULL, err);
-    if (st != TR_OK) return st;
+    const int sequences = own_sequences(b, all);
     const int rows = sequences > o->chunk ? sequences : o->chunk;
     const tr_model_options model = {.kv_dtype = o->kv_dtype,
                                     .max_rows = rows,
                                     .n_slots = sequences,
                                     .max_model_len = length,
                                     .sync_check = o->sync_check,
+                                    .no_overlap = o->no_overlap,
+                                    .cp_mode = b->opened.ranks.cp_mode,
                                     .n_pages = sequences *
                                                (int)tr_ceil_div((size_t)length, TR_PAGE_TOKENS)};
     st = tr_open_model(&b->opened, &model, NULL, err);
     if (st == TR_OK) st = tr_step_create(&b->step, b->opened.model, err);
+    if (st == TR_OK) st = watch_steps(b, err);
     if (st != TR_OK) return st;
     const tr_plan_limits limits = tr_model_limits(b->opened.model);
     b->builder = tr_plan_builder_create(&limits);
@@ -453,7 +525,8 @@ static tr_status prepare(bench *b, tr_err *err)
         tr_calloc((size_t)rows * (size_t)b->opened.config.num_experts_per_tok, sizeof *b->routes);
     if (!b->builder || !b->seconds || !b->tokens || !b->load || !b->routes)
         return tr_fail(err, TR_E_MEMORY, "out of memory");
-    make_tokens(b->tokens, n_tokens, b->opened.config.vocab_size, o->open.seed);
+    make_tokens(b->tokens, n_tokens, b->opened.config.vocab_size,
+                o->open.seed + (uint64_t)b->opened.grid.at.dp);
     return TR_OK;
 }
 
@@ -463,12 +536,16 @@ static tr_status print_ceilings(bench *b, tr_err *err)
     tr_status st = b->opened.ops->ceilings(b->opened.device, &b->ceilings);
     if (st != TR_OK)
         return tr_fail(err, st, "ceilings: %s", b->opened.ops->error(b->opened.device));
-    const char *why = NULL;
-    tr_blas *blas = tr_blas_open(
-        b->options->open.n_threads > 0 ? b->options->open.n_threads : tr_device_threads(), &why);
+    const char *why = "not with several ranks";
+    tr_blas *blas = NULL;
+    if (b->opened.grid.world == 1)
+        blas = tr_blas_open(b->options->open.n_threads > 0 ? b->options->open.n_threads
+                                                           : tr_device_threads(),
+                            &why);
     if (blas) b->sgemm_flops_per_s = tr_blas_flops_per_s(blas);
-    tr_bench_print_ceilings(&b->ceilings, b->sgemm_flops_per_s,
-                            blas ? tr_blas_describe(blas) : why);
+    if (leads(b))
+        tr_bench_print_ceilings(&b->ceilings, b->sgemm_flops_per_s,
+                                blas ? tr_blas_describe(blas) : why);
     tr_blas_close(blas);
     return TR_OK;
 }
@@ -482,6 +559,7 @@ const char *tr_bench_kv_name(const tr_bench_options *o)
 
 static void close_bench(bench *b)
 {
+    tr_watchdog_stop(b->watchdog);
     tr_plan_builder_free(b->builder);
     if (b->opened.model) tr_step_free(&b->step, b->opened.model);
     tr_opened_close(&b->opened);
@@ -537,10 +615,15 @@ void tr_bench_steps_record(tr_bench_steps *b, tr_bench_record *record)
 
 static void print_head(const bench *b)
 {
+    char grid[96];
+    if (!leads(b)) return;
     printf("# trireme %s, %s, %s, weights %.1f MB, cache %.1f MB\n", PACKAGE_VERSION,
            b->options->open.model_dir, tr_device_describe(b->opened.device),
            (double)b->opened.weights->bytes * 1e-6,
            (double)tr_model_cache_bytes(b->opened.model) * 1e-6);
+    if (b->opened.grid.world > 1)
+        printf("# %d ranks: %s; weights, cache, bytes and flops are those of rank 0\n",
+               b->opened.grid.world, tr_grid_text(grid, sizeof grid, &b->opened.ranks.sizes));
     printf("# %-8s %9s %9s %12s %12s %12s %12s %8s %8s %8s %6s %9s %6s %9s %6s\n", "step",
            "sequences", "context", "median ms", "min ms", "max ms", "tokens/s", "experts",
            "max/mean", "GB/s", "read", "Gflop/s", b->sgemm_flops_per_s > 0 ? "sgemm" : "FMA",
@@ -559,24 +642,58 @@ static tr_status begin_record(bench *b, tr_err *err)
     return o->profile ? tr_bench_record_begin(&b->record, &record, &b->opened, err) : TR_OK;
 }
 
-tr_status tr_bench_step(const tr_bench_options *o, tr_err *err)
+static tr_status all_lines(bench *b, tr_err *err)
+{
+    const tr_bench_options *o = b->options;
+    tr_status st = TR_OK;
+    for (int i = 0; i < o->n_contexts && st == TR_OK; i++)
+        for (int j = 0; j < o->n_sequences && st == TR_OK; j++)
+            st = bench_decode(b, o->sequences[j], o->context[i], err);
+    for (int i = 0; i < o->n_prefill && st == TR_OK; i++)
+        for (int j = 0; j < o->n_before && o->prefill[i] > 0 && st == TR_OK; j++)
+            st = bench_prefill(b, o->prefill[i], o->before[j], err);
+    return st;
+}
+
+/* A rank that fails in a step leaves the others waiting for it: the job ends here. */
+static void give_up_alone(const tr_world *world, tr_status st, const tr_err *err)
+{
+    if (st == TR_OK || world->size == 1) return;
+    fprintf(stderr, "trireme: rank %d on %s: %s\n", world->rank, world->host, err->text);
+    tr_world_give_up(world, st);
+}
+
+static tr_status with_ranks(const tr_bench_options *o, const tr_world *world, tr_err *err)
 {
     bench b = {.options = o, .room = o->steps + 4};
     tr_err later;
+    if (o->profile && world->size > 1)
+        return tr_fail(err, TR_E_USAGE, "--profile: a bench step of one rank, not of %d",
+                       world->size);
     if (o->profile) b.papi = tr_papi_open(NULL);
     tr_status st = prepare(&b, err);
+    st = agreed(&b, st, err);
+    const bool ready = st == TR_OK;
     if (st == TR_OK) st = print_ceilings(&b, err);
     if (st == TR_OK) print_head(&b);
     if (st == TR_OK) st = begin_record(&b, err);
-    for (int i = 0; i < o->n_contexts && st == TR_OK; i++)
-        for (int j = 0; j < o->n_sequences && st == TR_OK; j++)
-            st = bench_decode(&b, o->sequences[j], o->context[i], err);
-    for (int i = 0; i < o->n_prefill && st == TR_OK; i++)
-        for (int j = 0; j < o->n_before && o->prefill[i] > 0 && st == TR_OK; j++)
-            st = bench_prefill(&b, o->prefill[i], o->before[j], err);
+    if (st == TR_OK) st = all_lines(&b, err);
+    if (ready) give_up_alone(world, st, err);
     const tr_status recorded = tr_bench_record_end(b.record, NULL, st == TR_OK ? err : &later);
     if (st == TR_OK) st = recorded;
     close_bench(&b);
     tr_papi_close(b.papi);
+    return st;
+}
+
+tr_status tr_bench_step(const tr_bench_options *o, tr_err *err)
+{
+    tr_bench_options own = *o;
+    tr_world world;
+    tr_status st = tr_world_start(&world, err);
+    own.open.world = &world;
+    if (st == TR_OK) st = with_ranks(&own, &world, err);
+    if (st != TR_OK && world.size > 1 && world.rank > 0) err->text[0] = 0; /* rank 0 says it */
+    tr_world_finish(st);
     return st;
 }

@@ -1,0 +1,63 @@
+#!/bin/sh
+# trireme bench step on several ranks: one table whatever the grid, a time for each line, and the work of rank 0 what its slice of
+# the model makes it. What does not fit the replicas is refused by one line. No speed is demanded here.
+set -u
+: "${TRIREME:?}" "${TR_SRCDIR:?}"
+python=${PYTHON:-python3}
+command -v "$python" >/dev/null || { echo "skipped: no $python to read JSON with"; exit 77; }
+# shellcheck source=tests/lib.sh
+. "$(dirname "$0")/lib.sh"
+need_mpi
+scratch bench-ranks
+model=$TR_SRCDIR/models/tiny
+
+step() { # NAME RANKS OPTION...
+    name=$1 n=$2
+    shift 2
+    timeout "$patience_s" "$mpiexec" -n "$n" "$TRIREME" bench step -m "$model" --device cpu --isa plain --context 140 \
+        --sequences 2,4 --prefill 130 --chunk 200 --steps 3 "$@" >"$dir/$name" 2>"$dir/log" || { cat "$dir/log"; exit 1; }
+}
+step one 1
+step tp2 2 --tp 2
+step dp2 2 --dp 2 --ep 2
+step cp2 2 --cp 2 --no-overlap
+step pp2 4 --pp 2 --tp 2 --regions
+
+refused() { # TEXT RANKS ARGUMENT...
+    text=$1 n=$2
+    shift 2
+    timeout "$patience_s" "$mpiexec" -n "$n" "$TRIREME" bench "$@" -m "$model" >"$dir/stdout" 2>"$dir/stderr" &&
+        { echo "accepted: $*"; exit 1; }
+    [ "$(grep -c -- "$text" "$dir/stderr")" -eq 1 ] || { echo "not once '$text': $*"; cat "$dir/stderr"; exit 1; }
+}
+refused 'sequences 3: 2 replicas' 2 step --dp 2 --sequences 3
+refused 'tp 3' 2 step --tp 3
+refused 'a bench step of one rank' 2 step --tp 2 --profile "$dir/x.h5"
+refused 'options of bench step' 1 load --tp 1
+refused 'cp-mode odd' 1 step --cp-mode odd
+
+"$python" - "$dir" <<'PY'
+import json, sys
+
+def lines(name):
+    all = [json.loads(l) for l in open(sys.argv[1] + "/" + name) if l.startswith("{")]
+    timed = [l for l in all if l["bench"] == "step"]
+    assert len(all) == 4 and len(timed) == 3, (name, all)  # rank 0 alone speaks
+    for l in timed:
+        assert 0 < l["min_s"] <= l["median_s"] <= l["max_s"] and l["bytes"] > 0 and l["flops"] > 0, (name, l)
+    return {(l["kind"], l["sequences"]): l for l in timed}
+
+one = lines("one")
+for name, prompts in (("tp2", 1), ("dp2", 2), ("cp2", 1), ("pp2", 1)):
+    other = lines(name)
+    assert set(other) == {("decode", 2), ("decode", 4), ("prefill", prompts)}, (name, set(other))
+    prefill = other["prefill", prompts]
+    assert abs(prefill["tokens_per_s"] * prefill["median_s"] / (130 * prompts) - 1) < 1e-3, (name, prefill)
+    # What rank 0 reads and computes is less than what one rank alone does, and not nothing. With cp every rank decodes.
+    for kind in (("decode", 4), ("prefill", prompts)):
+        if name == "cp2" and kind[0] == "decode": continue
+        if name == "dp2" and kind[0] == "prefill": continue
+        whole = one[kind[0], kind[1] if kind[0] == "decode" else 1]
+        assert 0.1 * whole["flops"] < other[kind]["flops"] < 0.85 * whole["flops"], (name, kind, other[kind], whole)
+    assert "4 ranks: " in open(sys.argv[1] + "/pp2").read()
+PY
