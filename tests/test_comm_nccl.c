@@ -1,5 +1,5 @@
 /* Communicators over NCCL, against those over MPI: the same calls with the same data give the same bytes. Runs on 2 or more
- * ranks with a GPU each (tests/run_two_gpus.sh starts it), and linked with a fake device as tests/test_comm_on_fake
+ * ranks with a GPU each (tests/run_gpus.sh starts it), and linked with a fake device as tests/test_comm_on_fake
  * (tests/test_fake_nccl.sh). Alone, or where a rank finds no GPU, there is nothing to test (77). */
 #include <config.h>
 
