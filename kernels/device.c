@@ -31,6 +31,18 @@ const char *tr_device_uuid(const tr_device *d)
     return ((const tr_device_head *)(const void *)d)->uuid;
 }
 
+const char *tr_device_pci(const tr_device *d)
+{
+    return ((const tr_device_head *)(const void *)d)->pci;
+}
+
+int tr_device_numa(const tr_device *d, const char **cpus)
+{
+    const tr_device_head *head = (const tr_device_head *)(const void *)d;
+    *cpus = head->near.bound ? head->near.cpus : "";
+    return head->pci[0] ? head->near.numa_node : -1;
+}
+
 int tr_device_choose(int n_devices, int i, int n_ranks)
 {
     if (n_devices < 1 || i < 0 || i >= n_ranks) return -1;

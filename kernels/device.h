@@ -4,10 +4,13 @@
 #define TR_KERNELS_DEVICE_H
 
 #include "kernels/kernels.h"
+#include "kernels/near.h"
 
 typedef struct tr_device_head { /* the first member of a struct tr_device */
     char describe[128];
     char uuid[48];   /* of a GPU: "GPU-0123abcd-..." */
+    char pci[16];    /* of a GPU: "0000:1b:00.0" */
+    tr_near near;    /* of a GPU */
     char error[512]; /* of the last failure, one line */
 } tr_device_head;
 

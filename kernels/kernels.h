@@ -629,6 +629,7 @@ typedef struct tr_device_options {
     int n_threads;
     const char *isa;
     int i_device, n_device_ranks;
+    int bind; /* a GPU's: this thread, and those it starts later, go to the CPUs next to it */
 } tr_device_options;
 tr_status tr_device_open(tr_device **out, const tr_ops **ops, const tr_device_options *options,
                          tr_err *err);
@@ -639,6 +640,11 @@ int tr_device_choose(int n_devices, int i, int n_ranks);
 
 /* "GPU-0123abcd-...": the same on every rank that opens the same GPU; "" of a CPU. */
 const char *tr_device_uuid(const tr_device *device);
+
+/* Where a GPU is: "0000:1b:00.0", "" of a CPU; and the NUMA node next to it, -1 where that is not known. *cpus: what this thread
+ * was bound to when it was opened, "0-15,32"; "": nothing. */
+const char *tr_device_pci(const tr_device *device);
+int tr_device_numa(const tr_device *device, const char **cpus);
 
 /* Threads of a CPU device that is not told how many: OMP_NUM_THREADS, else as many as this process has CPUs in its mask. */
 int tr_device_threads(void);

@@ -11,10 +11,14 @@
 tr_bound tr_binding_of(const tr_world *world, const tr_device *device)
 {
     tr_bound b = {.host = ""};
+    const char *cpus = "";
 
     snprintf(b.host, sizeof b.host, "%s", world->host);
     snprintf(b.uuid, sizeof b.uuid, "%s", tr_device_uuid(device));
     snprintf(b.device, sizeof b.device, "%.95s", tr_device_describe(device));
+    snprintf(b.pci, sizeof b.pci, "%.15s", tr_device_pci(device));
+    b.numa = tr_device_numa(device, &cpus);
+    snprintf(b.cpus, sizeof b.cpus, "%.47s", cpus);
     return b;
 }
 
@@ -63,4 +67,39 @@ tr_status tr_binding_check(const tr_bound *all, int n, tr_err *err)
                     j, i, (int)sizeof all[i].host, all[i].host, (int)sizeof all[i].uuid,
                     all[i].uuid);
     return TR_OK;
+}
+
+/* "P2P 3, NET 4". */
+static void write_ways(char *out, size_t room, const int32_t *peers)
+{
+    static const char *const name[TR_N_WAYS] = {[TR_WAY_P2P] = "P2P",
+                                                [TR_WAY_SHM] = "SHM",
+                                                [TR_WAY_SAME_HOST] = "local",
+                                                [TR_WAY_NET] = "NET"};
+    size_t at = 0;
+
+    snprintf(out, room, "-");
+    for (int i = 0; i < TR_N_WAYS; i++) {
+        if (peers[i] <= 0 || at >= room) continue;
+        const int n = snprintf(out + at, room - at, "%s%s %d", at ? ", " : "", name[i], peers[i]);
+        at += n > 0 ? (size_t)n : 0;
+    }
+}
+
+const char *tr_binding_line(char *line, size_t room, const tr_bound *all, int i)
+{
+    char ways[64], node[16] = "-";
+
+    if (i < 0) {
+        snprintf(line, room, "%5s  %-20s %-12s %4s  %-20s %s", "rank", "host", "GPU", "NUMA",
+                 "CPUs", "to others");
+        return line;
+    }
+    const tr_bound *b = &all[i];
+    if (b->numa >= 0) snprintf(node, sizeof node, "%d", b->numa);
+    write_ways(ways, sizeof ways, b->peers);
+    snprintf(line, room, "%5d  %-20.*s %-12.*s %4s  %-20.*s %s", i, (int)sizeof b->host, b->host,
+             (int)sizeof b->pci, b->pci[0] ? b->pci : "-", node, (int)sizeof b->cpus,
+             b->cpus[0] ? b->cpus : "not bound", ways);
+    return line;
 }

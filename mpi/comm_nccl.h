@@ -14,6 +14,7 @@
 #ifndef TR_MPI_COMM_NCCL_H
 #define TR_MPI_COMM_NCCL_H
 
+#include "mpi/binding.h"
 #include "mpi/comm.h"
 #include "mpi/start.h"
 
@@ -33,6 +34,14 @@ enum { TR_NCCL_TERMS = 1 };
  * memory of the device. Collective over them: all succeed or none does. Operations that may be in flight together with those of another lane
  * want a communicator of their own. tr_comm_free is not collective; what is in flight is given up. */
 tr_status tr_nccl_comm(tr_comm **out, tr_nccl *nccl, tr_comm *host, unsigned flags, tr_err *err);
+
+/* How rows will go from rank `me` to each of the n others, as far as can be told without asking NCCL: counts into all[me].peers.
+ * NCCL_P2P_DISABLE and NCCL_SHM_DISABLE are looked at; what NCCL itself chose stands in its log (NCCL_DEBUG=INFO). */
+void tr_nccl_ways(const tr_nccl *nccl, tr_bound *all, int n, int me);
+
+/* Where the environment has NCCL_DEBUG and no NCCL_DEBUG_FILE: NCCL's log goes to OUT.nccl.HOST.PID, not between this program's
+ * lines. Before the first communicator. out NULL: left as it is. */
+tr_status tr_nccl_log_beside(const char *out, tr_err *err);
 
 /* "2.28.9" of the library that is loaded. */
 void tr_nccl_version(char *text, size_t n);

@@ -253,3 +253,63 @@ void tr_nccl_version(char *text, size_t n)
     if (ncclGetVersion(&v) != ncclSuccess) v = NCCL_VERSION_CODE;
     snprintf(text, n, "%d.%d.%d", v / 10000, v / 100 % 100, v % 100);
 }
+
+/* ---- what is told at start ---------------------------------------------------------------------------------------- */
+
+static bool is_set(const char *name)
+{
+    const char *value = getenv(name);
+    return value && *value && strcmp(value, "0") != 0;
+}
+
+/* Of a host's GPUs those that this process does not see may be reached all the same: by their addresses NCCL finds them. */
+static tr_way local_way(const tr_nccl *nccl, const char *pci)
+{
+    int other = -1, can = 0;
+
+    if (!is_set("NCCL_P2P_DISABLE")) {
+        if (cudaDeviceGetByPCIBusId(&other, pci) != cudaSuccess) {
+            (void)cudaGetLastError();
+            return TR_WAY_SAME_HOST;
+        }
+        if (cudaDeviceCanAccessPeer(&can, nccl->ordinal, other) != cudaSuccess)
+            (void)cudaGetLastError();
+    }
+    if (can) return TR_WAY_P2P;
+    return is_set("NCCL_SHM_DISABLE") ? TR_WAY_NET : TR_WAY_SHM;
+}
+
+void tr_nccl_ways(const tr_nccl *nccl, tr_bound *all, int n, int me)
+{
+    tr_bound *mine = &all[me];
+
+    memset(mine->peers, 0, sizeof mine->peers);
+    for (int i = 0; i < n; i++) {
+        char pci[sizeof all[i].pci + 1];
+        if (i == me) continue;
+        snprintf(pci, sizeof pci, "%.*s", (int)sizeof all[i].pci, all[i].pci);
+        if (strncmp(all[i].host, mine->host, sizeof mine->host) != 0)
+            mine->peers[TR_WAY_NET]++;
+        else
+            mine->peers[local_way(nccl, pci)]++;
+    }
+}
+
+tr_status tr_nccl_log_beside(const char *out, tr_err *err)
+{
+    char *name = NULL;
+    size_t n = 0;
+
+    if (!out || !getenv("NCCL_DEBUG") || getenv("NCCL_DEBUG_FILE")) return TR_OK;
+    const size_t room = 2 * strlen(out) + sizeof ".nccl.%h.%p";
+    name = malloc(room);
+    if (!name) return tr_fail(err, TR_E_MEMORY, "out of memory");
+    for (const char *p = out; *p; p++) { /* a % of a name is none of NCCL's */
+        name[n++] = *p;
+        if (*p == '%') name[n++] = '%';
+    }
+    snprintf(name + n, room - n, ".nccl.%%h.%%p");
+    setenv("NCCL_DEBUG_FILE", name, 1);
+    free(name);
+    return TR_OK;
+}

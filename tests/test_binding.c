@@ -98,13 +98,44 @@ static void test_gather(void **state)
     tr_comm_free(self);
 }
 
+static void test_lines(void **state)
+{
+    tr_bound b[2] = {bound("node07", "GPU-1"), bound("", "")};
+    char line[256], head[256];
+
+    (void)state;
+    snprintf(b[0].pci, sizeof b[0].pci, "0000:1b:00.0");
+    snprintf(b[0].cpus, sizeof b[0].cpus, "32-63");
+    b[0].numa = 1;
+    b[0].peers[TR_WAY_P2P] = 3;
+    b[0].peers[TR_WAY_NET] = 4;
+    tr_binding_line(line, sizeof line, b, 0);
+    assert_non_null(strstr(line, "    0  node07 "));
+    assert_non_null(strstr(line, "0000:1b:00.0    1  32-63 "));
+    assert_non_null(strstr(line, " P2P 3, NET 4"));
+    tr_binding_line(head, sizeof head, b, -1);
+    assert_int_equal(strstr(head, "host") - head, strstr(line, "node07") - line);
+    assert_int_equal(strstr(head, "to others") - head, strstr(line, "P2P") - line);
+    /* Nothing known; and fields without an end, from another process. */
+    b[1].numa = -1;
+    tr_binding_line(line, sizeof line, b, 1);
+    assert_non_null(strstr(line, "not bound"));
+    assert_null(strstr(line, "-1"));
+    memset(&b[1], 'x', sizeof b[1]);
+    for (int i = 0; i < TR_N_WAYS; i++)
+        b[1].peers[i] = i % 2 ? INT32_MIN : INT32_MAX;
+    for (size_t room = 1; room <= sizeof line; room++) {
+        tr_binding_line(line, room, b, 1);
+        assert_true(strlen(line) < room);
+    }
+    assert_null(strstr(line, "local -"));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_choose),
-        cmocka_unit_test(test_check),
-        cmocka_unit_test(test_cpu),
-        cmocka_unit_test(test_gather),
+        cmocka_unit_test(test_choose), cmocka_unit_test(test_check), cmocka_unit_test(test_cpu),
+        cmocka_unit_test(test_gather), cmocka_unit_test(test_lines),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

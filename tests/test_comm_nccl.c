@@ -571,6 +571,55 @@ static void close_place(place *p)
     free(p->c);
 }
 
+/* Of the others every one is counted once, those of other hosts as such. */
+static void test_ways(void **state)
+{
+    place *p = *state;
+    tr_bound all[RANKS_MAX] = {{.host = ""}};
+    const int n = p->world.size, me = p->world.rank;
+    int others = 0;
+
+    for (int i = 0; i < n; i++) {
+        snprintf(all[i].host, sizeof all[i].host, "%s",
+                 i == n - 1 && me != i ? "elsewhere" : "here");
+        snprintf(all[i].pci, sizeof all[i].pci, "%s", tr_device_pci(p->device));
+    }
+    tr_nccl_ways(p->nccl, all, n, me);
+    for (int i = 0; i < TR_N_WAYS; i++)
+        others += all[me].peers[i];
+    assert_int_equal(others, n - 1);
+    assert_int_equal(all[me].peers[TR_WAY_NET], me != n - 1);
+    setenv("NCCL_P2P_DISABLE", "1", 1);
+    tr_nccl_ways(p->nccl, all, n, me);
+    assert_int_equal(all[me].peers[TR_WAY_SHM], n - 1 - (me != n - 1));
+    setenv("NCCL_SHM_DISABLE", "1", 1);
+    tr_nccl_ways(p->nccl, all, n, me);
+    assert_int_equal(all[me].peers[TR_WAY_NET], n - 1);
+    unsetenv("NCCL_P2P_DISABLE");
+    unsetenv("NCCL_SHM_DISABLE");
+}
+
+/* NCCL's own log: beside OUT where nobody said otherwise. */
+static void test_log(void **state)
+{
+    tr_err err;
+
+    (void)state;
+    unsetenv("NCCL_DEBUG_FILE");
+    unsetenv("NCCL_DEBUG");
+    assert_int_equal(tr_nccl_log_beside("out.jsonl", &err), TR_OK);
+    assert_null(getenv("NCCL_DEBUG_FILE"));
+    setenv("NCCL_DEBUG", "WARN", 1);
+    assert_int_equal(tr_nccl_log_beside(NULL, &err), TR_OK);
+    assert_null(getenv("NCCL_DEBUG_FILE"));
+    assert_int_equal(tr_nccl_log_beside("a/100%/out.jsonl", &err), TR_OK);
+    assert_string_equal(getenv("NCCL_DEBUG_FILE"), "a/100%%/out.jsonl.nccl.%h.%p");
+    assert_int_equal(tr_nccl_log_beside("other", &err), TR_OK); /* it is said already */
+    assert_string_equal(getenv("NCCL_DEBUG_FILE"), "a/100%%/out.jsonl.nccl.%h.%p");
+    unsetenv("NCCL_DEBUG_FILE");
+    unsetenv("NCCL_DEBUG");
+}
+
 int main(void)
 {
     place p = {.device = NULL};
@@ -588,6 +637,8 @@ int main(void)
         cmocka_unit_test_prestate(test_modes, &p),
         cmocka_unit_test_prestate(test_shares, &p),
         cmocka_unit_test_prestate(test_accounts, &p),
+        cmocka_unit_test_prestate(test_ways, &p),
+        cmocka_unit_test_prestate(test_log, &p),
     };
 
     if (tr_world_start(&p.world, &err) != TR_OK) {

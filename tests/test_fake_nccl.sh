@@ -42,6 +42,9 @@ ends()
     status=1
 }
 ends 0 '' FAKE_GPU=
+# the table at start: a line for each rank
+ends 0 ' rank  host .* NUMA .* to others' FAKE_PEERS=2
+[ "$(grep -cE 'trireme: +[01]  .* fa4e:0[01]:00.0 +0  not bound .* (P2P|SHM) 1$' "$dir/log")" -eq 2 ] || { cat "$dir/log"; status=1; }
 ends 2 'ranks 0 and 1 on .* have the same GPU, GPU-7' FAKE_GPU=GPU-7
 ends 86 'attn_tp.*an error of the fake NCCL' FAKE_GPU= FAKE_NCCL_CALLS=40
 exit "$status"

@@ -444,9 +444,12 @@ tr_status tr_cuda_open(tr_device **out, const tr_ops **ops, const tr_device_opti
     if (!d) return tr_fail(err, TR_E_MEMORY, "out of memory");
     d->ordinal = ordinal;
     snprintf(d->where, sizeof d->where, "GPU %d of %d", d->ordinal, n);
-    e = cudaSetDevice(d->ordinal);
+    /* The driver starts threads with the context: bound before. */
+    e = cudaDeviceGetPCIBusId(pci, sizeof pci, d->ordinal);
+    snprintf(d->head.pci, sizeof d->head.pci, "%.15s", pci);
+    if (e == cudaSuccess) d->head.near = tr_near_find(pci, options->bind);
+    if (e == cudaSuccess) e = cudaSetDevice(d->ordinal);
     if (e == cudaSuccess) e = cudaGetDeviceProperties(&prop, d->ordinal);
-    if (e == cudaSuccess) e = cudaDeviceGetPCIBusId(pci, sizeof pci, d->ordinal);
     st = tr_cuda_status(d, "opening", e);
     if (st != TR_OK) goto done;
     snprintf(d->where, sizeof d->where, "%.64s, PCI %s", prop.name, pci);

@@ -200,6 +200,7 @@ tr_status tr_run_files(tr_run *run, tr_err *err)
         .seed = (uint64_t)run->o->seed,
         .device = run->o->device,
         .no_bind = run->o->no_bind,
+        .beside = run->o->input && strcmp(run->o->output, "-") ? run->o->output : NULL,
         .world = run->world,
         .ranks = run->o->ranks,
     };

@@ -130,33 +130,57 @@ static tr_status choose_device(const char **name, const tr_open_options *options
 }
 
 #ifdef HAVE_NCCL
+/* Who is where, on rank 0; of a large job the first ranks, unless all are asked for. */
+static void tell_binding(const tr_bound *all, int n, tr_log *log)
+{
+    enum { ROWS = 64 };
+    char line[256];
+
+    for (int i = -1; i < n && i < ROWS; i++)
+        tr_log_info(log, "%s", tr_binding_line(line, sizeof line, all, i));
+    for (int i = ROWS; i < n; i++)
+        tr_log_debug(log, "%s", tr_binding_line(line, sizeof line, all, i));
+    if (n > ROWS) tr_log_info(log, "... %d ranks (all of them with --verbose)", n);
+    for (int i = 0; i < n; i++)
+        tr_log_debug(log, "rank %d on %s: %s, %s", i, all[i].host, all[i].device, all[i].uuid);
+}
+
 /* Every rank with a GPU of its own. Collective over the world. */
 static tr_status check_binding(const tr_opened *o, const tr_world *world, tr_log *log, tr_err *err)
 {
-    const tr_bound mine = tr_binding_of(world, o->device);
-    tr_bound *all = NULL;
+    tr_bound mine = tr_binding_of(world, o->device), *all = NULL;
     tr_status st = tr_binding_gather(&all, o->control, &mine, err);
 
     if (st == TR_OK) st = tr_binding_check(all, world->size, err);
-    for (int i = 0; log && world->rank == 0 && i < world->size && st == TR_OK; i++)
-        tr_log_debug(log, "rank %d on %s: %s, %s", i, all[i].host, all[i].device, all[i].uuid);
+    if (st != TR_OK) goto done; /* all ranks alike: the check is of what all have */
+    tr_nccl_ways(o->nccl, all, world->size, world->rank);
+    mine = all[world->rank];
+    free(all);
+    all = NULL;
+    st = tr_binding_gather(&all, o->control, &mine, err);
+    if (st == TR_OK && log && world->rank == 0) tell_binding(all, world->size, log);
+
+done:
     free(all);
     return st;
 }
 
 /* For a GPU's memory every group gets a communicator beside the host's. Collective over the world, in one order on every rank;
  * after each step all ranks agree, as one that is missing would be waited for. */
-static tr_status open_device_groups(tr_opened *o, tr_world *world, tr_log *log, tr_err *err)
+static tr_status open_device_groups(tr_opened *o, const tr_open_options *options, tr_log *log,
+                                    tr_err *err)
 {
+    tr_world *world = options->world;
     tr_comm **to[] = {&o->groups.attn_tp, &o->groups.attn_cp, &o->groups.moe, &o->groups.pp};
     static const tr_grid_group group[] = {TR_GROUP_ATTN_TP, TR_GROUP_ATTN_CP, TR_GROUP_MOE,
                                           TR_GROUP_PP};
     const char *queues = getenv("CUDA_DEVICE_MAX_CONNECTIONS");
     char version[32];
 
-    tr_status st = check_binding(o, world, log, err);
+    tr_status st = tr_nccl_log_beside(options->beside, err);
     if (st == TR_OK) st = tr_nccl_open(&o->nccl, world, o->device, o->ops, err);
     st = tr_agree(world, st, err);
+    if (st == TR_OK) st = tr_agree(world, check_binding(o, world, log, err), err);
     for (int i = 0; i < 4 && st == TR_OK; i++) {
         if (o->group[i]) st = tr_nccl_comm(&o->device_group[i], o->nccl, o->group[i], 0, err);
         if (st == TR_OK && o->group[i]) {
@@ -167,7 +191,7 @@ static tr_status open_device_groups(tr_opened *o, tr_world *world, tr_log *log, 
     }
     if (st != TR_OK || !log) return st;
     tr_nccl_version(version, sizeof version);
-    tr_log_info(log, "NCCL %s; these communicators have not been run on GPUs yet", version);
+    tr_log_info(log, "NCCL %s", version);
     if (queues && strcmp(queues, "1") == 0)
         tr_log_warn(log, "CUDA_DEVICE_MAX_CONNECTIONS=1: communication will wait for computation");
     return TR_OK;
@@ -179,7 +203,8 @@ tr_status tr_open_weights(tr_opened *o, const tr_open_options *options, tr_log *
     tr_device_options device = {.n_threads = options->n_threads,
                                 .isa = options->isa,
                                 .i_device = options->world ? options->world->local_rank : 0,
-                                .n_device_ranks = options->world ? options->world->local_size : 1};
+                                .n_device_ranks = options->world ? options->world->local_size : 1,
+                                .bind = !options->no_bind};
     int i_share = 0, n_share = 1;
     tr_status st = choose_device(&device.name, options, err);
     if (st == TR_OK) st = open_groups(o, options->world, err);
@@ -190,7 +215,7 @@ tr_status tr_open_weights(tr_opened *o, const tr_open_options *options, tr_log *
 #ifdef HAVE_NCCL
     if (options->world && options->world->size > 1 && strcmp(device.name, "cuda") == 0) {
         st = tr_agree(options->world, st, err);
-        if (st == TR_OK) st = open_device_groups(o, options->world, log, err);
+        if (st == TR_OK) st = open_device_groups(o, options, log, err);
     }
 #endif
     if (st == TR_OK && !options->no_bind) st = bind_threads(o, options, i_share, n_share, log, err);

@@ -21,6 +21,7 @@ typedef struct tr_open_options {
     const char *isa;    /* NULL: best */
     int n_threads;      /* 0: all given */
     bool no_bind;       /* threads stay where the system puts them */
+    const char *beside; /* OUT, which other logs may lie beside; NULL: none */
     tr_world *world;    /* NULL: this process alone */
     tr_rank_options ranks;
 } tr_open_options;

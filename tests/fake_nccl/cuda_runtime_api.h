@@ -17,6 +17,8 @@ typedef struct fake_event *cudaEvent_t;
 
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetLastError(void);
+cudaError_t cudaDeviceGetByPCIBusId(int *device, const char *pci);
+cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer);
 const char *cudaGetErrorString(cudaError_t e);
 cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest);
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t *s, unsigned flags, int priority);

@@ -236,6 +236,23 @@ cudaError_t cudaSetDevice(int device)
     return device == 0 ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+/* FAKE_PEERS: how many GPUs this process sees, all within reach of each other. */
+cudaError_t cudaDeviceGetByPCIBusId(int *device, const char *pci)
+{
+    const char *peers = getenv("FAKE_PEERS");
+    char *end;
+    const long n = strtol(pci + strlen("fa4e:"), &end, 16);
+
+    *device = (int)n;
+    return peers && n < strtol(peers, NULL, 10) ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer)
+{
+    *can = device != peer;
+    return cudaSuccess;
+}
+
 cudaError_t cudaGetLastError(void)
 {
     return cudaSuccess;
@@ -594,5 +611,7 @@ tr_status tr_cuda_open(tr_device **out, const tr_ops **ops, const tr_device_opti
         snprintf(head->uuid, sizeof head->uuid, "%s", uuid);
     else
         snprintf(head->uuid, sizeof head->uuid, "GPU-fake-%d", options->i_device);
+    snprintf(head->pci, sizeof head->pci, "fa4e:%02x:00.0", options->i_device & 0xff);
+    head->near = (tr_near){.numa_node = options->i_device / 2};
     return TR_OK;
 }
