@@ -381,6 +381,24 @@ struct tr_moe_return_args {
     const tr_act *y; /* [n_rows, d] */
     tr_act *out;     /* [n, d] */
 };
+/* Few rows, told to all members instead: records of rows [first, first + n_rows) with all of their choices. Those not below *n
+ * choose nothing and are zeros. */
+struct tr_moe_offer_args {
+    const int32_t *n;
+    int first, n_rows, k, d;
+    const int32_t *expert; /* [n, k] */
+    const float *weight;   /* [n, k] */
+    const tr_act *x;       /* [n, d] */
+    void *record;          /* [n_rows] records */
+};
+/* out[r] += y[0][r] + y[1][r] + .., r < *n, members ascending: what moe_return would make of them. */
+struct tr_moe_add_args {
+    const int32_t *n;
+    int n_max, d, n_members;
+    size_t ld;       /* rows from one member's to the next one's */
+    const tr_act *y; /* [n_members, ld, d] */
+    tr_act *out;     /* [n, d] */
+};
 /* out[i] = 0, i < *n: [n, d]. */
 struct tr_rows_zero_args {
     const int32_t *n;
@@ -531,7 +549,7 @@ struct tr_logprob_merge_args {
 #define TR_OPS(X) \
     X(plan_apply) X(pages_copy) X(embed) X(norm) X(rows_gather) X(linear) X(swiglu) X(mla_query) X(kv_write) \
     X(index_query) X(index_logits) X(topk) X(sparse_mla) X(dense_mha) X(mla_value) X(router) X(moe_pack) X(moe) \
-    X(moe_combine) X(moe_dispatch) X(moe_receive) X(moe_return) X(rows_zero) X(sample) X(logprobs) \
+    X(moe_combine) X(moe_dispatch) X(moe_receive) X(moe_return) X(moe_offer) X(moe_add) X(rows_zero) X(sample) X(logprobs) \
     X(argmax_part) X(argmax_take) X(sample_part) X(sample_merge) X(logprob_part) X(logprob_rank) X(logprob_merge)
 /* clang-format on */
 #define TR_OP(name) tr_status (*name)(tr_device *, tr_lane, const struct tr_##name##_args *);

@@ -152,6 +152,10 @@ static inline tr_work tr_work_moe_return(double n, double d)
 {
     return (tr_work){12 * n * d, n * d};
 }
+static inline tr_work tr_work_moe_add(double n, double d, double members)
+{
+    return (tr_work){4 * n * d * (members + 2), n * d * members};
+}
 static inline tr_work tr_work_rows_zero(double n, double d)
 {
     return (tr_work){4 * n * d, 0};

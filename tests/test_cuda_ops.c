@@ -489,6 +489,32 @@ static void test_moe_exchange(void **state)
             near(p, "returned", out, N * D, 1e-30, act_error);
             for (int i = 0; i < N * D; i++)
                 out[i] = tr_round_bf16(out[i]);
+            float *offered = floats(p, ROWS * words, 1), *parts = acts(p, 3 * (N + 2) * D, 1);
+            BOTH(p, moe_offer,
+                 ((struct tr_moe_offer_args){.n = live,
+                                             .first = first,
+                                             .n_rows = ROWS,
+                                             .k = K,
+                                             .d = D,
+                                             .expert = expert,
+                                             .weight = weights,
+                                             .x = x,
+                                             .record = offered}),
+                 (TWIN(p, g.n), TWIN(p, g.expert), TWIN(p, g.weight), TWIN(p, g.x),
+                  TWIN(p, g.record)));
+            same_bytes(p, "offered", offered, ROWS * words * 4);
+            BOTH(p, moe_add,
+                 ((struct tr_moe_add_args){.n = live,
+                                           .n_max = N,
+                                           .d = D,
+                                           .n_members = 3,
+                                           .ld = N + 2,
+                                           .y = parts,
+                                           .out = out}),
+                 (TWIN(p, g.n), TWIN(p, g.y), TWIN(p, g.out)));
+            near(p, "added", out, N * D, 1e-30, act_error);
+            for (int i = 0; i < N * D; i++)
+                out[i] = tr_round_bf16(out[i]);
             float *y = acts(p, N * K * D, 1);
             BOTH(p, moe_combine,
                  ((struct tr_moe_combine_args){.n = live,

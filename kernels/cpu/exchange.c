@@ -89,6 +89,42 @@ tr_status tr_cpu_moe_return(tr_device *d, tr_lane lane, const struct tr_moe_retu
     return TR_OK;
 }
 
+tr_status tr_cpu_moe_offer(tr_device *d, tr_lane lane, const struct tr_moe_offer_args *a)
+{
+    const size_t bytes = tr_dispatch_bytes(a->d, a->k), w = (size_t)a->d, k = (size_t)a->k;
+    (void)d, (void)lane;
+
+    for (int i = 0; i < a->n_rows; i++) {
+        char *to = (char *)a->record + (size_t)i * bytes;
+        const size_t r = (size_t)(a->first + i);
+        if (a->first + i < *a->n) {
+            memcpy(to, a->x + r * w, w * 4);
+            memcpy(to + w * 4, a->expert + r * k, k * 4);
+            memcpy(to + w * 4 + k * 4, a->weight + r * k, k * 4);
+        } else {
+            memset(to, 0, bytes);
+            memset(to + w * 4, 0xff, k * 4); /* -1 */
+        }
+    }
+    return TR_OK;
+}
+
+tr_status tr_cpu_moe_add(tr_device *d, tr_lane lane, const struct tr_moe_add_args *a)
+{
+    const size_t w = (size_t)a->d;
+    const int n = tr_live_rows(a->n, a->n_max);
+    (void)d, (void)lane;
+
+    for (int r = 0; r < n; r++)
+        for (int m = 0; m < a->n_members; m++) {
+            const float *y = a->y + ((size_t)m * a->ld + (size_t)r) * w;
+            float *out = a->out + (size_t)r * w;
+            for (size_t j = 0; j < w; j++)
+                out[j] += y[j];
+        }
+    return TR_OK;
+}
+
 tr_status tr_cpu_rows_zero(tr_device *d, tr_lane lane, const struct tr_rows_zero_args *a)
 {
     (void)d, (void)lane;

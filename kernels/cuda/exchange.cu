@@ -127,6 +127,51 @@ __global__ void __launch_bounds__(THREADS) moe_return(const __grid_constant__ tr
     }
 }
 
+/* A block takes a row. */
+__global__ void __launch_bounds__(THREADS) moe_offer(const __grid_constant__ tr_moe_offer_args a)
+{
+    const int r = a.first + (int)blockIdx.x, live = r < *a.n;
+    float *to = (float *)a.record + (size_t)blockIdx.x * record_words(a.d, a.k);
+    const size_t row = (size_t)r;
+    for (int i = (int)threadIdx.x; i < a.d; i += THREADS)
+        to[i] = live ? __bfloat162float(tr::act(a.x)[row * (size_t)a.d + (size_t)i]) : 0.0f;
+    for (int j = (int)threadIdx.x; j < a.k; j += THREADS) {
+        const size_t at = row * (size_t)a.k + (size_t)j;
+        ((int32_t *)to)[a.d + j] = live ? a.expert[at] : -1;
+        to[a.d + a.k + j] = live ? a.weight[at] : 0.0f;
+    }
+}
+
+enum { ADD_EACH = 4 }; /* numbers of a thread: 1024 of a row are a block's */
+
+/* Rows down, stretches of them across: one row is 7 blocks of loads that do not wait for each other. */
+__global__ void __launch_bounds__(THREADS) moe_add(const __grid_constant__ tr_moe_add_args a)
+{
+    const int r = (int)blockIdx.y, d = a.d;
+    if (r >= *a.n) return;
+    const size_t w = (size_t)d, row = (size_t)r * w;
+    const int i0 = (int)blockIdx.x * ADD_EACH * THREADS + (int)threadIdx.x;
+    float sum[ADD_EACH];
+#pragma unroll
+    for (int i = 0; i < ADD_EACH; i++) {
+        const int at = i0 + i * THREADS;
+        sum[i] = at < d ? __bfloat162float(tr::act(a.out)[row + (size_t)at]) : 0.0f;
+    }
+    for (int m = 0; m < a.n_members; m++) {
+        const __nv_bfloat16 *y = tr::act(a.y) + (size_t)m * a.ld * w + row;
+#pragma unroll
+        for (int i = 0; i < ADD_EACH; i++) {
+            const int at = i0 + i * THREADS;
+            if (at < d) sum[i] += __bfloat162float(y[at]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < ADD_EACH; i++) {
+        const int at = i0 + i * THREADS;
+        if (at < d) tr::act(a.out)[row + (size_t)at] = __float2bfloat16_rn(sum[i]);
+    }
+}
+
 } // namespace
 
 cudaError_t tr_cuda_moe_dispatch(const struct tr_moe_dispatch_args *a, cudaStream_t stream)
@@ -152,5 +197,22 @@ cudaError_t tr_cuda_moe_return(const struct tr_moe_return_args *a, cudaStream_t 
 {
     if (a->n_rows <= 0) return cudaSuccess;
     moe_return<<<(unsigned)a->n_rows, THREADS, 0, stream>>>(*a);
+    return cudaGetLastError();
+}
+
+cudaError_t tr_cuda_moe_offer(const struct tr_moe_offer_args *a, cudaStream_t stream)
+{
+    if (a->first < 0 || a->k < 1) return cudaErrorInvalidValue;
+    if (a->n_rows <= 0) return cudaSuccess;
+    moe_offer<<<(unsigned)a->n_rows, THREADS, 0, stream>>>(*a);
+    return cudaGetLastError();
+}
+
+cudaError_t tr_cuda_moe_add(const struct tr_moe_add_args *a, cudaStream_t stream)
+{
+    if (a->n_max <= 0 || a->n_members <= 0) return cudaSuccess;
+    if (a->n_max > 65535) return cudaErrorInvalidValue;
+    const unsigned across = (unsigned)((a->d + ADD_EACH * THREADS - 1) / (ADD_EACH * THREADS));
+    moe_add<<<dim3(across, (unsigned)a->n_max), THREADS, 0, stream>>>(*a);
     return cudaGetLastError();
 }

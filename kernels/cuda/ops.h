@@ -112,7 +112,7 @@ size_t tr_cuda_sample_workspace(int n_rows, int n_vocab);
 /* clang-format off */
 #define TR_CUDA_PLAIN_OPS(X) \
     X(embed) X(norm) X(rows_gather) X(swiglu) X(dense_mha) \
-    X(router) X(moe_pack) X(moe_combine) X(moe_dispatch) X(moe_receive) X(moe_return) X(rows_zero) X(sample) \
+    X(router) X(moe_pack) X(moe_combine) X(moe_dispatch) X(moe_receive) X(moe_return) X(moe_offer) X(moe_add) X(rows_zero) X(sample) \
     X(logprobs) X(argmax_part) X(argmax_take) X(sample_part) X(sample_merge) X(logprob_part) X(logprob_rank) X(logprob_merge)
 /* clang-format on */
 #define TR_CUDA_OP(name)                                                                           \

@@ -501,6 +501,53 @@ tr_status tr_bench_moe_return(tr_kbench *b, tr_err *err)
     return st;
 }
 
+tr_status tr_bench_moe_offer(tr_kbench *b, tr_err *err)
+{
+    enum { ROWS = 16 };
+    const int k = b->config.num_experts_per_tok, d = b->config.hidden_size;
+    tr_operand expert, weight, x, record;
+    int32_t *n;
+    if (k < 1) return TR_OK;
+    tr_status st = tr_bench_zeros(b, ROWS * (size_t)k * 4, &expert, err);
+    if (st == TR_OK) st = tr_bench_floats(b, ROWS * (size_t)k, 1, &weight, err);
+    if (st == TR_OK) st = tr_bench_floats(b, ROWS * (size_t)d, 1, &x, err);
+    if (st == TR_OK) st = tr_bench_zeros(b, ROWS * tr_dispatch_bytes(d, k), &record, err);
+    if (st == TR_OK) st = tr_bench_word(b, ROWS, &n, err);
+    if (st != TR_OK) return st;
+    const struct tr_moe_offer_args args = {.n = n,
+                                           .n_rows = ROWS,
+                                           .k = k,
+                                           .d = d,
+                                           .expert = expert.d,
+                                           .weight = weight.d,
+                                           .x = x.d,
+                                           .record = record.d};
+    tr_line line = TR_LINE(moe_offer, tr_work_moe_dispatch(ROWS, d, k), .warm = {x});
+    snprintf(line.shape, sizeof line.shape, "d %d rows %d", d, ROWS);
+    st = tr_bench_time(b, &line, &args, err);
+    if (st == TR_OK) tr_bench_print_line(b, &line);
+    return st;
+}
+
+tr_status tr_bench_moe_add(tr_kbench *b, tr_err *err)
+{
+    enum { ROWS = 16, MEMBERS = 4 };
+    const int d = b->config.hidden_size;
+    tr_operand y, out;
+    int32_t *n;
+    tr_status st = tr_bench_floats(b, (size_t)MEMBERS * ROWS * (size_t)d, 1, &y, err);
+    if (st == TR_OK) st = tr_bench_zeros(b, ROWS * (size_t)d * 4, &out, err);
+    if (st == TR_OK) st = tr_bench_word(b, ROWS, &n, err);
+    if (st != TR_OK) return st;
+    const struct tr_moe_add_args args = {
+        .n = n, .n_max = ROWS, .d = d, .n_members = MEMBERS, .ld = ROWS, .y = y.d, .out = out.d};
+    tr_line line = TR_LINE(moe_add, tr_work_moe_add(ROWS, d, MEMBERS));
+    snprintf(line.shape, sizeof line.shape, "d %d rows %d of %d", d, ROWS, MEMBERS);
+    st = tr_bench_time(b, &line, &args, err);
+    if (st == TR_OK) tr_bench_print_line(b, &line);
+    return st;
+}
+
 tr_status tr_bench_rows_zero(tr_kbench *b, tr_err *err)
 {
     const int d = b->config.hidden_size;

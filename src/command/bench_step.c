@@ -35,6 +35,7 @@ struct tr_bench_steps {
     tr_probe probe;  /* the model keeps its address */
     tr_ceilings ceilings;
     double sgemm_flops_per_s; /* 0: no library */
+    double load_s;            /* of the weights, this rank's */
     int room;                 /* decode steps that have room behind the longest context */
     tr_bench_record *record;  /* of all steps; NULL: none */
     tr_papi *papi;
@@ -496,8 +497,10 @@ static tr_status prepare(bench *b, tr_err *err)
             tr_fail(err, TR_E_USAGE, "bench: %d tokens of one sequence, the model has %d positions",
                     length, b->opened.config.max_position_embeddings);
     st = agreed(b, st, err);
+    const uint64_t begun = tr_now_ns();
     if (st == TR_OK) st = agreed(b, tr_open_weights(&b->opened, &o->open, NULL, err), err);
     if (st != TR_OK) return st;
+    b->load_s = (double)(tr_now_ns() - begun) * 1e-9;
     const int sequences = own_sequences(b, all);
     const int rows = sequences > o->chunk ? sequences : o->chunk;
     const tr_model_options model = {.kv_dtype = o->kv_dtype,
@@ -617,9 +620,9 @@ static void print_head(const bench *b)
 {
     char grid[96];
     if (!leads(b)) return;
-    printf("# trireme %s, %s, %s, weights %.1f MB, cache %.1f MB\n", PACKAGE_VERSION,
+    printf("# trireme %s, %s, %s, weights %.1f MB after %.1f s, cache %.1f MB\n", PACKAGE_VERSION,
            b->options->open.model_dir, tr_device_describe(b->opened.device),
-           (double)b->opened.weights->bytes * 1e-6,
+           (double)b->opened.weights->bytes * 1e-6, b->load_s,
            (double)tr_model_cache_bytes(b->opened.model) * 1e-6);
     if (b->opened.grid.world > 1)
         printf("# %d ranks: %s; weights, cache, bytes and flops are those of rank 0\n",

@@ -7,7 +7,11 @@
  * is depends on its neighbours, its numbers do not (architecture.md 4). A row goes once to every rank that holds one of its experts; what
  * comes back is the weighted sum over that rank's experts, and the sums are added in the order of the ranks. Rows travel in
  * rounds of a fixed size, so that the memory does not depend on how uneven the router is; the number of rounds is agreed once a
- * step. */
+ * step.
+ *
+ * Steps of few rows, as those that decode, take another way: all rows go to all members, or are there already, and of each row
+ * every member's sum comes back, zero where it has none of its experts. Nothing depends on the router, so the host has no part
+ * in it and the step can be a graph; the sums are added in the same order and are the same numbers. */
 #include <config.h>
 
 #include "model/model_priv.h"
@@ -88,8 +92,8 @@ static tr_status dispatch(tr_model *m, const tr_pass *p, const tr_moe_weights *w
     return tr_model_await(m, host, st, ticket, 4.0 * members, err);
 }
 
-/* What came, through this rank's experts: y [n_in, hidden], weighted. */
-static tr_status experts(tr_model *m, const tr_moe_weights *w, int n_in, tr_err *err)
+/* What came, through this rank's experts: y [n_in, hidden], weighted. Kernels are launched for n_max rows. */
+static tr_status experts(tr_model *m, const tr_moe_weights *w, int n_in, int n_max, tr_err *err)
 {
     const tr_config *c = m->config;
     const int d = c->hidden_size, k = c->num_experts_per_tok;
@@ -101,7 +105,7 @@ static tr_status experts(tr_model *m, const tr_moe_weights *w, int n_in, tr_err 
                .expert = m->ws.moe.expert, .weight = m->ws.moe.weight, .n_out = m->ws.moe.n);
     tr_note(m, tr_work_moe_pack(n_in, k));
     if (st == TR_OK)
-        st = TR_RUN(m, moe_pack, err, .n = m->ws.moe.n, .n_max = m->moe_rows, .k = k,
+        st = TR_RUN(m, moe_pack, err, .n = m->ws.moe.n, .n_max = n_max, .k = k,
                     .e_first = w->e_first, .n_local = w->n_local, .expert = m->ws.moe.expert,
                     .start = m->ws.start, .pair = m->ws.pair);
     if (st == TR_OK) tr_model_count_experts(m, w);
@@ -109,18 +113,18 @@ static tr_status experts(tr_model *m, const tr_moe_weights *w, int n_in, tr_err 
     tr_note(m, tr_work_moe(n_in, tr_expected_hits(m->config, w->n_local, n_in), m->ops, &w->gate_up,
                            &w->down));
     if (st == TR_OK)
-        st = TR_RUN(m, moe, err, .n = m->ws.moe.n, .n_max = m->moe_rows, .k = k,
-                    .n_local = w->n_local, .gate_up = &w->gate_up, .down = &w->down,
+        st = TR_RUN(m, moe, err, .n = m->ws.moe.n, .n_max = n_max, .k = k, .n_local = w->n_local,
+                    .gate_up = &w->gate_up, .down = &w->down,
                     .in = {.x = m->ws.moe.in,
                            .ld = ld,
-                           .n_max = m->moe_rows,
+                           .n_max = n_max,
                            .d = d,
                            .scale_pow2 = m->config->scale_ue8m0},
                     .start = m->ws.start, .pair = m->ws.pair, .out = m->ws.expert_out,
                     .workspace = m->ws.scratch, .workspace_bytes = m->ws.scratch_bytes);
     tr_note(m, tr_work_moe_combine(n_in, k, d));
     if (st == TR_OK)
-        st = TR_RUN(m, moe_combine, err, .n = m->ws.moe.n, .n_max = m->moe_rows, .k = k, .d = d,
+        st = TR_RUN(m, moe_combine, err, .n = m->ws.moe.n, .n_max = n_max, .k = k, .d = d,
                     .e_first = w->e_first, .n_local = w->n_local, .expert = m->ws.moe.expert,
                     .weight = m->ws.moe.weight, .y = m->ws.expert_out, .out = m->ws.moe.y);
     return st;
@@ -185,7 +189,7 @@ tr_status tr_moe_exchange(tr_model *m, const tr_pass *p, const tr_moe_weights *w
         if (st == TR_OK && i == 0 && !m->no_overlap) st = begin_own(m, p, w, out, shared, err);
         st = tr_model_await(m, m->groups.moe, st, ticket, bytes_of(n_send, members, record), err);
         if (st == TR_OK && i == 0 && m->no_overlap) st = begin_own(m, p, w, out, shared, err);
-        if (st == TR_OK) st = experts(m, w, sum(n_recv, members), err);
+        if (st == TR_OK) st = experts(m, w, sum(n_recv, members), m->moe_rows, err);
         if (st != TR_OK) return st;
         st = travel(m, m->ws.moe.y, n_recv, m->ws.moe.back, n_send, row, &ticket, err);
         st = tr_model_await(m, m->groups.moe, st, ticket, bytes_of(n_recv, members, row), err);
@@ -197,16 +201,155 @@ tr_status tr_moe_exchange(tr_model *m, const tr_pass *p, const tr_moe_weights *w
     return st == TR_OK ? tell_own(m, p, out, err) : st;
 }
 
-tr_status tr_moe_rounds(tr_model *m, tr_pass *p, tr_err *err)
+/* ---- few rows ---------------------------------------------------------------------------------------------------------- */
+
+/* Replicas in the MoE group, and the rows that each of a replica's members tells the others. */
+static int replicas(const tr_model *m)
 {
-    uint64_t most = (uint64_t)stretch(m, p); /* member 0 of the attention group has them all */
+    return tr_comm_size(m->groups.moe) / m->moe_same;
+}
+
+static int told(const tr_model *m, int each)
+{
+    return (each + m->moe_same - 1) / m->moe_same;
+}
+
+/* One row of every replica, or a few: what would travel in any case is so little that all may get all of it. */
+static bool fits(const tr_model *m, uint64_t n)
+{
+    enum { MOST_ROWS = 1024 }; /* of all replicas together */
+    const int members = tr_comm_size(m->groups.moe), n_ep = members / m->groups.n_xt,
+              k = m->config->num_experts_per_tok;
+    const uint64_t back = (uint64_t)m->moe_share * (uint64_t)(k < n_ep ? k : n_ep) *
+                          (uint64_t)m->groups.n_xt; /* rows that ws.moe.back has room for */
+
+    if (!m->moe_same || n > TR_GRAPH_ROWS) return false;
+    const uint64_t share = (uint64_t)told(m, (int)n), of_replica = share * (uint64_t)m->moe_same;
+    const uint64_t all = of_replica * (uint64_t)replicas(m),
+                   come = m->moe_same > 1 ? all : of_replica;
+    return all <= MOST_ROWS && all <= (uint64_t)m->moe_rows && come * (uint64_t)members <= back;
+}
+
+/* This member's experts on the rows that it has itself: y [each, hidden]. */
+static tr_status experts_here(tr_model *m, const tr_pass *p, const tr_moe_weights *w, tr_err *err)
+{
+    const int d = m->config->hidden_size, k = m->config->num_experts_per_tok;
+
+    tr_note(m, tr_work_moe_pack(p->n, k));
+    tr_status st = TR_RUN(m, moe_pack, err, .n = p->rows.n, .n_max = p->n_max, .k = k,
+                          .e_first = w->e_first, .n_local = w->n_local, .expert = m->ws.expert,
+                          .start = m->ws.start, .pair = m->ws.pair);
+    if (st == TR_OK) tr_model_count_experts(m, w);
+    tr_note(m, tr_work_moe((double)p->n * k * w->n_local / m->config->n_routed_experts,
+                           tr_expected_hits(m->config, w->n_local, p->n), m->ops, &w->gate_up,
+                           &w->down));
+    if (st == TR_OK)
+        st = TR_RUN(m, moe, err, .n = p->rows.n, .n_max = p->n_max, .k = k, .n_local = w->n_local,
+                    .gate_up = &w->gate_up, .down = &w->down,
+                    .in = tr_model_acts(m, p, m->ws.normed, d), .start = m->ws.start,
+                    .pair = m->ws.pair, .out = m->ws.expert_out, .workspace = m->ws.scratch,
+                    .workspace_bytes = m->ws.scratch_bytes);
+    tr_note(m, tr_work_moe_combine(p->n, k, d));
+    if (st == TR_OK)
+        st = TR_RUN(m, moe_combine, err, .n = p->rows.n, .n_max = p->n_max, .k = k, .d = d,
+                    .e_first = w->e_first, .n_local = w->n_local, .expert = m->ws.expert,
+                    .weight = m->ws.weight, .y = m->ws.expert_out, .out = m->ws.moe.y);
+    return st;
+}
+
+/* The rows of all replicas to all members, and this one's experts on them: y [replicas * same * told, hidden]. */
+static tr_status experts_of_all(tr_model *m, const tr_pass *p, const tr_moe_weights *w, tr_err *err)
+{
+    const tr_config *c = m->config;
+    const int members = tr_comm_size(m->groups.moe), share = told(m, p->each);
+    const size_t record = tr_dispatch_bytes(c->hidden_size, c->num_experts_per_tok);
+    size_t bytes[TR_MEMBERS_MAX];
     tr_ticket ticket = {0};
 
-    p->rounds = 0;
+    tr_note(m, tr_work_moe_dispatch(share, c->hidden_size, c->num_experts_per_tok));
+    tr_status st =
+        TR_RUN(m, moe_offer, err, .n = p->rows.n,
+               .first = tr_comm_rank(m->groups.moe) % m->moe_same * share, .n_rows = share,
+               .k = c->num_experts_per_tok, .d = c->hidden_size, .expert = m->ws.expert,
+               .weight = m->ws.weight, .x = m->ws.normed, .record = m->ws.moe.out);
+    for (int i = 0; i < members; i++)
+        bytes[i] = (size_t)share * record;
+    if (st == TR_OK)
+        st = tr_comm_all_gather(m->groups.moe, m->ws.moe.out, m->ws.moe.in, bytes, &ticket, err);
+    st = tr_model_await(m, m->groups.moe, st, ticket, (double)bytes[0], err);
+    return st == TR_OK ? experts(m, w, members * share, members * share, err) : st;
+}
+
+/* What every member's experts made of this replica's rows: back [members, ld, hidden], of which they are rows *at and on. Begun.
+ * Replicas of one member each get theirs alone; members of a larger one want the same rows, which an all-to-all does not give. */
+static tr_status collect(tr_model *m, const tr_pass *p, size_t *ld, size_t *at, tr_ticket *ticket,
+                         tr_err *err)
+{
+    const int members = tr_comm_size(m->groups.moe), n = replicas(m);
+    const size_t row = (size_t)m->config->hidden_size * tr_act_bytes(m->ops),
+                 of_replica =
+                     n > 1 ? (size_t)told(m, p->each) * (size_t)m->moe_same : (size_t)p->each;
+    size_t bytes[TR_MEMBERS_MAX];
+
+    *at = 0;
+    *ld = of_replica;
+    if (m->moe_same > 1) {
+        *ld = of_replica * (size_t)n;
+        *at = of_replica * (size_t)(tr_comm_rank(m->groups.moe) / m->moe_same);
+    }
+    for (int i = 0; i < members; i++)
+        bytes[i] = *ld * row;
+    if (m->moe_same > 1)
+        return tr_comm_all_gather(m->groups.moe, m->ws.moe.y, m->ws.moe.back, bytes, ticket, err);
+    return tr_comm_all_to_all(m->groups.moe, m->ws.moe.y, bytes, m->ws.moe.back, bytes, ticket,
+                              err);
+}
+
+tr_status tr_moe_tell(tr_model *m, const tr_pass *p, const tr_moe_weights *w, tr_act *out,
+                      tr_status (*shared)(tr_model *, const tr_pass *, const tr_moe_weights *,
+                                          tr_err *),
+                      tr_err *err)
+{
+    const int members = tr_comm_size(m->groups.moe), d = m->config->hidden_size;
+    size_t ld = 0, at = 0;
+    tr_ticket ticket = {0};
+
+    tr_status st = replicas(m) > 1 ? experts_of_all(m, p, w, err) : experts_here(m, p, w, err);
+    if (st != TR_OK) return st;
+    st = collect(m, p, &ld, &at, &ticket, err);
+    if (st == TR_OK && m->no_overlap) st = tr_model_await(m, m->groups.moe, st, ticket, 0, err);
+    if (st == TR_OK && !tr_model_forks(m, p)) st = shared(m, p, w, err);
+    if (st == TR_OK) st = tr_model_join(m, p, err);
+    if (st == TR_OK) st = tr_model_reduce(m, p, m->groups.attn_tp, out, err);
+    if (st == TR_OK && !m->no_overlap)
+        st = tr_model_await(m, m->groups.moe, st, ticket,
+                            (double)members * (double)ld * d * (double)tr_act_bytes(m->ops), err);
+    tr_note(m, tr_work_moe_add(p->n, d, members));
+    if (st == TR_OK)
+        st =
+            TR_RUN(m, moe_add, err, .n = p->rows.n, .n_max = p->n_max, .d = d, .n_members = members,
+                   .ld = ld, .y = tr_model_act_at(m, m->ws.moe.back, at * (size_t)d), .out = out);
+    return st;
+}
+
+/* Every replica has its own rows, or none; if those of one are dispatched those of all are. */
+tr_status tr_moe_rounds(tr_model *m, tr_pass *p, tr_err *err)
+{
+    uint64_t most[3] = {(uint64_t)stretch(m, p), (uint64_t)p->n, p->split};
+    tr_ticket ticket = {0};
+
+    p->rounds = p->each = 0;
     if (!m->moe_exchange) return TR_OK;
     tr_comm *host = tr_comm_host(m->groups.moe);
-    tr_status st = tr_comm_all_max_u64(host, &most, 1, &ticket, err);
-    st = tr_model_await(m, host, st, ticket, 8, err);
-    p->rounds = (int)((most + (uint64_t)m->moe_share - 1) / (uint64_t)m->moe_share);
+    tr_status st = tr_comm_all_max_u64(host, most, 3, &ticket, err);
+    st = tr_model_await(m, host, st, ticket, sizeof most, err);
+    p->rounds = (int)((most[0] + (uint64_t)m->moe_share - 1) / (uint64_t)m->moe_share);
+    if (st != TR_OK || most[2] || most[1] == 0) return st;
+    /* As many as a record of the step has room for (graph.c), whatever the members make of it. */
+    uint64_t each = 1;
+    while (each < most[1])
+        each *= 2;
+    if (each > (uint64_t)m->max_rows) each = (uint64_t)m->max_rows;
+    if (fits(m, each)) p->each = (int)each;
     return st;
 }

@@ -96,7 +96,7 @@ static tr_status own_experts(tr_model *m, const tr_pass *p, const tr_moe_weights
 tr_status tr_moe_forward(tr_model *m, const tr_pass *p, const tr_moe_weights *w, int layer,
                          tr_err *err)
 {
-    const bool beside = !m->moe_exchange && tr_model_forks(m, p);
+    const bool beside = (!m->moe_exchange || p->each > 0) && tr_model_forks(m, p);
     tr_status st = TR_OK;
 
     if (beside) st = tr_model_fork(m, p, err);
@@ -104,6 +104,7 @@ tr_status tr_moe_forward(tr_model *m, const tr_pass *p, const tr_moe_weights *w,
     tr_model_back(m);
     if (st == TR_OK) st = route(m, p, w, layer, err);
     if (st != TR_OK) return st;
+    if (p->each > 0) return tr_moe_tell(m, p, w, m->ws.block_out, shared, err);
     if (m->moe_exchange) return tr_moe_exchange(m, p, w, m->ws.block_out, shared, err);
     st = own_experts(m, p, w, err);
     /* Partial sums of the shared expert and of each member's experts. */

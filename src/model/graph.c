@@ -10,19 +10,24 @@ enum {
 
 /* ---- records ----------------------------------------------------------------------------------------------------------- */
 
-/* Sums over the attention group can be recorded where a device makes them; of members that have different rows the host counts
- * what travels, and what goes to another stage is waited for in a later step. */
-static bool groups_can_be_graph(const tr_model *m)
+static bool on_device(const tr_comm *group)
 {
-    return !m->moe_exchange && tr_comm_size(m->groups.pp) == 1 &&
-           (tr_comm_size(m->groups.attn_tp) == 1 || tr_comm_device(m->groups.attn_tp));
+    return tr_comm_size(group) == 1 || tr_comm_device(group);
+}
+
+/* Exchanges can be recorded where a device makes them, and the host has not to count first what travels. What goes to another
+ * stage is waited for in a later step. */
+static bool groups_can_be_graph(const tr_model *m, const tr_pass *p)
+{
+    return tr_comm_size(m->groups.pp) == 1 && on_device(m->groups.attn_tp) &&
+           (!m->moe_exchange || (p->each > 0 && on_device(m->groups.moe)));
 }
 
 /* A step that decodes: one row a sequence, the host has no part in it. */
 bool tr_graph_fits(const tr_model *m, const tr_pass *p)
 {
     return (m->ops->caps & TR_CAP_GRAPH) && !m->probe && !m->sync_check && !m->finite &&
-           !p->split && groups_can_be_graph(m) && p->n <= TR_GRAPH_ROWS && p->n <= m->max_rows &&
+           !p->split && groups_can_be_graph(m, p) && p->n <= TR_GRAPH_ROWS && p->n <= m->max_rows &&
            p->plan->n_spans == p->n && p->plan->n_head_rows > 0;
 }
 
@@ -68,6 +73,7 @@ static tr_step_graph kind_of(const tr_model *m, const tr_pass *p)
     const uint32_t kinds = TR_PLAN_HAS_DENSE | TR_PLAN_HAS_ABSORBED | TR_PLAN_HAS_SELECTION;
     tr_step_graph g = {.n_max = 1,
                        .max_context = LEAST_CONTEXT,
+                       .each = p->each,
                        .flags = p->plan->flags & kinds,
                        .has_head = head_can_be_graph(m, p)};
 
@@ -128,7 +134,7 @@ static tr_status prepare(tr_model *m, tr_pass *p, tr_step *step, tr_step_graph *
  * which is nothing to be recorded. All members take the same steps. */
 tr_status tr_graph_network(tr_model *m, tr_pass *p, tr_step *step, tr_err *err)
 {
-    const bool warm_up = tr_comm_size(m->groups.attn_tp) > 1;
+    const bool warm_up = tr_comm_size(m->groups.attn_tp) > 1 || m->moe_exchange;
     struct tr_step_memory *s = step->memory;
     const tr_step_graph g = kind_of(m, p);
     tr_graph *run = NULL;
@@ -137,7 +143,8 @@ tr_status tr_graph_network(tr_model *m, tr_pass *p, tr_step *step, tr_err *err)
 
     for (i = 0; i < s->n_graphs; i++)
         if (s->graph[i].n_max == g.n_max && s->graph[i].max_context == g.max_context &&
-            s->graph[i].flags == g.flags && s->graph[i].has_head == g.has_head)
+            s->graph[i].each == g.each && s->graph[i].flags == g.flags &&
+            s->graph[i].has_head == g.has_head)
             break;
     if (i == TR_STEP_GRAPHS) return tr_model_network(m, p, step, true, err);
     if (i == s->n_graphs) {

@@ -80,6 +80,9 @@ static void choose_rounds(tr_model *m)
     if (!m->moe_exchange) return;
     m->moe_share = largest(1, m->max_rows / members);
     m->moe_rows = m->moe_share * members;
+    /* Ranks are numbered replica by replica, and the group is of neighbours (mpi/grid.h). */
+    const int replica = tr_comm_size(m->groups.attn_tp) * tr_comm_size(m->groups.attn_cp);
+    m->moe_same = members % replica == 0 ? replica : replica % members == 0 ? members : 0;
 }
 
 /* n rows, up to as many for each member of the attention group. */

@@ -87,8 +87,8 @@ tr_status tr_model_norm(tr_model *m, const tr_pass *p, int d, int i_quant, const
  * context parallelism or lists of shared selections, all of it stays on that lane. */
 bool tr_model_forks(const tr_model *m, const tr_pass *p)
 {
-    return (m->ops->caps & TR_CAP_GRAPH) && !m->probe && p->n_max <= TR_GRAPH_ROWS &&
-           tr_comm_size(m->groups.attn_cp) == 1 && !tr_attention_shares(m, p);
+    return (m->ops->caps & TR_CAP_GRAPH) && !m->probe && p->n_max <= TR_GRAPH_ROWS && !p->split &&
+           !tr_attention_shares(m, p);
 }
 
 static tr_status follow(tr_model *m, tr_lane before, tr_lane after, tr_err *err)
@@ -576,9 +576,8 @@ tr_status tr_model_head(tr_model *m, const tr_pass *p, tr_step *step, tr_err *er
 tr_status tr_model_network(tr_model *m, tr_pass *p, tr_step *step, bool with_head, tr_err *err)
 {
     const tr_slice *slice = &m->weights->slice;
-    tr_status st = tr_moe_rounds(m, p, err);
+    tr_status st = network_begin(m, p, err);
 
-    if (st == TR_OK) st = network_begin(m, p, err);
     for (int i = 0; i < slice->layers.n && st == TR_OK; i++) {
         m->i_layer = i;
         tr_region_begin_layer(m->regions, m->region_layer, slice->layers.begin + i);
@@ -602,6 +601,7 @@ tr_status tr_model_forward(tr_model *model, tr_step *step, tr_err *err)
     tr_finite_begin(model, step->plan);
     st = make_rows(model, step, &pass, err);
     /* A replica without rows still serves the others' with its experts. */
+    if (st == TR_OK) st = tr_moe_rounds(model, &pass, err);
     if (st == TR_OK && (step->plan->n_rows > 0 || model->moe_exchange)) {
         st = tr_graph_fits(model, &pass) ? tr_graph_network(model, &pass, step, err)
                                          : tr_model_network(model, &pass, step, true, err);

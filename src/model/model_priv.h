@@ -96,6 +96,7 @@ struct tr_model {
     int heads;               /* this rank's */
     int moe_rows, moe_share; /* rows that may come to the experts at a time; of one member */
     bool moe_exchange; /* rows go to the experts' ranks; else all ranks of moe have the same rows */
+    int moe_same; /* members of moe that have the same rows where no prompt is split, one behind the other; 0: not so */
     bool no_overlap, sync_check;
     tr_finite *finite;      /* NULL: nobody looks */
     tr_lane lane;           /* where operations go */
@@ -139,6 +140,7 @@ typedef struct tr_pass {
     int n_head; /* head rows, likewise */
     bool split; /* the members of attn_cp have different ones */
     int rounds; /* of the exchange with the experts: the same on all its members */
+    int each;   /* rows of every replica, at most, when they are told to all experts instead; 0: they are dispatched */
 } tr_pass;
 
 /* Run an operation on the model's lane as a region of its name; an error names it. */
@@ -203,8 +205,13 @@ tr_status tr_moe_exchange(tr_model *m, const tr_pass *p, const tr_moe_weights *w
                           tr_status (*shared)(tr_model *, const tr_pass *, const tr_moe_weights *,
                                               tr_err *),
                           tr_err *err);
-/* The rounds of exchange this step needs: collective over moe. */
+/* How this step's rows go to the experts: rounds of exchange, or all to all. Collective over moe, by way of the host. */
 tr_status tr_moe_rounds(tr_model *m, tr_pass *p, tr_err *err);
+/* The same as tr_moe_exchange for a pass with `each`: nothing of it is up to the host, so that it may be recorded. */
+tr_status tr_moe_tell(tr_model *m, const tr_pass *p, const tr_moe_weights *w, tr_act *out,
+                      tr_status (*shared)(tr_model *, const tr_pass *, const tr_moe_weights *,
+                                          tr_err *),
+                      tr_err *err);
 
 /* stage.c: ws.hidden from the stage before, to the next one. */
 tr_status tr_stage_receive(tr_model *m, const tr_pass *p, tr_err *err);
@@ -227,7 +234,7 @@ tr_status tr_head_forward(tr_model *m, const tr_pass *p, struct tr_step_memory *
 
 /* A recorded step: of up to n_max rows, all with logits, that see up to max_context keys. */
 typedef struct tr_step_graph {
-    int n_max, max_context;
+    int n_max, max_context, each;
     uint32_t flags;    /* of the plan: which operations there are */
     bool has_head;     /* else it ends before the head's products */
     tr_graph *graph;   /* NULL: not recorded yet */
