@@ -5,8 +5,7 @@
 # DESCRIPTION
 #   The CUDA backend, and its communicator.  The backend needs nvcc 12.4 or later and the runtime library, which is linked
 #   statically; the driver is looked for when the program runs, so that one binary serves nodes with and without GPUs.
-#   NCCL, 2.28 or later, is what several ranks with a GPU each need.  It is asked for, never taken by itself: its communicators
-#   have not been run on GPUs yet.
+#   NCCL, 2.28 or later, is what several ranks with a GPU each need.
 #
 # USAGE
 #   (absent)               built where nvcc is found: on PATH, in CUDA_HOME or in /usr/local/cuda
@@ -15,7 +14,8 @@
 #   --with-cuda-arch=ARCH  the GPUs it is for (default sm_90a, Hopper; nothing else in this version)
 #   --with-nccl=DIR        NCCL in DIR (include/nccl.h, lib or lib64); an error where it is not there, or without CUDA
 #   --with-nccl            where the compiler finds it
-#   --without-nccl         the default: one rank with a GPU, any number on CPUs
+#   neither                likewise, or beside CUDA; where there is none one rank has a GPU, and any number are on CPUs
+#   --without-nccl         that, whatever there is
 #
 # VARIABLES
 #   NVCC, NVCC_FLAGS, CUDA_CFLAGS, CUDA_LIBS, NCCL_CFLAGS, NCCL_LIBS; set on the command line they are taken as they are
@@ -75,26 +75,41 @@ AC_DEFUN([TR_WITH_NCCL], [
   AC_ARG_VAR([NCCL_CFLAGS], [C compiler flags for NCCL])
   AC_ARG_VAR([NCCL_LIBS], [linker flags for NCCL])
   AC_ARG_WITH([nccl],
-    [AS_HELP_STRING([--with-nccl=DIR], [NCCL in DIR, for several ranks with a GPU each; not run on GPUs yet @<:@no@:>@])],
-    [], [with_nccl=no])
+    [AS_HELP_STRING([--with-nccl=DIR], [NCCL in DIR, for several ranks with a GPU each @<:@where CUDA and NCCL are found@:>@])],
+    [], [with_nccl=auto])
   tr_found_nccl="no (several ranks are on CPUs)"
-  AS_IF([test "$with_nccl" != no], [
-    AS_IF([test "$tr_found_cuda" = no], [AC_MSG_ERROR([--with-nccl: there is no CUDA backend for it to serve])])
-    _TR_NCCL_LIBRARY
-    AC_DEFINE([HAVE_NCCL], [1], [Define to 1 if communicators over NCCL are built.])
-  ])
+  AS_CASE([$with_nccl,$tr_found_cuda],
+    [no,*|auto,no], [],
+    [*,no], [AC_MSG_ERROR([--with-nccl: there is no CUDA backend for it to serve])],
+    [auto,*], [
+      # where the compiler looks, then beside CUDA
+      _TR_NCCL_LIBRARY([])
+      AS_IF([test $tr_nccl_links = no && test -e "$tr_cuda_root/include/nccl.h"],
+        [_TR_NCCL_LIBRARY([$tr_cuda_root])])],
+    [_TR_NCCL_LIBRARY([$with_nccl])
+     AS_CASE([$tr_found_nccl],
+       [no*], [AC_MSG_ERROR([--with-nccl=$with_nccl: no NCCL of 2.28 or later that can be linked with; config.log says why])])])
+  AS_CASE([$tr_found_nccl],
+    [no*], [with_nccl=no],
+    [AC_DEFINE([HAVE_NCCL], [1], [Define to 1 if communicators over NCCL are built.])])
   AM_CONDITIONAL([HAVE_NCCL], [test "$with_nccl" != no])
 ])
 
+# _TR_NCCL_LIBRARY(DIR): tr_found_nccl, NCCL_CFLAGS and NCCL_LIBS where NCCL in DIR can be linked with; else they are as before.
 AC_DEFUN([_TR_NCCL_LIBRARY], [
-  AS_CASE([$with_nccl],
+  tr_nccl_dir="$1"
+  tr_given_nccl_cflags=$NCCL_CFLAGS
+  tr_given_nccl_libs=$NCCL_LIBS
+  AS_CASE([$tr_nccl_dir],
     [*/*], [
-      AS_VAR_SET_IF([NCCL_CFLAGS], [], [NCCL_CFLAGS="-isystem $with_nccl/include"])
-      tr_nccl_lib=$with_nccl/lib
-      AS_IF([test -e "$with_nccl/lib64/libnccl.so"], [tr_nccl_lib=$with_nccl/lib64])
+      AS_VAR_SET_IF([NCCL_CFLAGS], [], [NCCL_CFLAGS="-isystem $tr_nccl_dir/include"])
+      tr_nccl_lib=$tr_nccl_dir/lib
+      AS_IF([test -e "$tr_nccl_dir/lib64/libnccl.so"], [tr_nccl_lib=$tr_nccl_dir/lib64])
       AS_VAR_SET_IF([NCCL_LIBS], [], [NCCL_LIBS="-L$tr_nccl_lib -Wl,-rpath,$tr_nccl_lib -lnccl"])],
     [AS_VAR_SET_IF([NCCL_LIBS], [], [NCCL_LIBS=-lnccl])])
-  AC_MSG_CHECKING([for NCCL 2.28 or later])
+  AS_CASE([$tr_nccl_dir],
+    [*/*], [AC_MSG_CHECKING([for NCCL 2.28 or later in $tr_nccl_dir])],
+    [AC_MSG_CHECKING([for NCCL 2.28 or later])])
   tr_save_LIBS=$LIBS
   tr_save_CFLAGS=$CFLAGS
   CFLAGS="$CFLAGS $CUDA_CFLAGS $NCCL_CFLAGS"
@@ -103,12 +118,16 @@ AC_DEFUN([_TR_NCCL_LIBRARY], [
 #if NCCL_VERSION_CODE < NCCL_VERSION(2, 28, 0)
 #error "older than 2.28"
 #endif]], [[ncclConfig_t c = NCCL_CONFIG_INITIALIZER; int v; c.commName = ""; return (int)ncclGetVersion(&v);]])],
-    [AC_MSG_RESULT([yes])],
-    [AC_MSG_RESULT([no])
-     AC_MSG_ERROR([--with-nccl=$with_nccl: no NCCL of 2.28 or later that can be linked with; config.log says why])])
-  tr_found_nccl=`printf '#include <nccl.h>\nTR NCCL_MAJOR NCCL_MINOR NCCL_PATCH\n' >conftest.c
-    $CC -E $CFLAGS conftest.c 2>/dev/null | sed -n 's/^TR \(@<:@0-9@:>@*\) \(@<:@0-9@:>@*\) \(@<:@0-9@:>@*\)/\1.\2.\3/p'`
-  tr_found_nccl="$tr_found_nccl ($NCCL_LIBS), not run on GPUs yet"
+    [tr_nccl_links=yes], [tr_nccl_links=no])
+  AS_CASE([$tr_nccl_dir],
+    [*/*], [AS_IF([test ! -e "$tr_nccl_dir/include/nccl.h"], [tr_nccl_links=no])])
+  AC_MSG_RESULT([$tr_nccl_links])
+  tr_nccl_version=`printf '#include <nccl.h>\nTR NCCL_MAJOR NCCL_MINOR NCCL_PATCH\n' >conftest.c
+    $CC -E -P $CFLAGS conftest.c 2>/dev/null | tr '\n' ' ' |
+      sed -n 's/.*TR  *\(@<:@0-9@:>@*\)  *\(@<:@0-9@:>@*\)  *\(@<:@0-9@:>@*\).*/\1.\2.\3/p'`
+  AS_IF([test $tr_nccl_links = yes], [tr_found_nccl="$tr_nccl_version ($NCCL_LIBS)"], [
+    NCCL_CFLAGS=$tr_given_nccl_cflags
+    NCCL_LIBS=$tr_given_nccl_libs])
   rm -f conftest.c
   LIBS=$tr_save_LIBS
   CFLAGS=$tr_save_CFLAGS
