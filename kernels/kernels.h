@@ -16,6 +16,7 @@
 #include <stdint.h>
 
 #include "base/err.h"
+#include "kernels/made.h"
 #include "kernels/plan_block.h"
 
 typedef struct tr_device tr_device; /* a backend instance: memory, lanes, last error text */
@@ -622,6 +623,12 @@ typedef struct tr_ops {
                              tr_rows_fn *rows, void *const *ctx);
     tr_status (*table_fill)(tr_device *, void *dst, size_t row_bytes, int n_rows, tr_rows_fn *rows,
                             void *ctx);
+    /* Dummy weights made where they are to be, NULL where a backend has them from the host: a piece that is not transposed, of numbers
+     * that are a function of their place (src->src and ld are not used); rows of a table, number_bytes each. */
+    tr_status (*linear_made)(tr_device *, tr_linear *dst, const tr_linear_src *src,
+                             const tr_made *made);
+    tr_status (*table_made)(tr_device *, void *dst, int number_bytes, int n_rows, int n_in,
+                            const tr_made *made);
     /* What moe, sparse_mla and sample need for up to that many rows; pure. */
     size_t (*moe_workspace)(int n_max, int k, int d, int d_inner);
     size_t (*sparse_mla_workspace)(int n_max, int n_heads, int d_latent);

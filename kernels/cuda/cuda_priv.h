@@ -67,6 +67,10 @@ tr_status tr_cuda_upload(tr_device *d, tr_lane lane, void *dst, const void *src,
 /* weights.c */
 size_t tr_cuda_linear_bytes(tr_format format, int n_mats, int n_out, int n_in);
 tr_status tr_cuda_linear_pack(tr_device *d, tr_linear *dst, const tr_linear_src *src);
+tr_status tr_cuda_linear_made(tr_device *d, tr_linear *dst, const tr_linear_src *src,
+                              const tr_made *made);
+tr_status tr_cuda_table_made(tr_device *d, void *dst, int number_bytes, int n_rows, int n_in,
+                             const tr_made *made);
 /* The weight for gemm_fp8.h. */
 tr_fp8_weight tr_cuda_fp8_weight(const tr_linear *w);
 const tr_weight_note *tr_cuda_note_find(const tr_device *d, const void *data);

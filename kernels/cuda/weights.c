@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "base/size.h"
+#include "kernels/cuda/made.h"
 
 enum { BLOCK = 128 };
 
@@ -284,8 +285,23 @@ static tr_status check_piece(tr_device *d, const tr_linear *w, const tr_linear_s
     return TR_OK;
 }
 
-/* The lanes that compute wait for what has been packed. */
-tr_status tr_cuda_linear_pack(tr_device *d, tr_linear *dst, const tr_linear_src *src)
+/* Of made numbers: written where they belong, by the device. */
+static tr_status make_numbers(tr_device *d, const tr_linear *w, const tr_weight_layout *l,
+                              const tr_linear_src *s, int interleaved, const tr_made *made)
+{
+    const tr_cuda_made_args a = {.made = *made,
+                                 .to = (char *)w->data + l->numbers + (size_t)s->i_mat * l->matrix,
+                                 .row_bytes = (size_t)l->ld,
+                                 .number_bytes = (int)element_bytes(w->format),
+                                 .n_rows = s->n_out,
+                                 .n_in = w->n_in,
+                                 .o_begin = s->o_begin,
+                                 .inner = interleaved ? w->n_out / 2 : 0};
+    return tr_cuda_status(d, "linear_made", tr_cuda_made(&a, d->stream[TR_LANE_COPY]));
+}
+
+/* The lanes that compute wait for what has been packed. made NULL: the numbers are at src. */
+static tr_status pack(tr_device *d, tr_linear *dst, const tr_linear_src *src, const tr_made *made)
 {
     tr_weight_layout l;
     tr_status st = tr_cuda_begin(d);
@@ -296,7 +312,36 @@ tr_status tr_cuda_linear_pack(tr_device *d, tr_linear *dst, const tr_linear_src 
     tr_weight_note *note = note_take(d, dst);
     if (!note) return tr_device_fail(d, TR_E_MEMORY, "out of memory");
     if (dst->format == TR_W_E4M3_B128) st = send_scales(d, dst, &l, src, note);
-    if (st == TR_OK) st = send_numbers(d, dst, &l, src, note->interleaved);
+    if (st == TR_OK)
+        st = made ? make_numbers(d, dst, &l, src, note->interleaved, made)
+                  : send_numbers(d, dst, &l, src, note->interleaved);
+    if (st == TR_OK) st = tr_cuda_order(d, TR_LANE_COPY, TR_LANE_MAIN);
+    return st == TR_OK ? tr_cuda_order(d, TR_LANE_COPY, TR_LANE_SIDE) : st;
+}
+
+tr_status tr_cuda_linear_pack(tr_device *d, tr_linear *dst, const tr_linear_src *src)
+{
+    return pack(d, dst, src, NULL);
+}
+
+tr_status tr_cuda_linear_made(tr_device *d, tr_linear *dst, const tr_linear_src *src,
+                              const tr_made *made)
+{
+    return pack(d, dst, src, made);
+}
+
+tr_status tr_cuda_table_made(tr_device *d, void *dst, int number_bytes, int n_rows, int n_in,
+                             const tr_made *made)
+{
+    const tr_cuda_made_args a = {.made = *made,
+                                 .to = dst,
+                                 .row_bytes = (size_t)number_bytes * (size_t)n_in,
+                                 .number_bytes = number_bytes,
+                                 .n_rows = n_rows,
+                                 .n_in = n_in};
+    tr_status st = tr_cuda_begin(d);
+    if (st == TR_OK)
+        st = tr_cuda_status(d, "table_made", tr_cuda_made(&a, d->stream[TR_LANE_COPY]));
     if (st == TR_OK) st = tr_cuda_order(d, TR_LANE_COPY, TR_LANE_MAIN);
     return st == TR_OK ? tr_cuda_order(d, TR_LANE_COPY, TR_LANE_SIDE) : st;
 }

@@ -10,8 +10,8 @@
 #include "kernels/number.h"
 
 enum {
-    N_LEVELS = 256,    /* one random byte per element chooses one of these values */
-    STRIPE = 4096,     /* elements whose random bytes are made at a time */
+    N_LEVELS = TR_MADE_LEVELS, /* one random byte per element chooses one of these values */
+    STRIPE = 4096,             /* elements whose random bytes are made at a time */
     PARALLEL = 4 << 20 /* elements below which it is one of the device's threads that asks */
 };
 
@@ -68,22 +68,13 @@ tr_stored tr_dummy_stored(const tr_config *config, const tr_wanted *w)
     return w->class == TR_CLASS_F ? TR_STORED_F32 : TR_STORED_BF16;
 }
 
-/* Counter-based: 64 well mixed bits of (key, i). Multiply and xor-shift twice, as finalisers of hash functions do. */
-static inline uint64_t random_word(uint64_t key, uint64_t i)
-{
-    uint64_t x = key + i * 0x9e3779b97f4a7c15u;
-    x = (x ^ (x >> 32)) * 0xd6e8feb86659fd93u;
-    x = (x ^ (x >> 32)) * 0xd6e8feb86659fd93u;
-    return x ^ (x >> 32);
-}
-
 /* The random bytes of elements [begin, begin + n), n <= STRIPE; out has 16 bytes of room behind. Returns where they
  * start: eight elements share a word. */
 static const uint8_t *random_bytes(uint64_t key, uint64_t begin, size_t n, uint8_t *out)
 {
     uint64_t first = begin / 8, last = (begin + n + 7) / 8;
     for (uint64_t i = first; i < last; i++) {
-        uint64_t word = random_word(key, i);
+        uint64_t word = tr_made_word(key, i);
         memcpy(out + (i - first) * 8, &word, 8);
     }
     return out + begin % 8;
@@ -175,6 +166,20 @@ void tr_dummy_block(const tr_dummy *d, const tr_wanted *w, tr_stored stored, int
                  (char *)dst + (size_t)r * (size_t)n_cols * element);
 }
 
+void tr_dummy_made(const tr_dummy *d, const tr_wanted *w, tr_stored stored, int64_t row0,
+                   int64_t col0, tr_made *out)
+{
+    levels v;
+
+    make_levels(d, w, stored, &v);
+    *out = (tr_made){.key = key_of(d, w->name),
+                     .width = (uint64_t)(w->rank == 2 ? w->shape[1] : w->shape[0]),
+                     .row0 = (uint64_t)row0,
+                     .col0 = (uint64_t)col0};
+    _Static_assert(sizeof v == sizeof out->level, "levels of the widest numbers");
+    memcpy(&out->level, &v, sizeof v);
+}
+
 void tr_dummy_scale(const tr_dummy *d, const tr_wanted *w, int64_t row0, int64_t n_rows,
                     int64_t col0, int64_t n_cols, float *dst)
 {
@@ -187,6 +192,6 @@ void tr_dummy_scale(const tr_dummy *d, const tr_wanted *w, int64_t row0, int64_t
     for (int64_t r = 0; r < n_rows; r++)
         for (int64_t c = 0; c < n_cols; c++) {
             uint64_t i = (uint64_t)(row0 + r) * width + (uint64_t)(col0 + c);
-            dst[r * n_cols + c] = random_word(key, i) & 1 ? large : 0.5f * large;
+            dst[r * n_cols + c] = tr_made_word(key, i) & 1 ? large : 0.5f * large;
         }
 }

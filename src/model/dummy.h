@@ -4,6 +4,7 @@
 #ifndef TR_MODEL_DUMMY_H
 #define TR_MODEL_DUMMY_H
 
+#include "kernels/made.h"
 #include "model/tensors.h"
 
 typedef struct tr_dummy tr_dummy;
@@ -17,6 +18,10 @@ tr_stored tr_dummy_stored(const tr_config *config, const tr_wanted *w);
 /* As tr_checkpoint_read_block; a rank 1 tensor is one row. */
 void tr_dummy_block(const tr_dummy *d, const tr_wanted *w, tr_stored stored, int64_t row0,
                     int64_t n_rows, int64_t col0, int64_t n_cols, void *dst);
+
+/* What tr_dummy_block makes from (row0, col0) on, for a device that makes it itself. */
+void tr_dummy_made(const tr_dummy *d, const tr_wanted *w, tr_stored stored, int64_t row0,
+                   int64_t col0, tr_made *out);
 
 /* The same of its scales; rows and columns are blocks. */
 void tr_dummy_scale(const tr_dummy *d, const tr_wanted *w, int64_t row0, int64_t n_rows,

@@ -387,14 +387,45 @@ static tr_status pack_piece(tr_loader *l, tr_linear *dst, const tr_piece *p, tr_
     return st;
 }
 
+/* Dummy numbers that the device makes where they belong; their scales are few, and the host's. */
+static tr_status make_piece(tr_loader *l, tr_linear *dst, const tr_piece *p, tr_err *err)
+{
+    const tr_stored stored = tr_dummy_stored(l->config, &p->w);
+    const uint64_t bytes =
+        (uint64_t)p->rows.n * (uint64_t)p->columns.n * (uint64_t)element_bytes(stored);
+    tr_linear_src src = {.i_mat = p->i_mat, .o_begin = p->o_begin, .n_out = p->rows.n};
+    tr_made made;
+
+    if (tr_stop_requested())
+        return tr_fail(err, TR_E_STOP, "stopped by %s while loading", tr_stop_reason());
+    if (format_of(stored) != dst->format) return wrong_format(&p->w, err);
+    if (stored == TR_STORED_F8_E4M3) {
+        tr_status st = fetch_scale(l, &p->w, p->rows, p->columns, err);
+        if (st != TR_OK) return st;
+        src.scale = l->scale;
+        src.scale_ld = l->scale_ld;
+        src.row0 = p->rows.begin % TR_SCALE_BLOCK;
+        src.col0 = p->columns.begin % TR_SCALE_BLOCK;
+    }
+    tr_dummy_made(l->dummy, &p->w, stored, p->rows.begin, p->columns.begin, &made);
+    tr_region_begin(l->regions, l->pack_region);
+    tr_status st = l->ops->linear_made(l->device, dst, &src, &made);
+    tr_region_end(l->regions, (double)bytes, 0.0);
+    l->bytes_made += bytes;
+    tell_progress(l);
+    return st == TR_OK ? TR_OK : device_fail(l, st, p->w.name, err);
+}
+
 tr_status tr_loader_pack(tr_loader *l, tr_linear *dst, const tr_piece *piece, int n_pieces,
                          tr_err *err)
 {
     tr_status st = TR_OK;
 
-    if (l->ops->linear_fill) return fill(l, dst, piece, n_pieces, err);
+    const bool made = l->dummy && l->ops->linear_made;
+
+    if (!made && l->ops->linear_fill) return fill(l, dst, piece, n_pieces, err);
     for (int i = 0; i < n_pieces && st == TR_OK; i++)
-        st = pack_piece(l, dst, &piece[i], err);
+        st = made ? make_piece(l, dst, &piece[i], err) : pack_piece(l, dst, &piece[i], err);
     return st;
 }
 
@@ -450,6 +481,14 @@ tr_status tr_loader_table(tr_loader *l, void **out, tr_dtype *dtype, const tr_wa
         tr_region_begin(l->regions, l->fill_region);
         st = l->ops->table_fill(l->device, *out, row_bytes, r.rows.n, read_rows, &r);
         return rows_done(&r, 1, st, err);
+    }
+    if (st == TR_OK && l->dummy && l->ops->table_made) {
+        tr_made made;
+        tr_dummy_made(l->dummy, w, stored, 0, 0, &made);
+        l->bytes_made += bytes;
+        st = l->ops->table_made(l->device, *out, (int)element_bytes(stored), (int)w->shape[0],
+                                (int)w->shape[1], &made);
+        return st == TR_OK ? TR_OK : device_fail(l, st, w->name, err);
     }
     int step = chunk_rows(l, tr_whole(w->shape[1]));
     for (int row = 0; row < w->shape[0] && st == TR_OK; row += step) {
