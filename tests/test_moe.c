@@ -448,6 +448,89 @@ static void combine(void **state)
     free(shared);
 }
 
+/* Rows told to all: what is offered comes out of moe_receive again, dead rows choose nobody; and the members' sums are added as
+ * those of dispatched rows are, bit for bit. */
+static void told_rows(void **state)
+{
+    enum { N = 5, ROWS = 4, FIRST = 2, K = 3, D = 20, MEMBERS = 3, LD = N + 2 };
+    uint64_t random = 77;
+    const size_t words = D + 2 * K;
+    test_cpu cpu;
+    (void)state;
+    test_cpu_open(&cpu, 0, 1);
+    float *x = test_floats(&random, N * D), *weight = test_floats(&random, N * K),
+          *record = test_floats(&random, ROWS * words), *y = test_floats(&random, MEMBERS * LD * D),
+          *out = test_floats(&random, N * D), *want = test_alloc(N * D, sizeof *want);
+    float in_weight[ROWS * K];
+    int32_t expert[N * K], in_expert[ROWS * K], origin[MEMBERS * N], n = N, n_in = -1;
+
+    for (int i = 0; i < N * K; i++)
+        expert[i] = i;
+    assert_int_equal(cpu.ops->moe_offer(cpu.d, TR_LANE_MAIN,
+                                        &(struct tr_moe_offer_args){.n = &n,
+                                                                    .first = FIRST,
+                                                                    .n_rows = ROWS,
+                                                                    .k = K,
+                                                                    .d = D,
+                                                                    .expert = expert,
+                                                                    .weight = weight,
+                                                                    .x = x,
+                                                                    .record = record}),
+                     TR_OK);
+    assert_int_equal(cpu.ops->moe_receive(cpu.d, TR_LANE_MAIN,
+                                          &(struct tr_moe_receive_args){.record = record,
+                                                                        .n_rows = ROWS,
+                                                                        .k = K,
+                                                                        .d = D,
+                                                                        .expert = in_expert,
+                                                                        .weight = in_weight,
+                                                                        .n_out = &n_in}),
+                     TR_OK);
+    assert_int_equal(n_in, ROWS);
+    for (int i = 0; i < ROWS; i++) {
+        const int live = FIRST + i < N;
+        for (int j = 0; j < K; j++) {
+            assert_int_equal(in_expert[i * K + j], live ? expert[(FIRST + i) * K + j] : -1);
+            assert_true(in_weight[i * K + j] == (live ? weight[(FIRST + i) * K + j] : 0));
+        }
+        for (int j = 0; j < D; j++)
+            assert_true(record[(size_t)i * words + (size_t)j] ==
+                        (live ? x[(FIRST + i) * D + j] : 0));
+    }
+
+    /* Member 1 has nothing of any row: zeros, of which the other way knows nothing. */
+    memset(y + LD * D, 0, LD * D * sizeof *y);
+    memcpy(want, out, N * D * sizeof *want);
+    int n_rows = 0;
+    float packed[MEMBERS * N * D];
+    for (int m = 0; m < MEMBERS; m++)
+        for (int r = 0; r < N && m != 1; r++) {
+            memcpy(packed + n_rows * D, y + (m * LD + r) * D, D * sizeof *y);
+            origin[n_rows++] = r;
+        }
+    assert_int_equal(cpu.ops->moe_return(
+                         cpu.d, TR_LANE_MAIN,
+                         &(struct tr_moe_return_args){
+                             .n_rows = n_rows, .d = D, .origin = origin, .y = packed, .out = want}),
+                     TR_OK);
+    n = N - 1; /* the last row is not live */
+    memcpy(want + (N - 1) * D, out + (N - 1) * D, D * sizeof *out);
+    assert_int_equal(
+        cpu.ops->moe_add(
+            cpu.d, TR_LANE_MAIN,
+            &(struct tr_moe_add_args){
+                .n = &n, .n_max = N, .d = D, .n_members = MEMBERS, .ld = LD, .y = y, .out = out}),
+        TR_OK);
+    assert_memory_equal(out, want, N * D * sizeof *out);
+    cpu.ops->close(cpu.d);
+    free(want);
+    free(out);
+    free(y);
+    free(record);
+    free(weight);
+    free(x);
+}
+
 int main(void)
 {
     json_t *all = unit_cases();
@@ -462,6 +545,7 @@ int main(void)
         cmocka_unit_test(experts_of_layers),
         cmocka_unit_test(moe_edges),
         cmocka_unit_test(combine),
+        cmocka_unit_test(told_rows),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     json_decref(all);
