@@ -347,11 +347,15 @@ struct tr_moe_combine_args {
 
 /* ---- rows to experts of other ranks and back (parallel.md 2.4, 5.1) ------------------------------------------------- */
 
-/* A dispatched row: its d activations, widened to f32, then its k choices with their weights; a choice that is not the
- * receiver's is -1. */
-static inline size_t tr_dispatch_bytes(int d, int k)
+/* A dispatched row: its d activations, of act_bytes each (tr_act_bytes), then at tr_dispatch_choices its k choices and their
+ * weights; a choice that is not the receiver's is -1. Records are whole lines of 16 bytes. */
+static inline size_t tr_dispatch_choices(int d, size_t act_bytes)
 {
-    return (size_t)d * 4 + (size_t)k * 8;
+    return ((size_t)d * act_bytes + 3) / 4 * 4;
+}
+static inline size_t tr_dispatch_bytes(int d, int k, size_t act_bytes)
+{
+    return (tr_dispatch_choices(d, act_bytes) + (size_t)k * 8 + 15) / 16 * 16;
 }
 /* Records of the rows first, first + step, .. (at most n_rows of them, all below *n), one for every destination that holds one
  * of a row's experts: n_ep of them with n_local experts each, and each of these n_xt times (ranks that share their experts'
@@ -366,10 +370,10 @@ struct tr_moe_dispatch_args {
     void *record;          /* [n_rows * min(k, n_ep) * n_xt] records */
     int32_t *count, *origin;
 };
-/* What n_rows records that came say of their choices: expert, weight [n_rows, k]; *n_out = n_rows. Their activations become
- * tr_act where they lie, with the records' distance as row stride. */
+/* What n_rows records that came say of their choices: expert, weight [n_rows, k]; *n_out = n_rows. Their activations stay where they
+ * lie, with the records' distance as row stride. */
 struct tr_moe_receive_args {
-    void *record;
+    const void *record;
     int n_rows, k, d;
     int32_t *expert;
     float *weight;

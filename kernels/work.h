@@ -144,9 +144,9 @@ static inline tr_work tr_work_moe_combine(double n, double k, double d)
     return (tr_work){4 * n * d * (k + 2), 2 * n * d * k};
 }
 /* Rows of activations with their choices, read and written as records. */
-static inline tr_work tr_work_moe_dispatch(double n, int d, int k)
+static inline tr_work tr_work_moe_dispatch(double n, int d, int k, size_t act_bytes)
 {
-    return (tr_work){2 * n * (double)tr_dispatch_bytes(d, k), 0};
+    return (tr_work){2 * n * (double)tr_dispatch_bytes(d, k, act_bytes), 0};
 }
 static inline tr_work tr_work_moe_return(double n, double d)
 {

@@ -454,7 +454,7 @@ static void told_rows(void **state)
 {
     enum { N = 5, ROWS = 4, FIRST = 2, K = 3, D = 20, MEMBERS = 3, LD = N + 2 };
     uint64_t random = 77;
-    const size_t words = D + 2 * K;
+    const size_t words = tr_dispatch_bytes(D, K, sizeof(float)) / 4;
     test_cpu cpu;
     (void)state;
     test_cpu_open(&cpu, 0, 1);

@@ -35,7 +35,8 @@ static void put_choices(const struct tr_moe_dispatch_args *a, int r, int ep, cha
 
 tr_status tr_cpu_moe_dispatch(tr_device *d, tr_lane lane, const struct tr_moe_dispatch_args *a)
 {
-    const size_t bytes = tr_dispatch_bytes(a->d, a->k), row_bytes = (size_t)a->d * sizeof(float);
+    const size_t bytes = tr_dispatch_bytes(a->d, a->k, sizeof(float)),
+                 row_bytes = (size_t)a->d * sizeof(float);
     const int n = *a->n;
     char *record = a->record;
     int at = 0;
@@ -63,7 +64,7 @@ tr_status tr_cpu_moe_dispatch(tr_device *d, tr_lane lane, const struct tr_moe_di
 
 tr_status tr_cpu_moe_receive(tr_device *d, tr_lane lane, const struct tr_moe_receive_args *a)
 {
-    const size_t bytes = tr_dispatch_bytes(a->d, a->k), k = (size_t)a->k;
+    const size_t bytes = tr_dispatch_bytes(a->d, a->k, sizeof(float)), k = (size_t)a->k;
     (void)d, (void)lane;
 
     for (int i = 0; i < a->n_rows; i++) {
@@ -91,7 +92,8 @@ tr_status tr_cpu_moe_return(tr_device *d, tr_lane lane, const struct tr_moe_retu
 
 tr_status tr_cpu_moe_offer(tr_device *d, tr_lane lane, const struct tr_moe_offer_args *a)
 {
-    const size_t bytes = tr_dispatch_bytes(a->d, a->k), w = (size_t)a->d, k = (size_t)a->k;
+    const size_t bytes = tr_dispatch_bytes(a->d, a->k, sizeof(float)), w = (size_t)a->d,
+                 k = (size_t)a->k;
     (void)d, (void)lane;
 
     for (int i = 0; i < a->n_rows; i++) {

@@ -7,10 +7,21 @@ namespace
 
 enum { THREADS = 256 };
 
-/* tr_dispatch_bytes, in words. */
-__device__ __forceinline__ size_t record_words(int d, int k)
+/* A record's activations are copied as lines of 16 bytes where rows are whole ones. */
+__device__ __forceinline__ void copy_row(const __nv_bfloat16 *from, void *to, int d)
 {
-    return (size_t)d + 2 * (size_t)k;
+    if (d % 8 == 0) {
+        for (int i = (int)threadIdx.x; i < d / 8; i += THREADS)
+            ((uint4 *)to)[i] = ((const uint4 *)(const void *)from)[i];
+        return;
+    }
+    for (int i = (int)threadIdx.x; i < d; i += THREADS)
+        ((__nv_bfloat16 *)to)[i] = from[i];
+}
+
+__device__ __forceinline__ char *record_at(void *records, size_t i, int d, int k)
+{
+    return (char *)records + i * tr_dispatch_bytes(d, k, sizeof(__nv_bfloat16));
 }
 
 __device__ __forceinline__ bool holds(const tr_moe_dispatch_args &a, int r, int ep)
@@ -61,38 +72,32 @@ __global__ void __launch_bounds__(THREADS)
             end += a.count[dest];
         }
         const size_t r = (size_t)a.origin[at];
-        float *to = (float *)a.record + (size_t)at * record_words(a.d, a.k);
-        for (int i = (int)threadIdx.x; i < a.d; i += THREADS)
-            to[i] = __bfloat162float(tr::act(a.x)[r * (size_t)a.d + (size_t)i]);
+        char *to = record_at(a.record, (size_t)at, a.d, a.k);
+        copy_row(tr::act(a.x) + r * (size_t)a.d, to, a.d);
+        int32_t *choice = (int32_t *)(void *)(to + tr_dispatch_choices(a.d, sizeof(__nv_bfloat16)));
         const int low = dest / a.n_xt * a.n_local;
         for (int j = (int)threadIdx.x; j < a.k; j += THREADS) {
             const int32_t e = a.expert[r * (size_t)a.k + (size_t)j];
             const bool here = e >= low && e < low + a.n_local;
-            ((int32_t *)to)[a.d + j] = here ? e : -1;
-            to[a.d + a.k + j] = here ? a.weight[r * (size_t)a.k + (size_t)j] : 0.0f;
+            choice[j] = here ? e : -1;
+            ((float *)(void *)choice)[a.k + j] =
+                here ? a.weight[r * (size_t)a.k + (size_t)j] : 0.0f;
         }
     }
 }
 
-/* A block takes a record. Its numbers are narrowed in place, front to back: what a round writes lies
- * in front of what the next one reads. */
+/* A thread takes a choice. */
 __global__ void __launch_bounds__(THREADS)
     moe_receive(const __grid_constant__ tr_moe_receive_args a)
 {
-    const int r = (int)blockIdx.x, tid = (int)threadIdx.x;
-    if (r == 0 && tid == 0) *a.n_out = a.n_rows;
+    const int at = (int)(blockIdx.x * THREADS + threadIdx.x), r = at / a.k, j = at % a.k;
+    if (at == 0) *a.n_out = a.n_rows;
     if (r >= a.n_rows) return;
-    float *from = (float *)a.record + (size_t)r * record_words(a.d, a.k);
-    for (int j = tid; j < a.k; j += THREADS) {
-        a.expert[(size_t)r * (size_t)a.k + (size_t)j] = ((const int32_t *)from)[a.d + j];
-        a.weight[(size_t)r * (size_t)a.k + (size_t)j] = from[a.d + a.k + j];
-    }
-    for (int i0 = 0; i0 < a.d; i0 += THREADS) {
-        const float x = i0 + tid < a.d ? from[i0 + tid] : 0.0f;
-        __syncthreads();
-        if (i0 + tid < a.d) ((__nv_bfloat16 *)(void *)from)[i0 + tid] = __float2bfloat16_rn(x);
-        __syncthreads();
-    }
+    const char *from = record_at((void *)a.record, (size_t)r, a.d, a.k);
+    const int32_t *choice =
+        (const int32_t *)(const void *)(from + tr_dispatch_choices(a.d, sizeof(__nv_bfloat16)));
+    a.expert[at] = choice[j];
+    a.weight[at] = ((const float *)(const void *)choice)[a.k + j];
 }
 
 /* Block i: if i is the first of its row, all of that row's sums, i ascending. */
@@ -131,14 +136,17 @@ __global__ void __launch_bounds__(THREADS) moe_return(const __grid_constant__ tr
 __global__ void __launch_bounds__(THREADS) moe_offer(const __grid_constant__ tr_moe_offer_args a)
 {
     const int r = a.first + (int)blockIdx.x, live = r < *a.n;
-    float *to = (float *)a.record + (size_t)blockIdx.x * record_words(a.d, a.k);
-    const size_t row = (size_t)r;
-    for (int i = (int)threadIdx.x; i < a.d; i += THREADS)
-        to[i] = live ? __bfloat162float(tr::act(a.x)[row * (size_t)a.d + (size_t)i]) : 0.0f;
+    char *to = record_at(a.record, (size_t)blockIdx.x, a.d, a.k);
+    int32_t *choice = (int32_t *)(void *)(to + tr_dispatch_choices(a.d, sizeof(__nv_bfloat16)));
+    if (live)
+        copy_row(tr::act(a.x) + (size_t)r * (size_t)a.d, to, a.d);
+    else
+        for (int i = (int)threadIdx.x; i < a.d; i += THREADS)
+            ((__nv_bfloat16 *)(void *)to)[i] = __float2bfloat16_rn(0.0f);
     for (int j = (int)threadIdx.x; j < a.k; j += THREADS) {
-        const size_t at = row * (size_t)a.k + (size_t)j;
-        ((int32_t *)to)[a.d + j] = live ? a.expert[at] : -1;
-        to[a.d + a.k + j] = live ? a.weight[at] : 0.0f;
+        const size_t at = (size_t)r * (size_t)a.k + (size_t)j;
+        choice[j] = live ? a.expert[at] : -1;
+        ((float *)(void *)choice)[a.k + j] = live ? a.weight[at] : 0.0f;
     }
 }
 
@@ -189,7 +197,9 @@ cudaError_t tr_cuda_moe_dispatch(const struct tr_moe_dispatch_args *a, cudaStrea
 
 cudaError_t tr_cuda_moe_receive(const struct tr_moe_receive_args *a, cudaStream_t stream)
 {
-    moe_receive<<<(unsigned)(a->n_rows > 0 ? a->n_rows : 1), THREADS, 0, stream>>>(*a);
+    if (a->k < 1) return cudaErrorInvalidValue;
+    const size_t choices = (size_t)(a->n_rows > 0 ? a->n_rows : 1) * (size_t)a->k;
+    moe_receive<<<(unsigned)((choices + THREADS - 1) / THREADS), THREADS, 0, stream>>>(*a);
     return cudaGetLastError();
 }
 

@@ -426,7 +426,8 @@ tr_status tr_bench_moe_dispatch(tr_kbench *b, tr_err *err)
     tr_status st = tr_bench_zeros(b, ROWS * (size_t)k * 4, &expert, err);
     if (st == TR_OK) st = tr_bench_floats(b, ROWS * (size_t)k, 1, &weight, err);
     if (st == TR_OK) st = tr_bench_floats(b, ROWS * (size_t)d, 1, &x, err);
-    if (st == TR_OK) st = tr_bench_zeros(b, most * tr_dispatch_bytes(d, k), &record, err);
+    if (st == TR_OK)
+        st = tr_bench_zeros(b, most * tr_dispatch_bytes(d, k, sizeof(float)), &record, err);
     if (st == TR_OK) st = tr_bench_zeros(b, N_EP * 4, &count, err);
     if (st == TR_OK) st = tr_bench_zeros(b, most * 4, &origin, err);
     if (st == TR_OK) st = tr_bench_word(b, ROWS, &n, err);
@@ -448,7 +449,8 @@ tr_status tr_bench_moe_dispatch(tr_kbench *b, tr_err *err)
                                               .record = record.d,
                                               .count = count.d,
                                               .origin = origin.d};
-    tr_line line = TR_LINE(moe_dispatch, tr_work_moe_dispatch((double)most, d, k), .warm = {x});
+    tr_line line =
+        TR_LINE(moe_dispatch, tr_work_moe_dispatch((double)most, d, k, sizeof(float)), .warm = {x});
     snprintf(line.shape, sizeof line.shape, "to %d ranks, rows %d", N_EP, ROWS);
     st = tr_bench_time(b, &line, &args, err);
     if (st == TR_OK) tr_bench_print_line(b, &line);
@@ -461,7 +463,8 @@ tr_status tr_bench_moe_receive(tr_kbench *b, tr_err *err)
     tr_operand record, expert, weight;
     int32_t *n;
     if (k < 1) return TR_OK;
-    tr_status st = tr_bench_zeros(b, MAX_ROWS * tr_dispatch_bytes(d, k), &record, err);
+    tr_status st =
+        tr_bench_zeros(b, MAX_ROWS * tr_dispatch_bytes(d, k, sizeof(float)), &record, err);
     if (st == TR_OK) st = tr_bench_zeros(b, MAX_ROWS * (size_t)k * 4, &expert, err);
     if (st == TR_OK) st = tr_bench_zeros(b, MAX_ROWS * (size_t)k * 4, &weight, err);
     if (st == TR_OK) st = tr_bench_word(b, 0, &n, err);
@@ -511,7 +514,8 @@ tr_status tr_bench_moe_offer(tr_kbench *b, tr_err *err)
     tr_status st = tr_bench_zeros(b, ROWS * (size_t)k * 4, &expert, err);
     if (st == TR_OK) st = tr_bench_floats(b, ROWS * (size_t)k, 1, &weight, err);
     if (st == TR_OK) st = tr_bench_floats(b, ROWS * (size_t)d, 1, &x, err);
-    if (st == TR_OK) st = tr_bench_zeros(b, ROWS * tr_dispatch_bytes(d, k), &record, err);
+    if (st == TR_OK)
+        st = tr_bench_zeros(b, ROWS * tr_dispatch_bytes(d, k, sizeof(float)), &record, err);
     if (st == TR_OK) st = tr_bench_word(b, ROWS, &n, err);
     if (st != TR_OK) return st;
     const struct tr_moe_offer_args args = {.n = n,
@@ -522,7 +526,7 @@ tr_status tr_bench_moe_offer(tr_kbench *b, tr_err *err)
                                            .weight = weight.d,
                                            .x = x.d,
                                            .record = record.d};
-    tr_line line = TR_LINE(moe_offer, tr_work_moe_dispatch(ROWS, d, k), .warm = {x});
+    tr_line line = TR_LINE(moe_offer, tr_work_moe_dispatch(ROWS, d, k, sizeof(float)), .warm = {x});
     snprintf(line.shape, sizeof line.shape, "d %d rows %d", d, ROWS);
     st = tr_bench_time(b, &line, &args, err);
     if (st == TR_OK) tr_bench_print_line(b, &line);

@@ -75,7 +75,8 @@ static tr_status dispatch(tr_model *m, const tr_pass *p, const tr_moe_weights *w
     int first;
     const int n_rows = rows_of_round(m, p, i_round, &first);
 
-    tr_note(m, tr_work_moe_dispatch(m->moe_share, c->hidden_size, c->num_experts_per_tok));
+    tr_note(m, tr_work_moe_dispatch(m->moe_share, c->hidden_size, c->num_experts_per_tok,
+                                    tr_act_bytes(m->ops)));
     tr_status st =
         TR_RUN(m, moe_dispatch, err, .n = p->rows.n, .first = first, .step = 1, .n_rows = n_rows,
                .k = c->num_experts_per_tok, .d = c->hidden_size, .n_local = w->n_local,
@@ -97,7 +98,7 @@ static tr_status experts(tr_model *m, const tr_moe_weights *w, int n_in, int n_m
 {
     const tr_config *c = m->config;
     const int d = c->hidden_size, k = c->num_experts_per_tok;
-    const size_t ld = tr_dispatch_bytes(d, k) / tr_act_bytes(m->ops);
+    const size_t ld = tr_dispatch_bytes(d, k, tr_act_bytes(m->ops)) / tr_act_bytes(m->ops);
 
     tr_note(m, tr_work_moe_pack(n_in, 2 * k));
     tr_status st =
@@ -176,7 +177,8 @@ tr_status tr_moe_exchange(tr_model *m, const tr_pass *p, const tr_moe_weights *w
 {
     const tr_config *c = m->config;
     const int members = tr_comm_size(m->groups.moe);
-    const size_t record = tr_dispatch_bytes(c->hidden_size, c->num_experts_per_tok),
+    const size_t record = tr_dispatch_bytes(c->hidden_size, c->num_experts_per_tok,
+                                            tr_act_bytes(m->ops)),
                  row = (size_t)c->hidden_size * tr_act_bytes(m->ops);
     int32_t n_send[TR_MEMBERS_MAX], n_recv[TR_MEMBERS_MAX];
     tr_status st = TR_OK;
@@ -262,11 +264,13 @@ static tr_status experts_of_all(tr_model *m, const tr_pass *p, const tr_moe_weig
 {
     const tr_config *c = m->config;
     const int members = tr_comm_size(m->groups.moe), share = told(m, p->each);
-    const size_t record = tr_dispatch_bytes(c->hidden_size, c->num_experts_per_tok);
+    const size_t record =
+        tr_dispatch_bytes(c->hidden_size, c->num_experts_per_tok, tr_act_bytes(m->ops));
     size_t bytes[TR_MEMBERS_MAX];
     tr_ticket ticket = {0};
 
-    tr_note(m, tr_work_moe_dispatch(share, c->hidden_size, c->num_experts_per_tok));
+    tr_note(m, tr_work_moe_dispatch(share, c->hidden_size, c->num_experts_per_tok,
+                                    tr_act_bytes(m->ops)));
     tr_status st =
         TR_RUN(m, moe_offer, err, .n = p->rows.n,
                .first = tr_comm_rank(m->groups.moe) % m->moe_same * share, .n_rows = share,

@@ -102,7 +102,7 @@ static tr_status take_exchanges(tr_model *m, tr_err *err)
                  act = tr_act_bytes(m->ops);
     const int k = c->num_experts_per_tok, members = tr_comm_size(m->groups.moe),
               n_ep = members / m->groups.n_xt;
-    const size_t record = tr_dispatch_bytes(c->hidden_size, k), n_in = (size_t)m->moe_rows,
+    const size_t record = tr_dispatch_bytes(c->hidden_size, k, act), n_in = (size_t)m->moe_rows,
                  n_out =
                      (size_t)m->moe_share * (size_t)(k < n_ep ? k : n_ep) * (size_t)m->groups.n_xt;
     const size_t part = sizeof(tr_sample_part) > sizeof(tr_logprob_part) ? sizeof(tr_sample_part)
