@@ -105,6 +105,7 @@ static void test_good(void **state)
     expect(f, &out, 0, "ranks 0 and 3, two hosts: 3.0 us, 20.00 GB/s");
     expect(f, &out, 0, "120 min left of job 4711");
     expect(f, &out, 0, "GPU-3 of 2");
+    expect(f, &out, 0, "this build has no NCCL");
 }
 
 /* srun without its PMI plug-in: every process a job of its own, the most common mistake. */

@@ -14,6 +14,9 @@
 #include "command/doctor_report.h"
 #include "command/hang.h"
 #include "command/options.h"
+#ifdef HAVE_NCCL
+#include "mpi/comm_nccl.h"
+#endif
 #include "mpi/comm_mpi.h"
 
 typedef struct doctor_options {
@@ -137,6 +140,7 @@ static tr_status look(const tr_world *world, tr_comm *c, const doctor_options *o
     tr_facts mine, *all = NULL;
     tr_link link[2];
     int peer[2], n_links = 0;
+    char nccl[32] = "";
     void *data = calloc(1, BLOCK);
     tr_status st = tr_agree(world, data ? TR_OK : tr_fail(err, TR_E_MEMORY, "out of memory"), err);
 
@@ -148,12 +152,16 @@ static tr_status look(const tr_world *world, tr_comm *c, const doctor_options *o
         st = measure(&link[i], c, peer[i], data, err);
     st = tr_agree(world, st, err);
     *n_changes = 0;
+#ifdef HAVE_NCCL
+    tr_nccl_version(nccl, sizeof nccl);
+#endif
     if (st == TR_OK && world->rank == 0) {
         const tr_doctor d = {.rank = all,
                              .n = world->size,
                              .out = &out,
                              .link = link,
                              .n_links = n_links,
+                             .nccl = nccl[0] ? nccl : NULL,
                              .time_given = o->time_budget != NULL};
         *n_changes = tr_doctor_report(&d, stdout);
         fflush(stdout);

@@ -209,6 +209,11 @@ static void gpus(page *p, const tr_doctor *d)
     for (int i = 0; i < d->n && i < HOSTS_SHOWN; i++)
         line(p, i ? "" : "GPUs", "rank %d on %s: %s of %d", i, d->rank[i].host,
              d->rank[i].uuid[0] ? d->rank[i].uuid : "none", d->rank[i].n_gpus);
+    if (d->nccl)
+        line(p, "NCCL", "%s", d->nccl);
+    else if (d->n > 1)
+        note(p, "this build has no NCCL: several ranks compute on CPUs, whatever GPUs there are "
+                "(configure --with-nccl)");
     for (int i = 0; i < d->n; i++) {
         const tr_facts *f = &d->rank[i];
         if (f->n_gpus > 1 && f->n_gpus < f->local_size && f->local_rank == 0)

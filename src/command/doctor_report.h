@@ -20,6 +20,8 @@ typedef struct tr_doctor {
     const tr_out_facts *out;
     const tr_link *link;
     int n_links;
+    const char *
+        nccl; /* version of the library that ranks with GPUs would use; NULL: this build has none */
     bool time_given; /* the user knows the limit: --time-budget */
 } tr_doctor;
 
