@@ -35,6 +35,12 @@ refused 'tp 3' 2 step --tp 3
 refused 'a bench step of one rank' 2 step --tp 2 --profile "$dir/x.h5"
 refused 'options of bench step' 1 load --tp 1
 refused 'cp-mode odd' 1 step --cp-mode odd
+refused 'one rank has none' 1 watchdog
+refused '10000 are too many' 2 watchdog --tp 2 --pairs 10000 --steps 10000
+
+# What the watchdog costs: blocks with one and without, in turn.
+timeout "$patience_s" "$mpiexec" -n 2 "$TRIREME" bench watchdog -m "$model" --tp 2 --context 70 --sequences 1,2 --pairs 3 --steps 5 \
+    >"$dir/watchdog" || exit 1
 
 "$python" - "$dir" <<'PY'
 import json, sys
@@ -46,6 +52,10 @@ def lines(name):
     for l in timed:
         assert 0 < l["min_s"] <= l["median_s"] <= l["max_s"] and l["bytes"] > 0 and l["flops"] > 0, (name, l)
     return {(l["kind"], l["sequences"]): l for l in timed}
+
+guarded = [json.loads(l) for l in open(sys.argv[1] + "/watchdog") if l.startswith("{")]
+assert [(l["ranks"], l["sequences"], l["pairs"], l["steps"]) for l in guarded] == [(2, 1, 3, 5), (2, 2, 3, 5)], guarded
+assert all(l["off_median_s"] > 0 and l["on_median_s"] > 0 and l["overhead"] > -1 and l["overhead_error"] >= 0 for l in guarded), guarded
 
 one = lines("one")
 for name, prompts in (("tp2", 1), ("dp2", 2), ("cp2", 1), ("pp2", 1)):

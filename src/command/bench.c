@@ -17,6 +17,7 @@ static const char help_text[] =
     "       [mpirun -n RANKS] trireme bench step -m MODEL [options]\n"
     "       trireme bench load -m MODEL [options]\n"
     "       trireme bench profile -m MODEL [options]\n"
+    "       mpirun -n RANKS trireme bench watchdog -m MODEL [options]\n"
     "\n"
     "kernels: every operation alone, at the sizes of MODEL (default: the 671B model's),\n"
     "caches cold, beside the ceilings of this machine, a library's sgemm and an fp64\n"
@@ -24,7 +25,8 @@ static const char help_text[] =
     "of a prompt; a decoded context longer than 512 tokens repeats its first 512.\n"
     "load: a checkpoint into packed weights, after a plain parallel read of the same\n"
     "bytes. profile: the same decode steps without and with a profile, in pairs of\n"
-    "blocks, and what the profile's own thread takes. Each prints a table and JSON lines.\n"
+    "blocks, and what the profile's own thread takes. watchdog: the same without and\n"
+    "with the watchdog over several ranks. Each prints a table and JSON lines.\n"
     "\n"
     "  -m, --model DIR           folder with config.json and, but for kernels, safetensors\n"
     "      --only OP[,OP...]     of kernels: these operations alone\n"
@@ -34,7 +36,7 @@ static const char help_text[] =
     "      --prefill-at N[,N...] tokens before the prompt's (default 0)\n"
     "      --chunk N             rows of a prefill step (default 512)\n"
     "      --steps N             timed steps of each line (default 64)\n"
-    "      --pairs N             of profile: pairs of blocks of --steps steps (default 10)\n"
+    "      --pairs N             of profile, watchdog: pairs of blocks of --steps (default 10)\n"
     "      --profile FILE        of step: record all steps; of profile: where to write\n"
     "      --threads N           threads (default: as many as cores are given)\n"
     "      --isa NAME            plain, avx2 or avx512 (default: the best here)\n"
@@ -297,15 +299,19 @@ static tr_status parse(int argc, char **argv, tr_bench_options *o, const char **
         o->what = TR_BENCH_LOAD;
     else if (strcmp(what, "profile") == 0)
         o->what = TR_BENCH_PROFILE;
+    else if (strcmp(what, "watchdog") == 0)
+        o->what = TR_BENCH_WATCHDOG;
     else
         return tr_fail(err, TR_E_USAGE,
-                       "bench: say what: kernels, step, load or profile; see trireme bench --help");
+                       "bench: say what: kernels, step, load, profile, watchdog or comm; see "
+                       "trireme bench --help");
     if (o->profile && o->what != TR_BENCH_STEP && o->what != TR_BENCH_PROFILE)
         return tr_fail(err, TR_E_USAGE, "--profile: an option of bench step and bench profile");
     if (o->profile && !*o->profile) return tr_fail(err, TR_E_USAGE, "--profile: a file is wanted");
-    if ((has_grid(&o->open.ranks) || o->no_overlap) && o->what != TR_BENCH_STEP)
-        return tr_fail(err, TR_E_USAGE, "bench %s: --tp and the like are options of bench step",
-                       what);
+    if ((has_grid(&o->open.ranks) || o->no_overlap) && o->what != TR_BENCH_STEP &&
+        o->what != TR_BENCH_WATCHDOG)
+        return tr_fail(err, TR_E_USAGE,
+                       "bench %s: --tp and the like are options of bench step and watchdog", what);
     if (o->only && o->what != TR_BENCH_KERNELS)
         return tr_fail(err, TR_E_USAGE, "--only: an option of bench kernels");
     if (!o->open.model_dir && o->what != TR_BENCH_KERNELS)
@@ -326,10 +332,11 @@ tr_status tr_command_bench(int argc, char **argv, tr_err *err)
     if (st == TR_OK && help)
         fputs(help_text, stdout);
     else if (st == TR_OK)
-        st = options.what == TR_BENCH_KERNELS   ? tr_bench_kernels(&options, err)
-             : options.what == TR_BENCH_LOAD    ? tr_bench_load(&options, err)
-             : options.what == TR_BENCH_PROFILE ? tr_bench_profile(&options, err)
-                                                : tr_bench_step(&options, err);
+        st = options.what == TR_BENCH_KERNELS    ? tr_bench_kernels(&options, err)
+             : options.what == TR_BENCH_LOAD     ? tr_bench_load(&options, err)
+             : options.what == TR_BENCH_PROFILE  ? tr_bench_profile(&options, err)
+             : options.what == TR_BENCH_WATCHDOG ? tr_bench_watchdog(&options, err)
+                                                 : tr_bench_step(&options, err);
     free(overrides);
     return st;
 }

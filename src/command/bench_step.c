@@ -472,12 +472,22 @@ static tr_status agreed(const bench *b, tr_status st, tr_err *err)
     return b->options->open.world ? tr_agree(b->options->open.world, st, err) : st;
 }
 
+static tr_status guard(bench *b, bool on, tr_err *err)
+{
+    tr_world *world = b->options->open.world;
+    if (!world || world->size == 1 || on == !!b->watchdog) return TR_OK;
+    tr_watchdog_stop(b->watchdog);
+    b->watchdog = NULL;
+    tr_status st = on ? tr_watchdog_start(&b->watchdog, world, 0, NULL, err) : TR_OK;
+    tr_model_set_watch(b->opened.model, b->watchdog);
+    return st;
+}
+
 static tr_status watch_steps(bench *b, tr_err *err)
 {
     tr_world *world = b->options->open.world;
     if (!world || world->size == 1) return TR_OK;
-    tr_status st = tr_watchdog_start(&b->watchdog, world, 0, NULL, err);
-    if (st == TR_OK) tr_model_set_watch(b->opened.model, b->watchdog);
+    tr_status st = guard(b, true, err);
     if (st == TR_OK) tr_model_advance(b->opened.model, b->opened.control);
     return st;
 }
@@ -609,6 +619,11 @@ tr_status tr_bench_steps_decode(tr_bench_steps *b, int sequences, int context, d
     return decode(b, sequences, context, seconds, err);
 }
 
+tr_status tr_bench_steps_guard(tr_bench_steps *b, bool on, tr_err *err)
+{
+    return agreed(b, guard(b, on, err), err);
+}
+
 void tr_bench_steps_record(tr_bench_steps *b, tr_bench_record *record)
 {
     b->record = record;
@@ -658,16 +673,16 @@ static tr_status all_lines(bench *b, tr_err *err)
     return st;
 }
 
-/* A rank that fails in a step leaves the others waiting for it: the job ends here. */
-static void give_up_alone(const tr_world *world, tr_status st, const tr_err *err)
+void tr_bench_give_up_alone(const tr_world *world, tr_status st, const tr_err *err)
 {
     if (st == TR_OK || world->size == 1) return;
     fprintf(stderr, "trireme: rank %d on %s: %s\n", world->rank, world->host, err->text);
     tr_world_give_up(world, st);
 }
 
-static tr_status with_ranks(const tr_bench_options *o, const tr_world *world, tr_err *err)
+static tr_status with_ranks(const tr_bench_options *o, tr_err *err)
 {
+    const tr_world *world = o->open.world;
     bench b = {.options = o, .room = o->steps + 4};
     tr_err later;
     if (o->profile && world->size > 1)
@@ -681,7 +696,7 @@ static tr_status with_ranks(const tr_bench_options *o, const tr_world *world, tr
     if (st == TR_OK) print_head(&b);
     if (st == TR_OK) st = begin_record(&b, err);
     if (st == TR_OK) st = all_lines(&b, err);
-    if (ready) give_up_alone(world, st, err);
+    if (ready) tr_bench_give_up_alone(world, st, err);
     const tr_status recorded = tr_bench_record_end(b.record, NULL, st == TR_OK ? err : &later);
     if (st == TR_OK) st = recorded;
     close_bench(&b);
@@ -689,14 +704,19 @@ static tr_status with_ranks(const tr_bench_options *o, const tr_world *world, tr
     return st;
 }
 
-tr_status tr_bench_step(const tr_bench_options *o, tr_err *err)
+tr_status tr_bench_with_world(const tr_bench_options *o, tr_bench_ranks *bench_ranks, tr_err *err)
 {
     tr_bench_options own = *o;
     tr_world world;
     tr_status st = tr_world_start(&world, err);
     own.open.world = &world;
-    if (st == TR_OK) st = with_ranks(&own, &world, err);
+    if (st == TR_OK) st = bench_ranks(&own, err);
     if (st != TR_OK && world.size > 1 && world.rank > 0) err->text[0] = 0; /* rank 0 says it */
     tr_world_finish(st);
     return st;
+}
+
+tr_status tr_bench_step(const tr_bench_options *o, tr_err *err)
+{
+    return tr_bench_with_world(o, with_ranks, err);
 }

@@ -1,5 +1,5 @@
-/* Steps of a model, for the benches that time them: bench_step.c has them, bench_profile.c repeats them with a profile. One process,
- * main thread. */
+/* Steps of a model, for the benches that time them: bench_step.c has them, bench_profile.c repeats them with a profile, bench_watchdog.c
+ * with and without a watchdog. Main thread. */
 #ifndef TR_COMMAND_BENCH_STEPS_H
 #define TR_COMMAND_BENCH_STEPS_H
 
@@ -21,6 +21,15 @@ tr_status tr_bench_steps_decode(tr_bench_steps *steps, int sequences, int contex
                                 tr_err *err);
 /* Steps from now on are recorded; NULL: no more. Kept. */
 void tr_bench_steps_record(tr_bench_steps *steps, tr_bench_record *record);
+/* Collective where there are several ranks: the watchdog over the steps from now on (at first there is one), or none. */
+tr_status tr_bench_steps_guard(tr_bench_steps *steps, bool on, tr_err *err);
+
+/* A bench of all ranks: options with the world, which is started before and finished behind it. */
+typedef tr_status tr_bench_ranks(const tr_bench_options *options, tr_err *err);
+tr_status tr_bench_with_world(const tr_bench_options *options, tr_bench_ranks *bench, tr_err *err);
+/* A rank that fails in a step leaves the others waiting for it: the job ends here. TR_OK, or one rank: returns. */
+void tr_bench_give_up_alone(const tr_world *world, tr_status st, const tr_err *err);
+
 /* --kv-dtype as it was given. */
 const char *tr_bench_kv_name(const tr_bench_options *options);
 
