@@ -1,8 +1,8 @@
 /* trireme bench profile: what recording a profile costs. The same decode steps in blocks, without and with one, in turn: a pair
  * has one block of each, and every other pair has them the other way round, so that contexts that grow and machines that warm up
- * weigh on both. A pair's overhead compares medians of its steps; what is told is the median of the pairs; on a machine with other
- * work, that of the process' CPU time says more. Work of the profile's own thread, which may have a core of its own, is told beside
- * it. */
+ * weigh on both. A pair's overhead compares medians of its steps; what is told is the median of the pairs and its error; on a
+ * machine with other work, that of the process' CPU time says more. Work of the profile's own thread, which may have a core of its
+ * own, is told beside it. */
 #include <config.h>
 
 #include "command/bench.h"
@@ -17,6 +17,7 @@
 
 #include "base/clock.h"
 #include "base/size.h"
+#include "command/bench_pairs.h"
 #include "command/bench_steps.h"
 
 enum { WARM = 8, PATH_BYTES = 4096 };
@@ -36,18 +37,6 @@ typedef struct overhead {
     uint64_t bytes;           /* of the last file */
 } overhead;
 
-static int ascending(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double median(double *x, int n)
-{
-    qsort(x, (size_t)n, sizeof *x, ascending);
-    return n % 2 ? x[n / 2] : (x[n / 2 - 1] + x[n / 2]) / 2;
-}
-
 /* Of all threads, the profile's too. Where a thread that waits spins this is no more than another clock. */
 static double cpu_s(void)
 {
@@ -64,7 +53,7 @@ static tr_status block(overhead *b, int sequences, double *out, double *cpu, tr_
     for (int i = 0; i < b->o->steps && st == TR_OK; i++)
         st = tr_bench_steps_decode(b->steps, sequences, b->context++, &b->seconds[i], err);
     *cpu = cpu_s() - begun;
-    if (st == TR_OK) *out = median(b->seconds, b->o->steps);
+    if (st == TR_OK) *out = tr_bench_median(b->seconds, b->o->steps);
     return st;
 }
 
@@ -121,22 +110,25 @@ static tr_status pair(overhead *b, int sequences, int i, tr_err *err)
 static void report(overhead *b, int sequences, int context)
 {
     const int n = b->o->pairs;
-    const double off = median(b->off, n), on = median(b->on, n), ratio = median(b->ratio, n),
-                 of_cpu = median(b->cpu, n), cpu = (double)b->costs.cpu_ns * 1e-9,
+    const double off = tr_bench_median(b->off, n), on = tr_bench_median(b->on, n),
+                 ratio = tr_bench_median(b->ratio, n), error = tr_bench_median_error(b->ratio, n),
+                 of_cpu = tr_bench_median(b->cpu, n), cpu_error = tr_bench_median_error(b->cpu, n),
+                 cpu = (double)b->costs.cpu_ns * 1e-9,
                  flush =
                      b->costs.flushes ? (double)b->costs.flush_ns / (double)b->costs.flushes : 0;
 
     printf("  %9d %9d %6d %6d %12.3f %12.3f %8.2f%% %8.2f%% %8.2f%% %8.2f%% %8.2f%% %10.2f\n",
-           sequences, context, n, b->o->steps, off * 1e3, on * 1e3, 100 * ratio, 100 * b->ratio[0],
-           100 * b->ratio[n - 1], 100 * of_cpu, 100 * cpu / b->on_s, flush * 1e-6);
+           sequences, context, n, b->o->steps, off * 1e3, on * 1e3, 100 * ratio, 100 * error,
+           100 * of_cpu, 100 * cpu_error, 100 * cpu / b->on_s, flush * 1e-6);
     printf(
         "{\"bench\": \"profile\", \"sequences\": %d, \"context\": %d, \"pairs\": %d, "
         "\"steps\": %d, \"off_median_s\": %.9f, \"on_median_s\": %.9f, \"overhead\": %.6f, "
-        "\"overhead_min\": %.6f, \"overhead_max\": %.6f, \"overhead_cpu\": %.6f, \"on_s\": %.3f, "
+        "\"overhead_error\": %.6f, \"overhead_cpu\": %.6f, \"overhead_cpu_error\": %.6f, \"on_s\": "
+        "%.3f, "
         "\"thread_cpu_s\": "
         "%.6f, \"flushes\": %ju, \"flush_s\": %.9f, \"longest_flush_s\": %.9f, \"bytes\": %ju}\n",
-        sequences, context, n, b->o->steps, off, on, ratio, b->ratio[0], b->ratio[n - 1], of_cpu,
-        b->on_s, cpu, (uintmax_t)b->costs.flushes, flush * 1e-9, (double)b->costs.longest_ns * 1e-9,
+        sequences, context, n, b->o->steps, off, on, ratio, error, of_cpu, cpu_error, b->on_s, cpu,
+        (uintmax_t)b->costs.flushes, flush * 1e-9, (double)b->costs.longest_ns * 1e-9,
         (uintmax_t)b->bytes);
     fflush(stdout);
 }
@@ -207,7 +199,7 @@ tr_status tr_bench_profile(const tr_bench_options *o, tr_err *err)
         printf("# trireme %s, %s, %s\n", PACKAGE_VERSION, o->open.model_dir,
                tr_device_describe(tr_bench_steps_opened(b.steps)->device));
         printf("# %9s %9s %6s %6s %12s %12s %9s %9s %9s %9s %9s %10s\n", "sequences", "context",
-               "pairs", "steps", "off, ms", "on, ms", "overhead", "least", "most", "of CPU",
+               "pairs", "steps", "off, ms", "on, ms", "overhead", "error", "of CPU", "error",
                "thread", "flush, ms");
     }
     for (int i = 0; i < o->n_contexts && st == TR_OK; i++)

@@ -6,11 +6,11 @@
 
 #include "command/bench.h"
 
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
 #include "base/size.h"
+#include "command/bench_pairs.h"
 #include "command/bench_steps.h"
 
 enum { WARM = 8 };
@@ -23,39 +23,21 @@ typedef struct cost {
     double *off, *on, *ratio; /* [pairs] medians of the blocks; on less off, in parts of off */
 } cost;
 
-static int ascending(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double median(double *x, int n)
-{
-    qsort(x, (size_t)n, sizeof *x, ascending);
-    return n % 2 ? x[n / 2] : (x[n / 2 - 1] + x[n / 2]) / 2;
-}
-
-/* Of the median of n numbers in ascending order: 1.2533 s / sqrt(n), s being the quartiles' distance over 1.349. */
-static double error_of(const double *x, int n)
-{
-    return 1.2533 * (x[3 * n / 4] - x[n / 4]) / 1.349 / sqrt(n);
-}
-
 static tr_status block(cost *c, int sequences, bool guarded, double *out, tr_err *err)
 {
     tr_status st = tr_bench_steps_guard(c->steps, guarded, err);
 
     for (int i = 0; i < c->o->steps && st == TR_OK; i++)
         st = tr_bench_steps_decode(c->steps, sequences, c->context++, &c->seconds[i], err);
-    if (st == TR_OK) *out = median(c->seconds, c->o->steps);
+    if (st == TR_OK) *out = tr_bench_median(c->seconds, c->o->steps);
     return st;
 }
 
 static void report(cost *c, int sequences, int context)
 {
     const int n = c->o->pairs;
-    const double off = median(c->off, n), on = median(c->on, n), ratio = median(c->ratio, n),
-                 error = error_of(c->ratio, n);
+    const double off = tr_bench_median(c->off, n), on = tr_bench_median(c->on, n),
+                 ratio = tr_bench_median(c->ratio, n), error = tr_bench_median_error(c->ratio, n);
 
     if (c->o->open.world->rank > 0) return;
     printf("  %9d %9d %6d %6d %12.3f %12.3f %8.2f%% %8.2f%%\n", sequences, context, n, c->o->steps,
