@@ -15,7 +15,7 @@
 # -n: ranks of the jobs (default 2,4 as far as there are GPUs). -t: kills and stops of each grid (default 1; a campaign: 10).
 # -j: jobs at a time, which share the GPUs (default 1). Steps: all of the above by default.
 # TRIREME, TR_BUILDDIR, TR_SRCDIR, MPIEXEC as in make check. TR_JOB_S: seconds for a job (default 120). TR_KEEP: a folder for the logs
-# of jobs that failed.
+# of jobs that failed. TR_GRIDS: grids to look at instead of all, "4 --tp 4;2 --cp 2 --ep 1".
 set -u
 
 ranks='' times=1 jobs=1
@@ -171,13 +171,13 @@ grid() {
     job "$n" "$name" in "$@"
     status=$?
     if [ "$status" -ne 0 ]; then
-        verdict FAIL "grid $*" "exit status $status: $(why "$name")" $((SECONDS - begun))
+        verdict FAIL "grid $n: $*" "exit status $status: $(why "$name")" $((SECONDS - begun))
         # For its log: waiting for every operation names the one that fails.
         [ -z "${TR_KEEP-}" ] || [ "$status" -eq 124 ] || job "$n" "$name.slow" in "$@" --sync-check --no-overlap
         return
     fi
     compared one "$name"
-    verdict "$(pass_if $?)" "grid $*" "$answer" $((SECONDS - begun))
+    verdict "$(pass_if $?)" "grid $n: $*" "$answer" $((SECONDS - begun))
 }
 
 # all_grids RANKS: what `plan` finds legal; of context parallelism both ways of dealing out rows.
@@ -195,14 +195,15 @@ all_grids() {
         done; done
     done; done; done; done
 }
+some_grids() {
+    if [ -n "${TR_GRIDS-}" ]; then tr ';' '\n' <<<"$TR_GRIDS"; else for n in $ranks; do all_grids "$n" | sed "s/^/$n /"; done; fi
+}
 if wanted grids; then
-    for n in $ranks; do
-        while read -r options; do
-            n_grids=$((n_grids + 1))
-            # shellcheck disable=SC2086 # options
-            at_a_time grid "$n" $options
-        done < <(all_grids "$n")
-    done
+    while read -r options; do
+        n_grids=$((n_grids + 1))
+        # shellcheck disable=SC2086 # ranks and options
+        at_a_time grid $options
+    done < <(some_grids)
     wait
 fi
 

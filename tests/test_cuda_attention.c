@@ -81,6 +81,28 @@ static void make_world(pair *p, world *w, const geometry *g, tr_dtype dtype, int
     }
 }
 
+/* One row in `step` of the world's; how many. */
+static int thin_rows(pair *p, const world *w, int step, tr_rows *few)
+{
+    const size_t n = (size_t)w->rows.n_max;
+    int m = 0;
+    *few = w->rows;
+    few->slot = array(p, n * sizeof *few->slot);
+    few->position = array(p, n * sizeof *few->position);
+    few->begin = array(p, n * sizeof *few->begin);
+    few->write = array(p, n * sizeof *few->write);
+    few->dense = array(p, n * sizeof *few->dense);
+    for (int i = 0; i < w->n; i += step, m++) {
+        few->slot[m] = w->rows.slot[i];
+        few->position[m] = w->rows.position[i];
+        few->begin[m] = w->rows.begin[i];
+        few->write[m] = w->rows.write[i];
+        few->dense[m] = w->rows.dense[i];
+    }
+    few->n = word(p, m);
+    return m;
+}
+
 /* Caches, to the bit. */
 static void write_keys(pair *p, world *w)
 {
@@ -366,6 +388,18 @@ static void attend(pair *p, world *w, const int32_t *cache_row, tr_format format
     assert_int_equal(p->c->dense_mha(p->cpu, TR_LANE_MAIN, &dc), TR_OK);
     pair_ok(p, "dense_mha", p->g->dense_mha(p->gpu, TR_LANE_MAIN, &dd));
     near_rows(p, "dense_mha", out, (int)n * heads, g->d_v, bf16_error);
+
+    tr_rows few; /* as a prompt that is dealt out: positions that are not neighbours */
+    for (int step = 2; step <= 4; step++) {
+        const int n_few = thin_rows(p, w, step, &few);
+        const tr_rows dev_few = twin_rows(p, &few);
+        dc.rows = &few;
+        dd.rows = &dev_few;
+        push(p);
+        assert_int_equal(p->c->dense_mha(p->cpu, TR_LANE_MAIN, &dc), TR_OK);
+        pair_ok(p, "dense_mha", p->g->dense_mha(p->gpu, TR_LANE_MAIN, &dd));
+        near_rows(p, "dense_mha of some", out, n_few * heads, g->d_v, bf16_error);
+    }
     weight_free(p, &uk);
     weight_free(p, &uk_t);
     weight_free(p, &uv);

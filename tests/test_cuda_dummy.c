@@ -22,7 +22,7 @@ typedef struct
 typedef struct shape {
     tr_stored stored;
     int n_mats, n_out, n_in, gate_up;
-    piece piece[4];
+    piece piece[5];
     int n_pieces;
 } shape;
 
@@ -81,8 +81,12 @@ static void test_weights(void **state)
          512,
          256,
          1,
-         {{0, 256, 0, 0, 0}, {0, 256, 0, 256, 0}, {0, 128, 0, 0, 1}, {0, 256, 0, 256, 1}},
-         4},
+         {{0, 256, 0, 0, 0},
+          {0, 256, 0, 256, 0},
+          {0, 128, 0, 0, 1},
+          {128, 128, 0, 128, 1},
+          {0, 256, 0, 256, 1}},
+         5},
         {TR_STORED_BF16, 1, 77, 141, 0, {{3, 50, 7, 0, 0}, {53, 27, 7, 50, 0}}, 2},
         {TR_STORED_BF16, 3, 64, 2048, 0, {{0, 64, 0, 0, 1}}, 1},
         {TR_STORED_F32, 1, 33, 65, 0, {{1, 33, 5, 0, 0}}, 1},

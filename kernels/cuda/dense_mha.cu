@@ -158,20 +158,31 @@ __device__ __forceinline__ bool is_live(const tr_rows &rows, int i, int n)
     return i < n && rows.dense[i] && !tr::is_pad(rows, i);
 }
 
-/* Row i goes on with what row i - 1 began. */
-__device__ __forceinline__ bool follows(const tr_rows &rows, int i, int n)
+/* Row i goes on with what row i - 1 began: the next position, or, of a prompt that is dealt out to ranks, one a few further on. How
+ * many; 0: it does not. */
+__device__ __forceinline__ int follows(const tr_rows &rows, int i, int n)
 {
-    return i > 0 && is_live(rows, i - 1, n) && is_live(rows, i, n) &&
-           rows.slot[i] == rows.slot[i - 1] && rows.position[i] == rows.position[i - 1] + 1;
+    enum { FURTHEST = 64 };
+    if (i == 0 || !is_live(rows, i - 1, n) || !is_live(rows, i, n) ||
+        rows.slot[i] != rows.slot[i - 1])
+        return 0;
+    const int step = rows.position[i] - rows.position[i - 1];
+    return step >= 1 && step <= FURTHEST ? step : 0;
 }
 
-/* A tile begins with a run, and at every multiple of 64 positions. How many rows the tile that
- * begins with row i has; 0: none does. */
+/* A tile begins with a run, and wherever 64 rows of its steps end: with all positions at every multiple of 64. */
+__device__ __forceinline__ bool begins(const tr_rows &rows, int i, int n)
+{
+    const int span = ROWS * follows(rows, i, n);
+    return span == 0 || rows.position[i] / span != rows.position[i - 1] / span;
+}
+
+/* How many rows the tile that begins with row i has; 0: none does. More than 64 only where steps differ. */
 __device__ int tile_rows(const tr_rows &rows, int i, int n)
 {
-    if (follows(rows, i, n) && rows.position[i] % ROWS != 0) return 0;
+    if (!begins(rows, i, n)) return 0;
     int end = i + 1;
-    while (end - i < ROWS && end < n && rows.position[end] % ROWS != 0 && follows(rows, end, n))
+    while (end < n && !begins(rows, end, n))
         end++;
     return end - i;
 }
@@ -188,7 +199,7 @@ __device__ void tile_attention(const tr_dense_mha_args &a, const tr_rows &rows, 
                   *p = latent + KEYS * (CHUNK + PAD);
     float *score = (float *)(p + ROWS * (KEYS + PAD)), *top = score + ROWS * (KEYS + 1),
           *sum = top + ROWS, *keep = sum + ROWS;
-    const int d_q = a.d_nope + a.d_rope, position = rows.position[i], last = position + n - 1;
+    const int d_q = a.d_nope + a.d_rope, last = rows.position[i + n - 1];
     const int32_t *pages = rows.page_table + (size_t)rows.slot[i] * (size_t)rows.max_pages;
     for (int u = tid; u < ROWS * s.d_q; u += THREADS) {
         const int r = u / s.d_q, j = u % s.d_q;
@@ -234,7 +245,7 @@ __device__ void tile_attention(const tr_dense_mha_args &a, const tr_rows &rows, 
                       lane % 4 * 2 + c % 2] = acc[t][c] * a.scale;
         __syncthreads();
         for (int r = warp; r < ROWS; r += WARPS) { /* row r sees keys up to its own position */
-            const int seen = position + r + 1 - s0;
+            const int seen = r < n ? rows.position[i + r] + 1 - s0 : 0;
             const float x0 = lane < seen ? score[r * (KEYS + 1) + lane] : -CUDART_INF_F;
             const float x1 = lane + 32 < seen ? score[r * (KEYS + 1) + lane + 32] : -CUDART_INF_F;
             const float old = top[r];
@@ -309,7 +320,8 @@ __global__ void __launch_bounds__(THREADS)
             continue;
         }
         const int n_tile = tile_rows(rows, i, n);
-        if (n_tile > 0) tile_attention(a, rows, w, i, n_tile, h);
+        for (int at = 0; at < n_tile; at += ROWS)
+            tile_attention(a, rows, w, i + at, min(n_tile - at, (int)ROWS), h);
     }
 }
 
