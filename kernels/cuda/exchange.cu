@@ -7,10 +7,22 @@ namespace
 
 enum { THREADS = 256 };
 
+/* tr_dispatch_choices and tr_dispatch_bytes. */
+__device__ __forceinline__ size_t choices_at(int d)
+{
+    return ((size_t)d * sizeof(__nv_bfloat16) + 3) / 4 * 4;
+}
+
+__device__ __forceinline__ size_t record_bytes(int d, int k)
+{
+    return (choices_at(d) + (size_t)k * 8 + 15) / 16 * 16;
+}
+
 /* A record's activations are copied as lines of 16 bytes where rows are whole ones. */
 __device__ __forceinline__ void copy_row(const __nv_bfloat16 *from, void *to, int d)
 {
     if (d % 8 == 0) {
+#pragma unroll 4
         for (int i = (int)threadIdx.x; i < d / 8; i += THREADS)
             ((uint4 *)to)[i] = ((const uint4 *)(const void *)from)[i];
         return;
@@ -21,7 +33,7 @@ __device__ __forceinline__ void copy_row(const __nv_bfloat16 *from, void *to, in
 
 __device__ __forceinline__ char *record_at(void *records, size_t i, int d, int k)
 {
-    return (char *)records + i * tr_dispatch_bytes(d, k, sizeof(__nv_bfloat16));
+    return (char *)records + i * record_bytes(d, k);
 }
 
 __device__ __forceinline__ bool holds(const tr_moe_dispatch_args &a, int r, int ep)
@@ -74,7 +86,7 @@ __global__ void __launch_bounds__(THREADS)
         const size_t r = (size_t)a.origin[at];
         char *to = record_at(a.record, (size_t)at, a.d, a.k);
         copy_row(tr::act(a.x) + r * (size_t)a.d, to, a.d);
-        int32_t *choice = (int32_t *)(void *)(to + tr_dispatch_choices(a.d, sizeof(__nv_bfloat16)));
+        int32_t *choice = (int32_t *)(void *)(to + choices_at(a.d));
         const int low = dest / a.n_xt * a.n_local;
         for (int j = (int)threadIdx.x; j < a.k; j += THREADS) {
             const int32_t e = a.expert[r * (size_t)a.k + (size_t)j];
@@ -95,7 +107,7 @@ __global__ void __launch_bounds__(THREADS)
     if (r >= a.n_rows) return;
     const char *from = record_at((void *)a.record, (size_t)r, a.d, a.k);
     const int32_t *choice =
-        (const int32_t *)(const void *)(from + tr_dispatch_choices(a.d, sizeof(__nv_bfloat16)));
+        (const int32_t *)(const void *)(from + choices_at(a.d));
     a.expert[at] = choice[j];
     a.weight[at] = ((const float *)(const void *)choice)[a.k + j];
 }
@@ -137,12 +149,15 @@ __global__ void __launch_bounds__(THREADS) moe_offer(const __grid_constant__ tr_
 {
     const int r = a.first + (int)blockIdx.x, live = r < *a.n;
     char *to = record_at(a.record, (size_t)blockIdx.x, a.d, a.k);
-    int32_t *choice = (int32_t *)(void *)(to + tr_dispatch_choices(a.d, sizeof(__nv_bfloat16)));
+    int32_t *choice = (int32_t *)(void *)(to + choices_at(a.d));
     if (live)
         copy_row(tr::act(a.x) + (size_t)r * (size_t)a.d, to, a.d);
-    else
+    else {
+#pragma unroll 1
         for (int i = (int)threadIdx.x; i < a.d; i += THREADS)
-            ((__nv_bfloat16 *)(void *)to)[i] = __float2bfloat16_rn(0.0f);
+            ((uint16_t *)(void *)to)[i] = 0;
+    }
+#pragma unroll 1
     for (int j = (int)threadIdx.x; j < a.k; j += THREADS) {
         const size_t at = (size_t)r * (size_t)a.k + (size_t)j;
         choice[j] = live ? a.expert[at] : -1;
