@@ -98,6 +98,24 @@ tr_status tr_comm_all_reduce(tr_comm *c, void *buf, size_t n, tr_dtype dtype, tr
     return begun(c, c->impl->all_reduce(c, buf, n, dtype, ticket, err));
 }
 
+bool tr_comm_fuses(const tr_comm *c, int n_max, int d)
+{
+    return c->impl->fuses && c->impl->fuses(c, n_max, d);
+}
+
+tr_status tr_comm_reduce_norm(tr_comm *c, const struct tr_norm_args *a, tr_err *err)
+{
+    tr_ticket ticket;
+    size_t bytes;
+
+    if (!a->add || a->n_max < 0 || !tr_comm_fuses(c, a->n_max, a->d) ||
+        !tr_mul(&bytes, (size_t)a->n_max, (size_t)a->d) ||
+        !tr_mul(&bytes, bytes, tr_act_bytes(c->ops)))
+        return bad(err, "reduce_norm", "not rows that can be added up and normed at once here");
+    count(c, TR_COMM_ALL_REDUCE, bytes, &ticket);
+    return begun(c, c->impl->reduce_norm(c, a, &ticket, err));
+}
+
 tr_status tr_comm_all_gather(tr_comm *c, const void *send, void *recv, const size_t *bytes,
                              tr_ticket *ticket, tr_err *err)
 {

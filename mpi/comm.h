@@ -13,6 +13,7 @@
 #ifndef TR_MPI_COMM_H
 #define TR_MPI_COMM_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -49,6 +50,12 @@ const char *tr_comm_op_name(tr_comm_op);   /* "all_reduce", ... */
 /* In place. dtype TR_F32, and of device memory TR_BF16; the sum of every element is ((x0 + x1) + x2) + ... over members in
  * rank order, made in fp32 and rounded once, so that it is the same on all members and in every run. */
 tr_status tr_comm_all_reduce(tr_comm *, void *buf, size_t n, tr_dtype, tr_ticket *, tr_err *);
+/* The members' sum of a->add, made as all_reduce makes it, and with it norm (kernels.h), to the bit what the one and then the
+ * other make: one operation on the device's main lane, behind what is there and before what comes; there is nothing to wait
+ * for. a->add is read only. Counts as an all_reduce. All members call it with the same live rows, where tr_comm_fuses says that
+ * it is to be used for so many rows of so many numbers; the answer is the same on all members. */
+bool tr_comm_fuses(const tr_comm *, int n_max, int d);
+tr_status tr_comm_reduce_norm(tr_comm *, const struct tr_norm_args *a, tr_err *);
 /* bytes[size]: what each member gives; recv holds them in rank order. `send` may lie in recv where it belongs. */
 tr_status tr_comm_all_gather(tr_comm *, const void *send, void *recv, const size_t *bytes,
                              tr_ticket *, tr_err *);

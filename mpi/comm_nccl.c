@@ -118,15 +118,18 @@ static tr_status enqueue(tr_comm_nccl *c, const tr_nccl_call *k, tr_nccl_flying 
     const cudaStream_t main = tr_cuda_stream(c->nccl->device, TR_LANE_MAIN);
     const uint64_t ticket = c->base.next_ticket;
     const cudaEvent_t end = f ? f->ended : c->recorded[ticket % TR_NCCL_RECORDED];
+    const cudaStream_t on = k->on_main ? main : c->stream;
     tr_status st = TR_OK;
 
     TR_CUDA(cudaSetDevice(c->nccl->ordinal));
-    TR_CUDA(cudaEventRecord(c->point, main));
-    TR_CUDA(cudaStreamWaitEvent(c->stream, c->point, 0));
-    if (f) TR_CUDA(cudaEventRecord(f->begun, c->stream));
+    if (!k->on_main) {
+        TR_CUDA(cudaEventRecord(c->point, main));
+        TR_CUDA(cudaStreamWaitEvent(c->stream, c->point, 0));
+    }
+    if (f) TR_CUDA(cudaEventRecord(f->begun, on));
     st = k->issue(c, k, err);
-    if (st != TR_OK) goto done;
-    TR_CUDA(cudaEventRecord(end, c->stream));
+    if (st != TR_OK || (k->on_main && !f)) goto done; /* in a record the lane itself is the order */
+    TR_CUDA(cudaEventRecord(end, on));
     if (!f) c->recorded_of[ticket % TR_NCCL_RECORDED] = ticket;
 
 done:
@@ -208,6 +211,28 @@ static tr_status all_reduce(tr_comm *base, void *buf, size_t n, tr_dtype dtype, 
                         .dtype = dtype,
                         .bytes = bytes},
         err);
+}
+
+static bool fuses(const tr_comm *base, int n_max, int d)
+{
+    return tr_nccl_norm_form((const tr_comm_nccl *)base, n_max, d) >= 0;
+}
+
+static tr_status reduce_norm(tr_comm *base, const struct tr_norm_args *a, tr_ticket *ticket,
+                             tr_err *err)
+{
+    const size_t bytes = (size_t)a->n_max * (size_t)a->d * tr_act_bytes(base->ops);
+
+    (void)ticket;
+    if (!a->n_max) return TR_OK;
+    give_all(of(base), bytes);
+    return run(base,
+               &(tr_nccl_call){.op = TR_COMM_ALL_REDUCE,
+                               .issue = tr_nccl_issue_norm,
+                               .norm = a,
+                               .bytes = bytes,
+                               .on_main = true},
+               err);
 }
 
 static tr_status all_max(tr_comm *base, uint64_t *x, size_t n, tr_ticket *ticket, tr_err *err)
@@ -349,7 +374,10 @@ static bool is_quiet(tr_comm_nccl *c)
     cudaError_t e = cudaErrorNotReady;
 
     if (c->broken.status != TR_OK || !c->stream) return false;
-    while ((e = cudaStreamQuery(c->stream)) == cudaErrorNotReady && tr_now_ns() < until_ns)
+    const cudaStream_t main = tr_cuda_stream(c->nccl->device, TR_LANE_MAIN);
+    while (((e = cudaStreamQuery(c->stream)) == cudaErrorNotReady ||
+            (c->peers && (e = cudaStreamQuery(main)) == cudaErrorNotReady)) &&
+           tr_now_ns() < until_ns)
         tr_comm_progress(c->base.host);
     if (e != cudaSuccess) (void)cudaGetLastError();
     return e == cudaSuccess;
@@ -366,7 +394,9 @@ static void free_comm(tr_comm *base)
 
     tr_nccl_stay(c->nccl);
     cudaSetDevice(c->nccl->ordinal);
-    tr_nccl_disconnect(&c->seat, c->nccl, base->host, is_quiet(c));
+    const bool quiet = is_quiet(c);
+    tr_nccl_disconnect(&c->seat, c->nccl, base->host, quiet);
+    tr_peers_close(c->peers, quiet);
     destroy_event(c->point);
     for (int i = 0; i < TR_NCCL_RECORDED; i++)
         destroy_event(c->recorded[i]);
@@ -382,6 +412,8 @@ static void free_comm(tr_comm *base)
 
 static const tr_comm_impl nccl_impl = {
     .all_reduce = all_reduce,
+    .fuses = fuses,
+    .reduce_norm = reduce_norm,
     .all_gather = all_gather,
     .reduce_scatter = reduce_scatter,
     .all_to_all = all_to_all,

@@ -46,4 +46,32 @@ tr_status tr_nccl_log_beside(const char *out, tr_err *err);
 /* "2.28.9" of the library that is loaded. */
 void tr_nccl_version(char *text, size_t n);
 
+/* Sums with a norm behind them (tr_comm_reduce_norm) by kernels of our own over peer memory (kernels.md 5), where the members
+ * share a host and their GPUs reach each other. AUTO: for those numbers of rows for which these kernels are faster than NCCL's
+ * sum and the norm behind it, both measured here, in graphs where there are graphs. ON: for all that they can do; TR_E_USAGE
+ * where they cannot. OFF: never. */
+typedef enum tr_peer_use { TR_PEER_AUTO, TR_PEER_ON, TR_PEER_OFF } tr_peer_use;
+enum { TR_PEER_SIZES = 9 }; /* 1, 2, 4 .. 256 rows */
+typedef struct tr_peer_options {
+    tr_peer_use use;
+    int d;      /* numbers of a row */
+    int shots;  /* 0: one-shot or two-shot, whichever is faster; 1, 2: that one alone (tests) */
+    int times;  /* a median of so many, of 8 operations each; 0: the default */
+    bool plain; /* NCCL's own sum too, which is not always that of comm.h */
+} tr_peer_options;
+typedef struct tr_peer_report {
+    char why[256]; /* one line: why there are none; "": there are */
+    int n;         /* sizes that were measured */
+    struct {
+        int rows;
+        double nccl_s, one_s, two_s; /* the slowest member's medians; 0: cannot be done */
+        double plain_s;              /* 0: not asked for */
+        const char *chosen;          /* "nccl", "one-shot", "two-shot" */
+    } size[TR_PEER_SIZES];
+} tr_peer_report;
+/* Of tr_nccl_comm's communicator. Collective over its members, before it is used; measuring takes some milliseconds and some
+ * 10 MB for a while. */
+tr_status tr_nccl_peers(tr_comm *comm, const tr_peer_options *options, tr_peer_report *report,
+                        tr_err *err);
+
 #endif

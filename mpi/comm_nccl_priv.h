@@ -5,6 +5,8 @@
 
 #include <stdbool.h>
 
+#include "kernels/cuda/peer.h"
+#include "mpi/comm_nccl_peer.h"
 #include "mpi/comm_priv.h"
 #include "mpi/nccl_priv.h"
 
@@ -38,6 +40,10 @@ struct tr_comm_nccl {
     void *terms;                            /* [TR_NCCL_TERMS_BYTES] device memory; by_terms only */
     int first_rank;                         /* member 0's of the world */
     uint64_t n_collectives, n_letters;
+    tr_peers *peers; /* NULL: sums are NCCL's; else: */
+    tr_cuda_peer_group fused;
+    int form
+        [TR_PEER_SIZES]; /* by the logarithm of the number of rows, rounded up: tr_cuda_peer_form, -1: NCCL's */
     tr_err broken; /* NCCL or the device failed: so does all that comes */
 };
 
@@ -54,6 +60,8 @@ struct tr_nccl_call {
     int peer;                      /* or root */
     size_t bytes;                  /* what this member gives, for the flight recorder */
     const tr_share_move *move;
+    const struct tr_norm_args *norm;
+    bool on_main; /* on the main lane itself: no other stream has a part in it */
 };
 
 static inline size_t tr_nccl_number_bytes(tr_dtype dtype)
@@ -73,6 +81,9 @@ static inline size_t tr_nccl_sum(const size_t *n, int count)
 typedef tr_status tr_nccl_issue(tr_comm_nccl *, const tr_nccl_call *, tr_err *);
 tr_nccl_issue tr_nccl_issue_sum_two, tr_nccl_issue_sum, tr_nccl_issue_scatter, tr_nccl_issue_max,
     tr_nccl_issue_gather, tr_nccl_issue_exchange, tr_nccl_issue_broadcast, tr_nccl_issue_letter,
-    tr_nccl_issue_share;
+    tr_nccl_issue_share, tr_nccl_issue_norm;
+
+/* comm_nccl_norm.c: which form so many rows take; -1: none. */
+int tr_nccl_norm_form(const tr_comm_nccl *c, int n_max, int d);
 
 #endif

@@ -64,6 +64,8 @@ typedef struct tr_share_move {
 /* Same arguments as the public functions; the public ones count, check the arguments and hand on. */
 typedef struct tr_comm_impl {
     tr_status (*all_reduce)(tr_comm *, void *, size_t, tr_dtype, tr_ticket *, tr_err *);
+    bool (*fuses)(const tr_comm *, int, int); /* NULL: never */
+    tr_status (*reduce_norm)(tr_comm *, const struct tr_norm_args *, tr_ticket *, tr_err *);
     tr_status (*all_gather)(tr_comm *, const void *, void *, const size_t *, tr_ticket *, tr_err *);
     tr_status (*reduce_scatter)(tr_comm *, const void *, void *, size_t, tr_dtype, tr_ticket *,
                                 tr_err *);

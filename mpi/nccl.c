@@ -122,6 +122,7 @@ static void abort_all(void *ctx)
     struct timespec until;
 
     atomic_store(&nccl->aborted, true);
+    if (nccl->abort_h) *nccl->abort_h = 1;
     clock_gettime(CLOCK_REALTIME, &until);
     until.tv_sec += ABORT_LOCK_S;
     if (pthread_mutex_timedlock(&nccl->lock, &until) != 0) return;
@@ -159,6 +160,7 @@ void tr_nccl_close(tr_nccl *nccl)
 {
     if (!nccl) return;
     nccl->world->guard = NULL;
+    if (nccl->abort_h) cudaFreeHost((void *)nccl->abort_h);
     pthread_mutex_destroy(&nccl->lock);
     free(nccl);
 }

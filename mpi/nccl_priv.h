@@ -27,6 +27,10 @@ struct tr_nccl {
     pthread_mutex_t lock; /* every call that takes a communicator */
     atomic_bool aborted;  /* the watchdog has aborted, or is about to: no call any more */
     tr_nccl_seat *seats;
+    /* What our own kernels look at while they wait (comm_nccl_peer.h): host-mapped, and as the device addresses it; NULL: there
+     * are no peer windows. */
+    volatile uint32_t *abort_h;
+    uint32_t *abort_d;
 };
 
 /* Around NCCL's calls. enter does not return once the communicators have been aborted: the process is being ended, and what

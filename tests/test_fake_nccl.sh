@@ -24,17 +24,26 @@ for ranks in 2 3; do
     fi
 done
 
+for ranks in 2 3 4; do
+    if ! timeout 200 "$MPIEXEC" -n "$ranks" "$TR_BUILDDIR/tests/test_peer_on_fake" >"$dir/log" 2>&1; then
+        echo "sums over peer memory, $ranks ranks:"
+        cat "$dir/log"
+        status=1
+    fi
+done
+
 printf '#!/bin/sh\nexec "%s" "$@" --device cuda\n' "$program" >"$dir/trireme"
 chmod +x "$dir/trireme"
 "$TR_SRCDIR/tests/run_grids.sh" "$dir/trireme" "$TR_SRCDIR/models/tiny" "$TR_BUILDDIR/tests/compare_records" --quick || status=1
 
-# ends CODE TEXT ENVIRONMENT...
+# ends CODE TEXT ENVIRONMENT...     ARGUMENTS=.. among it: more of the command line
 ends()
 {
     code=$1 text=$2
     shift 2
-    timeout 200 env "$@" "$MPIEXEC" -n 2 "$program" batch -m "$TR_SRCDIR/models/tiny" --prompt hello --device cuda --tp 2 \
-        >"$dir/log" 2>&1
+    # shellcheck disable=SC2016 # the inner shell's
+    timeout 200 env ARGUMENTS= "$@" sh -c '"$0" -n 2 "$@" $ARGUMENTS' "$MPIEXEC" "$program" batch -m "$TR_SRCDIR/models/tiny" \
+        --prompt hello --device cuda --tp 2 >"$dir/log" 2>&1
     got=$?
     [ "$got" -eq "$code" ] && grep -q -- "$text" "$dir/log" && return
     echo "$*: exit status $got where $code is wanted, or no word of '$text'"
@@ -46,5 +55,14 @@ ends 0 '' FAKE_GPU=
 ends 0 ' rank  host .* NUMA .* to others' FAKE_PEERS=2
 [ "$(grep -cE 'trireme: +[01]  .* fa4e:0[01]:00.0 +0  not bound .* (P2P|SHM) 1$' "$dir/log")" -eq 2 ] || { cat "$dir/log"; status=1; }
 ends 2 'ranks 0 and 1 on .* have the same GPU, GPU-7' FAKE_GPU=GPU-7
-ends 86 'attn_tp.*an error of the fake NCCL' FAKE_GPU= FAKE_NCCL_CALLS=40
+ends 2 'several ranks with --device cuda are wanted' FAKE_GPU= ARGUMENTS='--device auto --peer-kernels on'
+ends 0 'attn_tp: sum and norm of   1 rows.*: one-shot' FAKE_GPU= ARGUMENTS='--verbose'
+ends 0 'attn_tp: no sums over peer memory: switched off' FAKE_GPU= ARGUMENTS='--verbose --peer-kernels off'
+# Where one member has no window none has one, and all know why.
+ends 0 'attn_tp: no sums over peer memory: member 0: GPU .* does not reach' FAKE_PEERS=unreachable ARGUMENTS='--verbose'
+ends 0 'attn_tp: no sums over peer memory: member 1: cudaIpcOpenMemHandle: ' FAKE_PEERS=closed ARGUMENTS='--verbose'
+ends 0 'attn_tp: no sums over peer memory: member 0: cudaIpcGetMemHandle: ' FAKE_PEERS=none ARGUMENTS='--verbose'
+ends 2 'attn_tp.*member 1: cudaIpcOpenMemHandle: ' FAKE_PEERS=closed ARGUMENTS='--peer-kernels on'
+ends 86 'attn_tp.*an error of the fake NCCL' FAKE_GPU= FAKE_NCCL_CALLS=40 ARGUMENTS='--peer-kernels off'
+ends 86 'peer memory of attn_tp.*an error of the fake NCCL' FAKE_GPU= FAKE_NCCL_CALLS=40
 exit "$status"

@@ -1,11 +1,11 @@
 /* Row-wise operations: embedding, RMSNorm, gathering and clearing rows. A row is one block's, in
  * one order. */
-#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/norm.cuh"
 
 namespace
 {
 
-enum { THREADS = 256, NORM_THREADS = 1024 };
+enum { THREADS = 256 };
 
 __global__ void embed(const __grid_constant__ tr_embed_args a, const __grid_constant__ tr_rows rows)
 {
@@ -46,58 +46,31 @@ __global__ void __launch_bounds__(THREADS) norm(const __grid_constant__ tr_norm_
 
 /* Rows of a multiple of 128, held in registers: a warp's 32 lanes have 4 numbers each of a block of
  * 128, whose e4m3 form goes to q where that is wanted. */
-template <int ROUNDS>
-__global__ void __launch_bounds__(NORM_THREADS)
+__global__ void __launch_bounds__(tr::NORM_THREADS)
     norm_blocks(const __grid_constant__ tr_norm_args a, int ld_scale)
 {
-    __shared__ float scratch[NORM_THREADS / 32 + 1];
-    const int r = (int)blockIdx.x, tid = (int)threadIdx.x;
+    __shared__ float scratch[tr::NORM_THREADS / 32 + 1];
+    const int r = (int)blockIdx.x, t = (int)threadIdx.x;
     if (r >= tr::live_rows(a.n, a.n_max)) return;
     float *residual = a.residual + (size_t)r * a.ld_residual;
     const __nv_bfloat16 *add = a.add ? tr::act(a.add) + (size_t)r * a.ld_add : nullptr;
-    float4 v[ROUNDS], w[ROUNDS];
-    float sum = 0;
+    float4 v[tr::NORM_ROUNDS], w[tr::NORM_ROUNDS];
 #pragma unroll
-    for (int i = 0; i < ROUNDS; i++) {
-        const int j = (i * NORM_THREADS + tid) * 4;
+    for (int i = 0; i < tr::NORM_ROUNDS; i++) {
+        const int j = tr::norm_at(i, t);
         v[i] = j < a.d ? *(const float4 *)(residual + j) : make_float4(0, 0, 0, 0);
         w[i] = j < a.d ? __ldg((const float4 *)(a.weight + j)) : make_float4(0, 0, 0, 0);
     }
 #pragma unroll
-    for (int i = 0; i < ROUNDS; i++) {
-        const int j = (i * NORM_THREADS + tid) * 4;
-        if (add && j < a.d) {
-            const float4 x = tr::read_four(add + j);
-            v[i] = make_float4(v[i].x + x.x, v[i].y + x.y, v[i].z + x.z, v[i].w + x.w);
-            *(float4 *)(residual + j) = v[i];
-        }
-        sum = __fmaf_rn(v[i].x, v[i].x, sum);
-        sum = __fmaf_rn(v[i].y, v[i].y, sum);
-        sum = __fmaf_rn(v[i].z, v[i].z, sum);
-        sum = __fmaf_rn(v[i].w, v[i].w, sum);
+    for (int i = 0; i < tr::NORM_ROUNDS; i++) {
+        const int j = tr::norm_at(i, t);
+        if (!add || j >= a.d) continue;
+        const float4 x = tr::read_four(add + j);
+        v[i] = make_float4(v[i].x + x.x, v[i].y + x.y, v[i].z + x.z, v[i].w + x.w);
+        *(float4 *)(residual + j) = v[i];
     }
-    sum = tr::block_reduce<float, tr::add<float>>(sum, scratch);
-    const float inverse = 1.0f / sqrtf(sum / (float)a.d + a.eps);
-#pragma unroll
-    for (int i = 0; i < ROUNDS; i++) {
-        const int j = (i * NORM_THREADS + tid) * 4;
-        if (j >= a.d) break; /* a whole warp at a time */
-        const float4 y = make_float4(
-            tr::round_bf16(v[i].x * inverse * w[i].x), tr::round_bf16(v[i].y * inverse * w[i].y),
-            tr::round_bf16(v[i].z * inverse * w[i].z), tr::round_bf16(v[i].w * inverse * w[i].w));
-        tr::write_four(tr::act(a.out) + (size_t)r * a.ld_out + j, y);
-        if (!a.q) continue;
-        float most = fmaxf(fmaxf(fabsf(y.x), fabsf(y.y)), fmaxf(fabsf(y.z), fabsf(y.w)));
-        most = tr::warp_reduce<float, tr::larger<float>>(most);
-        const float scale = tr::block_scale(most, a.scale_pow2), inv = 1.0f / scale;
-        *(uint32_t *)(a.q + (size_t)r * (size_t)a.d + (size_t)j) =
-            tr::to_e4m3x2(tr::block_divide(y.x, scale, inv, a.scale_pow2),
-                          tr::block_divide(y.y, scale, inv, a.scale_pow2)) |
-            tr::to_e4m3x2(tr::block_divide(y.z, scale, inv, a.scale_pow2),
-                          tr::block_divide(y.w, scale, inv, a.scale_pow2))
-                << 16;
-        if (tid % 32 == 0) a.q_scale[(size_t)(j / 128) * (size_t)ld_scale + (size_t)r] = scale;
-    }
+    const float sum = tr::block_reduce<float, tr::add<float>>(tr::norm_squares(v), scratch);
+    tr::norm_store(a, ld_scale, r, t, v, w, sum);
 }
 
 __global__ void rows_gather(const __grid_constant__ tr_rows_gather_args a)
@@ -141,13 +114,12 @@ cudaError_t tr_cuda_norm(const struct tr_norm_args *a, cudaStream_t stream)
     if (a->n_max <= 0) return cudaSuccess;
     const unsigned n = (unsigned)a->n_max;
     const int ld_scale = (a->n_max + 3) / 4 * 4;
-    const bool blocks = a->d % 128 == 0 && a->ld_residual % 4 == 0 && a->ld_add % 4 == 0 &&
-                        a->ld_out % 4 == 0 && a->d <= 2 * NORM_THREADS * 4;
+    const bool blocks = tr::norm_fits(*a);
     if (!blocks && a->q && a->d % 128 == 0) return cudaErrorInvalidValue;
     if (!blocks)
         norm<<<n, THREADS, 0, stream>>>(*a);
     else
-        norm_blocks<2><<<n, NORM_THREADS, 0, stream>>>(*a, ld_scale);
+        norm_blocks<<<n, tr::NORM_THREADS, 0, stream>>>(*a, ld_scale);
     return cudaGetLastError();
 }
 

@@ -197,6 +197,7 @@ tr_status tr_run_files(tr_run *run, tr_err *err)
         .overrides = run->o->overrides.s,
         .n_overrides = run->o->overrides.n,
         .load_format = strcmp(run->o->load_format, "dummy") ? TR_LOAD_SAFETENSORS : TR_LOAD_DUMMY,
+        .peer_kernels = run->o->peer_kernels,
         .seed = (uint64_t)run->o->seed,
         .device = run->o->device,
         .no_bind = run->o->no_bind,
@@ -353,6 +354,7 @@ static tr_status make_alike(const tr_run *run, identity *id, tr_err *err)
     add_field(id, "--max-sequences", "%jd", (intmax_t)o->max_sequences);
     add_field(id, "--no-overlap", "%s", o->no_overlap ? "given" : "not given");
     add_field(id, "--sync-check", "%s", o->sync_check ? "given" : "not given");
+    add_field(id, "--peer-kernels", "%s", o->peer_kernels ? o->peer_kernels : "auto");
     add_field(id, "--profile", "%s", o->profile ? "given" : "not given");
     add_field(id, "--profile-files", "%s", o->profile_files ? o->profile_files : "auto");
     return TR_OK;

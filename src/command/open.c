@@ -116,7 +116,13 @@ static tr_status bind_threads(const tr_opened *o, const tr_open_options *options
 /* Several ranks are the CPU's, unless there is something that moves a GPU's memory and it is asked for. */
 static tr_status choose_device(const char **name, const tr_open_options *options, tr_err *err)
 {
+    const bool alone = !options->world || options->world->size == 1;
+
     *name = options->device ? options->device : "auto";
+    if (options->peer_kernels && strcmp(options->peer_kernels, "on") == 0 &&
+        (alone || strcmp(*name, "cuda") != 0))
+        return tr_fail(err, TR_E_USAGE,
+                       "--peer-kernels on: several ranks with --device cuda are wanted");
     if (!options->world || options->world->size == 1 || strcmp(*name, "cpu") == 0) return TR_OK;
 #ifndef HAVE_NCCL
     if (strcmp(*name, "cuda") == 0)
@@ -165,6 +171,33 @@ done:
     return st;
 }
 
+static void tell_peers(const tr_peer_report *r, const char *name, tr_log *log)
+{
+    if (!log) return;
+    if (r->why[0]) tr_log_debug(log, "%s: no sums over peer memory: %s", name, r->why);
+    for (int i = 0; i < r->n; i++)
+        tr_log_debug(
+            log, "%s: sum and norm of %3d rows, us: nccl %.2f, one-shot %.2f, two-shot %.2f: %s",
+            name, r->size[i].rows, r->size[i].nccl_s * 1e6, r->size[i].one_s * 1e6,
+            r->size[i].two_s * 1e6, r->size[i].chosen);
+}
+
+/* The attention group adds up rows in front of every norm. */
+static tr_status open_peers(tr_comm *group, const tr_open_options *options, int d, tr_log *log,
+                            tr_err *err)
+{
+    const char *when = options->peer_kernels ? options->peer_kernels : "auto";
+    const tr_peer_options how = {.use = strcmp(when, "off") == 0  ? TR_PEER_OFF
+                                        : strcmp(when, "on") == 0 ? TR_PEER_ON
+                                                                  : TR_PEER_AUTO,
+                                 .d = d};
+    tr_peer_report report;
+    const tr_status st = tr_nccl_peers(group, &how, &report, err);
+
+    if (st == TR_OK) tell_peers(&report, tr_comm_name(group), log);
+    return st;
+}
+
 /* For a GPU's memory every group gets a communicator beside the host's. Collective over the world, in one order on every rank;
  * after each step all ranks agree, as one that is missing would be waited for. */
 static tr_status open_device_groups(tr_opened *o, const tr_open_options *options, tr_log *log,
@@ -183,6 +216,8 @@ static tr_status open_device_groups(tr_opened *o, const tr_open_options *options
     if (st == TR_OK) st = tr_agree(world, check_binding(o, world, log, err), err);
     for (int i = 0; i < 4 && st == TR_OK; i++) {
         if (o->group[i]) st = tr_nccl_comm(&o->device_group[i], o->nccl, o->group[i], 0, err);
+        if (st == TR_OK && o->group[i] && group[i] == TR_GROUP_ATTN_TP)
+            st = open_peers(o->device_group[i], options, o->config.hidden_size, log, err);
         if (st == TR_OK && o->group[i]) {
             *to[i] = o->device_group[i];
             st = tr_comm_measure(o->device_group[i], &o->regions, group[i], err);

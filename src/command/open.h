@@ -24,6 +24,8 @@ typedef struct tr_open_options {
     const char *beside; /* OUT, which other logs may lie beside; NULL: none */
     tr_world *world;    /* NULL: this process alone */
     tr_rank_options ranks;
+    /* "auto" (NULL too), "on", "off": sums over the GPUs' peer memory */
+    const char *peer_kernels;
 } tr_open_options;
 
 typedef struct tr_opened {

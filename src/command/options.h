@@ -53,6 +53,7 @@ typedef struct tr_batch_options {
     const char *model, *input, *output, *prompt;
     bool merge;
     const char *kv_dtype, *load_format, *device, *chat_format;
+    const char *peer_kernels; /* NULL: "auto" */
     tr_option_list overrides;
     int64_t max_model_len; /* 0: the default */
     int64_t max_batch_tokens, max_sequences, seed;

@@ -31,7 +31,7 @@ tr_status tr_dense_forward(tr_model *m, const tr_pass *p, const tr_mlp_weights *
     tr_status st = !s->dense_partial || s->dense_adds ? mlp(m, p, w, m->ws.block_out, err)
                                                       : nothing(m, p, err);
     if (st == TR_OK && s->dense_partial)
-        st = tr_model_reduce(m, p, m->groups.attn_tp, m->ws.block_out, err);
+        st = tr_model_owe(m, p, m->groups.attn_tp, err);
     return st;
 }
 
@@ -108,5 +108,5 @@ tr_status tr_moe_forward(tr_model *m, const tr_pass *p, const tr_moe_weights *w,
     if (m->moe_exchange) return tr_moe_exchange(m, p, w, m->ws.block_out, shared, err);
     st = own_experts(m, p, w, err);
     /* Partial sums of the shared expert and of each member's experts. */
-    return st == TR_OK ? tr_model_reduce(m, p, m->groups.attn_tp, m->ws.block_out, err) : st;
+    return st == TR_OK ? tr_model_owe(m, p, m->groups.attn_tp, err) : st;
 }

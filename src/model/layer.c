@@ -58,7 +58,7 @@ tr_status tr_layer_forward(tr_model *m, const tr_pass *p, int i_layer, int layer
     st = tr_attention_forward(m, p, &w->attention, tr_cache_layer(m->cache, i_layer), layer, err);
     note_gathers(m, i_layer, 1);
     if (st == TR_OK && m->weights->slice.attention_partial)
-        st = tr_model_reduce(m, p, m->groups.attn_tp, m->ws.block_out, err);
+        st = tr_model_owe(m, p, m->groups.attn_tp, err);
     tr_watchdog_leave(m->watch);
     tr_region_end(m->regions, 0, 0);
     if (st != TR_OK) return st;

@@ -67,18 +67,46 @@ tr_status tr_model_scores(tr_model *m, const tr_pass *p, const tr_linear *w, con
     return product(m, p, w, in, out, 1, err);
 }
 
+/* The members' sum and the norm in one. */
+static tr_status owed_norm(tr_model *m, const struct tr_norm_args *a, tr_err *err)
+{
+    tr_comm *group = m->owed;
+
+    m->owed = NULL;
+    tr_region_begin(m->regions, m->region_comm);
+    tr_status st = tr_comm_reduce_norm(group, a, err);
+    if (st == TR_OK && m->sync_check && !m->replaying) st = settle(m);
+    tr_region_end(m->regions, (double)a->n_max * a->d * (double)tr_act_bytes(m->ops), 0);
+    m->note_bytes = m->note_flops = 0;
+    tr_comm_progress(m->moving);
+    return st;
+}
+
 tr_status tr_model_norm(tr_model *m, const tr_pass *p, int d, int i_quant, const tr_act *add,
                         float *residual, const float *weight, tr_act *out, tr_err *err)
 {
     tr_quantised *q = &m->ws.quant[i_quant];
     const int quantise = q->q && d % 128 == 0;
     q->of = quantise ? out : NULL;
+    const struct tr_norm_args a = {.n = p->rows.n,
+                                   .n_max = p->n_max,
+                                   .d = d,
+                                   .add = add,
+                                   .ld_add = (size_t)d,
+                                   .residual = residual,
+                                   .ld_residual = (size_t)d,
+                                   .weight = weight,
+                                   .eps = (float)m->config->rms_norm_eps,
+                                   .out = out,
+                                   .ld_out = (size_t)d,
+                                   .q = quantise ? q->q : NULL,
+                                   .q_scale = quantise ? q->scale : NULL,
+                                   .scale_pow2 = m->config->scale_ue8m0};
+    if (add && m->owed) return owed_norm(m, &a, err);
     tr_note(m, tr_work_norm(p->n, d, add != NULL));
-    return TR_RUN(m, norm, err, .n = p->rows.n, .n_max = p->n_max, .d = d, .add = add,
-                  .ld_add = (size_t)d, .residual = residual, .ld_residual = (size_t)d,
-                  .weight = weight, .eps = (float)m->config->rms_norm_eps, .out = out,
-                  .ld_out = (size_t)d, .q = quantise ? q->q : NULL,
-                  .q_scale = quantise ? q->scale : NULL, .scale_pow2 = m->config->scale_ue8m0);
+    tr_region_begin(m->regions, m->region_op[TR_OP_ID_norm]);
+    return tr_model_ran(m, "norm", m->replaying ? TR_OK : m->ops->norm(m->device, m->lane, &a),
+                        err);
 }
 
 /* ---- two lanes ----------------------------------------------------------------------------------------------------- */
@@ -143,6 +171,14 @@ tr_status tr_model_reduce(tr_model *m, const tr_pass *p, tr_comm *group, tr_act 
     if (st == TR_OK) st = tr_comm_wait(group, TR_LANE_MAIN, ticket, err);
     tr_region_end(m->regions, (double)n * (double)tr_act_bytes(m->ops), 0);
     return st;
+}
+
+tr_status tr_model_owe(tr_model *m, const tr_pass *p, tr_comm *group, tr_err *err)
+{
+    if (!tr_comm_fuses(group, p->n_max, m->config->hidden_size))
+        return tr_model_reduce(m, p, group, m->ws.block_out, err);
+    m->owed = group;
+    return TR_OK;
 }
 
 tr_act *tr_model_act_at(const tr_model *m, tr_act *x, size_t i)
@@ -524,6 +560,7 @@ static tr_status last_norm(tr_model *m, const tr_pass *p, const float *weight, t
 static tr_status network_begin(tr_model *m, const tr_pass *p, tr_err *err)
 {
     const int d = m->config->hidden_size;
+    m->owed = NULL; /* nothing of a step that failed */
     if (!m->weights->slice.embed) {
         const tr_status received = tr_stage_receive(m, p, err);
         return received == TR_OK ? tr_finite_receive(m, p, err) : received;

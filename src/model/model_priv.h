@@ -104,6 +104,7 @@ struct tr_model {
     tr_stamps *stamps;      /* its pool */
     bool timing;            /* now */
     uint64_t n_replays;     /* while timing */
+    tr_comm *owed;          /* over which ws.block_out is still to be added up; NULL: it is a sum */
     bool replaying;         /* operations are noted, not run: a graph has them */
     tr_overlap *overlap;    /* [this stage's layers]; with part only */
     int i_layer;            /* of this stage's, the one that runs */
@@ -179,6 +180,9 @@ tr_status tr_model_await(tr_model *m, tr_comm *group, tr_status begun, tr_ticket
 void tr_model_count_experts(tr_model *m, const tr_moe_weights *w);
 /* Sum of [n_max, hidden] over a group, begun and awaited; nothing in a group of one. */
 tr_status tr_model_reduce(tr_model *m, const tr_pass *p, tr_comm *group, tr_act *x, tr_err *err);
+/* The same of ws.block_out, which nobody but the next tr_model_norm reads: where sum and norm are one operation (tr_comm_fuses)
+ * it is left to that. */
+tr_status tr_model_owe(tr_model *m, const tr_pass *p, tr_comm *group, tr_err *err);
 /* x + i numbers. */
 tr_act *tr_model_act_at(const tr_model *m, tr_act *x, size_t i);
 /* Show a named intermediate to the probe, if there is one. */
