@@ -57,6 +57,7 @@ static const char help_text[] =
     "      --regions             where the time went, after each line\n"
     "      --sync-check          wait for every operation: --regions then tells its time on a\n"
     "                            GPU, and a failure names it\n"
+    "      --peer-kernels WHEN   auto, on or off: sums over the GPUs' peer memory (default auto)\n"
     "  -h, --help                this text\n";
 
 /* ---- options --------------------------------------------------------------------------------------------------------- */
@@ -107,6 +108,7 @@ enum {
     O_DEVICE,
     O_PREFILL_AT,
     O_SYNC_CHECK,
+    O_PEER_KERNELS,
     O_PAIRS,
     O_PROFILE,
     O_TP,
@@ -189,6 +191,11 @@ static tr_status one_option(int c, const char *arg, tr_bench_options *o, const c
                            arg);
         o->open.load_format = strcmp(arg, "dummy") == 0 ? TR_LOAD_DUMMY : TR_LOAD_SAFETENSORS;
         return TR_OK;
+    case O_PEER_KERNELS:
+        if (strcmp(arg, "auto") != 0 && strcmp(arg, "on") != 0 && strcmp(arg, "off") != 0)
+            return tr_fail(err, TR_E_USAGE, "--peer-kernels %s: auto, on or off is wanted", arg);
+        o->open.peer_kernels = arg;
+        return TR_OK;
     case O_OVERRIDE:
         overrides[o->open.n_overrides++] = arg;
         return TR_OK;
@@ -252,6 +259,7 @@ static tr_status parse(int argc, char **argv, tr_bench_options *o, const char **
         {"regions", no_argument, NULL, O_REGIONS},
         {"device", required_argument, NULL, O_DEVICE},
         {"sync-check", no_argument, NULL, O_SYNC_CHECK},
+        {"peer-kernels", required_argument, NULL, O_PEER_KERNELS},
         {"pairs", required_argument, NULL, O_PAIRS},
         {"profile", required_argument, NULL, O_PROFILE},
         {"tp", required_argument, NULL, O_TP},

@@ -36,6 +36,10 @@ static const char help_text[] =
     "      --ranks N[,N...]   group sizes (default: 2, 4, 8, ... and all ranks)\n"
     "      --calls N          timed calls of each line (default 10000); fewer of long\n"
     "                         messages, 50 or as many as make 500 MB\n"
+    "      --width N          with --device cuda: numbers of a row, of sums of 1 to 256 rows\n"
+    "                         that a norm follows, in graphs: NCCL's and the norm kernel,\n"
+    "                         NCCL's made in rank order, and over peer memory (default\n"
+    "                         7168; 0: none)\n"
     "  -h, --help             this text\n";
 
 enum { LIST_MAX = 16, WARM_UP = 20 };
@@ -43,7 +47,7 @@ enum { LIST_MAX = 16, WARM_UP = 20 };
 typedef struct comm_options {
     size_t bytes[LIST_MAX];
     int ranks[LIST_MAX];
-    int n_bytes, n_ranks, calls;
+    int n_bytes, n_ranks, calls, width;
     bool cuda, help;
 } comm_options;
 
@@ -118,15 +122,19 @@ static tr_status choose_device(comm_options *o, const char *name, tr_err *err)
 
 static tr_status parse(comm_options *o, int world, int argc, char **argv, tr_err *err)
 {
-    static const struct option table[] = {
-        {"bytes", required_argument, NULL, 'b'}, {"ranks", required_argument, NULL, 'r'},
-        {"calls", required_argument, NULL, 'c'}, {"device", required_argument, NULL, 'd'},
-        {"help", no_argument, NULL, 'h'},        {NULL, 0, NULL, 0}};
-    long list[LIST_MAX], calls;
+    static const struct option table[] = {{"bytes", required_argument, NULL, 'b'},
+                                          {"ranks", required_argument, NULL, 'r'},
+                                          {"calls", required_argument, NULL, 'c'},
+                                          {"device", required_argument, NULL, 'd'},
+                                          {"width", required_argument, NULL, 'w'},
+                                          {"help", no_argument, NULL, 'h'},
+                                          {NULL, 0, NULL, 0}};
+    long list[LIST_MAX], one;
     tr_status st = TR_OK;
     int c;
 
-    *o = (comm_options){.bytes = {8, 1024, 65536, 1048576}, .n_bytes = 4, .calls = 10000};
+    *o = (comm_options){
+        .bytes = {8, 1024, 65536, 1048576}, .n_bytes = 4, .calls = 10000, .width = 7168};
     opterr = 0;
     optind = 1;
     while (st == TR_OK && (c = getopt_long(argc, argv, "h", table, NULL)) != -1) {
@@ -141,8 +149,11 @@ static tr_status parse(comm_options *o, int world, int argc, char **argv, tr_err
             for (int i = 0; i < o->n_ranks && st == TR_OK; i++)
                 o->ranks[i] = (int)list[i];
         } else if (c == 'c') {
-            st = number("calls", optarg, 1, 10000000, &calls, err);
-            if (st == TR_OK) o->calls = (int)calls;
+            st = number("calls", optarg, 1, 10000000, &one, err);
+            if (st == TR_OK) o->calls = (int)one;
+        } else if (c == 'w') {
+            st = number("width", optarg, 0, 1 << 20, &one, err);
+            if (st == TR_OK) o->width = (int)one;
         } else if (c == 'd') {
             st = choose_device(o, optarg, err);
         } else {
@@ -323,6 +334,46 @@ static bool is_crowded(const tr_world *world)
     return world->local_size > sysconf(_SC_NPROCESSORS_ONLN);
 }
 
+#ifdef HAVE_NCCL
+static void print_rows(const group *g, int width, int times, const tr_peer_report *r)
+{
+    if (r->why[0]) printf("# %d ranks: no sums over peer memory: %s\n", g->size, r->why);
+    if (r->n)
+        printf("# sum and norm of rows of %d, us, in graphs\n# %-12s %5s %6s %10s %10s %10s %10s "
+               "%7s\n",
+               width, "", "ranks", "rows", "nccl", "in order", "one-shot", "two-shot", "of nccl");
+    for (int i = 0; i < r->n; i++) {
+        const double one = r->size[i].one_s, two = r->size[i].two_s,
+                     ours = two > 0 && (one <= 0 || two < one) ? two : one;
+        printf("  %-12s %5d %6d %10.2f %10.2f %10.2f %10.2f %7.3f\n", "sum_norm", g->size,
+               r->size[i].rows, r->size[i].plain_s * 1e6, r->size[i].nccl_s * 1e6, one * 1e6,
+               two * 1e6, ours / r->size[i].plain_s);
+        printf("{\"bench\": \"comm\", \"device\": \"cuda\", \"op\": \"sum_norm\", \"ranks\": %d, "
+               "\"rows\": %d, \"width\": %d, \"calls\": %d, \"median_s\": %.9g, "
+               "\"plain_median_s\": %.9g, \"in_order_median_s\": %.9g, \"chosen\": \"%s\"}\n",
+               g->size, r->size[i].rows, width, times, ours, r->size[i].plain_s, r->size[i].nccl_s,
+               r->size[i].chosen);
+    }
+    fflush(stdout);
+}
+
+/* Sums that a norm follows, as the model has them under tensor parallelism. */
+static tr_status bench_rows(const bench *b, const group *g, tr_err *err)
+{
+    enum { REPLAYS = 200 };
+    const int times =
+        (b->ops->caps & TR_CAP_GRAPH) || b->options.calls > REPLAYS ? REPLAYS : b->options.calls;
+    const tr_peer_options how = {
+        .use = TR_PEER_AUTO, .d = b->options.width, .times = times, .plain = true};
+    tr_peer_report report;
+
+    if (!b->options.width) return TR_OK;
+    const tr_status st = tr_nccl_peers(g->comm, &how, &report, err);
+    if (st == TR_OK && b->world.rank == 0) print_rows(g, b->options.width, times, &report);
+    return st;
+}
+#endif
+
 static tr_status bench_group(bench *b, int size, tr_err *err)
 {
     static const tr_comm_op ops[] = {TR_COMM_ALL_REDUCE, TR_COMM_ALL_GATHER, TR_COMM_REDUCE_SCATTER,
@@ -344,6 +395,7 @@ static tr_status bench_group(bench *b, int size, tr_err *err)
         for (int j = 0; j < b->options.n_bytes && st == TR_OK; j++)
             st = measure(b, &g, ops[i], b->options.bytes[j], err);
 #ifdef HAVE_NCCL
+    if (b->device && g.comm && st == TR_OK) st = bench_rows(b, &g, err);
     tr_nccl_yardstick_close(g.plain_nccl);
 #endif
     if (g.comm != g.host) tr_comm_free(g.comm);
