@@ -225,7 +225,8 @@ static tr_status reduce_norm(tr_comm *base, const struct tr_norm_args *a, tr_tic
 
     (void)ticket;
     if (!a->n_max) return TR_OK;
-    give_all(of(base), bytes);
+    for (int i = 0; i < base->size; i++)
+        if (i != base->rank) tr_comm_gave(base, i, tr_nccl_norm_gives(of(base), a, i));
     return run(base,
                &(tr_nccl_call){.op = TR_COMM_ALL_REDUCE,
                                .issue = tr_nccl_issue_norm,

@@ -17,7 +17,8 @@ enum {
     A_RECORD = 8,         /* operations in one go */
     WARM_UP = 2,
     TIMES = 15,
-    LIMIT_S = 30, /* for what takes some 0.1 ms once everybody is there */
+    LIMIT_S = 10, /* for what takes some 0.1 ms once everybody is there */
+    TRIED = 7,    /* rows, to see whether the sums are right */
 };
 
 /* ---- the operation --------------------------------------------------------------------------------------------------- */
@@ -39,6 +40,22 @@ int tr_nccl_norm_form(const tr_comm_nccl *c, int n_max, int d)
     if (!c->peers || d != c->fused.d || n_max < 0 || k >= TR_PEER_SIZES || c->form[k] < 0)
         return -1;
     return n_max <= tr_cuda_peer_rows(&c->fused, (tr_cuda_peer_form)c->form[k]) ? c->form[k] : -1;
+}
+
+/* Rows that member i adds up in form TWO: i, i + size, .. */
+static int rows_of(const tr_comm_nccl *c, int n_max, int i)
+{
+    return i < n_max ? (n_max - i - 1) / c->base.size + 1 : 0;
+}
+
+size_t tr_nccl_norm_gives(const tr_comm_nccl *c, const struct tr_norm_args *a, int member)
+{
+    const size_t row = (size_t)a->d * tr_act_bytes(c->base.ops);
+    const int rows = tr_nccl_norm_form(c, a->n_max, a->d) == TR_CUDA_PEER_TWO
+                         ? rows_of(c, a->n_max, member) + rows_of(c, a->n_max, c->base.rank)
+                         : a->n_max;
+
+    return (size_t)rows * row;
 }
 
 tr_status tr_nccl_issue_norm(tr_comm_nccl *c, const tr_nccl_call *k, tr_err *err)
@@ -235,20 +252,33 @@ static int by_value(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-static tr_status settle(const trial *t, double *seconds, tr_err *err)
+/* The event, or TR_E_COMM after the limit: no watchdog runs yet, and nobody else would end it. */
+static cudaError_t await_until(const trial *t, double seconds)
 {
-    const uint64_t until_ns = tr_now_ns() + UINT64_C(1000000000) * LIMIT_S;
-    float ms = 0;
+    const uint64_t until_ns = tr_now_ns() + (uint64_t)(seconds * 1e9);
     cudaError_t e;
 
     while ((e = cudaEventQuery(t->to)) == cudaErrorNotReady && tr_now_ns() < until_ns)
         tr_comm_progress(t->c->base.host);
-    if (e == cudaErrorNotReady) { /* no watchdog yet: nobody else would end this */
-        *t->c->nccl->abort_h = 1;
-        return tr_fail(err, TR_E_COMM, "the other members' rows have not come within %d s",
-                       LIMIT_S);
-    }
-    tr_status st = tr_nccl_cuda("a sum of rows", e, err);
+    return e;
+}
+
+static tr_status await_end(const trial *t, tr_err *err)
+{
+    const cudaError_t e = await_until(t, LIMIT_S);
+
+    if (e != cudaErrorNotReady) return tr_nccl_cuda("a sum of rows", e, err);
+    *t->c->nccl->abort_h = 1;
+    await_until(t, 1); /* it leaves */
+    (void)cudaGetLastError();
+    return tr_fail(err, TR_E_COMM, "the other members' rows have not come within %d s", LIMIT_S);
+}
+
+static tr_status settle(const trial *t, double *seconds, tr_err *err)
+{
+    float ms = 0;
+    tr_status st = await_end(t, err);
+
     if (st == TR_OK)
         st = tr_nccl_cuda("cudaEventElapsedTime", cudaEventElapsedTime(&ms, t->from, t->to), err);
     *seconds = (double)ms * 1e-3 / A_RECORD;
@@ -336,6 +366,62 @@ static tr_status choose(trial *t, const tr_peer_options *o, int k, tr_peer_repor
     return st;
 }
 
+/* ---- does it work at all? ------------------------------------------------------------------------------------------------ */
+
+/* Some rows' sums, as form makes them, to `sums`, [TRIED * d]. */
+static tr_status try_form(const trial *t, int form, float *sums, tr_err *err)
+{
+    const size_t numbers = TRIED * (size_t)t->d;
+    const int32_t live = TRIED;
+    const int k = size_of(TRIED), before = t->c->form[k];
+    tr_status st = TR_OK;
+
+    TR_CUDA(cudaMemcpy(t->n, &live, sizeof live, cudaMemcpyHostToDevice));
+    TR_CUDA(cudaMemset(t->residual, 0, numbers * sizeof(float)));
+    /* numbers around 0.01, of another mantissa on every member */
+    TR_CUDA(cudaMemset(t->add, 0x3c + t->c->base.rank % 2, numbers * tr_act_bytes(t->c->base.ops)));
+    TR_CUDA(
+        cudaMemset(t->add, 0x21 + t->c->base.rank, (size_t)t->d * tr_act_bytes(t->c->base.ops)));
+    TR_CUDA(cudaDeviceSynchronize());
+    t->c->form[k] = form;
+    st = once(t, form, TRIED, err);
+    t->c->form[k] = before;
+    if (st != TR_OK) goto done;
+    TR_CUDA(cudaEventRecord(t->to, tr_cuda_stream(t->c->nccl->device, TR_LANE_MAIN)));
+    st = await_end(t, err);
+    if (st != TR_OK) goto done;
+    TR_CUDA(cudaMemcpy(sums, t->residual, numbers * sizeof(float), cudaMemcpyDeviceToHost));
+
+done:
+    return st;
+}
+
+/* There are machines whose GPUs say that they reach each other and lose what is stored that way (an IOMMU in between). Where the
+ * forms do not make NCCL's sums, or wait for ever, there is no peer memory, on all members. */
+static tr_status try_out(trial *t, tr_peer_report *report, tr_err *err)
+{
+    const size_t bytes = TRIED * (size_t)t->d * sizeof(float);
+    float *want = malloc(bytes), *got = malloc(bytes);
+    double wrong = 0;
+    tr_status st = want && got ? TR_OK : tr_fail(err, TR_E_MEMORY, "out of memory");
+
+    if (st == TR_OK) st = try_form(t, -1, want, err);
+    for (int form = 0; form < TR_CUDA_PEER_FORMS && st == TR_OK && wrong == 0; form++) {
+        tr_err ignored;
+        if (tr_cuda_peer_rows(&t->c->fused, (tr_cuda_peer_form)form) < TRIED) continue;
+        st = largest(t->c->base.host, &wrong, err); /* all are here */
+        if (st != TR_OK) break;
+        wrong = try_form(t, form, got, &ignored) != TR_OK || memcmp(got, want, bytes) != 0;
+        st = largest(t->c->base.host, &wrong, err);
+    }
+    if (st == TR_OK && wrong > 0)
+        snprintf(report->why, sizeof report->why,
+                 "what one GPU stores into another's memory does not arrive as it was");
+    free(want);
+    free(got);
+    return st;
+}
+
 /* Which form, for every number of rows. What it costs is no part of what the job is told of its communicators. */
 static tr_status choose_all(tr_comm_nccl *c, const tr_peer_options *o, tr_peer_report *report,
                             tr_err *err)
@@ -349,7 +435,9 @@ static tr_status choose_all(tr_comm_nccl *c, const tr_peer_options *o, tr_peer_r
     const tr_status agreed = largest(c->base.host, &failed, &other);
     if (st == TR_OK && agreed != TR_OK) st = tr_fail(err, agreed, "%s", other.text);
     if (st == TR_OK && failed > 0) st = tr_fail(err, TR_E_COMM, "another member has failed");
-    for (int k = 0; k < TR_PEER_SIZES && 1 << k <= c->fused.rows && st == TR_OK; k++) {
+    if (st == TR_OK) st = try_out(&t, report, err);
+    for (int k = 0; k < TR_PEER_SIZES && 1 << k <= c->fused.rows && st == TR_OK && !report->why[0];
+         k++) {
         st = choose(&t, o, k, report, err);
         report->n = k + 1;
     }
@@ -374,8 +462,13 @@ tr_status tr_nccl_peers(tr_comm *comm, const tr_peer_options *o, tr_peer_report 
         return TR_OK;
     }
     st = open_slots(c, o->d, report, err);
+    if (st == TR_OK && c->peers) st = choose_all(c, o, report, err);
+    if (st == TR_OK && c->peers && report->why[0]) {
+        tr_peers_close(c->peers, false); /* its memory may still be written */
+        c->peers = NULL;
+        *c->nccl->abort_h = 0;
+    }
     if (st == TR_OK && report->why[0] && o->use == TR_PEER_ON)
         st = tr_fail(err, TR_E_USAGE, "sums over peer memory: %s", report->why);
-    if (st == TR_OK && c->peers) st = choose_all(c, o, report, err);
     return st == TR_OK ? TR_OK : tr_within(err, "peer memory of %s", tr_comm_name(comm));
 }

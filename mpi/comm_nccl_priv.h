@@ -85,5 +85,7 @@ tr_nccl_issue tr_nccl_issue_sum_two, tr_nccl_issue_sum, tr_nccl_issue_scatter, t
 
 /* comm_nccl_norm.c: which form so many rows take; -1: none. */
 int tr_nccl_norm_form(const tr_comm_nccl *c, int n_max, int d);
+/* Bytes that such an operation sends to another member. */
+size_t tr_nccl_norm_gives(const tr_comm_nccl *c, const struct tr_norm_args *a, int member);
 
 #endif

@@ -62,6 +62,7 @@ ends 0 'attn_tp: no sums over peer memory: switched off' FAKE_GPU= ARGUMENTS='--
 ends 0 'attn_tp: no sums over peer memory: member 0: GPU .* does not reach' FAKE_PEERS=unreachable ARGUMENTS='--verbose'
 ends 0 'attn_tp: no sums over peer memory: member 1: cudaIpcOpenMemHandle: ' FAKE_PEERS=closed ARGUMENTS='--verbose'
 ends 0 'attn_tp: no sums over peer memory: member 0: cudaIpcGetMemHandle: ' FAKE_PEERS=none ARGUMENTS='--verbose'
+ends 0 'attn_tp: no sums over peer memory: what one GPU stores .* does not arrive' FAKE_PEERS=damaged ARGUMENTS='--verbose'
 ends 2 'attn_tp.*member 1: cudaIpcOpenMemHandle: ' FAKE_PEERS=closed ARGUMENTS='--peer-kernels on'
 ends 86 'attn_tp.*an error of the fake NCCL' FAKE_GPU= FAKE_NCCL_CALLS=40 ARGUMENTS='--peer-kernels off'
 ends 86 'peer memory of attn_tp.*an error of the fake NCCL' FAKE_GPU= FAKE_NCCL_CALLS=40

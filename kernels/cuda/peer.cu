@@ -27,12 +27,13 @@ namespace
 
 enum {
     BUFFERS = 3,
-    CLUSTER = 4, /* blocks of threads a row; one row of 7168, 4 H200s: 8.1 us with 1, 6.5 with 2, 5.6 with 4, 5.7 with 8 */
+    CLUSTER =
+        4, /* blocks of threads a row; one row of 7168, 4 H200s: 8.1 us with 1, 6.5 with 2, 5.6 with 4, 5.7 with 8 */
     THREADS = tr::NORM_THREADS / CLUSTER,
     WARPS = tr::NORM_THREADS / 32,
-    ONE_ROWS = 64, /* of form ONE with more than two members */
+    ONE_ROWS = 64,    /* of form ONE with more than two members */
     ROWS_MOST = 4096, /* of a launch: addresses in the slots are of 32 bits */
-    LOOKS = 1024,  /* at the slots, between two looks at the abort word: some 0.5 ms */
+    LOOKS = 1024,     /* at the slots, between two looks at the abort word: some 0.5 ms */
 };
 enum { EPOCH, ARRIVED, LEFT }; /* words */
 
@@ -122,7 +123,7 @@ template <int N> __device__ __forceinline__ uint4 sum_terms(const uint4 (&term)[
  * the lanes has the one, the upper half the other. */
 template <int N> struct work {
     const plan &p;
-    const int t; /* of 1024 */
+    const int t;      /* of 1024 */
     const unsigned j; /* its first number that travels */
     int buffer;
     bool has, left; /* numbers of the row at all; it was told to leave */
@@ -263,10 +264,11 @@ __device__ __forceinline__ float meeting_sum(meeting *m, float x, int t, int i)
     x = tr::warp_reduce<float, tr::add<float>>(x);
     if (t % 32 < CLUSTER) {
         const uint32_t to = (uint32_t)(t % 32);
-        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
-                         tr::cluster_address(tr::smem_address(warp + t / 32), to)),
-                     "f"(x), "r"(tr::cluster_address(tr::smem_address(come), to))
-                     : "memory");
+        asm volatile(
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
+                tr::cluster_address(tr::smem_address(warp + t / 32), to)),
+            "f"(x), "r"(tr::cluster_address(tr::smem_address(come), to))
+            : "memory");
     }
     tr::barrier_wait(come, (uint32_t)(i / 2 % 2));
     float sum = 0; /* 0 + a square is the square */
@@ -330,7 +332,8 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, N <= 
 #pragma unroll
         for (int k = 0; k < tr::NORM_ROUNDS; k++) {
             const int at = tr::norm_at(k, w.t);
-            weight[k] = at < p.a.d ? __ldg((const float4 *)(p.a.weight + at)) : make_float4(0, 0, 0, 0);
+            weight[k] =
+                at < p.a.d ? __ldg((const float4 *)(p.a.weight + at)) : make_float4(0, 0, 0, 0);
             const float4 x = w.spread(sum, k);
             b.v[k] = make_float4(b.v[k].x + x.x, b.v[k].y + x.y, b.v[k].z + x.z, b.v[k].w + x.w);
         }
@@ -424,8 +427,8 @@ cudaError_t tr_cuda_peer_load(tr_cuda_peer_group *g)
         cudaLaunchConfig_t c = launch_of(1, &early, NULL);
         kernel *const k = choose(g->n_members, (tr_cuda_peer_form)form);
         if (tr_cuda_peer_rows(g, (tr_cuda_peer_form)form) == 0) continue;
-        const cudaError_t e = k ? cudaOccupancyMaxActiveClusters(&g->at_once[form], k, &c)
-                                : cudaErrorInvalidValue;
+        const cudaError_t e =
+            k ? cudaOccupancyMaxActiveClusters(&g->at_once[form], k, &c) : cudaErrorInvalidValue;
         if (e != cudaSuccess) return e;
         if (g->at_once[form] < 1) return cudaErrorLaunchOutOfResources;
     }

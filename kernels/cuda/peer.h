@@ -29,8 +29,8 @@ typedef struct tr_cuda_peer_group {
     int rank, n_members; /* 2 .. TR_MAX_PEERS */
     int d, rows;         /* the widest row, and most rows of a launch, that there is room for */
     char *slots[TR_MAX_PEERS]; /* by member: tr_cuda_peer_slots() bytes, at first all ones */
-    uint32_t *words;           /* [4] own memory, at first 0: epoch, blocks that have read it, left */
-    const volatile uint32_t *abort; /* host-mapped: not 0: who waits leaves */
+    uint32_t *words; /* [4] own memory, at first 0: epoch, blocks that have read it, left */
+    const volatile uint32_t *abort;  /* host-mapped: not 0: who waits leaves */
     int at_once[TR_CUDA_PEER_FORMS]; /* rows that the device works on at once: tr_cuda_peer_load */
 } tr_cuda_peer_group;
 

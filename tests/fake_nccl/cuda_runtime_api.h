@@ -12,7 +12,7 @@ typedef enum cudaError {
     cudaErrorNotReady = 600
 } cudaError_t;
 enum { cudaEventDisableTiming = 2, cudaStreamNonBlocking = 1 };
-enum { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToDevice = 3 };
+enum { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
 enum { cudaHostAllocMapped = 2, cudaIpcMemLazyEnablePeerAccess = 1 };
 typedef struct cudaIpcMemHandle {
     char reserved[64];

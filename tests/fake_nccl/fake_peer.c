@@ -3,7 +3,7 @@
  * thread that launches them: to wait there is to look again and again, for as long as the abort word is 0.
  *
  * FAKE_PEERS: "unreachable": no device reaches another's memory; "closed": opening it fails for the last rank of the world;
- * "none": a member has none to export. */
+ * "none": a member has none to export; "damaged": what is stored in another's memory arrives as something else. */
 #define _GNU_SOURCE /* memfd_create */
 #include <config.h>
 
@@ -272,8 +272,10 @@ static float number_of(uint32_t b)
 
 static void put(const launch *l, volatile uint32_t *to, const float *x)
 {
+    const uint32_t change = told("damaged");
+
     for (int j = 0; j < l->a->d; j++)
-        to[j] = bits_of(x[j]);
+        to[j] = bits_of(x[j]) ^ change;
 }
 
 /* Waits for a row, adds it or makes it the sum, and clears its slot. */
