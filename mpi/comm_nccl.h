@@ -56,7 +56,7 @@ typedef struct tr_peer_options {
     tr_peer_use use;
     int d;      /* numbers of a row */
     int shots;  /* 0: one-shot or two-shot, whichever is faster; 1, 2: that one alone (tests) */
-    int times;  /* a median of so many, of 8 operations each; 0: the default */
+    int times;  /* a median of so many, of 16 operations each; 0: the default */
     bool plain; /* NCCL's own sum too, which is not always that of comm.h */
 } tr_peer_options;
 typedef struct tr_peer_report {

@@ -14,7 +14,7 @@
 
 enum {
     BYTES_MOST = 4 << 20, /* of the rows of a launch; above, NCCL's rings have the better of it */
-    A_RECORD = 8,         /* operations in one go */
+    A_RECORD = 16,        /* operations in one go */
     WARM_UP = 2,
     TIMES = 15,
     LIMIT_S = 10, /* for what takes some 0.1 ms once everybody is there */
@@ -124,8 +124,8 @@ typedef struct trial {
     void *add, *out;
     float *residual, *weight;
     int32_t *n;
-    cudaEvent_t from, to;
-    double *seconds; /* [times] */
+    cudaEvent_t *event; /* [WARM_UP + times + 1], one between two replays */
+    double *seconds;    /* [times] */
     int d, times;
 } trial;
 
@@ -163,9 +163,10 @@ static tr_status prepare(trial *t, int rows, tr_err *err)
     tr_status st = TR_OK;
 
     t->seconds = tr_calloc((size_t)t->times, sizeof *t->seconds);
-    if (!t->seconds) return tr_fail(err, TR_E_MEMORY, "out of memory");
-    TR_CUDA(cudaEventCreate(&t->from));
-    TR_CUDA(cudaEventCreate(&t->to));
+    t->event = tr_calloc((size_t)t->times + WARM_UP + 1, sizeof *t->event);
+    if (!t->seconds || !t->event) return tr_fail(err, TR_E_MEMORY, "out of memory");
+    for (int i = 0; i <= WARM_UP + t->times; i++)
+        TR_CUDA(cudaEventCreate(&t->event[i]));
     st = take(t, numbers * act, &t->add, err);
     if (st == TR_OK) st = take(t, numbers * act, &t->out, err);
     if (st == TR_OK) st = take(t, numbers * sizeof(float), &t->residual, err);
@@ -184,8 +185,9 @@ static void clear(trial *t, bool well)
 
     for (int i = 0; i < 5 && well; i++)
         t->c->base.ops->release(t->c->base.device, memory[i]);
-    if (t->from) cudaEventDestroy(t->from);
-    if (t->to) cudaEventDestroy(t->to);
+    for (int i = 0; t->event && i <= WARM_UP + t->times; i++)
+        if (t->event[i]) cudaEventDestroy(t->event[i]);
+    free(t->event);
     free(t->seconds);
 }
 
@@ -252,13 +254,14 @@ static int by_value(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* The event, or TR_E_COMM after the limit: no watchdog runs yet, and nobody else would end it. */
+/* The last event, or TR_E_COMM after the limit: no watchdog runs yet, and nobody else would end it. */
 static cudaError_t await_until(const trial *t, double seconds)
 {
     const uint64_t until_ns = tr_now_ns() + (uint64_t)(seconds * 1e9);
     cudaError_t e;
 
-    while ((e = cudaEventQuery(t->to)) == cudaErrorNotReady && tr_now_ns() < until_ns)
+    while ((e = cudaEventQuery(t->event[WARM_UP + t->times])) == cudaErrorNotReady &&
+           tr_now_ns() < until_ns)
         tr_comm_progress(t->c->base.host);
     return e;
 }
@@ -274,18 +277,26 @@ static tr_status await_end(const trial *t, tr_err *err)
     return tr_fail(err, TR_E_COMM, "the other members' rows have not come within %d s", LIMIT_S);
 }
 
-static tr_status settle(const trial *t, double *seconds, tr_err *err)
+/* Replay i took from event i to the next one. */
+static tr_status settle(const trial *t, double *median, tr_err *err)
 {
-    float ms = 0;
     tr_status st = await_end(t, err);
 
-    if (st == TR_OK)
-        st = tr_nccl_cuda("cudaEventElapsedTime", cudaEventElapsedTime(&ms, t->from, t->to), err);
-    *seconds = (double)ms * 1e-3 / A_RECORD;
-    return st;
+    for (int i = 0; i < t->times && st == TR_OK; i++) {
+        float ms = 0;
+        st = tr_nccl_cuda(
+            "cudaEventElapsedTime",
+            cudaEventElapsedTime(&ms, t->event[WARM_UP + i], t->event[WARM_UP + i + 1]), err);
+        t->seconds[i] = (double)ms * 1e-3 / A_RECORD;
+    }
+    if (st != TR_OK) return st;
+    qsort(t->seconds, (size_t)t->times, sizeof *t->seconds, by_value);
+    *median = t->seconds[t->times / 2];
+    return TR_OK;
 }
 
-/* Seconds that one takes, of the slowest member. The first run makes NCCL's connections. */
+/* Seconds that one takes, of the slowest member. The first run makes NCCL's connections. The others follow each other without
+ * the host: sums keep the members together. */
 static tr_status measure(const trial *t, int form, int rows, double *out, tr_err *err)
 {
     tr_comm *comm = &t->c->base;
@@ -297,21 +308,17 @@ static tr_status measure(const trial *t, int form, int rows, double *out, tr_err
     tr_status st = several(t, form, rows, err);
 
     if (st == TR_OK && graphs) st = record(t, form, rows, &graph, err);
-    for (int i = -WARM_UP; i < t->times && st == TR_OK; i++) {
-        st = largest(comm->host, &none, err); /* all are here */
-        if (st != TR_OK) goto done;
-        TR_CUDA(cudaEventRecord(t->from, main));
+    if (st == TR_OK) st = largest(comm->host, &none, err); /* all are here */
+    for (int i = 0; i < WARM_UP + t->times && st == TR_OK; i++) {
+        TR_CUDA(cudaEventRecord(t->event[i], main));
         st = graphs ? ops->graph_run(comm->device, TR_LANE_MAIN, graph)
                     : several(t, form, rows, err);
         if (st != TR_OK && graphs) tr_fail(err, st, "graph: %s", ops->error(comm->device));
-        if (st != TR_OK) goto done;
-        TR_CUDA(cudaEventRecord(t->to, main));
-        st = settle(t, &t->seconds[i < 0 ? 0 : i], err);
     }
     if (st != TR_OK) goto done;
-    qsort(t->seconds, (size_t)t->times, sizeof *t->seconds, by_value);
-    *out = t->seconds[t->times / 2];
-    st = largest(comm->host, out, err);
+    TR_CUDA(cudaEventRecord(t->event[WARM_UP + t->times], main));
+    st = settle(t, out, err);
+    if (st == TR_OK) st = largest(comm->host, out, err);
 
 done:
     if (graph) ops->graph_free(comm->device, graph);
@@ -387,7 +394,8 @@ static tr_status try_form(const trial *t, int form, float *sums, tr_err *err)
     st = once(t, form, TRIED, err);
     t->c->form[k] = before;
     if (st != TR_OK) goto done;
-    TR_CUDA(cudaEventRecord(t->to, tr_cuda_stream(t->c->nccl->device, TR_LANE_MAIN)));
+    TR_CUDA(cudaEventRecord(t->event[WARM_UP + t->times],
+                            tr_cuda_stream(t->c->nccl->device, TR_LANE_MAIN)));
     st = await_end(t, err);
     if (st != TR_OK) goto done;
     TR_CUDA(cudaMemcpy(sums, t->residual, numbers * sizeof(float), cudaMemcpyDeviceToHost));

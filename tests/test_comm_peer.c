@@ -290,10 +290,10 @@ enum { OPS = 6, REPLAYS = 1000 };
 
 static const int replayed[OPS] = {1, 64, 2, 17, 1, 5};
 
-/* Whole numbers, so that the residual after so many sums is exact. */
+/* Whole numbers, so small that bf16 holds the sum of eight members' and the residual after so many sums is exact. */
 static float whole(int member, size_t k)
 {
-    return (float)(noise((uint32_t)member + 31, k) % 128);
+    return (float)(noise((uint32_t)member + 31, k) % 32);
 }
 
 static void several(place *p, tr_comm *comm, int d)
