@@ -5,7 +5,7 @@
 #   comm      every operation against the one over MPI, byte for byte (tests/test_comm_nccl)
 #   grids     questions and tool calls about what stands in the prompt, greedily, on every legal grid: the answers of one GPU, word
 #             for word
-#   same      twice the same grid, and with --no-overlap and without graphs: identical to the last digit
+#   same      twice the same grid, and with --no-overlap, without graphs and without peer memory: identical to the last digit
 #   topk      what the members of a group select in every layer is the same set of keys (tests/test_topk_ranks)
 #   bench     bench comm: every operation next to NCCL's own call: the table is printed, and nothing demanded
 #   kill      a rank is killed: the job ends, the GPUs are free again, the same command goes on and ends with one GPU's answers
@@ -141,10 +141,10 @@ verdict INFO 'one GPU' "$(grep -c '"custom_id"' "$dir/one.jsonl") records" $((SE
 
 # ---- what the communicators do
 
-# program NAME RANKS WHAT: a test program; its own words where it is skipped.
+# program NAME RANKS WHAT [ARGUMENT]: a test program; its own words where it is skipped.
 program() {
     local begun=$SECONDS status log=$dir/$1.$2.log
-    timeout -k 5 180 "$mpiexec" -n "$2" "$build/tests/$1" "$model" >"$log" 2>&1
+    timeout -k 5 180 "$mpiexec" -n "$2" "$build/tests/$1" "${4-$model}" >"$log" 2>&1
     status=$?
     case $status in
     0) verdict PASS "$3, $2 ranks" "$(grep -c 'OK \]' "$log") tests" $((SECONDS - begun)) ;;
@@ -158,6 +158,8 @@ program() {
 for n in $ranks; do
     ! wanted comm || program test_comm_nccl "$n" communicators
     ! wanted topk || program test_topk_ranks "$n" 'selected keys'
+    ! wanted comm || program test_comm_peer "$n" 'sums over peer memory'
+    ! wanted comm || program test_comm_peer "$n" 'sums that are given up' abort
 done
 
 # ---- whole jobs
@@ -227,7 +229,7 @@ same() {
 if wanted same; then
     n=${ranks%% *}
     for what in "--tp $n --" "--tp $n -- --no-overlap" "--tp $n -- --sync-check" "--cp $n --max-sequences 1 -- --no-overlap" \
-        "--cp $n --max-sequences 1 -- --sync-check" "--dp $n -- --no-overlap" "--dp $n -- --sync-check"; do
+        "--cp $n --max-sequences 1 -- --sync-check" "--tp $n -- --peer-kernels off" "--dp $n -- --no-overlap" "--dp $n -- --sync-check"; do
         n_grids=$((n_grids + 1))
         # shellcheck disable=SC2086 # options
         at_a_time same "$what" $what
