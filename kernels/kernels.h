@@ -564,7 +564,7 @@ struct tr_logprob_merge_args {
 /* HOST: the host reads what an operation has written when the operation returns. */
 enum { TR_CAP_GRAPH = 1, TR_CAP_PEERS = 2, TR_CAP_W8A8 = 4, TR_CAP_F32_KV = 8, TR_CAP_HOST = 16 };
 
-/* What alloc gives. SYMMETRIC: device memory whose address peers may be given (CP caches). HOST: the host's own, where download
+/* What alloc gives. SYMMETRIC: device memory of blocks of its own, whose address peers may be given (CP caches). HOST: the host's own, where download
  * need not wait. */
 typedef enum tr_memory_kind {
     TR_MEMORY_DEVICE,

@@ -115,7 +115,7 @@ uint64_t tr_comm_sent_to(const tr_comm *, int member);
  * Over MPI there is no push: the kernel writes this member's rows into its own cache, sent packs them and begins the
  * gather, ready waits and puts the other members' rows into the cache where they belong. Over NCCL the device packs,
  * gathers and puts them in their places on the communicator's own stream, all begun by sent, and ready makes the reader's
- * lane wait. In the group of one there is nothing to do and no plan is needed. Rows of a step that all members compute themselves are in nobody's list. */
+ * lane wait; where the members reach each other's memory a kernel there puts the rows in their places, one by one. In the group of one there is nothing to do and no plan is needed. Rows of a step that all members compute themselves are in nobody's list. */
 
 /* Where a row lies in storage made of pages of TR_PAGE_TOKENS rows: piece i of row `page*64 + offset` is the `bytes`
  * bytes at page * page_bytes + at + offset * bytes. */
@@ -138,6 +138,14 @@ tr_status tr_share_open_record(tr_share **, tr_comm *, const tr_record *, int ro
 /* Rows of row_bytes, one behind the other, in storage of any length. */
 tr_status tr_share_open(tr_share **, tr_comm *, size_t row_bytes, int rows_max, tr_err *);
 void tr_share_close(tr_share *);
+/* All storage that rows will be begun in lies in these `bytes` of ops->alloc's memory, from its first byte: members whose GPUs
+ * reach each other's memory then store their rows where they belong in the others', and NCCL has no part in it. To the bit the
+ * same rows in the same places, which the others may find changed from their own `sent` on. Collective; without effect
+ * where it cannot be, and over host memory. Memory of kind SYMMETRIC, zeros at first, as much on all members. Until close,
+ * which comes before the memory is released. */
+tr_status tr_share_reach(tr_share *, void *memory, size_t bytes, tr_err *);
+/* That is so: exchanges then wait for none of another share, and the longest had best be sent first. */
+bool tr_share_pushes(const tr_share *);
 /* n_rows[size]: rows each member writes (0 is good); write_row: their places page*64 + offset, member after member, -1:
  * a pad row that travels nowhere. The same on all members. Both are kept until the next plan, which must not come
  * between begin and ready. If no member writes anything the exchanges of this step send nothing. */

@@ -118,13 +118,13 @@ static tr_status enqueue(tr_comm_nccl *c, const tr_nccl_call *k, tr_nccl_flying 
     const cudaStream_t main = tr_cuda_stream(c->nccl->device, TR_LANE_MAIN);
     const uint64_t ticket = c->base.next_ticket;
     const cudaEvent_t end = f ? f->ended : c->recorded[ticket % TR_NCCL_RECORDED];
-    const cudaStream_t on = k->on_main ? main : c->stream;
+    const cudaStream_t on = k->on_main ? main : k->stream ? k->stream : c->stream;
     tr_status st = TR_OK;
 
     TR_CUDA(cudaSetDevice(c->nccl->ordinal));
     if (!k->on_main) {
         TR_CUDA(cudaEventRecord(c->point, main));
-        TR_CUDA(cudaStreamWaitEvent(c->stream, c->point, 0));
+        TR_CUDA(cudaStreamWaitEvent(on, c->point, 0));
     }
     if (f) TR_CUDA(cudaEventRecord(f->begun, on));
     st = k->issue(c, k, err);
@@ -358,11 +358,13 @@ static tr_status share(tr_comm *base, const tr_share_move *move, tr_ticket *tick
     (void)ticket;
     if (!tr_nccl_sum(move->bytes, base->size)) return TR_OK;
     give_all(of(base), move->bytes[base->rank]);
+    const cudaStream_t pushes = tr_nccl_push_stream(of(base), move);
     return run(base,
                &(tr_nccl_call){.op = TR_COMM_ALL_GATHER,
-                               .issue = tr_nccl_issue_share,
+                               .issue = pushes ? tr_nccl_issue_push : tr_nccl_issue_share,
                                .move = move,
-                               .bytes = move->bytes[base->rank]},
+                               .bytes = move->bytes[base->rank],
+                               .stream = pushes},
                err);
 }
 
@@ -398,6 +400,7 @@ static void free_comm(tr_comm *base)
     const bool quiet = is_quiet(c);
     tr_nccl_disconnect(&c->seat, c->nccl, base->host, quiet);
     tr_peers_close(c->peers, quiet);
+    tr_nccl_push_close(c);
     destroy_event(c->point);
     for (int i = 0; i < TR_NCCL_RECORDED; i++)
         destroy_event(c->recorded[i]);
@@ -424,6 +427,9 @@ static const tr_comm_impl nccl_impl = {
     .all_max = all_max,
     .wait = wait_for,
     .share = share,
+    .reach = tr_nccl_reach,
+    .reaches = tr_nccl_reaches,
+    .leave_alone = tr_nccl_leave_alone,
     .progress = progress,
     .free = free_comm,
 };

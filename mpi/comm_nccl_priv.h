@@ -17,6 +17,7 @@ enum {
 };
 
 typedef struct tr_comm_nccl tr_comm_nccl;
+typedef struct tr_nccl_pusher tr_nccl_pusher; /* comm_nccl_push.c */
 
 typedef struct tr_nccl_flying { /* one operation under way */
     uint64_t ticket, flight, begun_ns;
@@ -44,7 +45,9 @@ struct tr_comm_nccl {
     tr_cuda_peer_group fused;
     int form
         [TR_PEER_SIZES]; /* by the logarithm of the number of rows, rounded up: tr_cuda_peer_form, -1: NCCL's */
-    tr_err broken; /* NCCL or the device failed: so does all that comes */
+    tr_peer_use push_use; /* of exchanges of rows */
+    tr_nccl_pusher *push; /* NULL: NCCL moves rows */
+    tr_err broken;        /* NCCL or the device failed: so does all that comes */
 };
 
 /* What is to be done; issue enqueues it on the communicator's stream. */
@@ -61,7 +64,8 @@ struct tr_nccl_call {
     size_t bytes;                  /* what this member gives, for the flight recorder */
     const tr_share_move *move;
     const struct tr_norm_args *norm;
-    bool on_main; /* on the main lane itself: no other stream has a part in it */
+    bool on_main;        /* on the main lane itself: no other stream has a part in it */
+    cudaStream_t stream; /* NULL: the communicator's */
 };
 
 static inline size_t tr_nccl_number_bytes(tr_dtype dtype)
@@ -81,11 +85,18 @@ static inline size_t tr_nccl_sum(const size_t *n, int count)
 typedef tr_status tr_nccl_issue(tr_comm_nccl *, const tr_nccl_call *, tr_err *);
 tr_nccl_issue tr_nccl_issue_sum_two, tr_nccl_issue_sum, tr_nccl_issue_scatter, tr_nccl_issue_max,
     tr_nccl_issue_gather, tr_nccl_issue_exchange, tr_nccl_issue_broadcast, tr_nccl_issue_letter,
-    tr_nccl_issue_share, tr_nccl_issue_norm;
+    tr_nccl_issue_share, tr_nccl_issue_norm, tr_nccl_issue_push;
 
 /* comm_nccl_norm.c: which form so many rows take; -1: none. */
 int tr_nccl_norm_form(const tr_comm_nccl *c, int n_max, int d);
 /* Bytes that such an operation sends to another member. */
 size_t tr_nccl_norm_gives(const tr_comm_nccl *c, const struct tr_norm_args *a, int member);
+
+/* comm_nccl_push.c: tr_comm_impl's reach and leave_alone; on which stream such rows are pushed, NULL: they are not; and the
+ * end of it. */
+tr_status tr_nccl_reach(tr_comm *base, void *memory, size_t bytes, tr_err *err);
+void tr_nccl_leave_alone(tr_comm *base, const void *memory);
+cudaStream_t tr_nccl_push_stream(const tr_comm_nccl *c, const tr_share_move *m);
+void tr_nccl_push_close(tr_comm_nccl *c);
 
 #endif

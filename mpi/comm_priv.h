@@ -79,6 +79,10 @@ typedef struct tr_comm_impl {
     tr_status (*wait_read)(tr_comm *, tr_lane, tr_ticket, tr_err *); /* NULL: as wait */
     tr_status (*share)(tr_comm *, const tr_share_move *, tr_ticket *,
                        tr_err *); /* of device memory only */
+    /* of device memory only; NULL: nothing is reached */
+    tr_status (*reach)(tr_comm *, void *, size_t, tr_err *);
+    bool (*reaches)(const tr_comm *, const void *);
+    void (*leave_alone)(tr_comm *, const void *);
     void (*progress)(tr_comm *);
     void (*free)(tr_comm *);
 } tr_comm_impl;

@@ -29,6 +29,7 @@ struct tr_share {
     char *dst;                /* between begin and ready */
     tr_ticket ticket;
     tr_share_cost cost;
+    const void *reached; /* the memory that dst lies in; NULL: not said */
 };
 
 tr_record tr_record_latent(const tr_kv_layer *kv)
@@ -138,6 +139,7 @@ tr_status tr_share_open(tr_share **out, tr_comm *comm, size_t row_bytes, int row
 void tr_share_close(tr_share *s)
 {
     if (!s) return;
+    if (s->reached && s->comm->impl->leave_alone) s->comm->impl->leave_alone(s->comm, s->reached);
     free(s->bytes);
     if (s->comm->device) {
         s->comm->ops->release(s->comm->device, s->rows);
@@ -147,6 +149,21 @@ void tr_share_close(tr_share *s)
     }
     free(s->list);
     free(s);
+}
+
+tr_status tr_share_reach(tr_share *s, void *memory, size_t bytes, tr_err *err)
+{
+    if (s->phase != IDLE || s->reached)
+        return tr_fail(err, TR_E_COMM,
+                       "share: memory given twice, or in the middle of an exchange");
+    if (s->size == 1 || !s->comm->impl->reach) return TR_OK;
+    s->reached = memory;
+    return s->comm->impl->reach(s->comm, memory, bytes, err);
+}
+
+bool tr_share_pushes(const tr_share *s)
+{
+    return s->reached && s->comm->impl->reaches && s->comm->impl->reaches(s->comm, s->reached);
 }
 
 /* The list of this step to the device, in front of everything that will use it. The list of the step before has been used:

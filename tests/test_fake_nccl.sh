@@ -33,6 +33,17 @@ for how in '2' '3' '4' '2 abort'; do
     fi
 done
 
+# Rows pushed into caches, and gathered where the fake GPUs do not reach each other.
+for peers in '' unreachable; do
+    for ranks in 2 3 4; do
+        if ! timeout 200 env ${peers:+FAKE_PEERS=$peers} "$MPIEXEC" -n "$ranks" "$TR_BUILDDIR/tests/test_push_on_fake" >"$dir/log" 2>&1; then
+            echo "rows over peer memory, $ranks ranks, FAKE_PEERS=$peers:"
+            cat "$dir/log"
+            status=1
+        fi
+    done
+done
+
 printf '#!/bin/sh\nexec "%s" "$@" --device cuda\n' "$program" >"$dir/trireme"
 chmod +x "$dir/trireme"
 "$TR_SRCDIR/tests/run_grids.sh" "$dir/trireme" "$TR_SRCDIR/models/tiny" "$TR_BUILDDIR/tests/compare_records" --quick || status=1
@@ -65,6 +76,8 @@ ends 0 'attn_tp: no sums over peer memory: member 1: cudaIpcOpenMemHandle: ' FAK
 ends 0 'attn_tp: no sums over peer memory: member 0: cudaIpcGetMemHandle: ' FAKE_PEERS=none ARGUMENTS='--verbose'
 ends 0 'attn_tp: no sums over peer memory: what one GPU stores .* does not arrive' FAKE_PEERS=damaged ARGUMENTS='--verbose'
 ends 2 'attn_tp.*member 1: cudaIpcOpenMemHandle: ' FAKE_PEERS=closed ARGUMENTS='--peer-kernels on'
+ends 0 'attn_cp: no rows over peer memory: member 0: GPU .* does not reach' FAKE_PEERS=unreachable ARGUMENTS='--tp 1 --cp 2 --verbose'
+ends 2 'rows over peer memory of attn_cp: member 1: cudaIpcOpenMemHandle: ' FAKE_PEERS=closed ARGUMENTS='--tp 1 --cp 2 --peer-kernels on'
 ends 86 'attn_tp.*an error of the fake NCCL' FAKE_GPU= FAKE_NCCL_CALLS=40 ARGUMENTS='--peer-kernels off'
 ends 86 'peer memory of attn_tp.*an error of the fake NCCL' FAKE_GPU= FAKE_NCCL_CALLS=40
 exit "$status"

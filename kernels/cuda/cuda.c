@@ -122,6 +122,8 @@ static int block_room(tr_device *d)
     return 1;
 }
 
+enum { SHARED_BLOCK = 2 << 20 }; /* bytes */
+
 tr_status tr_cuda_alloc(tr_device *d, size_t bytes, int kind, void **out)
 {
     const int host = kind == TR_MEMORY_HOST;
@@ -131,7 +133,10 @@ tr_status tr_cuda_alloc(tr_device *d, size_t bytes, int kind, void **out)
     tr_status st = tr_cuda_begin(d);
     if (st != TR_OK) return st;
     if (!block_room(d)) return tr_device_fail(d, TR_E_MEMORY, "out of memory");
-    const size_t size = bytes ? bytes : 1;
+    size_t size = bytes ? bytes : 1;
+    /* What a driver gives other processes is whole blocks: this memory begins one, and nobody else's lies in its last. */
+    if (kind == TR_MEMORY_SYMMETRIC && size < SIZE_MAX - SHARED_BLOCK)
+        size = (size + SHARED_BLOCK - 1) / SHARED_BLOCK * SHARED_BLOCK;
     cudaError_t e = host ? cudaHostAlloc(&p, size, cudaHostAllocDefault) : cudaMalloc(&p, size);
     if (e == cudaErrorMemoryAllocation) {
         size_t left = 0, all = 0;

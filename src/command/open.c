@@ -182,19 +182,35 @@ static void tell_peers(const tr_peer_report *r, const char *name, tr_log *log)
             r->size[i].two_s * 1e6, r->size[i].chosen);
 }
 
+static tr_peer_use peer_use(const tr_open_options *options)
+{
+    const char *when = options->peer_kernels ? options->peer_kernels : "auto";
+
+    return strcmp(when, "off") == 0  ? TR_PEER_OFF
+           : strcmp(when, "on") == 0 ? TR_PEER_ON
+                                     : TR_PEER_AUTO;
+}
+
 /* The attention group adds up rows in front of every norm. */
 static tr_status open_peers(tr_comm *group, const tr_open_options *options, int d, tr_log *log,
                             tr_err *err)
 {
-    const char *when = options->peer_kernels ? options->peer_kernels : "auto";
-    const tr_peer_options how = {.use = strcmp(when, "off") == 0  ? TR_PEER_OFF
-                                        : strcmp(when, "on") == 0 ? TR_PEER_ON
-                                                                  : TR_PEER_AUTO,
-                                 .d = d};
+    const tr_peer_options how = {.use = peer_use(options), .d = d};
     tr_peer_report report;
     const tr_status st = tr_nccl_peers(group, &how, &report, err);
 
     if (st == TR_OK) tell_peers(&report, tr_comm_name(group), log);
+    return st;
+}
+
+/* The context-parallel group exchanges rows of its caches in every layer. */
+static tr_status open_push(tr_comm *group, const tr_open_options *options, tr_log *log, tr_err *err)
+{
+    char why[256];
+    const tr_status st = tr_nccl_push(group, peer_use(options), why, sizeof why, err);
+
+    if (st == TR_OK && why[0] && log)
+        tr_log_debug(log, "%s: no rows over peer memory: %s", tr_comm_name(group), why);
     return st;
 }
 
@@ -218,6 +234,8 @@ static tr_status open_device_groups(tr_opened *o, const tr_open_options *options
         if (o->group[i]) st = tr_nccl_comm(&o->device_group[i], o->nccl, o->group[i], 0, err);
         if (st == TR_OK && o->group[i] && group[i] == TR_GROUP_ATTN_TP)
             st = open_peers(o->device_group[i], options, o->config.hidden_size, log, err);
+        if (st == TR_OK && o->group[i] && group[i] == TR_GROUP_ATTN_CP)
+            st = open_push(o->device_group[i], options, log, err);
         if (st == TR_OK && o->group[i]) {
             *to[i] = o->device_group[i];
             st = tr_comm_measure(o->device_group[i], &o->regions, group[i], err);
@@ -270,6 +288,23 @@ tr_status tr_open_weights(tr_opened *o, const tr_open_options *options, tr_log *
     return st == TR_OK ? TR_OK : tr_within(err, "cannot load model");
 }
 
+/* The caches of the context-parallel group to each other, where all its members have one. A member that has none says why
+ * itself. */
+static tr_status join_caches(tr_opened *o, tr_status st, tr_err *err)
+{
+    enum { ATTN_CP = 1 };
+    tr_comm *host = o->group[ATTN_CP];
+    uint64_t failed = st != TR_OK;
+    tr_err other;
+    tr_ticket t;
+
+    if (!o->device_group[ATTN_CP]) return st;
+    tr_status agreed = tr_comm_all_max_u64(host, &failed, 1, &t, &other);
+    if (agreed == TR_OK) agreed = tr_comm_wait(host, TR_LANE_MAIN, t, &other);
+    if (st == TR_OK && agreed != TR_OK) return tr_fail(err, agreed, "%s", other.text);
+    return failed ? st : tr_model_reach(o->model, err);
+}
+
 tr_status tr_open_model(tr_opened *o, const tr_model_options *options, const uint32_t *has_token,
                         tr_err *err)
 {
@@ -284,7 +319,7 @@ tr_status tr_open_model(tr_opened *o, const tr_model_options *options, const uin
     tr_status st = tr_model_create(&o->model, &o->config, o->weights, o->device, o->ops, &o->groups,
                                    options, has_token, &o->regions, err);
     free(all);
-    return st;
+    return join_caches(o, st, err);
 }
 
 void tr_opened_close(tr_opened *o)

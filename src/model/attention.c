@@ -255,10 +255,14 @@ tr_status tr_attention_forward(tr_model *m, const tr_pass *p, const tr_attention
                                tr_kv_layer kv, int layer, tr_err *err)
 {
     exchange x = {.here = m->no_overlap};
+    /* Gathers are one behind the other, and keys are needed first. Rows that are pushed are not: the longer way starts first,
+     * before the products of the queries fill the device. No lanes fork under context parallelism. */
+    const bool latents_first = tr_share_pushes(m->share_latent);
     tr_status st = tr_model_fork(m, p, err);
+    if (st == TR_OK && latents_first) st = write_latents(m, p, w, kv, err);
     if (st == TR_OK) st = write_index_keys(m, p, w, kv, err);
     tr_model_back(m);
-    if (st == TR_OK) st = write_latents(m, p, w, kv, err);
+    if (st == TR_OK && !latents_first) st = write_latents(m, p, w, kv, err);
     if (st == TR_OK && x.here) st = await_rows(m, m->share_key, &x.keys, err);
     if (st == TR_OK && x.here) st = await_rows(m, m->share_latent, &x.latents, err);
     if (st == TR_OK) st = make_queries(m, p, w, err);

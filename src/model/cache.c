@@ -50,8 +50,8 @@ tr_status tr_cache_create(tr_cache **out, const tr_ops *ops, tr_device *device,
                      n_layers);
         goto done;
     }
-    st = ops->alloc(device, latent_all, 1, (void **)&c->latent);
-    if (st == TR_OK) st = ops->alloc(device, index_all, 1, (void **)&c->index);
+    st = ops->alloc(device, latent_all, TR_MEMORY_SYMMETRIC, (void **)&c->latent);
+    if (st == TR_OK) st = ops->alloc(device, index_all, TR_MEMORY_SYMMETRIC, (void **)&c->index);
     if (st != TR_OK) {
         tr_fail(err, st, "cache of %d pages x %d layers (%.1f MB): %s", n_pages, n_layers,
                 (double)(latent_all + index_all) * 1e-6, ops->error(device));
@@ -84,4 +84,12 @@ tr_kv_layer tr_cache_layer(const tr_cache *cache, int layer)
 int tr_cache_pages(const tr_cache *cache)
 {
     return cache->shape.n_pages;
+}
+
+tr_cache_memory tr_cache_memory_of(const tr_cache *cache)
+{
+    return (tr_cache_memory){.latent = cache->latent,
+                             .index = cache->index,
+                             .latent_bytes = cache->latent_bytes * (size_t)cache->n_layers,
+                             .index_bytes = cache->index_bytes * (size_t)cache->n_layers};
 }

@@ -325,6 +325,14 @@ done:
     return st;
 }
 
+tr_status tr_model_reach(tr_model *model, tr_err *err)
+{
+    const tr_cache_memory c = tr_cache_memory_of(model->cache);
+    tr_status st = tr_share_reach(model->share_key, c.index, c.index_bytes, err);
+
+    return st == TR_OK ? tr_share_reach(model->share_latent, c.latent, c.latent_bytes, err) : st;
+}
+
 void tr_model_free(tr_model *model)
 {
     if (!model) return;

@@ -90,6 +90,9 @@ tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weig
                           tr_device *device, const tr_ops *ops, const tr_groups *groups,
                           const tr_model_options *options, const uint32_t *has_token,
                           tr_regions *regions, tr_err *err);
+/* The members of the context-parallel group may store rows into each other's caches from now on, where their devices can
+ * (tr_share_reach). Collective over that group, once, when all its members have their model. */
+tr_status tr_model_reach(tr_model *model, tr_err *err);
 void tr_model_free(tr_model *model);
 void tr_model_set_probe(tr_model *model, const tr_probe *probe); /* kept; NULL: none */
 void tr_model_set_watch(tr_model *model, tr_watchdog *watch);    /* kept; NULL: none */

@@ -4,9 +4,12 @@
 
 #include <stdbool.h>
 
+#include "kernels/cuda/push.h"
 #include "kernels/kernels.h"
 
 /* The CPU's norm, at once. */
 bool fake_norm(const struct tr_norm_args *a);
+/* The exchange, when its turn in the stream has come (fake_push.c). */
+void fake_push(const tr_cuda_push_group *g, const tr_cuda_push_args *a);
 
 #endif

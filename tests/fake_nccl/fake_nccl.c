@@ -30,7 +30,7 @@ typedef struct item { /* of a group */
     size_t bytes;
 } item;
 
-typedef enum kind { REDUCE, SCATTER, GATHER, BROADCAST, GROUP, COPY, TERMS, ROWS } kind;
+typedef enum kind { REDUCE, SCATTER, GATHER, BROADCAST, GROUP, COPY, TERMS, ROWS, PUSH } kind;
 
 typedef struct work {
     struct work *next;
@@ -45,6 +45,8 @@ typedef struct work {
     item item[GROUP_MAX];
     tr_cuda_sum_args sum;
     tr_cuda_cache_rows_args rows;
+    tr_cuda_push_group push_group;
+    tr_cuda_push_args push;
 } work;
 
 struct fake_stream {
@@ -201,6 +203,9 @@ static void perform(const work *w)
         break;
     case TERMS:
         sum_terms(&w->sum);
+        break;
+    case PUSH:
+        fake_push(&w->push_group, &w->push);
         break;
     default:
         cache_rows(&w->rows);
@@ -583,6 +588,16 @@ cudaError_t tr_cuda_cache_rows(const tr_cuda_cache_rows_args *a, cudaStream_t st
     return cudaSuccess;
 }
 
+cudaError_t tr_cuda_push(const tr_cuda_push_group *g, const tr_cuda_push_args *a,
+                         cudaStream_t stream)
+{
+    work *w = enqueue(stream, PUSH, NULL);
+
+    w->push_group = *g;
+    w->push = *a;
+    return cudaSuccess;
+}
+
 int tr_cuda_ordinal(const tr_device *device)
 {
     (void)device;
@@ -600,6 +615,18 @@ bool fake_norm(const struct tr_norm_args *a)
     return cpu_ops->norm(opened, TR_LANE_MAIN, a) == TR_OK;
 }
 
+/* Memory that other processes may be given is the fake runtime's, else it is the CPU backend's. */
+static tr_status symmetric_alloc(tr_device *device, size_t bytes, int memory, void **out)
+{
+    if (memory != TR_MEMORY_SYMMETRIC) return cpu_ops->alloc(device, bytes, memory, out);
+    return cudaMalloc(out, bytes ? bytes : 1) == cudaSuccess ? TR_OK : TR_E_MEMORY;
+}
+
+static void symmetric_release(tr_device *device, void *p)
+{
+    if (!p || cudaFree(p) != cudaSuccess) cpu_ops->release(device, p);
+}
+
 /* The CPU's table under another name. FAKE_GPU: its uuid, for ranks that get the same one. */
 tr_status tr_cuda_open(tr_device **out, const tr_ops **ops, const tr_device_options *options,
                        int *usable, tr_err *err)
@@ -615,6 +642,8 @@ tr_status tr_cuda_open(tr_device **out, const tr_ops **ops, const tr_device_opti
     cpu_ops = cpu;
     table = *cpu;
     table.name = "cuda";
+    table.alloc = symmetric_alloc;
+    table.release = symmetric_release;
     *ops = &table;
     tr_device_head *head = (tr_device_head *)(void *)*out;
     if (uuid && *uuid)
