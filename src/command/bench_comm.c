@@ -19,6 +19,7 @@
 #include "mpi/comm_mpi.h"
 #include "mpi/yardstick.h"
 #ifdef HAVE_NCCL
+#include "command/bench_exchange.h"
 #include "mpi/binding.h"
 #include "mpi/comm_nccl.h"
 #include "mpi/yardstick_nccl.h"
@@ -40,6 +41,10 @@ static const char help_text[] =
     "                         that a norm follows, in graphs: NCCL's and the norm kernel,\n"
     "                         NCCL's made in rank order, and over peer memory (default\n"
     "                         7168; 0: none)\n"
+    "      --rows N[,N...]    with --device cuda: index keys and latents of so many rows a rank,\n"
+    "                         exchanged beside the products of a layer's queries, in graphs:\n"
+    "                         by stores to the other GPUs and by NCCL, alone and what of it\n"
+    "                         is not hidden (default 256,512,2048,4096; 0: none)\n"
     "  -h, --help             this text\n";
 
 enum { LIST_MAX = 16, WARM_UP = 20 };
@@ -47,7 +52,8 @@ enum { LIST_MAX = 16, WARM_UP = 20 };
 typedef struct comm_options {
     size_t bytes[LIST_MAX];
     int ranks[LIST_MAX];
-    int n_bytes, n_ranks, calls, width;
+    int rows[LIST_MAX]; /* of an exchange */
+    int n_bytes, n_ranks, n_rows, calls, width;
     bool cuda, help;
 } comm_options;
 
@@ -122,19 +128,21 @@ static tr_status choose_device(comm_options *o, const char *name, tr_err *err)
 
 static tr_status parse(comm_options *o, int world, int argc, char **argv, tr_err *err)
 {
-    static const struct option table[] = {{"bytes", required_argument, NULL, 'b'},
-                                          {"ranks", required_argument, NULL, 'r'},
-                                          {"calls", required_argument, NULL, 'c'},
-                                          {"device", required_argument, NULL, 'd'},
-                                          {"width", required_argument, NULL, 'w'},
-                                          {"help", no_argument, NULL, 'h'},
-                                          {NULL, 0, NULL, 0}};
+    static const struct option table[] = {
+        {"bytes", required_argument, NULL, 'b'}, {"ranks", required_argument, NULL, 'r'},
+        {"calls", required_argument, NULL, 'c'}, {"device", required_argument, NULL, 'd'},
+        {"width", required_argument, NULL, 'w'}, {"rows", required_argument, NULL, 'o'},
+        {"help", no_argument, NULL, 'h'},        {NULL, 0, NULL, 0}};
     long list[LIST_MAX], one;
     tr_status st = TR_OK;
     int c;
 
-    *o = (comm_options){
-        .bytes = {8, 1024, 65536, 1048576}, .n_bytes = 4, .calls = 10000, .width = 7168};
+    *o = (comm_options){.bytes = {8, 1024, 65536, 1048576},
+                        .n_bytes = 4,
+                        .calls = 10000,
+                        .width = 7168,
+                        .rows = {256, 512, 2048, 4096},
+                        .n_rows = 4};
     opterr = 0;
     optind = 1;
     while (st == TR_OK && (c = getopt_long(argc, argv, "h", table, NULL)) != -1) {
@@ -154,6 +162,13 @@ static tr_status parse(comm_options *o, int world, int argc, char **argv, tr_err
         } else if (c == 'w') {
             st = number("width", optarg, 0, 1 << 20, &one, err);
             if (st == TR_OK) o->width = (int)one;
+        } else if (c == 'o') {
+            st = numbers("rows", optarg, 0, 16384, list, &o->n_rows, err);
+            for (int i = 0; i < o->n_rows && st == TR_OK; i++)
+                o->rows[i] = (int)list[i];
+            if (st == TR_OK && o->n_rows == 1 && !o->rows[0]) o->n_rows = 0;
+            for (int i = 0; i < o->n_rows && st == TR_OK; i++)
+                if (!o->rows[i]) st = tr_fail(err, TR_E_USAGE, "--rows %s: 0 stands alone", optarg);
         } else if (c == 'd') {
             st = choose_device(o, optarg, err);
         } else {
@@ -372,6 +387,20 @@ static tr_status bench_rows(const bench *b, const group *g, tr_err *err)
     if (st == TR_OK && b->world.rank == 0) print_rows(g, b->options.width, times, &report);
     return st;
 }
+
+/* Rows of keys and latents, as the model has them under context parallelism. */
+static tr_status bench_exchange(const bench *b, const group *g, tr_err *err)
+{
+    enum { RUNS = 100 };
+    const tr_exchange_bench e = {.comm = g->comm,
+                                 .device = b->device,
+                                 .ops = b->ops,
+                                 .rows = b->options.rows,
+                                 .n_rows = b->options.n_rows,
+                                 .times = b->options.calls < RUNS ? b->options.calls : RUNS,
+                                 .prints = b->world.rank == 0};
+    return tr_bench_exchange(&e, err);
+}
 #endif
 
 static tr_status bench_group(bench *b, int size, tr_err *err)
@@ -396,6 +425,7 @@ static tr_status bench_group(bench *b, int size, tr_err *err)
             st = measure(b, &g, ops[i], b->options.bytes[j], err);
 #ifdef HAVE_NCCL
     if (b->device && g.comm && st == TR_OK) st = bench_rows(b, &g, err);
+    if (b->device && g.comm && st == TR_OK) st = bench_exchange(b, &g, err);
     tr_nccl_yardstick_close(g.plain_nccl);
 #endif
     if (g.comm != g.host) tr_comm_free(g.comm);

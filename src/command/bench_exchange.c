@@ -1,0 +1,455 @@
+#include <config.h>
+
+#include "command/bench_exchange.h"
+
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/clock.h"
+#include "base/size.h"
+#include "mpi/comm_nccl.h"
+
+enum {
+    LAYERS = 8, /* of a graph */
+    WARM_UP = 3,
+    LIMIT_S = 30, /* for what takes milliseconds once everybody is there */
+    D_IN = 1536,  /* q_lora_rank */
+    D_KEY = 128,
+    D_LATENT = 512,
+    D_ROPE = 64,
+    OWNED_MAX = 32,
+};
+static const int widths[] = {24576, 8192}; /* q_b, index wq_b */
+enum { PRODUCTS = sizeof widths / sizeof *widths };
+
+/* What a graph holds. */
+typedef enum part { OWN = 1, PRODUCT = 2, EXCHANGE = 4 } part;
+
+typedef struct place { /* one member's */
+    const tr_exchange_bench *b;
+    tr_comm *comm;
+    const tr_ops *ops;
+    tr_device *device;
+    tr_graph *graph;
+    void *owned[OWNED_MAX]; /* device memory */
+    int n_owned;
+    int rows, n_members, rank;
+    int most; /* rows of a member, of all sizes */
+    tr_kv_layer kv;
+    tr_rows r;
+    tr_linear w[PRODUCTS];
+    void *x, *y, *kv_a, *index_k;
+    float *norm, *k_norm, *k_bias, *rope;
+    tr_share *key, *latent;
+    int *n_rows;    /* [n_members] */
+    int64_t *write; /* [n_members * most], member after member */
+    double *seconds;
+} place;
+
+static tr_status device_status(const place *p, const char *what, tr_status st, tr_err *err)
+{
+    return st == TR_OK ? TR_OK : tr_fail(err, st, "%s: %s", what, p->ops->error(p->device));
+}
+
+/* ---- memory ------------------------------------------------------------------------------------------------------------ */
+
+static tr_status take(place *p, size_t bytes, int kind, void *out, tr_err *err)
+{
+    void *d = NULL;
+    const tr_status st = p->ops->alloc(p->device, bytes, kind, &d);
+
+    memcpy(out, &d, sizeof d);
+    if (st == TR_OK) p->owned[p->n_owned++] = d;
+    return device_status(p, "alloc", st, err);
+}
+
+/* bf16 numbers of about 1, or with `f32` single ones: what multipliers do with zeros takes less power. */
+static tr_status fill(place *p, void *to, size_t bytes, bool f32, tr_err *err)
+{
+    enum { PIECE = 1 << 20 };
+    const size_t piece = bytes < PIECE ? bytes : PIECE;
+    char *noise = malloc(piece + 4);
+    uint32_t h = 12345;
+    tr_status st = TR_OK;
+
+    if (!noise) return tr_fail(err, TR_E_MEMORY, "out of memory");
+    for (size_t i = 0; i < piece; i += 4) {
+        h = h * 1664525u + 1013904223u;
+        const uint32_t word = f32 ? 0x3f800000u | h >> 12 : 0x3f803f80u ^ (h & 0x807f807fu);
+        memcpy(noise + i, &word, 4);
+    }
+    for (size_t at = 0; at < bytes && st == TR_OK; at += piece)
+        st = p->ops->upload(p->device, TR_LANE_MAIN, (char *)to + at, noise,
+                            bytes - at < piece ? bytes - at : piece);
+    free(noise);
+    return device_status(p, "upload", st, err);
+}
+
+static tr_status numbers(place *p, size_t n, bool f32, void *out, tr_err *err)
+{
+    void *d = NULL;
+    tr_status st = take(p, n * (f32 ? 4 : 2), TR_MEMORY_DEVICE, &d, err);
+
+    memcpy(out, &d, sizeof d);
+    return st == TR_OK ? fill(p, d, n * (f32 ? 4 : 2), f32, err) : st;
+}
+
+static tr_status take_products(place *p, tr_err *err)
+{
+    tr_status st = numbers(p, (size_t)p->most * D_IN, false, &p->x, err);
+
+    for (int i = 0; i < PRODUCTS && st == TR_OK; i++) {
+        tr_linear *w = &p->w[i];
+        *w = (tr_linear){.format = TR_W_BF16, .n_mats = 1, .n_out = widths[i], .n_in = D_IN};
+        const size_t bytes = p->ops->linear_bytes(w->format, 1, w->n_out, w->n_in);
+        st = take(p, bytes, TR_MEMORY_DEVICE, &w->data, err);
+        if (st == TR_OK) st = fill(p, w->data, bytes, false, err);
+    }
+    return st == TR_OK ? numbers(p, (size_t)p->most * (size_t)widths[0], false, &p->y, err) : st;
+}
+
+static tr_status take_cache(place *p, tr_err *err)
+{
+    const int all = p->most * p->n_members;
+    tr_kv_layer *kv = &p->kv;
+
+    *kv = (tr_kv_layer){.dtype = TR_E4M3,
+                        .n_pages = (all + TR_PAGE_TOKENS - 1) / TR_PAGE_TOKENS,
+                        .d_latent = D_LATENT,
+                        .d_rope = D_ROPE,
+                        .d_index = D_KEY};
+    const size_t pages = (size_t)kv->n_pages,
+                 latent =
+                     pages * TR_PAGE_TOKENS * tr_kv_row_bytes(kv->dtype, kv->d_latent, kv->d_rope),
+                 index = pages * tr_index_page_bytes(kv->dtype, kv->d_index);
+    tr_status st = take(p, latent, TR_MEMORY_SYMMETRIC, &kv->latent, err);
+    if (st == TR_OK) st = take(p, index, TR_MEMORY_SYMMETRIC, &kv->index, err);
+    return st;
+}
+
+/* What writing rows takes, and which rows they are: row j of member m is token j * n_members + m (parallel.md 3.2). */
+static tr_status take_rows(place *p, tr_err *err)
+{
+    const size_t most = (size_t)p->most;
+    tr_status st = numbers(p, most * (D_LATENT + D_ROPE), false, &p->kv_a, err);
+
+    if (st == TR_OK) st = numbers(p, most * D_KEY, false, &p->index_k, err);
+    if (st == TR_OK) st = numbers(p, D_LATENT, true, &p->norm, err);
+    if (st == TR_OK) st = numbers(p, D_KEY, true, &p->k_norm, err);
+    if (st == TR_OK) st = numbers(p, D_KEY, true, &p->k_bias, err);
+    if (st == TR_OK) st = numbers(p, most * (size_t)p->n_members * D_ROPE, true, &p->rope, err);
+    if (st == TR_OK) st = take(p, 4, TR_MEMORY_DEVICE, &p->r.n, err);
+    if (st == TR_OK) st = take(p, most * 4, TR_MEMORY_DEVICE, &p->r.position, err);
+    if (st == TR_OK) st = take(p, most * 8, TR_MEMORY_DEVICE, &p->r.write, err);
+    p->n_rows = tr_calloc((size_t)p->n_members, sizeof *p->n_rows);
+    p->write = tr_calloc(most * (size_t)p->n_members, sizeof *p->write);
+    p->seconds = tr_calloc((size_t)p->b->times, sizeof *p->seconds);
+    if (st == TR_OK && (!p->n_rows || !p->write || !p->seconds))
+        st = tr_fail(err, TR_E_MEMORY, "out of memory");
+    return st;
+}
+
+static tr_status set_rows(place *p, int rows, tr_err *err)
+{
+    const int64_t *own = p->write + (size_t)p->rank * (size_t)rows;
+    const tr_ops *ops = p->ops;
+    int32_t *position = tr_calloc((size_t)rows, sizeof *position);
+
+    if (!position) return tr_fail(err, TR_E_MEMORY, "out of memory");
+    p->rows = p->r.n_max = rows;
+    for (int m = 0; m < p->n_members; m++) {
+        p->n_rows[m] = rows;
+        for (int j = 0; j < rows; j++)
+            p->write[(size_t)m * (size_t)rows + (size_t)j] = (int64_t)j * p->n_members + m;
+    }
+    for (int j = 0; j < rows; j++)
+        position[j] = j * p->n_members + p->rank;
+    const int32_t n = rows;
+    tr_status st = ops->upload(p->device, TR_LANE_MAIN, p->r.n, &n, sizeof n);
+    if (st == TR_OK)
+        st = ops->upload(p->device, TR_LANE_MAIN, p->r.position, position, (size_t)rows * 4);
+    if (st == TR_OK) st = ops->upload(p->device, TR_LANE_MAIN, p->r.write, own, (size_t)rows * 8);
+    free(position);
+    return device_status(p, "upload", st, err);
+}
+
+/* ---- one layer --------------------------------------------------------------------------------------------------------- */
+
+static tr_status write_keys(place *p, tr_err *err)
+{
+    const struct tr_kv_write_args a = {.rows = &p->r,
+                                       .index_k = p->index_k,
+                                       .ld_index_k = D_KEY,
+                                       .k_norm = p->k_norm,
+                                       .k_bias = p->k_bias,
+                                       .rope = p->rope,
+                                       .eps = 1e-6f,
+                                       .kv = p->kv};
+    return device_status(p, "kv_write", p->ops->kv_write(p->device, TR_LANE_MAIN, &a), err);
+}
+
+static tr_status write_latents(place *p, tr_err *err)
+{
+    const struct tr_kv_write_args a = {.rows = &p->r,
+                                       .kv_a = p->kv_a,
+                                       .ld_kv_a = D_LATENT + D_ROPE,
+                                       .norm = p->norm,
+                                       .rope = p->rope,
+                                       .eps = 1e-6f,
+                                       .kv = p->kv};
+    return device_status(p, "kv_write", p->ops->kv_write(p->device, TR_LANE_MAIN, &a), err);
+}
+
+static tr_status products(place *p, tr_err *err)
+{
+    tr_status st = TR_OK;
+
+    for (int i = 0; i < PRODUCTS && st == TR_OK; i++) {
+        const struct tr_linear_args a = {.n = p->r.n,
+                                         .n_max = p->rows,
+                                         .w = &p->w[i],
+                                         .in = {.x = p->x, .ld = D_IN, .n_max = p->rows, .d = D_IN},
+                                         .out = p->y,
+                                         .ld_out = (size_t)widths[i]};
+        st = device_status(p, "linear", p->ops->linear(p->device, TR_LANE_MAIN, &a), err);
+    }
+    return st;
+}
+
+static tr_status begin(place *p, tr_share *share, void *storage, tr_err *err)
+{
+    tr_push push;
+    tr_status st = tr_share_begin(share, &p->r, storage, &push, err);
+
+    return st == TR_OK ? tr_share_sent(share, TR_LANE_MAIN, err) : st;
+}
+
+static tr_status send(place *p, bool latents, unsigned parts, tr_err *err)
+{
+    tr_status st = TR_OK;
+
+    if (parts & OWN) st = latents ? write_latents(p, err) : write_keys(p, err);
+    if (st != TR_OK || !(parts & EXCHANGE)) return st;
+    return latents ? begin(p, p->latent, p->kv.latent, err) : begin(p, p->key, p->kv.index, err);
+}
+
+/* As a layer's attention has it (model/attention.c). */
+static tr_status one_layer(place *p, unsigned parts, tr_err *err)
+{
+    const bool latents_first = tr_share_pushes(p->latent);
+    tr_await await;
+    tr_status st = send(p, latents_first, parts, err);
+
+    if (st == TR_OK) st = send(p, !latents_first, parts, err);
+    if (st == TR_OK && parts & PRODUCT) st = products(p, err);
+    if (st == TR_OK && parts & EXCHANGE) st = tr_share_ready(p->key, TR_LANE_MAIN, &await, err);
+    if (st == TR_OK && parts & EXCHANGE) st = tr_share_ready(p->latent, TR_LANE_MAIN, &await, err);
+    return st;
+}
+
+static tr_status layers(place *p, unsigned parts, tr_err *err)
+{
+    tr_status st = TR_OK;
+
+    for (int i = 0; i < LAYERS && st == TR_OK; i++)
+        st = one_layer(p, parts, err);
+    return st;
+}
+
+/* ---- measuring ----------------------------------------------------------------------------------------------------------- */
+
+/* All members have come here; what is positive is ordered as its bits. */
+static tr_status largest(place *p, double *seconds, tr_err *err)
+{
+    tr_comm *host = tr_comm_host(p->comm);
+    uint64_t bits;
+    tr_ticket t;
+
+    memcpy(&bits, seconds, sizeof bits);
+    tr_status st = tr_comm_all_max_u64(host, &bits, 1, &t, err);
+    if (st == TR_OK) st = tr_comm_wait(host, TR_LANE_MAIN, t, err);
+    memcpy(seconds, &bits, sizeof bits);
+    return st;
+}
+
+static tr_status settle(place *p, tr_err *err)
+{
+    const uint64_t until_ns = tr_now_ns() + UINT64_C(1000000000) * LIMIT_S,
+                   ticket = p->ops->ticket(p->device, TR_LANE_MAIN);
+    int done;
+
+    while ((done = p->ops->done(p->device, TR_LANE_MAIN, ticket)) == 0 && tr_now_ns() < until_ns)
+        continue;
+    if (done == 0)
+        return tr_fail(err, TR_E_COMM, "the other members' rows have not come within %d s",
+                       LIMIT_S);
+    return device_status(p, "bench", done < 0 ? TR_E_DEVICE : TR_OK, err);
+}
+
+static tr_status record(place *p, unsigned parts, tr_err *err)
+{
+    tr_status st = p->ops->graph_begin(p->device, TR_LANE_MAIN);
+
+    if (st != TR_OK) return device_status(p, "graph", st, err);
+    tr_comm_set_mode(p->comm, TR_COMM_RECORD);
+    st = layers(p, parts, err);
+    tr_comm_set_mode(p->comm, TR_COMM_RUN);
+    if (st != TR_OK) {
+        p->ops->graph_end(p->device, TR_LANE_MAIN, NULL);
+        return st;
+    }
+    return device_status(p, "graph", p->ops->graph_end(p->device, TR_LANE_MAIN, &p->graph), err);
+}
+
+static int by_value(const void *a, const void *b)
+{
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* Seconds of a layer. The first run makes NCCL's connections. What the host needs to begin a graph and to see its end is the
+ * same for every graph, and falls away in differences; of an exchange alone an eighth of it is in each layer's time. */
+static tr_status measure(place *p, unsigned parts, double *out, tr_err *err)
+{
+    double none = 0;
+    tr_status st = layers(p, parts, err);
+
+    if (st == TR_OK) st = settle(p, err);
+    if (st == TR_OK) st = record(p, parts, err);
+    for (int i = -WARM_UP; i < p->b->times && st == TR_OK; i++) {
+        st = largest(p, &none, err);
+        const uint64_t from_ns = tr_now_ns();
+        if (st == TR_OK)
+            st = device_status(p, "graph", p->ops->graph_run(p->device, TR_LANE_MAIN, p->graph),
+                               err);
+        if (st == TR_OK) st = settle(p, err);
+        p->seconds[i < 0 ? 0 : i] = (double)(tr_now_ns() - from_ns) * 1e-9 / LAYERS;
+    }
+    if (p->graph) p->ops->graph_free(p->device, p->graph);
+    p->graph = NULL;
+    if (st != TR_OK) return st;
+    qsort(p->seconds, (size_t)p->b->times, sizeof *p->seconds, by_value);
+    *out = p->seconds[p->b->times / 2];
+    return largest(p, out, err);
+}
+
+/* Shares of the whole cache; `use` says how their rows go. */
+static tr_status open_shares(place *p, tr_peer_use use, char *why, size_t n_why, tr_err *err)
+{
+    const tr_record key = tr_record_index(&p->kv), latent = tr_record_latent(&p->kv);
+    const int all = p->most * p->n_members;
+    const size_t index_bytes = (size_t)p->kv.n_pages * key.page_bytes,
+                 latent_bytes = (size_t)p->kv.n_pages * latent.page_bytes;
+    tr_status st = tr_nccl_push(p->comm, use, why, n_why, err);
+
+    if (st == TR_OK) st = tr_share_open_record(&p->key, p->comm, &key, all, err);
+    if (st == TR_OK) st = tr_share_open_record(&p->latent, p->comm, &latent, all, err);
+    if (st == TR_OK) st = tr_share_reach(p->key, p->kv.index, index_bytes, err);
+    if (st == TR_OK) st = tr_share_reach(p->latent, p->kv.latent, latent_bytes, err);
+    return st;
+}
+
+static void close_shares(place *p)
+{
+    tr_share_close(p->key);
+    tr_share_close(p->latent);
+    p->key = p->latent = NULL;
+}
+
+typedef struct result {
+    double products, own, whole[2], alone[2]; /* seconds; by how: push, NCCL */
+} result;
+
+static tr_status measure_how(place *p, int how, result *r, tr_err *err)
+{
+    tr_status st = TR_OK;
+
+    for (int i = 0; i < p->b->n_rows && st == TR_OK; i++) {
+        st = set_rows(p, p->b->rows[i], err);
+        if (st == TR_OK) st = tr_share_plan(p->key, p->n_rows, p->write, err);
+        if (st == TR_OK) st = tr_share_plan(p->latent, p->n_rows, p->write, err);
+        if (st == TR_OK && how == 0) st = measure(p, PRODUCT, &r[i].products, err);
+        if (st == TR_OK && how == 0) st = measure(p, OWN | PRODUCT, &r[i].own, err);
+        if (st == TR_OK) st = measure(p, OWN | PRODUCT | EXCHANGE, &r[i].whole[how], err);
+        if (st == TR_OK) st = measure(p, EXCHANGE, &r[i].alone[how], err);
+    }
+    return st;
+}
+
+static void print(const place *p, bool pushes, const char *why, const result *r)
+{
+    if (!pushes) printf("# %d ranks: no rows over peer memory: %s\n", p->n_members, why);
+    printf("# exchange of keys and latents, us a layer, in graphs of %d; exposed: less \"own\"\n"
+           "# %-12s %5s %6s %10s %10s %12s %12s %12s %12s\n",
+           LAYERS, "", "ranks", "rows", "products", "own", "push alone", "exposed", "nccl alone",
+           "exposed");
+    for (int i = 0; i < p->b->n_rows; i++) {
+        const double exposed[] = {r[i].whole[0] - r[i].own, r[i].whole[1] - r[i].own};
+        printf("  %-12s %5d %6d %10.2f %10.2f %12.2f %12.2f %12.2f %12.2f\n", "exchange",
+               p->n_members, p->b->rows[i], r[i].products * 1e6, r[i].own * 1e6,
+               r[i].alone[0] * 1e6, pushes ? exposed[0] * 1e6 : 0, r[i].alone[1] * 1e6,
+               exposed[1] * 1e6);
+        printf("{\"bench\": \"comm\", \"device\": \"cuda\", \"op\": \"exchange\", \"ranks\": %d, "
+               "\"rows\": %d, \"calls\": %d, \"products_s\": %.9g, \"own_s\": %.9g, "
+               "\"pushes\": %s, \"push_s\": %.9g, \"push_exposed_s\": %.9g, "
+               "\"nccl_s\": %.9g, \"nccl_exposed_s\": %.9g}\n",
+               p->n_members, p->b->rows[i], p->b->times, r[i].products, r[i].own,
+               pushes ? "true" : "false", r[i].alone[0], pushes ? exposed[0] : 0, r[i].alone[1],
+               exposed[1]);
+    }
+    fflush(stdout);
+}
+
+static tr_status run(place *p, tr_err *err)
+{
+    static const tr_peer_use uses[] = {TR_PEER_AUTO, TR_PEER_OFF};
+    result *r = tr_calloc((size_t)p->b->n_rows, sizeof *r);
+    char why[256] = "", off[256];
+    bool pushes = false;
+    tr_status st = r ? TR_OK : tr_fail(err, TR_E_MEMORY, "out of memory");
+
+    for (int how = 0; how < 2 && st == TR_OK; how++) {
+        st = open_shares(p, uses[how], how ? off : why, sizeof why, err);
+        if (how == 0) pushes = tr_nccl_reaches(p->comm, p->kv.latent);
+        if (st == TR_OK) st = measure_how(p, how, r, err);
+        if (st == TR_OK) st = settle(p, err);
+        close_shares(p);
+    }
+    if (st == TR_OK && p->b->prints) print(p, pushes, why, r);
+    free(r);
+    return st;
+}
+
+tr_status tr_bench_exchange(const tr_exchange_bench *b, tr_err *err)
+{
+    const tr_comm *c = b->comm;
+    place p = {.b = b,
+               .comm = b->comm,
+               .ops = b->ops,
+               .device = b->device,
+               .n_members = tr_comm_size(c),
+               .rank = tr_comm_rank(c)};
+    double failed, none = 0;
+
+    if (!(p.ops->caps & TR_CAP_GRAPH) || !b->n_rows) return TR_OK;
+    for (int i = 0; i < b->n_rows; i++)
+        if (b->rows[i] > p.most) p.most = b->rows[i];
+    tr_status st = take_products(&p, err);
+    if (st == TR_OK) st = take_cache(&p, err);
+    if (st == TR_OK) st = take_rows(&p, err);
+    failed = st != TR_OK; /* the others are not to wait for one that has no memory */
+    tr_err other;
+    const tr_status agreed = largest(&p, &failed, &other);
+    if (st == TR_OK && agreed != TR_OK) st = tr_fail(err, agreed, "%s", other.text);
+    if (st == TR_OK && failed > 0) st = tr_fail(err, TR_E_COMM, "another member has failed");
+    if (st == TR_OK) st = run(&p, err);
+    if (st == TR_OK) st = largest(&p, &none, err); /* nobody has the others' memory open any more */
+    for (int i = 0; i < p.n_owned; i++)
+        p.ops->release(p.device, p.owned[i]);
+    free(p.n_rows);
+    free(p.write);
+    free(p.seconds);
+    return st == TR_OK ? TR_OK : tr_within(err, "exchange of rows");
+}
