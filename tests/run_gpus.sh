@@ -2,7 +2,8 @@
 # For a machine with two GPUs or more and a build with --with-nccl: everything that ranks with a GPU each have to show, and a table of
 # verdicts at the end. Exit status 1 if one is FAIL, 77 where there is nothing to run on.
 #
-#   comm      every operation against the one over MPI, byte for byte (tests/test_comm_nccl)
+#   comm      every operation against the one over MPI, byte for byte (tests/test_comm_nccl); rows pushed into the other GPUs'
+#             caches (tests/test_comm_push)
 #   grids     questions and tool calls about what stands in the prompt, greedily, on every legal grid: the answers of one GPU, word
 #             for word
 #   same      twice the same grid, and with --no-overlap, without graphs and without peer memory: identical to the last digit
@@ -157,6 +158,7 @@ program() {
 }
 for n in $ranks; do
     ! wanted comm || program test_comm_nccl "$n" communicators
+    ! wanted comm || program test_comm_push "$n" 'rows over peer memory'
     ! wanted topk || program test_topk_ranks "$n" 'selected keys'
     ! wanted comm || program test_comm_peer "$n" 'sums over peer memory'
     ! wanted comm || program test_comm_peer "$n" 'sums that are given up' abort
