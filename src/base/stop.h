@@ -13,7 +13,8 @@
 
 #include "base/err.h"
 
-/* Install the handlers and ignore SIGPIPE, SIGHUP and SIGXFSZ (a closed terminal or a size limit is an errno). */
+/* Install the handlers and ignore SIGPIPE, SIGHUP and SIGXFSZ (a closed terminal or a size limit is an errno). Once more where
+ * other libraries may have put theirs in the place: a stop that was asked for before stays asked for. */
 tr_status tr_stop_install(tr_err *err);
 bool tr_stop_requested(void);
 /* The name of the signal that asked ("USR1"), or NULL. */

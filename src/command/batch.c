@@ -51,8 +51,11 @@ static tr_status phases(tr_run *run, const tr_world *world, tr_err *err)
     enum { PATIENCE_S = 5 };
 
     tr_status st = TR_OK;
-    for (size_t i = 0; st == TR_OK && i < sizeof phase / sizeof *phase; i++)
-        st = agree(world, phase[i](run, err), err);
+    for (size_t i = 0; st == TR_OK && i < sizeof phase / sizeof *phase; i++) {
+        st = phase[i](run, err);
+        if (st == TR_OK) st = tr_stop_install(err); /* a library of the phase may have taken them */
+        st = agree(world, st, err);
+    }
     if (st == TR_E_MEMORY) tr_run_budget(run);
     if (st != TR_OK) return st;
     st = tr_run_job(run, err);
@@ -86,6 +89,7 @@ static tr_status with_ranks(tr_batch_options *options, tr_err *err)
     const bool believed = find_end(options);
     tr_status st = tr_world_start(&world, err);
 
+    if (st == TR_OK) st = tr_stop_install(err); /* what MPI has loaded may have taken the signals */
     if (st != TR_OK) goto done;
     bool leads = world.rank == 0;
     log = tr_log_create(stderr, !leads, options->verbose);
