@@ -36,9 +36,9 @@ start() {
 }
 
 # The rank's file, as far as it is there: a copy is made behind every flush, the first at the start, then once a second. Each
-# takes the other's place, so that its inode tells them apart.
+# takes the other's place, so that its inode tells them apart. (A p.h5.part beside the folder is the joined file on its way.)
 part() {
-    find "$dir" -name '*.part'
+    find "$dir" -path '*.h5.d/*' -name '*.part'
 }
 
 flushed() { # once
