@@ -170,6 +170,10 @@ static void pack(const pack_block *b)
     TR_SCRATCH pack_rows rows;
     unsigned nan = 0;
 
+    /* Panels are written once, far from any cache: the block after the next is asked for, to be written. */
+    const int block_bytes = b->m->scale_bytes + n_words * TR_PACK_ALIGN;
+    for (int i = 0; i < block_bytes; i += TR_PACK_ALIGN)
+        __builtin_prefetch(b->at + 2 * block_bytes + i, 1, 3);
     if (all && e4m3 && b->s->transposed) {
         interleave_columns(b, groups);
     } else {
