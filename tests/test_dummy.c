@@ -2,16 +2,22 @@
 
 #include <math.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <cmocka.h>
 
+#include "base/stop.h"
 #include "kernels/number.h"
 #include "model/dummy.h"
+#include "model/weights_priv.h"
+#include "tests/fake_ops.h"
 
 /* Any block of a dummy tensor is that block of the whole, at odd offsets and widths, in each format. */
 static void dummy_blocks_are_parts_of_the_tensor(void **state)
@@ -99,12 +105,55 @@ static void codes_are_finite_and_varied(void **state)
     tr_dummy_free(d);
 }
 
+static tr_status fill_and_stop(tr_device *d, tr_linear *dst, const tr_linear_src *s, int n,
+                               tr_rows_fn *rows, void *const *ctx)
+{
+    raise(SIGUSR1);
+    return filling_linear(d, dst, s, n, rows, ctx);
+}
+
+/* In a process of its own, since a stop is for good. */
+static int stopped_midway(void)
+{
+    tr_ops ops = filling_ops;
+    tr_config c = {0};
+    tr_device device = {0};
+    struct tr_weights_memory memory = {0};
+    tr_weights weights = {.memory = &memory};
+    tr_piece p = {.w = {.name = "t", .rank = 2, .shape = {300, 256}},
+                  .rows = tr_whole(300),
+                  .columns = tr_whole(256)};
+    tr_linear linear;
+    tr_err err = {0};
+
+    ops.linear_fill = fill_and_stop;
+    tr_loader l = {.config = &c, .device = &device, .ops = &ops, .weights = &weights};
+    l.dummy = tr_dummy_create(1);
+    l.read_region = l.pack_region = l.fill_region = -1;
+    if (!l.dummy || tr_stop_install(&err) != TR_OK) return 1;
+    if (tr_loader_linear(&l, &linear, &p.w, 1, 300, 256, &err) != TR_OK) return 2;
+    if (tr_loader_pack(&l, &linear, &p, 1, &err) != TR_E_STOP) return 3;
+    return strcmp(err.text, "stopped by USR1 while loading") == 0 ? 0 : 4;
+}
+
+/* Tensors of gigabytes may be on their way: a stop ends that between two reads. */
+static void a_stop_ends_loading_midway(void **state)
+{
+    int status;
+    (void)state;
+    const pid_t child = fork();
+    if (child == 0) _exit(stopped_midway());
+    assert_true(child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status));
+    assert_int_equal(WEXITSTATUS(status), 0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(dummy_blocks_are_parts_of_the_tensor),
         cmocka_unit_test(kinds_have_their_distribution),
         cmocka_unit_test(codes_are_finite_and_varied),
+        cmocka_unit_test(a_stop_ends_loading_midway),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -269,15 +269,17 @@ typedef struct rows_of { /* of a tensor, for tr_rows_fn */
 static tr_status read_rows(void *ctx, int row, int n, void *dst)
 {
     rows_of *r = ctx;
+    tr_status st = TR_OK;
     tr_err why;
 
-    if (!r->tensor) {
+    if (tr_stop_requested()) /* many tensors are on their way at once, and a file may be slow */
+        st = tr_fail(&why, TR_E_STOP, "stopped by %s while loading", tr_stop_reason());
+    else if (r->tensor)
+        st = tr_checkpoint_read_block(r->l->checkpoint, r->tensor, r->rows.begin + row, n,
+                                      r->columns.begin, r->columns.n, dst, &why);
+    else
         tr_dummy_block(r->l->dummy, r->w, r->stored, r->rows.begin + row, n, r->columns.begin,
                        r->columns.n, dst);
-        return TR_OK;
-    }
-    tr_status st = tr_checkpoint_read_block(r->l->checkpoint, r->tensor, r->rows.begin + row, n,
-                                            r->columns.begin, r->columns.n, dst, &why);
     if (st == TR_OK) return TR_OK;
     pthread_mutex_lock(&r->lock);
     if (row < r->bad_row) {
