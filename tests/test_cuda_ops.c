@@ -207,6 +207,10 @@ static void test_linear(void **state)
         check_linear(p, formats[f], 130, 200, 96, 300, 40, 60, 96, 1, 0);
         check_linear(p, formats[f], 9, 9, 200, 144, 100, 16, 90, 0, 0);
     }
+    /* The real model's width, whose few rows are another kernel's. */
+    check_linear(p, TR_W_BF16, 1, 2, 1075, 7168, 0, 0, 1000, 1, 1);
+    check_linear(p, TR_W_BF16, 8, 8, 27, 7168, 0, 0, 27, 1, 0);
+    check_linear(p, TR_W_BF16, 0, 3, 64, 7168, 0, 0, 64, 1, 1);
 }
 
 /* Gate and up of an odd width, each beginning anew in a scale block. */
@@ -263,59 +267,59 @@ static void test_linear_pieces(void **state)
 
 static void test_router_and_pack(void **state)
 {
-    enum { N = 70, E = 64, K = 6 };
+    static const int experts[] = {48, 64, 256};
+    enum { N = 70, K = 6 };
     pair *p = *state;
-    for (int biased = 0; biased < 2; biased++)
-        for (int groups = 1; groups <= 8; groups += 7) {
-            float *logits = floats(p, N * E, 4), *bias = floats(p, E, 0.3f),
-                  *weights = floats(p, N * K, 1);
-            int32_t *n = word(p, 67), *expert = array(p, N * K * 4), *start = array(p, 21 * 4),
-                    *pairs = array(p, N * K * 4);
-            for (int e = 0; e < E; e++)
-                logits[e] = 0.5f; /* all equal: the first ones */
-            logits[E] = NAN;
-            for (int e = 0; biased && e < E; e++)
-                bias[e] = ldexpf(roundf(bias[e] * 16), -4);
-            BOTH(p, router,
-                 ((struct tr_router_args){.n = n,
-                                          .n_max = N,
-                                          .n_experts = E,
-                                          .n_group = groups,
-                                          .topk_group = 3,
-                                          .k = K,
-                                          .norm_topk = 1,
-                                          .logits = logits,
-                                          .bias = biased ? bias : NULL,
-                                          .scaling = 2.5f,
-                                          .expert = expert,
-                                          .weight = weights}),
-                 (TWIN(p, g.n), TWIN(p, g.logits), TWIN(p, g.bias), TWIN(p, g.expert),
-                  TWIN(p, g.weight)));
-            const int32_t *got = pull(p, expert);
-            int n_other = 0;
-            for (int i = 0; i < N * K;
-                 i++) /* exp differs in the last bit: a tie may fall otherwise */
-                n_other += got[i] != expert[i];
-            assert_true(n_other <= 2);
-            if (!n_other)
-                for (int r = 0; r < 67; r++)
-                    for (int j = 0; j < K && r != 1; j++)
-                        assert_true(fabsf(((float *)pull(p, weights))[r * K + j] -
-                                          weights[r * K + j]) <= 1e-6f);
-            BOTH(p, moe_pack,
-                 ((struct tr_moe_pack_args){.n = n,
-                                            .n_max = N,
-                                            .k = K,
-                                            .e_first = 10,
-                                            .n_local = 20,
-                                            .expert = expert,
-                                            .start = start,
-                                            .pair = pairs}),
-                 (TWIN(p, g.n), TWIN(p, g.expert), TWIN(p, g.start), TWIN(p, g.pair)));
-            same_bytes(p, "start", start, 21 * 4);
-            same_bytes(p, "pair", pairs, (size_t)start[20] * 4);
-            pair_clear(p);
-        }
+    for (int way = 0; way < 12; way++) {
+        const int E = experts[way / 4], biased = way % 2, groups = way / 2 % 2 ? 8 : 1;
+        float *logits = floats(p, N * E, 4), *bias = floats(p, E, 0.3f),
+              *weights = floats(p, N * K, 1);
+        int32_t *n = word(p, 67), *expert = array(p, N * K * 4), *start = array(p, 21 * 4),
+                *pairs = array(p, N * K * 4);
+        for (int e = 0; e < E; e++)
+            logits[e] = 0.5f; /* all equal: the first ones */
+        logits[E] = NAN;
+        for (int e = 0; biased && e < E; e++)
+            bias[e] = ldexpf(roundf(bias[e] * 16), -4);
+        BOTH(p, router,
+             ((struct tr_router_args){.n = n,
+                                      .n_max = N,
+                                      .n_experts = E,
+                                      .n_group = groups,
+                                      .topk_group = 3,
+                                      .k = K,
+                                      .norm_topk = 1,
+                                      .logits = logits,
+                                      .bias = biased ? bias : NULL,
+                                      .scaling = 2.5f,
+                                      .expert = expert,
+                                      .weight = weights}),
+             (TWIN(p, g.n), TWIN(p, g.logits), TWIN(p, g.bias), TWIN(p, g.expert),
+              TWIN(p, g.weight)));
+        const int32_t *got = pull(p, expert);
+        int n_other = 0;
+        for (int i = 0; i < N * K; i++) /* exp differs in the last bit: a tie may fall otherwise */
+            n_other += got[i] != expert[i];
+        assert_true(n_other <= 2);
+        if (!n_other)
+            for (int r = 0; r < 67; r++)
+                for (int j = 0; j < K && r != 1; j++)
+                    assert_true(fabsf(((float *)pull(p, weights))[r * K + j] -
+                                      weights[r * K + j]) <= 1e-6f);
+        BOTH(p, moe_pack,
+             ((struct tr_moe_pack_args){.n = n,
+                                        .n_max = N,
+                                        .k = K,
+                                        .e_first = 10,
+                                        .n_local = 20,
+                                        .expert = expert,
+                                        .start = start,
+                                        .pair = pairs}),
+             (TWIN(p, g.n), TWIN(p, g.expert), TWIN(p, g.start), TWIN(p, g.pair)));
+        same_bytes(p, "start", start, 21 * 4);
+        same_bytes(p, "pair", pairs, (size_t)start[20] * 4);
+        pair_clear(p);
+    }
 }
 
 static void check_moe(pair *p, tr_format format, int n, int k, int n_local, int d, int inner)

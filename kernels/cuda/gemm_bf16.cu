@@ -1,6 +1,7 @@
 #include "kernels/cuda/gemm_bf16.h"
 
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/gemm_bf16_few.cuh"
 
 namespace
 {
@@ -23,6 +24,7 @@ __global__ void __launch_bounds__(THREADS) multiply_rows(const __grid_constant__
 {
     extern __shared__ float4 part[]; /* [WARPS][M * N][32] */
     const int tid = (int)threadIdx.x, lane = tid % 32, warp = tid / 32;
+    tr::early::follow();
     const int n = tr::live_rows(p.n, p.n_max), row0 = (int)blockIdx.y * 16 * M,
               out0 = (int)blockIdx.x * 8 * N;
     if (row0 >= n) return;
@@ -41,7 +43,7 @@ __global__ void __launch_bounds__(THREADS) multiply_rows(const __grid_constant__
     for (int j = 0; j < N; j++)
         w_at[j] = min(8 * j + lane / 4, p.n_out - 1 - out0) * (int)p.ld_w;
     float sum[M][N][4] = {};
-    enum { BATCH = M * N == 1 ? 4 : M == 1 ? 2 : 1 }; /* steps whose loads are in flight together */
+    enum { BATCH = N == 1 ? 4 : M == 1 ? 2 : 1 }; /* steps whose loads are in flight together */
 #pragma unroll 1
     for (int k0 = begin; k0 < end; k0 += BATCH * STEP) {
         uint4 a[BATCH][M][2], b[BATCH][N];
@@ -108,8 +110,44 @@ template <int M, int N> cudaError_t launch(const product &p, cudaStream_t stream
     const dim3 grid(tr::blocks_for((size_t)p.n_out, 8 * N),
                     tr::blocks_for((size_t)p.n_max, 16 * M));
     if (grid.y > 65535) return cudaErrorInvalidValue;
-    multiply_rows<M, N><<<grid, THREADS, part_bytes<M, N>(), stream>>>(p);
-    return cudaGetLastError();
+    return tr::early::launch(multiply_rows<M, N>, 1, grid, THREADS, part_bytes<M, N>(), stream, p);
+}
+
+/* 7168 columns: 28 steps of 32 for each warp. */
+enum { FEW_STEPS = 28, FEW_N_IN = FEW_STEPS * 32 * tr::few::WARPS };
+
+template <int OUTS> cudaError_t launch_few(const tr_bf16_product *a, int n_sm, cudaStream_t stream)
+{
+    const tr::few::product p = {.x = (const __nv_bfloat16 *)a->x_d,
+                                .w = (const __nv_bfloat16 *)a->w_d,
+                                .ld_x = a->ld_x,
+                                .ld_y = a->ld_out,
+                                .y = a->out_d,
+                                .y_f32 = a->out_f32,
+                                .n_max = a->n_max,
+                                .n_out = a->n_out,
+                                .n = a->n_d};
+    const unsigned tiles = tr::blocks_for((size_t)a->n_out, OUTS);
+    return tr::early::launch(tr::few::multiply_few<FEW_STEPS, OUTS>, 1,
+                             dim3(tr::at_most(tiles, (unsigned)n_sm)), tr::few::THREADS,
+                             tr::few::shared_bytes<OUTS>(), stream, p);
+}
+
+/* Few outputs are spread over more SMs in tiles of 8. */
+cudaError_t launch_few(const tr_bf16_product *a, cudaStream_t stream)
+{
+    int device = 0, n_sm = 0;
+    cudaError_t e = cudaGetDevice(&device);
+    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&n_sm, cudaDevAttrMultiProcessorCount, device);
+    if (e != cudaSuccess) return e;
+    return a->n_out <= 8 * n_sm ? launch_few<8>(a, n_sm, stream) : launch_few<16>(a, n_sm, stream);
+}
+
+template <int OUTS> cudaError_t open_few()
+{
+    return cudaFuncSetAttribute(tr::few::multiply_few<FEW_STEPS, OUTS>,
+                                cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                tr::few::shared_bytes<OUTS>());
 }
 
 enum { MANY_OUTPUTS = 4096 }; /* from here on smaller tiles would not occupy more SMs */
@@ -123,8 +161,10 @@ int tr_gemm_bf16_fits(int n_in, size_t ld_x)
 
 cudaError_t tr_gemm_bf16_open(void)
 {
-    return cudaFuncSetAttribute(multiply_rows<4, 8>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                part_bytes<4, 8>());
+    cudaError_t e = cudaFuncSetAttribute(
+        multiply_rows<4, 8>, cudaFuncAttributeMaxDynamicSharedMemorySize, part_bytes<4, 8>());
+    if (e == cudaSuccess) e = open_few<8>();
+    return e == cudaSuccess ? open_few<16>() : e;
 }
 
 cudaError_t tr_gemm_bf16(const tr_bf16_product *a, cudaStream_t stream)
@@ -143,6 +183,7 @@ cudaError_t tr_gemm_bf16(const tr_bf16_product *a, cudaStream_t stream)
                        .n = a->n_d};
     if (!tr_gemm_bf16_fits(a->n_in, a->ld_x) || a->n_out <= 0) return cudaErrorInvalidValue;
     if (a->n_max <= 0) return cudaSuccess;
+    if (a->n_max <= tr::few::ROWS && a->n_in == FEW_N_IN) return launch_few(a, stream);
     const bool many = a->n_out >= MANY_OUTPUTS;
     if (a->n_max <= 16)
         return many && a->n_max > 4 ? launch<1, 4>(p, stream) : launch<1, 1>(p, stream);

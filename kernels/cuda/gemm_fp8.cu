@@ -77,18 +77,8 @@ cudaError_t gemm_launch(const ::tr_gemm_fp8 *g, const gemm_kernel &k, gemm_args 
 
     const int cluster = k.cw * k.ct;
     const long clusters = tiles_max < g->n_sms / cluster ? tiles_max : g->n_sms / cluster;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = (unsigned)cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)(clusters * cluster));
-    config.blockDim = dim3((unsigned)k.threads);
-    config.dynamicSmemBytes = (size_t)k.smem_bytes;
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = cluster > 1;
-    return cudaLaunchKernelEx(&config, k.kernel, a);
+    return early::launch(k.kernel, cluster, dim3((unsigned)(clusters * cluster)),
+                         (unsigned)k.threads, (size_t)k.smem_bytes, stream, a);
 }
 
 } // namespace tr

@@ -61,6 +61,7 @@ typedef struct tr_fp8_rows {
     const float *scale_d;
     const int32_t *n_d;
     int n_max;
+    int start_made; /* experts: at least one kernel lies between the one that made start and this product */
 } tr_fp8_rows;
 
 /* out[r, o], r < *n: bf16, or f32; row stride ld_out elements. Matrix 0 of w. */

@@ -11,6 +11,7 @@
 
 #include "kernels/cuda/gemm_fp8.h"
 #include "kernels/cuda/gemm_fp8_mma.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/quantise.cuh"
 
 namespace tr
@@ -34,9 +35,11 @@ struct gemm_args {
     float *q_scale;
     int ld_q_scale, ue8m0;
     int stream_w; /* weights are read once: leave L2 to the others */
+    int known;    /* which tiles there are does not depend on what the kernel in front writes */
 };
 
-enum { SMEM_BLOCK_MAX = 232448 }; /* what a block may have on sm_90 */
+/* What a block may have on sm_90, and each of two on an SM; 1 KiB of every block is the system's. */
+enum { SMEM_BLOCK_MAX = 232448, SMEM_HALF_SM = 233472 / 2 - 1024 };
 
 template <class S> struct math_group;
 
@@ -53,7 +56,10 @@ template <int WGS_, int SUBS_, int NB_, bool GROUPED_, bool GATE_UP_> struct gem
     static constexpr int W_BLOCKS = W_ROWS > 128 ? 2 : 1;
     static constexpr int STAGE_BYTES = W_BYTES + X_BYTES + S_PITCH * 4 + W_BLOCKS * 16 + 16;
     static constexpr int STAGING_BYTES = WGS * NB * 128;
-    static constexpr int FIT = (SMEM_BLOCK_MAX - STAGING_BYTES) / STAGE_BYTES;
+    /* Blocks of few tokens leave half an SM to those of the next kernel, which fetch their weights meanwhile. */
+    static constexpr int BLOCKS_PER_SM = WGS == 1 && !GROUPED ? 2 : 1;
+    static constexpr int ROOM = BLOCKS_PER_SM == 2 ? SMEM_HALF_SM : SMEM_BLOCK_MAX;
+    static constexpr int FIT = (ROOM - STAGING_BYTES) / STAGE_BYTES;
     static constexpr int STAGES = FIT < 24 ? FIT : 24;
     static constexpr int SMEM_BYTES = STAGES * STAGE_BYTES + STAGING_BYTES;
     /* 65536 are shared out in eights to two math warpgroups and the one that loads. */
@@ -63,6 +69,14 @@ template <int WGS_, int SUBS_, int NB_, bool GROUPED_, bool GATE_UP_> struct gem
 };
 
 /* ---- the tiles of a block, in order ------------------------------------------------------------------------------- */
+
+/* Past the caches that may hold what was there before this kernel began, and never earlier than it is written here. */
+__device__ __forceinline__ int32_t read_now(const int32_t *p)
+{
+    int32_t x;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
 
 struct gemm_tile {
     int matrix, w0;   /* first weight row of the block's part */
@@ -75,19 +89,24 @@ struct gemm_tile {
 template <class S> struct gemm_walk {
     const gemm_args &a;
     int index;
-    int group = 0, begin = 0, end = 0, total = 0, live = 0;
+    int group = -1, begin = 0, end = 0; /* an expert and its rows */
+    int total = 0;                      /* tiles up to and with it */
+    int live = 0;
 
-    __device__ gemm_walk(const gemm_args &args) : a(args)
+    /* before: the kernel in front may not have ended. */
+    __device__ gemm_walk(const gemm_args &args, bool before = false) : a(args)
     {
         index = (int)blockIdx.x / S::CLUSTER;
-        if (S::GROUPED) {
-            end = __ldg(a.start);
-        } else {
+        if (!S::GROUPED) {
             /* Where one tile holds all tokens the weights need not wait for the count. */
-            live = max(0, min(__ldg(a.n), a.n_max));
-            end = a.n_max <= S::NB * S::CT ? a.n_max : live;
+            if (!before) live = max(0, min(read_now(a.n), a.n_max));
+            end = one_tile(args) ? a.n_max : live;
             total = w_tiles() * token_tiles();
         }
+    }
+    static __device__ __forceinline__ bool one_tile(const gemm_args &a)
+    {
+        return a.n_max <= S::NB * S::CT;
     }
     /* Place in the cluster. */
     __device__ int part_w() const
@@ -104,8 +123,7 @@ template <class S> struct gemm_walk {
     }
     __device__ int token_tiles() const
     {
-        const int from = S::GROUPED ? begin & ~3 : 0;
-        return begin == end ? 0 : (end - from + S::NB * S::CT - 1) / (S::NB * S::CT);
+        return tiles_of(begin, end);
     }
     /* Again after the products, so that they need not lie in registers meanwhile. */
     __device__ void limits(gemm_tile &t) const
@@ -113,20 +131,65 @@ template <class S> struct gemm_walk {
         t.n_rows = (S::GROUPED ? end : live) - t.row0;
         t.skip = S::GROUPED ? begin - t.row0 : 0;
     }
+    /* Tiles of tokens of rows [first, last) of an expert. */
+    static __device__ int tiles_of(int first, int last)
+    {
+        const int from = S::GROUPED ? first & ~3 : 0;
+        return first == last ? 0 : (last - from + S::NB * S::CT - 1) / (S::NB * S::CT);
+    }
+    /* The expert that the tile `index` belongs to, or of as many as are looked at together the last: by all lanes of the warp,
+     * from memory once. False: there are no more experts. */
+    __device__ bool next_expert()
+    {
+        enum { WORDS = 8 };
+        const int lane = (int)threadIdx.x % 32;
+        int32_t first[WORDS + 1];
+        if (group + 1 >= a.n_groups) return false;
+#pragma unroll
+        for (int i = 0; i <= WORDS; i++)
+            first[i] = read_now(a.start + min(group + 1 + 32 * i + lane, a.n_groups));
+        int sum = 0, last = 0, word = WORDS;
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) {
+            const int near = __shfl_down_sync(0xffffffffu, first[i], 1),
+                      far = __shfl_sync(0xffffffffu, first[i + 1], 0), to = lane == 31 ? far : near,
+                      here = w_tiles() * tiles_of(first[i], to),
+                      all = __reduce_add_sync(0xffffffffu, here);
+            if (word == WORDS && total + all > index) {
+                word = i;
+                begin = first[i];
+                last = to;
+                sum = here;
+            }
+            if (word == WORDS) total += all;
+        }
+        if (word == WORDS) {
+            group += 32 * WORDS;
+            return true;
+        }
+        group += 1 + 32 * word;
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) {
+            const int low = __shfl_up_sync(0xffffffffu, sum, d);
+            if (lane >= d) sum += low;
+        }
+        const int it = __ffs((int)__ballot_sync(0xffffffffu, total + sum > index)) - 1;
+        begin = __shfl_sync(0xffffffffu, begin, it);
+        end = __shfl_sync(0xffffffffu, last, it);
+        total += __shfl_sync(0xffffffffu, sum, it);
+        group += it;
+        return true;
+    }
     __device__ bool next(gemm_tile &t)
     {
         int w, m;
         if (S::GROUPED) {
-            while (index >= total) { /* total: tiles up to and with the current expert */
-                if (group == a.n_groups) return false;
-                begin = end;
-                end = __ldg(a.start + ++group);
-                total += w_tiles() * token_tiles();
-            }
+            while (index >= total)
+                if (!next_expert()) return false;
             const int tiles = token_tiles(), i = index - (total - w_tiles() * tiles);
             w = i / tiles;
             m = i % tiles;
-            t.matrix = group - 1;
+            t.matrix = group;
             t.row0 = (begin & ~3) + (m * S::CT + part_t()) * S::NB;
         } else {
             if (index >= total) return false;
@@ -227,7 +290,10 @@ enum { LOAD_WARPS = 4 };
 
 template <class S, int KIND> __device__ void load_tiles(const gemm_args &a, const gemm_smem<S> &m)
 {
-    gemm_walk<S> walk(a);
+    /* Weights and their scales nobody writes: they may be on their way while the kernel in front ends. */
+    const bool ahead = KIND % 3 == 0 && (S::GROUPED ? a.known : gemm_walk<S>::one_tile(a));
+    if (!ahead) early::wait();
+    gemm_walk<S> walk(a, ahead);
     gemm_tile t;
     ring_position<S::STAGES> at;
     const uint64_t policy = policy_evict_first();
@@ -478,7 +544,7 @@ template <class S> struct math_group {
             to[i] = -1;
             if (token >= t.skip && token < min(NB, t.n_rows))
                 to[i] =
-                    S::GROUPED && a.scatter ? __ldg(a.scatter + t.row0 + token) : t.row0 + token;
+                    S::GROUPED && a.scatter ? read_now(a.scatter + t.row0 + token) : t.row0 + token;
         }
 #pragma unroll
         for (int i = 0; i < S::SUBS; i++) {
@@ -624,7 +690,7 @@ template <class S> struct math_group {
 /* ---- the kernel ---------------------------------------------------------------------------------------------------------- */
 
 template <class S>
-__global__ void __launch_bounds__(S::THREADS, 1)
+__global__ void __launch_bounds__(S::THREADS, S::BLOCKS_PER_SM)
     gemm_fp8_kernel(const __grid_constant__ gemm_args a)
 {
     extern __shared__ __align__(1024) uint8_t smem_bytes[];
@@ -657,6 +723,8 @@ __global__ void __launch_bounds__(S::THREADS, 1)
             load_tiles<S, 3>(a, m);
     } else {
         if constexpr (S::WGS > 1) registers_raise<S::MATH_REGISTERS>();
+        early::wait();
+        if (threadIdx.x == 0) early::next();
         typename S::math group(a, m, warp);
         group.all_tiles();
     }

@@ -1,6 +1,7 @@
 #include "kernels/cuda/gemm_fp8.h"
 
 #include "kernels/cuda/gemm_fp8_wide.cuh"
+#include "kernels/cuda/launch.cuh"
 
 namespace
 {
@@ -23,11 +24,11 @@ enum { GATHER_THREADS = 128 };
 
 /* One block per sorted row. */
 __global__ void __launch_bounds__(GATHER_THREADS)
-    gather_rows(const uint8_t *__restrict__ x, const float *__restrict__ x_scale, int ld_x_scale,
-                int d, int k, const int32_t *__restrict__ end, const int32_t *__restrict__ pair,
-                uint8_t *__restrict__ q, float *__restrict__ scale, int ld_scale)
+    gather_rows(const uint8_t *x, const float *x_scale, int ld_x_scale, int d, int k,
+                const int32_t *end, const int32_t *pair, uint8_t *q, float *scale, int ld_scale)
 {
     const int i = (int)blockIdx.x;
+    early::follow();
     if (i >= *end) return;
     const int row = pair[i] / k;
     const uint4 *from = reinterpret_cast<const uint4 *>(x + (size_t)row * d);
@@ -78,10 +79,9 @@ cudaError_t tr_moe_gather_fp8(const tr_fp8_rows *x, int d, int k, int n_local,
 {
     if (d <= 0 || d % 16 || k <= 0 || n_local <= 0) return cudaErrorInvalidValue;
     if (n_pairs_max <= 0) return cudaSuccess;
-    gather_rows<<<(unsigned)n_pairs_max, GATHER_THREADS, 0, stream>>>(
-        x->q_d, x->scale_d, (x->n_max + 3) / 4 * 4, d, k, start_d + n_local, pair_d, q_d, scale_d,
-        (n_pairs_max + 3) / 4 * 4);
-    return cudaGetLastError();
+    return early::launch(gather_rows, 1, dim3((unsigned)n_pairs_max), GATHER_THREADS, 0, stream,
+                         x->q_d, x->scale_d, (x->n_max + 3) / 4 * 4, d, k, start_d + n_local,
+                         pair_d, q_d, scale_d, (n_pairs_max + 3) / 4 * 4);
 }
 
 cudaError_t tr_gemm_fp8_gate_up_as(const tr_gemm_fp8 *g, int shape, const tr_fp8_weight *w,
@@ -93,6 +93,7 @@ cudaError_t tr_gemm_fp8_gate_up_as(const tr_gemm_fp8 *g, int shape, const tr_fp8
     gemm_args a = {};
     a.start = start_d;
     a.n_groups = w->n_mats;
+    a.known = x->start_made;
     a.q = q_d;
     a.q_scale = scale_d;
     a.ld_q_scale = (x->n_max + 3) / 4 * 4;
@@ -110,6 +111,7 @@ cudaError_t tr_gemm_fp8_down_as(const tr_gemm_fp8 *g, int shape, const tr_fp8_we
     gemm_args a = {};
     a.start = start_d;
     a.n_groups = w->n_mats;
+    a.known = x->start_made;
     a.scatter = pair_d;
     a.out = out_d;
     a.ld_out = (size_t)w->n_out;

@@ -18,6 +18,7 @@ template <int WGS_, int W_ROWS_, int CW_, int CT_, bool GROUPED_, bool GATE_UP_>
     static constexpr bool GROUPED = GROUPED_, GATE_UP = GATE_UP_, ADAPTIVE = false;
     static constexpr int CLUSTER = CW * CT, THREADS = 128 * (WGS + 1);
     static constexpr int X_BOX = NB / CW;
+    static constexpr int BLOCKS_PER_SM = 1;
     static constexpr int W_BYTES = W_ROWS * 128, X_BYTES = NB * 128, S_BYTES = NB * 4, S_PITCH = NB;
     static constexpr int W_BLOCKS = W_ROWS > 128 ? 2 : 1;
     static constexpr int STAGE_BYTES = W_BYTES + X_BYTES + S_PITCH * 4 + W_BLOCKS * 16 + 16;
@@ -169,7 +170,7 @@ template <class S> struct math_group_wide {
     {
         const int token = group * 64 + warp * 16 + lane % 16, row = t.row0 + token;
         if (token < t.skip || token >= t.n_rows) return -1;
-        return S::GROUPED && a.scatter ? __ldg(a.scatter + row) : row;
+        return S::GROUPED && a.scatter ? read_now(a.scatter + row) : row;
     }
 
     /* 64 columns from `column` on; v: 8 groups of 8 columns; l: the lane. Sixteen live rows in a row leave through the

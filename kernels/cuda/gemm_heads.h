@@ -25,7 +25,10 @@ typedef struct tr_heads_product {
     const int32_t *n_d;
     int n_max;
     const uint8_t *skip_d; /* [n_max] rows that are not written where it is set */
+    const struct tr_mla_query_args *
+        rope; /* of up to TR_HEADS_FEW rows of TR_HEADS_ROPE_IN columns: their rope by the same launch; NULL: no */
 } tr_heads_product;
+enum { TR_HEADS_FEW = 16, TR_HEADS_ROPE_IN = 128 };
 
 /* Whether it can do this weight: formats as above, n_in 128 or 512, n_out a multiple of 128. */
 int tr_cuda_gemm_heads_fits(const tr_linear *w);

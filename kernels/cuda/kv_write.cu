@@ -1,10 +1,12 @@
 /* Cache records and index queries. One warp per token (per head of a query): lane l holds values 4 l .. 4 l + 3 of every 128.
- * Each step rounds as the CPU backend does (kernels/cpu/kv_write.c, indexer.c): products and sums apart, never fused; only the
- * sums over a row are taken in another order. */
+ * Each step rounds as the CPU backend does (kernels/cpu/kv_write.c, indexer.c): products and sums apart, never fused, and sums over
+ * a row in its order: the same bits. */
 #include "kernels/cuda/kv_write.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
+
+#include "kernels/cuda/launch.cuh"
 
 namespace tr
 {
@@ -18,12 +20,50 @@ struct four {
     float x[4];
 };
 
-__device__ __forceinline__ float warp_sum(float x)
+/* What the CPU's 16 accumulators hold, number i of the row in i % 16, in ascending order: here lane l has 4 (l % 4) and the next
+ * three, of N blocks of 128. Numbers past the end are zeros, which add nothing to a sum of squares; n: how many there are. */
+template <int N> __device__ __forceinline__ four accumulators(const four (&v)[N], int n)
 {
+    const int first = (threadIdx.x & 3);
+    four part = {};
 #pragma unroll
-    for (int d = 16; d; d /= 2)
-        x += __shfl_xor_sync(ALL_LANES, x, d);
-    return x;
+    for (int b = 0; b < N; b++)
+#pragma unroll
+        for (int l = 0; l < 8; l++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float x = __shfl_sync(ALL_LANES, v[b].x[i], first + 4 * l);
+                if (b * 128 + 16 * l + 4 * first + i < n) part.x[i] = __fadd_rn(part.x[i], x);
+            }
+    return part;
+}
+/* Joined one after the other. */
+template <int N> __device__ __forceinline__ float sum_of_squares(const four (&v)[N], int n)
+{
+    four square[N];
+    float sum = 0;
+#pragma unroll
+    for (int b = 0; b < N; b++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            square[b].x[i] = __fmul_rn(v[b].x[i], v[b].x[i]);
+    const four part = accumulators(square, n);
+#pragma unroll
+    for (int c = 0; c < 16; c++)
+        sum = __fadd_rn(sum, __shfl_sync(ALL_LANES, part.x[c % 4], c / 4));
+    return sum;
+}
+/* Joined in halves: c with c + 8, + 4, + 2, + 1. */
+__device__ __forceinline__ float sum_of(const four (&v)[1], int n)
+{
+    four part = accumulators(v, n);
+#pragma unroll
+    for (int d = 2; d; d /= 2)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            part.x[i] = __fadd_rn(part.x[i], __shfl_down_sync(ALL_LANES, part.x[i], d));
+    const float even = __fadd_rn(part.x[0], part.x[2]), odd = __fadd_rn(part.x[1], part.x[3]);
+    return __shfl_sync(ALL_LANES, __fadd_rn(even, odd), 0);
 }
 
 __device__ __forceinline__ float bf16_round(float x)
@@ -62,6 +102,12 @@ __device__ __forceinline__ uint32_t quantise(const four &v, float *scale)
 __device__ __forceinline__ four load_four(const __nv_bfloat16 *from)
 {
     four v;
+    if ((uintptr_t)from % 8 == 0) {
+        const uint2 raw = *(const uint2 *)(const void *)from;
+        const float2 a = __bfloat1622float2(*(const __nv_bfloat162 *)&raw.x),
+                     b = __bfloat1622float2(*(const __nv_bfloat162 *)&raw.y);
+        return {{a.x, a.y, b.x, b.y}};
+    }
 #pragma unroll
     for (int i = 0; i < 4; i++)
         v.x[i] = __bfloat162float(from[i]);
@@ -130,16 +176,14 @@ __device__ __forceinline__ void write_latent(const tr_kv_write_args &a, const tr
     size_t bytes = codes ? (size_t)(n + 4 * n_blocks + 2 * d_rope) : 2 * (size_t)(n + d_rope);
     uint8_t *to = (uint8_t *)a.kv.latent + (size_t)rows.write[r] * bytes;
     four v[D_LATENT_MAX / BLOCK];
-    float sum = 0;
 
 #pragma unroll
     for (int b = 0; b < D_LATENT_MAX / BLOCK; b++) {
         int j = b * BLOCK + lane * 4;
         v[b] = j < n ? load_four(in + j) : four{};
-        for (int i = 0; i < 4; i++)
-            sum = fmaf(v[b].x[i], v[b].x[i], sum);
     }
-    float factor = 1.0f / sqrtf(warp_sum(sum) / (float)n + a.eps);
+    float mean = __fdiv_rn(sum_of_squares(v, n), (float)n);
+    float factor = __fdiv_rn(1.0f, sqrtf(__fadd_rn(mean, a.eps)));
 #pragma unroll
     for (int b = 0; b < D_LATENT_MAX / BLOCK; b++) {
         int j = b * BLOCK + lane * 4;
@@ -173,16 +217,14 @@ __device__ __forceinline__ void write_index(const tr_kv_write_args &a, const tr_
     int n = a.kv.d_index, j = (threadIdx.x & 31) * 4;
     int64_t page = rows.write[r] / TR_PAGE_TOKENS, slot = rows.write[r] % TR_PAGE_TOKENS;
     uint8_t *base = (uint8_t *)a.kv.index + (size_t)page * TR_PAGE_TOKENS * (size_t)(n + 4);
-    four v = j < n ? load_four(in + j) : four{};
-    float sum = 0, scale;
-
-    float mean = warp_sum(v.x[0] + v.x[1] + (v.x[2] + v.x[3])) / (float)n;
+    four row[1] = {j < n ? load_four(in + j) : four{}};
+    four &v = row[0];
+    float scale, mean = __fdiv_rn(sum_of(row, n), (float)n);
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        v.x[i] = j < n ? v.x[i] - mean : 0.0f;
-        sum = fmaf(v.x[i], v.x[i], sum);
-    }
-    float factor = 1.0f / sqrtf(warp_sum(sum) / (float)n + 1e-6f);
+    for (int i = 0; i < 4; i++)
+        v.x[i] = j < n ? __fsub_rn(v.x[i], mean) : 0.0f;
+    float factor =
+        __fdiv_rn(1.0f, sqrtf(__fadd_rn(__fdiv_rn(sum_of_squares(row, n), (float)n), 1e-6f)));
 #pragma unroll
     for (int i = 0; i < 4; i++)
         if (j < n)
@@ -199,6 +241,7 @@ __global__ void __launch_bounds__(WARPS * 32)
                     const __grid_constant__ tr_rows rows)
 {
     int r = (int)blockIdx.x * WARPS + (int)(threadIdx.x >> 5);
+    early::follow();
     if (r >= min(*rows.n, rows.n_max) || rows.write[r] < 0) return;
     if (blockIdx.y == 0 && a.kv_a && a.kv.latent) write_latent(a, rows, r);
     if (blockIdx.y == 1 && a.index_k && a.kv.index) write_index(a, rows, r);
@@ -212,6 +255,7 @@ __global__ void __launch_bounds__(WARPS * 32)
     int n = a.d_index, j = (threadIdx.x & 31) * 4;
     float scale;
 
+    early::follow();
     if (r >= min(*rows.n, rows.n_max) || rows.write[r] < 0) return;
     const __nv_bfloat16 *in = (const __nv_bfloat16 *)(const void *)a.q + (size_t)at * n;
     four v = j < n ? load_four(in + j) : four{};
@@ -244,8 +288,8 @@ extern "C" cudaError_t tr_cuda_kv_write(const struct tr_kv_write_args *a, cudaSt
     if (a->index_k && kv->index && !tr::index_shape_ok(kv->d_index, kv->d_rope))
         return cudaErrorNotSupported;
     if (n_blocks < 1) return cudaSuccess;
-    tr::kv_write_kernel<<<dim3((unsigned)n_blocks, 2), tr::WARPS * 32, 0, stream>>>(*a, *a->rows);
-    return cudaGetLastError();
+    return tr::early::launch(tr::kv_write_kernel, 1, dim3((unsigned)n_blocks, 2), tr::WARPS * 32, 0,
+                             stream, *a, *a->rows);
 }
 
 extern "C" cudaError_t tr_cuda_index_query(const struct tr_index_query_args *a, cudaStream_t stream)
@@ -256,7 +300,7 @@ extern "C" cudaError_t tr_cuda_index_query(const struct tr_index_query_args *a, 
         return cudaErrorNotSupported;
     if (n > INT32_MAX - tr::WARPS) return cudaErrorInvalidValue;
     if (n < 1) return cudaSuccess;
-    tr::index_query_kernel<<<(unsigned)((n + tr::WARPS - 1) / tr::WARPS), tr::WARPS * 32, 0,
-                             stream>>>(*a, *a->rows);
-    return cudaGetLastError();
+    return tr::early::launch(tr::index_query_kernel, 1,
+                             dim3((unsigned)((n + tr::WARPS - 1) / tr::WARPS)), tr::WARPS * 32, 0,
+                             stream, *a, *a->rows);
 }

@@ -2,15 +2,19 @@
  * exactly and meet bf16. */
 #include "kernels/cuda/gemm.cuh"
 #include "kernels/cuda/gemm_heads.h"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/rope.cuh"
 
 namespace
 {
 
-/* Rope on the end of every head, in place; absorbed rows get it into q_absorbed too. No
- * contraction: as on the CPU. */
+enum { ROPE_THREADS = 256 };
+
+/* Rope on the end of every head, in place; absorbed rows get it into q_absorbed too. */
 __global__ void query_rope(const __grid_constant__ tr_mla_query_args a,
                            const __grid_constant__ tr_rows rows)
 {
+    tr::early::follow();
     const int n = tr::live_rows(rows.n, rows.n_max), pairs = a.d_rope / 2;
     const size_t total = (size_t)n * (size_t)a.n_heads * (size_t)pairs;
     for (size_t u = (size_t)blockIdx.x * blockDim.x + threadIdx.x; u < total;
@@ -23,9 +27,8 @@ __global__ void query_rope(const __grid_constant__ tr_mla_query_args a,
         __nv_bfloat162 y = *x;
         if (!tr::is_pad(rows, i)) {
             const float *cs = a.rope + (size_t)rows.position[i] * (size_t)a.d_rope + 2 * j;
-            const float2 v = __bfloat1622float2(y);
-            y = __floats2bfloat162_rn(__fsub_rn(__fmul_rn(v.x, cs[0]), __fmul_rn(v.y, cs[1])),
-                                      __fadd_rn(__fmul_rn(v.x, cs[1]), __fmul_rn(v.y, cs[0])));
+            const uint32_t t = tr::turned(*(const uint32_t *)&y, cs[0], cs[1]);
+            y = *(const __nv_bfloat162 *)&t;
             *x = y;
         }
         if (rows.dense[i]) continue;
@@ -34,24 +37,48 @@ __global__ void query_rope(const __grid_constant__ tr_mla_query_args a,
     }
 }
 
+/* The same in eights, where all widths are such. */
+__global__ void __launch_bounds__(ROPE_THREADS)
+    query_rope_eights(const __grid_constant__ tr_mla_query_args a,
+                      const __grid_constant__ tr_rows rows)
+{
+    tr::early::follow();
+    const unsigned units = (unsigned)a.d_rope / 8, heads = (unsigned)a.n_heads,
+                   total = (unsigned)tr::live_rows(rows.n, rows.n_max) * heads * units;
+    for (unsigned u = blockIdx.x * ROPE_THREADS + threadIdx.x; u < total;
+         u += gridDim.x * ROPE_THREADS)
+        tr::rope_eight(a, rows, u / units, u / units / heads, u % units * 8);
+}
+
+cudaError_t launch_rope(const struct tr_mla_query_args *a, cudaStream_t stream)
+{
+    const size_t pairs = (size_t)a->rows->n_max * (size_t)a->n_heads * (size_t)(a->d_rope / 2);
+    const bool eights = tr::rope_in_eights(*a) && pairs < 1u << 30;
+    if (pairs == 0) return cudaSuccess;
+    const dim3 grid(tr::at_most(tr::blocks_for(eights ? pairs / 4 : pairs, ROPE_THREADS), 4096));
+    return tr::early::launch(eights ? query_rope_eights : query_rope, 1, grid, ROPE_THREADS, 0,
+                             stream, *a, *a->rows);
+}
+
 } // namespace
 
 cudaError_t tr_cuda_mla_query(const struct tr_mla_query_args *a, int on_grid, cudaStream_t stream)
 {
     const tr_rows *rows = a->rows;
-    const size_t work = (size_t)rows->n_max * (size_t)a->n_heads * (size_t)(a->d_rope / 2);
     if (a->w_uk_t->n_out != a->d_latent || a->w_uk_t->n_in != a->d_nope ||
         a->w_uk_t->n_mats < a->n_heads || a->d_nope % 2)
         return cudaErrorInvalidValue;
-    if (work > 0) {
-        unsigned blocks = tr::blocks_for(work, 256);
-        query_rope<<<tr::at_most(blocks, 4096), 256, 0, stream>>>(*a, *rows);
-        const cudaError_t e = cudaGetLastError();
-        if (e != cudaSuccess) return e;
-    }
     const size_t d_q = (size_t)(a->d_nope + a->d_rope), d_key = (size_t)(a->d_latent + a->d_rope),
                  heads = (size_t)a->n_heads;
-    if (on_grid && tr_cuda_gemm_heads_fits(a->w_uk_t) && d_q % 8 == 0 && d_key % 2 == 0) {
+    const bool heads_fit =
+        on_grid && tr_cuda_gemm_heads_fits(a->w_uk_t) && d_q % 8 == 0 && d_key % 8 == 0;
+    const bool together = heads_fit && a->q_absorbed && rows->n_max <= TR_HEADS_FEW &&
+                          a->w_uk_t->n_in == TR_HEADS_ROPE_IN && tr::rope_in_eights(*a);
+    if (!together) {
+        const cudaError_t e = launch_rope(a, stream);
+        if (e != cudaSuccess || !a->q_absorbed) return e;
+    }
+    if (heads_fit) {
         const tr_heads_product h = {.w = a->w_uk_t,
                                     .n_heads = a->n_heads,
                                     .x = a->q,
@@ -62,7 +89,8 @@ cudaError_t tr_cuda_mla_query(const struct tr_mla_query_args *a, int on_grid, cu
                                     .y_step = d_key,
                                     .n_d = rows->n,
                                     .n_max = rows->n_max,
-                                    .skip_d = rows->dense};
+                                    .skip_d = rows->dense,
+                                    .rope = together ? a : nullptr};
         return tr_cuda_gemm_heads(&h, stream);
     }
     tr::product p = {};

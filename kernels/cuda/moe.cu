@@ -1,6 +1,7 @@
 /* Mixture of experts (model.md 6): W8A8 inputs, the experts' segments as tiles, silu in between,
  * and the weighted sum; the router and the sort of pairs by expert are in router.cu. */
 #include "kernels/cuda/gemm.cuh"
+#include "kernels/cuda/launch.cuh"
 
 namespace
 {
@@ -89,6 +90,7 @@ __device__ __forceinline__ float silu_times(float gate, float up)
 template <int V>
 __global__ void __launch_bounds__(THREADS) swiglu(const __grid_constant__ tr_swiglu_args a)
 {
+    tr::early::follow();
     const size_t width = (size_t)(a.d / V), total = (size_t)tr::live_rows(a.n, a.n_max) * width;
     const __nv_bfloat16 *in = tr::act(a.gate_up);
     __nv_bfloat16 *out = tr::act(a.out);
@@ -112,6 +114,7 @@ template <int V>
 __global__ void __launch_bounds__(THREADS) combine(const __grid_constant__ tr_moe_combine_args a)
 {
     const int r = (int)blockIdx.x, i = ((int)blockIdx.y * THREADS + (int)threadIdx.x) * V;
+    tr::early::follow();
     if (r >= tr::live_rows(a.n, a.n_max) || i >= a.d) return;
     const size_t at = (size_t)r * (size_t)a.d + (size_t)i;
     const __nv_bfloat16 *shared = tr::act(a.shared), *y = tr::act(a.y);
@@ -273,11 +276,8 @@ cudaError_t tr_cuda_swiglu(const struct tr_swiglu_args *a, cudaStream_t stream)
     const size_t total = a->n_max <= 0 ? 0 : (size_t)a->n_max * (size_t)(a->d / v);
     if (total == 0) return cudaSuccess;
     const unsigned blocks = tr::at_most(tr::blocks_for(total, THREADS), 8192);
-    if (v == 4)
-        swiglu<4><<<blocks, THREADS, 0, stream>>>(*a);
-    else
-        swiglu<1><<<blocks, THREADS, 0, stream>>>(*a);
-    return cudaGetLastError();
+    return tr::early::launch(v == 4 ? swiglu<4> : swiglu<1>, 1, dim3(blocks), THREADS, 0, stream,
+                             *a);
 }
 
 cudaError_t tr_cuda_moe_combine(const struct tr_moe_combine_args *a, cudaStream_t stream)
@@ -285,9 +285,5 @@ cudaError_t tr_cuda_moe_combine(const struct tr_moe_combine_args *a, cudaStream_
     if (a->n_max <= 0) return cudaSuccess;
     const int v = a->d % 4 ? 1 : 4;
     const dim3 grid((unsigned)a->n_max, tr::blocks_for((size_t)a->d, (size_t)(THREADS * v)));
-    if (v == 4)
-        combine<4><<<grid, THREADS, 0, stream>>>(*a);
-    else
-        combine<1><<<grid, THREADS, 0, stream>>>(*a);
-    return cudaGetLastError();
+    return tr::early::launch(v == 4 ? combine<4> : combine<1>, 1, grid, THREADS, 0, stream, *a);
 }

@@ -61,8 +61,9 @@ cudaError_t tr_cuda_moe_fp8(const tr_gemm_fp8 *g, const struct tr_moe_args *a,
     if (e == cudaSuccess)
         e = tr_moe_gather_fp8(&x, d, a->k, a->n_local, a->start, a->pair, n_pairs, m.q_sorted,
                               m.scale_sorted, stream);
-    const tr_fp8_rows sorted = {.q_d = m.q_sorted, .scale_d = m.scale_sorted, .n_max = n_pairs},
-                      mid = {.q_d = m.q_inner, .scale_d = m.scale_inner, .n_max = n_pairs};
+    const tr_fp8_rows
+        sorted = {.q_d = m.q_sorted, .scale_d = m.scale_sorted, .n_max = n_pairs, .start_made = 1},
+        mid = {.q_d = m.q_inner, .scale_d = m.scale_inner, .n_max = n_pairs, .start_made = 1};
     if (e == cudaSuccess)
         e = tr_gemm_fp8_gate_up(g, gate_up, &sorted, a->start, a->in.scale_pow2, m.q_inner,
                                 m.scale_inner, stream);

@@ -2,6 +2,7 @@
 
 #include <cuda_bf16.h>
 
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/quantise.cuh"
 
 namespace
@@ -12,14 +13,14 @@ enum { ROWS = 8, BLOCKS = 4, THREADS = ROWS * BLOCKS * 16 };
 /* 16 lanes hold a block of 128, 8 numbers each; a CUDA block takes 8 rows x 4 scale blocks, neighbouring rows in
  * neighbouring half-warps so that their scales fall into one sector. */
 __global__ void __launch_bounds__(THREADS)
-    quantise_rows(const __nv_bfloat16 *__restrict__ x, size_t ld_x, const int32_t *__restrict__ n,
-                  int n_max, int d, int ld_scale, int ue8m0, uint8_t *__restrict__ q,
-                  float *__restrict__ scale)
+    quantise_rows(const __nv_bfloat16 *x, size_t ld_x, const int32_t *n, int n_max, int d,
+                  int ld_scale, int ue8m0, uint8_t *q, float *scale)
 {
     const int lane = (int)threadIdx.x % 16, half = (int)threadIdx.x / 16;
     const int row = (int)blockIdx.y * ROWS + half % ROWS;
     const int block = (int)blockIdx.x * BLOCKS + half / ROWS;
     const int column = block * 128 + lane * 8;
+    tr::early::follow();
     if (row >= min(*n, n_max)) return;
 
     float v[8] = {};
@@ -64,7 +65,6 @@ cudaError_t tr_quantise_rows(const void *x_d, size_t ld_x, const int32_t *n_d, i
     if (d <= 0 || d % 8 || ld_x % 8) return cudaErrorInvalidValue;
     const int blocks = (d + 127) / 128;
     dim3 grid((unsigned)((blocks + BLOCKS - 1) / BLOCKS), (unsigned)((n_max + ROWS - 1) / ROWS));
-    quantise_rows<<<grid, THREADS, 0, stream>>>((const __nv_bfloat16 *)x_d, ld_x, n_d, n_max, d,
-                                                (n_max + 3) / 4 * 4, ue8m0, q_d, scale_d);
-    return cudaGetLastError();
+    return tr::early::launch(quantise_rows, 1, grid, THREADS, 0, stream, (const __nv_bfloat16 *)x_d,
+                             ld_x, n_d, n_max, d, (n_max + 3) / 4 * 4, ue8m0, q_d, scale_d);
 }

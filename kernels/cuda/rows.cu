@@ -1,5 +1,6 @@
 /* Row-wise operations: embedding, RMSNorm, gathering and clearing rows. A row is one block's, in
  * one order. */
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/norm.cuh"
 
 namespace
@@ -11,6 +12,7 @@ __global__ void embed(const __grid_constant__ tr_embed_args a, const __grid_cons
 {
     const int r = (int)blockIdx.x, first = (int)blockIdx.y * THREADS + (int)threadIdx.x,
               step = (int)gridDim.y * THREADS;
+    tr::early::follow();
     if (r >= tr::live_rows(rows.n, rows.n_max)) return;
     const int64_t at = (int64_t)rows.token[r] - a.first;
     const bool here = at >= 0 && at < a.n_table;
@@ -28,6 +30,7 @@ __global__ void __launch_bounds__(THREADS) norm(const __grid_constant__ tr_norm_
 {
     __shared__ float scratch[THREADS / 32 + 1];
     const int r = (int)blockIdx.x;
+    tr::early::follow();
     if (r >= tr::live_rows(a.n, a.n_max)) return;
     float *residual = a.residual + (size_t)r * a.ld_residual;
     __nv_bfloat16 *out = tr::act(a.out) + (size_t)r * a.ld_out;
@@ -51,15 +54,20 @@ __global__ void __launch_bounds__(tr::NORM_THREADS)
 {
     __shared__ float scratch[tr::NORM_THREADS / 32 + 1];
     const int r = (int)blockIdx.x, t = (int)threadIdx.x;
-    if (r >= tr::live_rows(a.n, a.n_max)) return;
     float *residual = a.residual + (size_t)r * a.ld_residual;
     const __nv_bfloat16 *add = a.add ? tr::act(a.add) + (size_t)r * a.ld_add : nullptr;
     float4 v[tr::NORM_ROUNDS], w[tr::NORM_ROUNDS];
 #pragma unroll
     for (int i = 0; i < tr::NORM_ROUNDS; i++) {
         const int j = tr::norm_at(i, t);
-        v[i] = j < a.d ? *(const float4 *)(residual + j) : make_float4(0, 0, 0, 0);
         w[i] = j < a.d ? __ldg((const float4 *)(a.weight + j)) : make_float4(0, 0, 0, 0);
+    }
+    tr::early::follow();
+    if (r >= tr::live_rows(a.n, a.n_max)) return;
+#pragma unroll
+    for (int i = 0; i < tr::NORM_ROUNDS; i++) {
+        const int j = tr::norm_at(i, t);
+        v[i] = j < a.d ? *(const float4 *)(residual + j) : make_float4(0, 0, 0, 0);
     }
 #pragma unroll
     for (int i = 0; i < tr::NORM_ROUNDS; i++) {
@@ -75,6 +83,7 @@ __global__ void __launch_bounds__(tr::NORM_THREADS)
 
 __global__ void rows_gather(const __grid_constant__ tr_rows_gather_args a)
 {
+    tr::early::follow();
     const int left = *a.n_index - a.i0, n = left < 0 ? 0 : min(left, a.n_rows), r = (int)blockIdx.x;
     if (r == 0 && blockIdx.y == 0 && threadIdx.x == 0) *a.n_out = n;
     if (r >= n) return;
@@ -87,6 +96,7 @@ __global__ void rows_gather(const __grid_constant__ tr_rows_gather_args a)
 
 __global__ void rows_zero(const __grid_constant__ tr_rows_zero_args a)
 {
+    tr::early::follow();
     if ((int)blockIdx.x >= tr::live_rows(a.n, a.n_max)) return;
     for (int i = (int)threadIdx.x; i < a.d; i += THREADS)
         tr::act(a.out)[(size_t)blockIdx.x * (size_t)a.d + (size_t)i] = __float2bfloat16_rn(0.0f);
@@ -105,8 +115,8 @@ cudaError_t tr_cuda_embed(const struct tr_embed_args *a, cudaStream_t stream)
 {
     if (a->dtype != TR_F32 && a->dtype != TR_BF16) return cudaErrorInvalidValue;
     if (a->rows->n_max <= 0) return cudaSuccess;
-    embed<<<parts_of(a->rows->n_max, a->d), THREADS, 0, stream>>>(*a, *a->rows);
-    return cudaGetLastError();
+    return tr::early::launch(embed, 1, parts_of(a->rows->n_max, a->d), THREADS, 0, stream, *a,
+                             *a->rows);
 }
 
 cudaError_t tr_cuda_norm(const struct tr_norm_args *a, cudaStream_t stream)
@@ -116,22 +126,18 @@ cudaError_t tr_cuda_norm(const struct tr_norm_args *a, cudaStream_t stream)
     const int ld_scale = (a->n_max + 3) / 4 * 4;
     const bool blocks = tr::norm_fits(*a);
     if (!blocks && a->q && a->d % 128 == 0) return cudaErrorInvalidValue;
-    if (!blocks)
-        norm<<<n, THREADS, 0, stream>>>(*a);
-    else
-        norm_blocks<<<n, tr::NORM_THREADS, 0, stream>>>(*a, ld_scale);
-    return cudaGetLastError();
+    if (!blocks) return tr::early::launch(norm, 1, dim3(n), THREADS, 0, stream, *a);
+    return tr::early::launch(norm_blocks, 1, dim3(n), tr::NORM_THREADS, 0, stream, *a, ld_scale);
 }
 
 cudaError_t tr_cuda_rows_gather(const struct tr_rows_gather_args *a, cudaStream_t stream)
 {
-    rows_gather<<<parts_of(a->n_rows > 0 ? a->n_rows : 1, a->d), THREADS, 0, stream>>>(*a);
-    return cudaGetLastError();
+    return tr::early::launch(rows_gather, 1, parts_of(a->n_rows > 0 ? a->n_rows : 1, a->d), THREADS,
+                             0, stream, *a);
 }
 
 cudaError_t tr_cuda_rows_zero(const struct tr_rows_zero_args *a, cudaStream_t stream)
 {
     if (a->n_max <= 0) return cudaSuccess;
-    rows_zero<<<(unsigned)a->n_max, THREADS, 0, stream>>>(*a);
-    return cudaGetLastError();
+    return tr::early::launch(rows_zero, 1, dim3((unsigned)a->n_max), THREADS, 0, stream, *a);
 }

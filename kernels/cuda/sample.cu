@@ -3,6 +3,7 @@
  * both "all keys from v on" for some key v, found by bisection, each step one pass over the row's
  * keys and weights. Sums over a larger set are never smaller, also when rounded, so the search is
  * exact. */
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/sample.cuh"
 
 namespace
@@ -103,6 +104,7 @@ __global__ void __launch_bounds__(PART_THREADS)
     __shared__ choice scratch[tr::SAMPLE_SCRATCH];
     const int r = (int)blockIdx.y, each = (a.n_vocab + PARTS - 1) / PARTS,
               begin = (int)blockIdx.x * each, end = min(begin + each, a.n_vocab);
+    tr::early::follow();
     if (r >= tr::chunk_rows(rows, a.i_head, a.n_rows)) return;
     const float *logits = a.logits + (size_t)r * a.ld;
     choice mine = 0;
@@ -123,6 +125,7 @@ __global__ void __launch_bounds__(tr::SAMPLE_THREADS)
 {
     __shared__ choice keys_scratch[tr::SAMPLE_SCRATCH];
     __shared__ double scratch[tr::SAMPLE_SCRATCH];
+    tr::early::follow();
     const int n = tr::chunk_rows(rows, a.i_head, a.n_rows);
     list l = {(choice *)a.workspace + (size_t)blockIdx.x * 2 * (size_t)a.n_vocab, nullptr,
               a.n_vocab, keys_scratch, scratch};
@@ -162,6 +165,7 @@ __global__ void last_tokens(const __grid_constant__ tr_rows rows,
                             const __grid_constant__ tr_slots slots, const int32_t *token_out,
                             int i_head, int n_rows)
 {
+    tr::early::follow();
     const int n = tr::chunk_rows(rows, i_head, n_rows),
               slot = (int)(blockIdx.x * blockDim.x + threadIdx.x);
     if (slot >= slots.n_slots) return;
@@ -179,6 +183,7 @@ __global__ void __launch_bounds__(tr::SAMPLE_THREADS, 2)
     __shared__ double scratch[tr::SAMPLE_SCRATCH];
     const int r = (int)blockIdx.x, h = a.i_head + r;
     int n_top;
+    tr::early::follow();
     if (r >= tr::chunk_rows(rows, a.i_head, a.n_rows)) return;
     const int32_t token = tr::wanted(rows, a.slots, a.token_out, h, &n_top);
     if (token < 0 || token >= a.n_vocab) return;
@@ -219,9 +224,8 @@ cudaError_t tr_cuda_last_tokens(const tr_rows *rows, const tr_slots *slots,
                                 const int32_t *token_out, int i_head, int n_rows,
                                 cudaStream_t stream)
 {
-    last_tokens<<<tr::blocks_for((size_t)slots->n_slots, 128), 128, 0, stream>>>(
-        *rows, *slots, token_out, i_head, n_rows);
-    return cudaGetLastError();
+    return tr::early::launch(last_tokens, 1, dim3(tr::blocks_for((size_t)slots->n_slots, 128)), 128,
+                             0, stream, *rows, *slots, token_out, i_head, n_rows);
 }
 
 cudaError_t tr_cuda_sample(const struct tr_sample_args *a, cudaStream_t stream)
@@ -234,12 +238,11 @@ cudaError_t tr_cuda_sample(const struct tr_sample_args *a, cudaStream_t stream)
     const size_t slices = (a->workspace_bytes - parts) / each,
                  grid = (size_t)a->n_rows < slices ? (size_t)a->n_rows : slices;
     choice *part = (choice *)((char *)a->workspace + a->workspace_bytes / 8 * 8 - parts);
-    best_of_parts<<<dim3(PARTS, (unsigned)a->n_rows), PART_THREADS, 0, stream>>>(*a, *a->rows,
-                                                                                 part);
-    cudaError_t e = cudaGetLastError();
+    cudaError_t e = tr::early::launch(best_of_parts, 1, dim3(PARTS, (unsigned)a->n_rows),
+                                      PART_THREADS, 0, stream, *a, *a->rows, part);
     if (e != cudaSuccess) return e;
-    sample<<<tr::at_most(grid, 1024), tr::SAMPLE_THREADS, 0, stream>>>(*a, *a->rows, part);
-    e = cudaGetLastError();
+    e = tr::early::launch(sample, 1, dim3(tr::at_most(grid, 1024)), tr::SAMPLE_THREADS, 0, stream,
+                          *a, *a->rows, part);
     return e == cudaSuccess
                ? tr_cuda_last_tokens(a->rows, &a->slots, a->token_out, a->i_head, a->n_rows, stream)
                : e;
@@ -248,6 +251,6 @@ cudaError_t tr_cuda_sample(const struct tr_sample_args *a, cudaStream_t stream)
 cudaError_t tr_cuda_logprobs(const struct tr_logprobs_args *a, cudaStream_t stream)
 {
     if (a->n_rows <= 0) return cudaSuccess;
-    logprobs<<<(unsigned)a->n_rows, tr::SAMPLE_THREADS, 0, stream>>>(*a, *a->rows);
-    return cudaGetLastError();
+    return tr::early::launch(logprobs, 1, dim3((unsigned)a->n_rows), tr::SAMPLE_THREADS, 0, stream,
+                             *a, *a->rows);
 }
