@@ -89,6 +89,7 @@ int tr_fixture_forward(tr_fixture *f, int max_context)
 int tr_fixture_slot(tr_fixture *f, int slot, int n_logprobs)
 {
     const tr_plan_limits limits = tr_model_limits(f->model);
+    if (n_logprobs >= 0) f->flags |= TR_PLAN_HAS_SCORES;
     tr_plan_begin(f->builder, f->n_steps++, TR_PLAN_IDLE);
     tr_plan_add_open(f->builder, (tr_slot_open){.key = 1,
                                                 .slot = slot,

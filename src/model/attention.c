@@ -88,7 +88,7 @@ static tr_status make_queries(tr_model *m, const tr_pass *p, const tr_attention_
     return TR_RUN(m, mla_query, err, .rows = &p->rows, .q = m->ws.q, .n_heads = heads,
                   .d_nope = c->qk_nope_head_dim, .d_rope = c->qk_rope_head_dim,
                   .d_latent = c->kv_lora_rank, .rope = m->rope, .w_uk_t = &w->w_uk_t,
-                  .q_absorbed = m->ws.q_absorbed);
+                  .q_absorbed = p->plan->flags & TR_PLAN_HAS_ABSORBED ? m->ws.q_absorbed : NULL);
 }
 
 /* Scores of rows [i, i + n_row) against the keys that `first` and `last` leave. */
@@ -172,13 +172,12 @@ static tr_status gather_lists(tr_model *m, const tr_pass *p, int i, int stripe, 
     return st;
 }
 
-/* Queries of the indexer: index_q8 [n, index_heads, index_dim], index_w [n, index_heads]. */
+/* Queries of the indexer: index_q8 [n, index_heads, index_dim]; index_w [n, index_heads] is complete now. */
 static tr_status index_queries(tr_model *m, const tr_pass *p, const tr_attention_weights *w,
                                tr_kv_layer kv, tr_err *err)
 {
     const tr_config *c = m->config;
     tr_status st = tr_model_linear(m, p, &w->index_q, m->ws.q_normed, m->ws.index_q, err);
-    if (st == TR_OK) st = tr_model_scores(m, p, &w->index_w, m->ws.normed, m->ws.index_w, err);
     if (st != TR_OK) return st;
     tr_note(m, tr_work_index_query(p->n, c->index_n_heads, c->index_head_dim, c->qk_rope_head_dim,
                                    kv.dtype));
@@ -258,17 +257,23 @@ tr_status tr_attention_forward(tr_model *m, const tr_pass *p, const tr_attention
     /* Gathers are one behind the other, and keys are needed first. Rows that are pushed are not: the longer way starts first,
      * before the products of the queries fill the device. No lanes fork under context parallelism. */
     const bool latents_first = tr_share_pushes(m->share_latent);
+    const bool third = tr_model_forks_again(m, p, m->ws.normed);
     tr_status st = tr_model_fork(m, p, err);
     if (st == TR_OK && latents_first) st = write_latents(m, p, w, kv, err);
     if (st == TR_OK) st = write_index_keys(m, p, w, kv, err);
+    if (st == TR_OK && (p->plan->flags & TR_PLAN_HAS_SELECTION)) /* wants nothing but the rows */
+        st = tr_model_scores(m, p, &w->index_w, m->ws.normed, m->ws.index_w, err);
     tr_model_back(m);
+    if (st == TR_OK && third) st = tr_model_fork_again(m, err);
     if (st == TR_OK && !latents_first) st = write_latents(m, p, w, kv, err);
+    tr_model_back(m);
     if (st == TR_OK && x.here) st = await_rows(m, m->share_key, &x.keys, err);
     if (st == TR_OK && x.here) st = await_rows(m, m->share_latent, &x.latents, err);
     if (st == TR_OK) st = make_queries(m, p, w, err);
     if (tr_model_forks(m, p)) m->lane = TR_LANE_SIDE; /* behind the keys, beside q_b */
     if (st == TR_OK) st = select_keys(m, p, w, kv, &x, layer, err);
     if (st == TR_OK) st = tr_model_join(m, p, err);
+    if (st == TR_OK && third) st = tr_model_join_again(m, err);
     if (st == TR_OK) st = attend(m, p, w, kv, &x, err);
     if (st == TR_OK)
         st = tr_model_linear(m, p, &w->o, m->ws.attended, m->ws.block_out, err); /* [n, hidden] */

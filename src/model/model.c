@@ -132,6 +132,23 @@ tr_status tr_model_fork(tr_model *m, const tr_pass *p, tr_err *err)
     return follow(m, TR_LANE_MAIN, TR_LANE_SIDE, err);
 }
 
+/* Its products must find their input quantised: the scratch for that is the main lane's. */
+bool tr_model_forks_again(const tr_model *m, const tr_pass *p, const tr_act *in)
+{
+    return tr_model_forks(m, p) && m->ws.quant[TR_QUANT_HIDDEN].of == in;
+}
+
+tr_status tr_model_fork_again(tr_model *m, tr_err *err)
+{
+    m->lane = TR_LANE_COPY;
+    return follow(m, TR_LANE_MAIN, TR_LANE_COPY, err);
+}
+
+tr_status tr_model_join_again(tr_model *m, tr_err *err)
+{
+    return follow(m, TR_LANE_COPY, TR_LANE_MAIN, err);
+}
+
 void tr_model_back(tr_model *m)
 {
     m->lane = TR_LANE_MAIN;
@@ -544,13 +561,15 @@ static tr_status fetch(tr_model *m, tr_step *step, tr_err *err)
     struct tr_step_memory *s = step->memory;
     const size_t n = (size_t)step->plan->n_head_rows * 4, top = n * TR_MAX_LOGPROBS;
     step->out.n_head = step->plan->n_head_rows;
+    const bool scores = (step->plan->flags & TR_PLAN_HAS_SCORES) != 0; /* else nobody reads them */
     tr_status st = m->ops->download(m->device, TR_LANE_MAIN, step->out.token, s->token, n);
-    if (st == TR_OK)
+    if (st == TR_OK && scores)
         st = m->ops->download(m->device, TR_LANE_MAIN, step->out.logprob, s->logprob, n);
-    if (st == TR_OK) st = m->ops->download(m->device, TR_LANE_MAIN, step->out.rank, s->rank, n);
-    if (st == TR_OK)
+    if (st == TR_OK && scores)
+        st = m->ops->download(m->device, TR_LANE_MAIN, step->out.rank, s->rank, n);
+    if (st == TR_OK && scores)
         st = m->ops->download(m->device, TR_LANE_MAIN, step->out.top_token, s->top_token, top);
-    if (st == TR_OK)
+    if (st == TR_OK && scores)
         st = m->ops->download(m->device, TR_LANE_MAIN, step->out.top_logprob, s->top_logprob, top);
     if (st == TR_OK && m->finite) st = settle(m);
     return st == TR_OK ? tr_finite_tell(m, step, err)

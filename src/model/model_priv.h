@@ -166,6 +166,10 @@ bool tr_model_forks(const tr_model *m, const tr_pass *p);
 tr_status tr_model_fork(tr_model *m, const tr_pass *p, tr_err *err);
 void tr_model_back(tr_model *m);
 tr_status tr_model_join(tr_model *m, const tr_pass *p, tr_err *err);
+/* A third lane, for products of `in` and what needs no more than them: whether it may be had, begin (back ends it), wait. */
+bool tr_model_forks_again(const tr_model *m, const tr_pass *p, const tr_act *in);
+tr_status tr_model_fork_again(tr_model *m, tr_err *err);
+tr_status tr_model_join_again(tr_model *m, tr_err *err);
 /* in, as linear and moe want it. */
 tr_acts tr_model_acts(const tr_model *m, const tr_pass *p, const tr_act *in, int d);
 /* residual += add, out = RMSNorm of it; where the products behind want it, e4m3 of that too. */
