@@ -206,7 +206,7 @@ struct tr_mla_query_args {
     int n_heads, d_nope, d_rope, d_latent;
     const float *rope;       /* [max_position, d_rope/2, 2]: cos, sin */
     const tr_linear *w_uk_t; /* n_heads matrices [d_latent, d_nope] */
-    tr_act *q_absorbed;      /* [n, n_heads, d_latent + d_rope] */
+    tr_act *q_absorbed;      /* [n, n_heads, d_latent + d_rope]; NULL where all rows are dense */
 };
 /* Into the cache at rows->write. Latent: RMSNorm of kv_a[:, :d_latent], rope (interleaved) of the rest, stored as the
  * cache's dtype. Index key: LayerNorm (eps 1e-6) with weight and bias, rope (half-split) on the first d_rope, Hadamard,
@@ -290,6 +290,13 @@ struct tr_dense_mha_args {
     tr_kv_layer kv;
     tr_await latents;
     tr_act *out; /* [n, n_heads, d_v] */
+    int n_spans,
+        max_context; /* at most, of dense rows: runs of neighbours of a slot; keys of one */
+    int64_t
+        n_keys; /* of all dense runs, each rounded up to 128, at most; 0: n_spans times max_context */
+    void *workspace;
+    size_t
+        workspace_bytes; /* dense_mha_workspace(...); less or none: a slower form, with other roundings */
 };
 /* Absorbed rows: out[r, h] = W_UV[h] u[r, h]; dense rows are left alone. */
 struct tr_mla_value_args {
@@ -637,6 +644,8 @@ typedef struct tr_ops {
     size_t (*moe_workspace)(int n_max, int k, int d, int d_inner);
     size_t (*sparse_mla_workspace)(int n_max, int n_heads, int d_latent);
     size_t (*sample_workspace)(int n_rows, int n_vocab);
+    /* Of dense_mha, for rows that see up to max_context keys; NULL: it needs none. */
+    size_t (*dense_mha_workspace)(int n_max, int n_heads, int max_context);
     /* Measure: a second or two; synchronises. */
     tr_status (*ceilings)(tr_device *, tr_ceilings *);
     TR_OPS(TR_OP) /* the network */

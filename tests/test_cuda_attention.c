@@ -389,6 +389,26 @@ static void attend(pair *p, world *w, const int32_t *cache_row, tr_format format
     pair_ok(p, "dense_mha", p->g->dense_mha(p->gpu, TR_LANE_MAIN, &dd));
     near_rows(p, "dense_mha", out, (int)n * heads, g->d_v, bf16_error);
 
+    /* Again with memory to work in, which another form wants; poisoned where it writes. */
+    const size_t width = (size_t)(heads * g->d_v),
+                 bytes = p->g->dense_mha_workspace((int)n, heads, w->rows.max_context);
+    float *want = test_alloc(n * width, sizeof *want);
+    void *dense_work = array(p, bytes);
+    memcpy(want, out, n * width * sizeof *want);
+    for (size_t i = 0; i < n * width; i++)
+        if (i / width < (size_t)w->n && w->rows.dense[i / width]) out[i] = 7;
+    push(p);
+    dd.n_spans = (int)n;
+    dd.max_context = w->rows.max_context;
+    dd.workspace = twin(p, dense_work);
+    dd.workspace_bytes = bytes;
+    pair_ok(p, "dense_mha", p->g->dense_mha(p->gpu, TR_LANE_MAIN, &dd));
+    memcpy(out, want, n * width * sizeof *want);
+    near_rows(p, "dense_mha with memory", out, (int)n * heads, g->d_v, bf16_error);
+    free(want);
+    dd.workspace = NULL;
+    dd.workspace_bytes = 0;
+
     tr_rows few; /* as a prompt that is dealt out: positions that are not neighbours */
     for (int step = 2; step <= 4; step++) {
         const int n_few = thin_rows(p, w, step, &few);

@@ -55,8 +55,9 @@ __device__ __forceinline__ int ceil_div(int a, int b)
     return (a + b - 1) / b;
 }
 
-/* Where each span's keys and values go, in which round, and where its tiles and blocks begin. One thread: spans are few. */
-__device__ void plan_rounds(const job &j, int n_spans)
+/* Where each span's keys and values go, in which round, and where its tiles and blocks begin; how many rounds there are. One
+ * thread: spans are few. */
+__device__ int plan_rounds(const job &j, int n_spans)
 {
     int base = 0, round = 0, n_tiles = 0, n_blocks = 0;
 
@@ -79,10 +80,9 @@ __device__ void plan_rounds(const job &j, int n_spans)
         n_tiles += ceil_div(s.n, TILE_ROWS);
         n_blocks += keys / BLOCK_KEYS;
     }
-    for (int r = round + 1; r <= ROUNDS_MAX; r++) {
-        j.plan->tile_begin[r] = n_tiles;
-        j.plan->block_begin[r] = n_blocks;
-    }
+    j.plan->tile_begin[round + 1] = n_tiles;
+    j.plan->block_begin[round + 1] = n_blocks;
+    return round + 1;
 }
 
 /* Tiles of a round in descending order of their keys, so that the long ones are not begun last. */
@@ -116,7 +116,7 @@ __device__ void zero_pads(const job &j, int n)
 
 __global__ void __launch_bounds__(PLAN_THREADS) dense_plan(const __grid_constant__ job j)
 {
-    __shared__ int space[32];
+    __shared__ int space[32], n_rounds;
     int n = min(max(*j.rows.n, 0), j.rows.n_max), per = ceil_div(n, PLAN_THREADS), total, unused;
     int b = min((int)threadIdx.x * per, n), e = min(b + per, n), begins = 0, ends = 0;
 
@@ -144,8 +144,12 @@ __global__ void __launch_bounds__(PLAN_THREADS) dense_plan(const __grid_constant
     for (int i = (int)threadIdx.x; i < total; i += PLAN_THREADS)
         j.spans[i].n -= j.spans[i].row;
     __syncthreads();
-    if (threadIdx.x == 0) plan_rounds(j, total);
+    if (threadIdx.x == 0) n_rounds = plan_rounds(j, total);
     __syncthreads();
+    for (int r = n_rounds + 1 + (int)threadIdx.x; r <= ROUNDS_MAX; r += PLAN_THREADS) { /* empty */
+        j.plan->tile_begin[r] = j.plan->tile_begin[n_rounds];
+        j.plan->block_begin[r] = j.plan->block_begin[n_rounds];
+    }
     for (int i = (int)threadIdx.x; i < total; i += PLAN_THREADS) {
         span s = j.spans[i];
         for (int k = 0; k * TILE_ROWS < s.n; k++)
@@ -154,7 +158,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) dense_plan(const __grid_constant
             j.blocks[s.i_block + k] = {i, k * BLOCK_KEYS};
     }
     __syncthreads();
-    plan_sort(j, j.plan->tile_begin[ROUNDS_MAX]);
+    plan_sort(j, j.plan->tile_begin[n_rounds]);
     zero_pads(j, n);
 }
 
@@ -512,6 +516,7 @@ cudaError_t tr_cuda_dense_mha_hopper(const tr_cuda_dense_mha_hopper_args *a, cud
     if (a->n_spans > n_max) return cudaErrorInvalidValue;
     /* As many keys as there is room for, up to what can be asked for. */
     int64_t all = (int64_t)a->n_spans * span_keys;
+    if (a->n_keys > 0 && a->n_keys < all) all = a->n_keys < span_keys ? span_keys : a->n_keys;
     size_t block = (size_t)BLOCK_KEYS * (128 + (size_t)a->n_heads * D_KV * 2) +
                    ROUNDS_MAX * sizeof(tile) + 1024;
     if (layout_of(n_max, a->n_spans, a->n_heads, n_keys).bytes > a->workspace_bytes)

@@ -19,7 +19,7 @@ enum {
     D_Q = TR_DENSE_D_NOPE + TR_DENSE_D_ROPE,
     D_KV = TR_DENSE_D_NOPE + TR_DENSE_D_V,
     CHUNK = BLOCK_KEYS * 128, /* bytes of 128 rows of 64 numbers, swizzled by 128 bytes */
-    ROUNDS_MAX = 64,
+    ROUNDS_MAX = 512,
     GROUP_HEADS = 16, /* at most, of a block of keys, by one block of threads */
 };
 

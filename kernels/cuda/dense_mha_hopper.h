@@ -20,9 +20,11 @@ enum { TR_DENSE_D_NOPE = 128, TR_DENSE_D_ROPE = 64, TR_DENSE_D_V = 128, TR_DENSE
 
 typedef struct tr_cuda_dense_mha_hopper_args {
     const tr_rows
-        *rows;     /* host memory, read by the call; what it points to is on the device. n, n_max,
+        *rows;   /* host memory, read by the call; what it points to is on the device. n, n_max,
                             max_context, slot, position, write, dense, page_table, max_pages are used */
-    int n_spans;   /* at least as many as there are dense runs among the rows */
+    int n_spans; /* at least as many as there are dense runs among the rows */
+    int64_t
+        n_keys; /* of all runs together at most, each rounded up to 128; 0: n_spans times max_context */
     const void *q; /* bf16 [n, n_heads, 192], rope applied */
     int n_heads;
     float scale;
@@ -40,7 +42,7 @@ typedef struct tr_cuda_dense_mha_hopper_args {
 size_t tr_cuda_dense_mha_hopper_workspace(int n_max, int n_spans, int n_heads, int n_keys);
 
 /* All device pointers 16-byte aligned. cudaErrorNotSupported: other shapes. cudaErrorInvalidValue: a workspace too small for
- * one span, or more than 64 rounds. */
+ * one span, or more than 512 rounds. */
 cudaError_t tr_cuda_dense_mha_hopper(const tr_cuda_dense_mha_hopper_args *a, cudaStream_t stream);
 
 #ifdef __cplusplus

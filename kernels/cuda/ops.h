@@ -107,6 +107,11 @@ cudaError_t tr_cuda_sparse_mla_any(const struct tr_sparse_mla_args *a, cudaStrea
 cudaError_t tr_cuda_mla_query(const struct tr_mla_query_args *a, int on_grid, cudaStream_t stream);
 cudaError_t tr_cuda_mla_value(const struct tr_mla_value_args *a, int on_grid, cudaStream_t stream);
 
+/* dense_mha of the real model's shapes, of weights on their grid (dense_mha_hopper.h); cudaErrorNotSupported: others, or no
+ * workspace. */
+cudaError_t tr_cuda_dense_mha_real(const struct tr_dense_mha_args *a, cudaStream_t stream);
+size_t tr_cuda_dense_mha_workspace(int n_max, int n_heads, int max_context);
+
 size_t tr_cuda_sample_workspace(int n_rows, int n_vocab);
 
 /* clang-format off */

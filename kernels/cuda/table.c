@@ -56,6 +56,12 @@ static cudaError_t launch_index_query(const struct tr_index_query_args *a, cudaS
     return e == cudaErrorNotSupported ? tr_cuda_index_query_any(a, stream) : e;
 }
 
+static cudaError_t launch_kv_write(const struct tr_kv_write_args *a, cudaStream_t stream)
+{
+    const cudaError_t e = tr_cuda_kv_write(a, stream);
+    return e == cudaErrorNotSupported ? tr_cuda_kv_write_any(a, stream) : e;
+}
+
 /* kv: what the arguments say of a cache. */
 #define OPERATION(name, kv_of) LAUNCH(name, kv_of, tr_cuda_##name)
 #define LAUNCH(name, kv_of, launch)                                                                \
@@ -76,7 +82,7 @@ OPERATION(embed, no_cache)
 OPERATION(norm, no_cache)
 OPERATION(rows_gather, no_cache)
 OPERATION(swiglu, no_cache)
-LAUNCH(kv_write, a->kv, tr_cuda_kv_write_any)
+LAUNCH(kv_write, a->kv, launch_kv_write)
 LAUNCH(index_query, INDEX_OUT, launch_index_query)
 OPERATION(index_logits, a->kv)
 OPERATION(topk, no_cache)
@@ -234,7 +240,12 @@ static tr_status op_dense_mha(tr_device *d, tr_lane lane, const struct tr_dense_
     if (st == TR_OK) st = check_kv(d, "dense_mha", &a->kv);
     if (st == TR_OK) st = find_note(d, "dense_mha", a->w_uk, &uk);
     if (st == TR_OK) st = find_note(d, "dense_mha", a->w_uv, &uv);
-    return st == TR_OK ? tr_cuda_status(d, "dense_mha", tr_cuda_dense_mha(a, d->stream[lane])) : st;
+    if (st != TR_OK) return st;
+    cudaError_t e = cudaErrorNotSupported;
+    if (on_grid(a->w_uk, uk) && on_grid(a->w_uv, uv))
+        e = tr_cuda_dense_mha_real(a, d->stream[lane]);
+    if (e == cudaErrorNotSupported) e = tr_cuda_dense_mha(a, d->stream[lane]);
+    return tr_cuda_status(d, "dense_mha", e);
 }
 
 static tr_status op_ceilings(tr_device *d, tr_ceilings *out)
@@ -277,6 +288,7 @@ const tr_ops tr_cuda_ops = {
     .moe_workspace = moe_workspace,
     .sparse_mla_workspace = tr_cuda_sparse_mla_workspace,
     .sample_workspace = tr_cuda_sample_workspace,
+    .dense_mha_workspace = tr_cuda_dense_mha_workspace,
     .ceilings = op_ceilings,
     /* clang-format off */
     TR_OPS(ENTRY)

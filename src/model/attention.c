@@ -220,6 +220,19 @@ static tr_status select_keys(tr_model *m, const tr_pass *p, const tr_attention_w
     return st;
 }
 
+/* Keys of all dense spans, each rounded up to 128; 0: the host does not know. */
+static int64_t dense_keys(const tr_pass *p)
+{
+    const tr_span *span = tr_plan_spans(p->plan);
+    int64_t sum = 0;
+    for (int i = 0; i < p->plan->n_spans; i++) {
+        if (!(span[i].flags & TR_SPAN_DENSE)) continue;
+        if (span[i].position < 0) return 0;
+        sum += (span[i].position + span[i].n_rows + 127) / 128 * 128;
+    }
+    return p->n == p->n_max ? sum : 0; /* a record serves others */
+}
+
 /* attended [n, heads, v]: absorbed rows over their selection, dense rows over all keys up to their own. */
 static tr_status attend(tr_model *m, const tr_pass *p, const tr_attention_weights *w,
                         tr_kv_layer kv, exchange *x, tr_err *err)
@@ -246,7 +259,15 @@ static tr_status attend(tr_model *m, const tr_pass *p, const tr_attention_weight
         st = TR_RUN(m, dense_mha, err, .rows = &p->rows, .q = m->ws.q, .n_heads = heads,
                     .d_nope = c->qk_nope_head_dim, .d_rope = c->qk_rope_head_dim, .d_v = d_v,
                     .scale = m->attention_scale, .w_uk = &w->w_uk, .w_uv = &w->w_uv, .kv = kv,
-                    .latents = x->latents, .out = m->ws.attended);
+                    .latents = x->latents, .out = m->ws.attended,
+                    .n_spans = p->plan->n_spans + p->n_max - p->n,
+                    .max_context =
+                        p->rows.max_context < c->index_topk ? p->rows.max_context : c->index_topk,
+                    .n_keys = dense_keys(p),
+                    /* Rows that are dealt out to members are no runs of neighbours. */
+                    .workspace = tr_comm_size(m->groups.attn_cp) == 1 ? m->ws.scratch : NULL,
+                    .workspace_bytes =
+                        tr_comm_size(m->groups.attn_cp) == 1 ? m->ws.scratch_bytes : 0);
     return st;
 }
 

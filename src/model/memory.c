@@ -211,10 +211,14 @@ static tr_status take_workspace(tr_model *m, tr_err *err)
         st = take(m, wanted[i].rows, wanted[i].columns, wanted[i].size, wanted[i].out, err);
     if (st != TR_OK) return st;
 
+    const int dense_context = m->max_model_len < c->index_topk ? m->max_model_len : c->index_topk;
     size_t sizes[] = {
         m->ops->moe_workspace(m->moe_rows, c->num_experts_per_tok, c->hidden_size, expert_inner),
         m->ops->sparse_mla_workspace(m->max_rows, m->heads, c->kv_lora_rank),
         m->ops->sample_workspace(m->n_head_chunk, c->vocab_size),
+        m->ops->dense_mha_workspace
+            ? m->ops->dense_mha_workspace(m->max_rows, m->heads, dense_context)
+            : 0,
     };
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         if (sizes[i] > ws->scratch_bytes) ws->scratch_bytes = sizes[i];
