@@ -149,7 +149,7 @@ static void test_nll(void **state)
 /* The same text in other chunks, and twice: the same bits. */
 static void test_same_bits(void **state)
 {
-    static const int chunks[] = {CHUNK, CHUNK, 37, 64};
+    static const int chunks[] = {CHUNK, CHUNK, 37, 64, 13, 5};
     static const int forms[] = {TR_FORM_AUTO, TR_FORM_ABSORBED};
     enum { N = 420 };
     char path[512];
@@ -166,6 +166,44 @@ static void test_same_bits(void **state)
                     fail_msg("form %zu, chunks of %d: token %d has %.9g, not %.9g", form, chunks[i],
                              j, (double)again[j], (double)first[j]);
         }
+    json_decref(root);
+}
+
+/* N tokens behind a prompt, one a step, with records made ahead or as steps come. */
+enum { N_GENERATED = 12, N_PROMPT = 300 };
+
+static void generate(const int32_t *prompt, bool ahead, int32_t *tokens, float *logprobs)
+{
+    tr_fixture f;
+    tr_step_records made = {0};
+    open_tiny(&f, "cuda", TR_E4M3);
+    if (ahead) {
+        assert_int_equal(tr_step_record(&f.step, f.model, 2, &made, &f.err), TR_OK);
+        assert_int_equal(made.n, 4); /* 1 and 2 rows, without and with selection */
+        assert_true(made.ns > 0);
+    }
+    int32_t token = prefill(&f, prompt, N_PROMPT, CHUNK, TR_FORM_AUTO);
+    for (int i = 0; i < N_GENERATED; i++) {
+        tokens[i] = token;
+        assert_int_equal(tr_fixture_run(&f, 0, &tokens[i], N_PROMPT + i, 1, 1, TR_FORM_AUTO, NULL,
+                                        &token, &logprobs[i]),
+                         0);
+    }
+    tr_fixture_close(&f);
+}
+
+static void test_recorded_ahead(void **state)
+{
+    char path[512];
+    int32_t ids[MAX_TOKENS], tokens[2][N_GENERATED];
+    float logprobs[2][N_GENERATED];
+    (void)state;
+    json_t *root = tr_read_json(tr_vector_path(path, sizeof path, "tiny/nll.json"));
+    assert_true(ids_of(json_object_get(root, "ids"), ids) >= N_PROMPT);
+    for (int ahead = 0; ahead < 2; ahead++)
+        generate(ids, ahead, tokens[ahead], logprobs[ahead]);
+    assert_memory_equal(tokens[0], tokens[1], sizeof tokens[0]);
+    assert_memory_equal(logprobs[0], logprobs[1], sizeof logprobs[0]);
     json_decref(root);
 }
 
@@ -190,6 +228,7 @@ int main(void)
         cmocka_unit_test(test_greedy_bf16),
         cmocka_unit_test(test_nll),
         cmocka_unit_test(test_same_bits),
+        cmocka_unit_test(test_recorded_ahead),
         cmocka_unit_test(test_f32_cache_refused),
     };
     const tr_device_options options = {.name = "cuda"};

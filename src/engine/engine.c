@@ -48,6 +48,7 @@ static tr_status make_steps(tr_engine *e, tr_err *err)
     const size_t n = (size_t)e->options.n_replicas;
     const bool reports = tr_comm_rank(e->control) != 0 &&
                          e->reporter[e->options.i_replica] == tr_comm_rank(e->control);
+    tr_step_records records = {0};
     size_t bytes;
 
     if (!tr_mul(&bytes, n, e->bytes_max)) bytes = 0;
@@ -61,8 +62,13 @@ static tr_status make_steps(tr_engine *e, tr_err *err)
             return tr_fail(err, TR_E_MEMORY, "out of memory for %zu plans of %zu bytes", n,
                            e->bytes_max);
         tr_status st = tr_step_create(&s->step, e->model, err);
+        if (!st)
+            st = tr_step_record(&s->step, e->model, e->options.max_sequences, &records, err);
         if (st) return st;
     }
+    if (records.n)
+        tr_log_info(e->log, "steps that decode: %d recorded in %.2f s, %.1f MB of the device",
+                    records.n, (double)records.ns * 1e-9, (double)records.bytes * 1e-6);
     return TR_OK;
 }
 

@@ -1,11 +1,14 @@
 /* Steps that decode, as records of what they launch (CUDA graphs), and time on the device of all steps (base/device_time.h). */
 #include <config.h>
 
+#include "base/clock.h"
 #include "model/model_priv.h"
+#include "model/plan.h"
 
 enum {
-    STAMP_EVERY = 64, /* replays (parallel.md 10.4, build.md 7) */
-    PAIRS = 8192,     /* of stamps: three prefill steps of 61 layers with some 20 operations each */
+    LEAST_CONTEXT = 4096, /* that a record is for; others are for 4, 16, .. times as much */
+    STAMP_EVERY = 64,     /* replays (parallel.md 10.4, build.md 7) */
+    PAIRS = 8192, /* of stamps: three prefill steps of 61 layers with some 20 operations each */
 };
 
 /* ---- records ----------------------------------------------------------------------------------------------------------- */
@@ -69,7 +72,6 @@ static tr_status record(tr_model *m, const tr_pass *p, tr_step *step, const tr_s
 /* The same step as before with other rows, as a kind: a record of it may have room for more. */
 static tr_step_graph kind_of(const tr_model *m, const tr_pass *p)
 {
-    enum { LEAST_CONTEXT = 4096 };
     const uint32_t kinds = TR_PLAN_HAS_DENSE | TR_PLAN_HAS_ABSORBED | TR_PLAN_HAS_SELECTION;
     tr_step_graph g = {.n_max = 1,
                        .max_context = LEAST_CONTEXT,
@@ -81,7 +83,7 @@ static tr_step_graph kind_of(const tr_model *m, const tr_pass *p)
         g.n_max *= 2;
     if (g.n_max > m->max_rows) g.n_max = m->max_rows;
     while (g.max_context < p->plan->max_context)
-        g.max_context *= 2;
+        g.max_context *= 4;
     if (g.max_context > m->max_model_len) g.max_context = m->max_model_len;
     return g;
 }
@@ -108,26 +110,34 @@ static bool make_stamps(tr_model *m, tr_step_graph *g)
     return !g->cannot_stamp;
 }
 
-/* One step in STAMP_EVERY is run from a second record, which has stamps around its layers; *run: the record for this one. */
+/* One step in STAMP_EVERY is run from a second record, which has stamps around its layers; *run: the record for this one. *made:
+ * it was made now, and its operations have been noted. */
 static tr_status prepare(tr_model *m, tr_pass *p, tr_step *step, tr_step_graph *g, tr_graph **run,
-                         tr_err *err)
+                         bool *made, tr_err *err)
 {
     tr_device_times *t = tr_model_times(m);
     const bool due = t && ++m->n_replays % STAMP_EVERY == 0 && make_stamps(m, g);
 
+    if (!g->graph) {
+        const tr_status st = record(m, p, step, g, &g->graph, err);
+        *run = g->graph;
+        *made = true;
+        return st;
+    }
     *run = g->graph;
     if (due && !g->stamped) {
         tr_device_times_mode(t, TR_STAMP_RECORD, g->set);
         tr_status st = record(m, p, step, g, &g->stamped, err);
         tr_device_times_mode(t, TR_STAMP_STEP, NULL);
         if (st == TR_OK) *run = g->stamped;
+        *made = true;
         return st;
     }
     if (due && !tr_stamp_set_busy(g->set)) {
         tr_device_times_mode(t, TR_STAMP_REPLAY, g->set);
         *run = g->stamped;
     }
-    return note(m, p, step, g, err);
+    return TR_OK;
 }
 
 /* The first step of its kind makes the record. With members it is the second one that does: the first has made NCCL's connections,
@@ -138,7 +148,7 @@ tr_status tr_graph_network(tr_model *m, tr_pass *p, tr_step *step, tr_err *err)
     struct tr_step_memory *s = step->memory;
     const tr_step_graph g = kind_of(m, p);
     tr_graph *run = NULL;
-    tr_status st;
+    bool made = false;
     int i;
 
     for (i = 0; i < s->n_graphs; i++)
@@ -152,16 +162,84 @@ tr_status tr_graph_network(tr_model *m, tr_pass *p, tr_step *step, tr_err *err)
         if (warm_up) return tr_model_network(m, p, step, true, err);
     }
     tr_device_times_mode(tr_model_times(m), TR_STAMP_STEP, NULL);
-    if (!s->graph[i].graph) {
-        st = record(m, p, step, &g, &s->graph[i].graph, err);
-        run = s->graph[i].graph;
-    } else {
-        st = prepare(m, p, step, &s->graph[i], &run, err);
-    }
+    tr_status st = prepare(m, p, step, &s->graph[i], &run, &made, err);
     if (st != TR_OK) return st;
     st = m->ops->graph_run(m->device, TR_LANE_MAIN, run);
     if (st != TR_OK) return tr_fail(err, st, "graph: %s", m->ops->error(m->device));
+    if (!made) st = note(m, p, step, &g, err); /* while it runs */
+    if (st != TR_OK) return st;
     return g.has_head ? TR_OK : tr_model_head(m, p, step, err);
+}
+
+/* ---- records made ahead ------------------------------------------------------------------------------------------------ */
+
+/* A step of n rows that see up to max_context keys, of sequences whose lengths the device knows. */
+static const tr_plan *plan_of(tr_plan_builder *b, int n, int max_context)
+{
+    const int32_t sample = -1;
+    tr_plan_begin(b, 0, 0);
+    for (int slot = 0; slot < n; slot++) {
+        const tr_span span = {.slot = slot,
+                              .n_rows = 1,
+                              .position = -1,
+                              .i_token = -1,
+                              .kind = TR_SPAN_DECODE,
+                              .owner = -1,
+                              .n_logits = 1};
+        if (tr_plan_add_span(b, span) < 0 || tr_plan_add_targets(b, &sample, 1) < 0) return NULL;
+    }
+    return tr_plan_seal(b, max_context);
+}
+
+static tr_status record_ahead(tr_model *m, tr_step *step, tr_plan_builder *b, int n, int context,
+                              int *made, tr_err *err)
+{
+    struct tr_step_memory *s = step->memory;
+    const tr_plan *plan = plan_of(b, n, context);
+    if (!plan) return tr_fail(err, TR_E_USAGE, "a plan of %d decoded rows does not fit", n);
+    tr_pass p = {.plan = plan, .rows = s->rows, .n = n, .n_max = n, .n_head = n};
+    if (s->n_graphs == TR_STEP_GRAPHS || !tr_graph_fits(m, &p)) return TR_OK;
+    tr_step_graph *g = &s->graph[s->n_graphs];
+    *g = kind_of(m, &p);
+    step->plan = plan;
+    const tr_status st = record(m, &p, step, g, &g->graph, err);
+    step->plan = NULL;
+    if (st != TR_OK) return st;
+    s->n_graphs++;
+    ++*made;
+    return TR_OK;
+}
+
+tr_status tr_step_record(tr_step *step, tr_model *m, int n_rows, tr_step_records *sum, tr_err *err)
+{
+    const tr_plan_limits limits = tr_model_limits(m);
+    const int most = n_rows < limits.n_slots ? n_rows : limits.n_slots,
+              room = most < TR_GRAPH_ROWS ? most : TR_GRAPH_ROWS,
+              k = limits.index_topk < m->max_model_len ? limits.index_topk : m->max_model_len;
+    tr_status st = TR_OK;
+
+    /* Members' first step must be a run: it makes their connections. */
+    if (!(m->ops->caps & TR_CAP_GRAPH) || tr_comm_size(m->groups.attn_tp) > 1 || m->part)
+        return TR_OK;
+    const uint64_t begun = tr_now_ns(), before = m->ops->memory_left(m->device);
+    tr_plan_builder *b = tr_plan_builder_create(&limits);
+    if (!b) return tr_fail(err, TR_E_MEMORY, "out of memory");
+    tr_regions *regions = m->regions;
+    m->regions = NULL;
+    for (int n = 1; n / 2 < room && st == TR_OK; n *= 2) {
+        const int rows = n < room ? n : room;
+        st = record_ahead(m, step, b, rows, k, &sum->n, err);
+        for (int c = LEAST_CONTEXT; k < m->max_model_len && c / 4 < m->max_model_len && st == TR_OK;
+             c *= 4)
+            st = record_ahead(m, step, b, rows, c < m->max_model_len ? c : m->max_model_len,
+                              &sum->n, err);
+    }
+    m->regions = regions;
+    tr_plan_builder_free(b);
+    const uint64_t after = m->ops->memory_left(m->device);
+    sum->ns += tr_now_ns() - begun;
+    sum->bytes += before > after ? before - after : 0;
+    return st;
 }
 
 void tr_graph_drop(tr_model *m, tr_step_graph *g)
@@ -214,6 +292,11 @@ tr_status tr_model_time(tr_model *m, bool on, tr_err *err)
     if (!m->times) return tr_fail(err, TR_E_MEMORY, "out of memory");
     m->timing = true;
     return TR_OK;
+}
+
+int64_t tr_model_times_lost(const tr_model *m)
+{
+    return m->times ? (int64_t)tr_device_times_lost(m->times) : -1;
 }
 
 bool tr_model_step_time(tr_model *m, uint64_t step, tr_device_step *out)

@@ -110,12 +110,24 @@ size_t tr_model_cache_bytes(const tr_model *model), tr_model_workspace_bytes(con
 tr_status tr_step_create(tr_step *step, tr_model *model, tr_err *err);
 void tr_step_free(tr_step *step, tr_model *model);
 
+/* Before the first step: records (graphs) of steps that decode up to n_rows rows, for contexts without and with selection, where
+ * this model's steps can be recorded; else the first step of each kind makes one. Adds to *sum what there are and what they took.
+ * Nothing runs, no region counts. */
+typedef struct tr_step_records {
+    int n;
+    uint64_t ns, bytes; /* bytes: of the device's memory */
+} tr_step_records;
+tr_status tr_step_record(tr_step *step, tr_model *model, int n_rows, tr_step_records *sum,
+                         tr_err *err);
+
 /* Time on the device (base/device_time.h): while it is on, steps, layers and operations are timed there too, into the tree of the
  * model's regions, where the device has a clock of its own. Off: what has passed is read; before the tree goes. A failure leaves
  * everything as it was. */
 tr_status tr_model_time(tr_model *model, bool on, tr_err *err);
 /* Of a step that is done, by its plan's number, one of the last few; false: not known. */
 bool tr_model_step_time(tr_model *model, uint64_t step, tr_device_step *out);
+/* Regions whose time on the device could not be taken (tr_device_times_lost); -1: none was ever asked for. */
+int64_t tr_model_times_lost(const tr_model *model);
 
 /* Enqueue one step: apply the plan, embed (or receive from the stage before), this stage's layers, head and sample (or send to
  * the next stage). step->plan is set by the caller. Every rank of a stage runs every step, with an idle plan if its replica has
