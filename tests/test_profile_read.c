@@ -137,6 +137,13 @@ static void check_numbers(tr_reader *r)
     /* Three ranks take `kernel`, the last one twice that. */
     assert_near(op_of(&s, "mla_decode"), kernel * 5 / 4);
     assert_near(op_of(&s, "exchange"), kernel * 1.5 * 3 / 4);
+    for (int i = 0; i < s.n_ops; i++) /* half of what the host saw, of every call in a step */
+        if (s.op[i].kind == TR_KIND_KERNEL) {
+            assert_near(s.op[i].gpu_s, s.op[i].mean_s * 4 / 2);
+            assert_near(s.op[i].gpu_count, s.op[i].count);
+            assert_near(s.op[i].gpu_flops, s.op[i].flops);
+        }
+    assert_true(s.gpu_steps_s > 0);
     assert_near(s.phase[TR_PHASE_PREFILL].mean_s, 0.020);
     assert_near(s.phase[TR_PHASE_DECODE].mean_s, 0.040);
     assert_int_equal(s.phase[TR_PHASE_DECODE].steps, 4);

@@ -543,12 +543,18 @@ static void put_load(tr_run_profile *r)
 
 static void stop(tr_run_profile *r)
 {
-    if (r->opened->model) tr_model_time(r->opened->model, false, NULL);
+    int64_t lost = -1;
+
+    if (r->opened->model) {
+        tr_model_time(r->opened->model, false, NULL);
+        lost = tr_model_times_lost(r->opened->model);
+    }
     tr_regions_cut(&r->opened->regions);
     tr_regions_cut(&r->read_regions);
     tr_regions_cut(&r->write_regions);
     tr_profile_stop(r->profile);
     put_load(r);
+    if (lost >= 0) tr_profile_number(r->profile, "/", "gpu_times_lost", lost);
     const tr_profile_costs c = tr_profile_costs_get(r->profile);
     if (r->profile)
         tr_log_debug(r->log,

@@ -175,6 +175,8 @@ tr_status tr_bench_record_end(tr_bench_record *r, tr_profile_costs *costs, tr_er
     tr_model_time(r->opened->model, false, NULL);
     tr_regions_cut(&r->opened->regions);
     tr_profile_stop(r->profile);
+    const int64_t lost = tr_model_times_lost(r->opened->model);
+    if (lost >= 0) tr_profile_number(r->profile, "/", "gpu_times_lost", lost);
     if (costs) *costs = tr_profile_costs_get(r->profile);
     if (!tr_profile_well(r->profile))
         st = tr_fail(err, TR_E_IO, "--profile %s: it was not written to its end", r->o.file);

@@ -77,9 +77,11 @@ static void put_step(chrome *c, int rank, int lane, const tr_prof_step *t)
     put_name(c, name, "STEP");
     fprintf(c->out,
             ",\"args\":{\"step\":%ju,\"requests\":%u,\"prompt tokens\":%u,\"answer tokens\":%u,"
-            "\"queue\":%u,\"plan ns\":%ju,\"wait ns\":%ju}}",
+            "\"queue\":%u,\"plan ns\":%ju,\"wait ns\":%ju",
             (uintmax_t)t->step, t->nreq, t->tok_prefill, t->tok_decode, t->queue,
             (uintmax_t)t->plan_ns, (uintmax_t)t->sync_wait_ns);
+    if (t->gpu_ns) fprintf(c->out, ",\"gpu ns\":%ju", (uintmax_t)t->gpu_ns);
+    fputs("}}", c->out);
     event(c, 'E', rank, lane, t->t1);
     fputc('}', c->out);
 }

@@ -339,8 +339,10 @@ static void say_missing(tr_reader *r)
 /* What the run itself could not keep: sums below lack it. */
 static void say_lost(tr_reader *r)
 {
-    static const char *const what[][2] = {
-        {"steps_lost", "steps"}, {"requests_lost", "requests"}, {"lines_lost", "lines of /log"}};
+    static const char *const what[][2] = {{"steps_lost", "steps"},
+                                          {"requests_lost", "requests"},
+                                          {"lines_lost", "lines of /log"},
+                                          {"gpu_times_lost", "times of the GPU"}};
 
     for (size_t i = 0; i < sizeof what / sizeof *what; i++) {
         const char *text = tr_reader_attribute(r, "/", what[i][0]);

@@ -161,14 +161,16 @@ static void show_ops(FILE *out, const tr_summary *s, int n_ops)
                 tr_figure_time(op->mean_s).s, share(op->mean_s, s->run_s),
                 tr_figure_count(op->count).s,
                 op->count > 0 ? tr_figure_time(all / op->count).s : "-");
+        const bool here = all > 0 && op->gpu_count <= 0; /* else the host only began it */
         fprintf(out, " %8s",
-                op->bytes > 0 && all > 0 ? tr_figure_rate(op->bytes / all * 1e-9).s : "-");
+                op->bytes > 0 && here ? tr_figure_rate(op->bytes / all * 1e-9).s : "-");
         fprintf(out, " %8s\n",
-                op->flops > 0 && all > 0 ? tr_figure_rate(op->flops / all * 1e-9).s : "-");
+                op->flops > 0 && here ? tr_figure_rate(op->flops / all * 1e-9).s : "-");
     }
     if (n_rest > 0)
         fprintf(out, "  %-22s %6s %9s %5.1f%%  (--top 0 shows them)\n", "all others", "",
                 tr_figure_time(rest).s, share(rest, s->run_s));
+    if (s->gpu_steps_s > 0) return;
     for (int i = 0; i < s->n_ops; i++)
         if (s->op[i].kind == TR_KIND_KERNEL && s->op[i].mean_s > 0) {
             advise(
@@ -179,6 +181,42 @@ static void show_ops(FILE *out, const tr_summary *s, int n_ops)
             return;
         }
     if (s->n_ops == 0) fputs("  (not recorded)\n", out);
+}
+
+/* The operation behind `op` in time on GPUs; of all the first one for NULL. NULL: no more. */
+static const tr_summary_op *next_on_gpu(const tr_summary *s, const tr_summary_op *op)
+{
+    const tr_summary_op *best = NULL;
+    for (int i = 0; i < s->n_ops; i++) {
+        const tr_summary_op *o = &s->op[i];
+        const bool behind = !op || o->gpu_s < op->gpu_s || (o->gpu_s <= op->gpu_s && o > op);
+        if (o->kind != TR_KIND_KERNEL || o->gpu_count <= 0 || o == op || !behind) continue;
+        if (!best || o->gpu_s > best->gpu_s) best = o;
+    }
+    return best;
+}
+
+/* By the GPU's own clock. Steps are all timed, operations where each is launched, layers of recorded steps now and then. */
+static void show_gpu(FILE *out, const tr_summary *s, int n_ops)
+{
+    enum { MOST = 4 };
+    const tr_summary_op *first = next_on_gpu(s, NULL);
+    if (s->gpu_steps_s <= 0) return;
+    fprintf(out, "\n%-24s %6s %9s %6s %10s %10s %8s %8s\n", "ON THE GPU (timed there)", "of all",
+            "time", "share", "timed", "each", "GB/s", "Gflop/s");
+    const tr_summary_op *op = first;
+    for (int i = 0; op && (n_ops <= 0 || i < MOST); i++, op = next_on_gpu(s, op)) {
+        fprintf(out, "  %-22.22s %5.0f%% %9s %5.1f%% %10s %10s", op->name,
+                share(op->gpu_count, op->count), tr_figure_time(op->gpu_s).s,
+                share(op->gpu_s, s->gpu_steps_s), tr_figure_count(op->gpu_count).s,
+                tr_figure_time(op->gpu_s / op->gpu_count).s);
+        fprintf(out, " %8s",
+                op->gpu_bytes > 0 ? tr_figure_rate(op->gpu_bytes / op->gpu_s * 1e-9).s : "-");
+        fprintf(out, " %8s\n",
+                op->gpu_flops > 0 ? tr_figure_rate(op->gpu_flops / op->gpu_s * 1e-9).s : "-");
+    }
+    advise(out, "Steps took %s there. Recorded ones (decode) time layers alone, every 64th step.",
+           tr_figure_time(s->gpu_steps_s).s);
 }
 
 /* ---- ranks --------------------------------------------------------------------------------------------------------- */
@@ -467,6 +505,7 @@ void tr_profile_show(FILE *out, const tr_reader *r, const tr_summary *s, int n_o
     show_run(out, r, s);
     show_phases(out, r, s);
     show_ops(out, s, n_ops);
+    show_gpu(out, s, n_ops);
     show_ranks(out, r, s);
     show_comm(out, s);
     show_balance(out, s);

@@ -259,6 +259,23 @@ done:
 
 /* ---- phases -------------------------------------------------------------------------------------------------------- */
 
+static void add_gpu(tr_summary *s, const tr_reader *r, const tr_reader_region *g,
+                    const tr_reader_cell *c)
+{
+    const char *group = tr_reader_group_name(r, g->group);
+    const double part = c->count ? (double)c->gpu_count / (double)c->count : 0;
+    if (g->kind == TR_KIND_STEP) s->gpu_steps_s += (double)c->gpu_ns * 1e-9;
+    for (int k = 0; k < s->n_ops; k++) {
+        tr_summary_op *op = &s->op[k];
+        if (strcmp(op->name, g->name) != 0 || strcmp(op->group, group) != 0) continue;
+        op->gpu_count += (double)c->gpu_count;
+        op->gpu_s += (double)c->gpu_ns * 1e-9;
+        op->gpu_bytes += (double)c->bytes * part;
+        op->gpu_flops += c->flops * part;
+        return;
+    }
+}
+
 static tr_status by_phase(tr_summary *s, tr_reader *r, const int *root, int main_root, tr_err *err)
 {
     const tr_reader_about *about = tr_reader_about_of(r);
@@ -276,6 +293,7 @@ static tr_status by_phase(tr_summary *s, tr_reader *r, const int *root, int main
                 if (root[n] != main_root) continue;
                 s->phase[p].mean_s += (double)c->excl_ns * 1e-9 / s->n_ranks;
                 if (g[n].kind == TR_KIND_STEP) count += (double)c->count;
+                if (c->gpu_count) add_gpu(s, r, &g[n], c);
             }
         s->phase[p].steps = (uint64_t)(count / s->n_ranks + 0.5);
         s->steps_s += s->phase[p].mean_s;

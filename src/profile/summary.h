@@ -20,6 +20,9 @@ typedef struct tr_summary_op { /* all regions of one name and group */
     double mean_s, max_s; /* exclusive time of a rank */
     int max_rank;
     double bytes, flops, exposed_s; /* of all ranks */
+    /* Of the calls that were timed on a GPU (0: none), of all ranks: their number, time there, what they moved and computed. Bytes
+     * and flops are a call's mean in its phase. */
+    double gpu_count, gpu_s, gpu_bytes, gpu_flops;
 } tr_summary_op;
 
 typedef struct tr_summary_rank {
@@ -65,8 +68,9 @@ typedef struct tr_summary_counter {
 typedef struct tr_summary {
     double run_s; /* of the main stream, the mean */
     int n_present, n_nodes;
-    uint64_t steps; /* of the rank that has most */
-    double steps_s; /* in steps, the mean */
+    uint64_t steps;     /* of the rank that has most */
+    double steps_s;     /* in steps, the mean */
+    double gpu_steps_s; /* steps' time on their GPUs, of all ranks; 0: not timed */
     tr_summary_phase phase[TR_N_PHASES];
     bool has_phases;
     int n_ops, n_ranks, n_layers, n_comm;
