@@ -20,6 +20,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/norm.cuh"
 
 namespace
@@ -456,6 +457,7 @@ cudaError_t tr_cuda_peer_norm(const tr_cuda_peer_group *g, tr_cuda_peer_form for
     for (int d = 1; d < g->n_members; d++)
         p.other[d - 1] = g->slots[(g->rank + d) % g->n_members];
     cudaLaunchAttribute early;
-    const cudaLaunchConfig_t c = launch_of(std::min(a->n_max, g->at_once[form]), &early, stream);
+    cudaLaunchConfig_t c = launch_of(std::min(a->n_max, g->at_once[form]), &early, stream);
+    if (!tr::early::allowed(stream)) c.numAttrs = 0;
     return cudaLaunchKernelEx(&c, k, p);
 }
