@@ -59,10 +59,14 @@ if not part:
             assert all(count[r, layers[l]] == (n_steps[r]) for l in mine), (mine, n_steps)
 
 # Experts: every row of every step goes to k experts of every MoE layer; the members of a context-parallel group have a part of
-# the prompts' rows each, but all of the generated ones.
+# the prompts' rows each, but all of the generated ones. Where they share the experts and nobody has a prompt, generated rows are
+# computed once (src/model/exchange.c).
 moe = range(config["first_k_dense_replace"], config["num_hidden_layers"])
 cp = 1 if part else int(f["grid/ranks"]["cp"].max()) + 1
-rows = sum(int(steps[r]["tok_prefill"].sum() + cp * steps[r]["tok_decode"].sum())
+prompts = steps["tok_prefill"].sum(axis=0) > 0
+told = not part and (place["ep"].max() + 1) * (place["xt"].max() + 1) != place["tp"].max() + 1
+times = np.where(prompts | (not told), cp, 1)
+rows = sum(int(steps[r]["tok_prefill"].sum() + (times * steps[r]["tok_decode"].astype(int)).sum())
            for r in range(ranks)
            if part or (place[r]["pp"] == 0 and place[r]["cp"] == 0 and place[r]["tp"] == 0))
 experts = f["moe/expert_tokens"][:]

@@ -232,9 +232,16 @@ static void context_parallel(void **state)
     step.prefill = false;
     step.rows = 64;
     k = layer_traffic(t, n, step, TR_MOE_FORM_AUTO);
-    assert_int_equal(k, 2); /* all ranks have the same rows and send them all the same */
-    assert_int_equal(t[0].op, TR_WIRE_ALL_TO_ALL);
+    assert_int_equal(k, 1); /* all ranks have the same rows: only sums travel, every member's to all */
+    assert_int_equal(t[0].op, TR_WIRE_ALL_GATHER);
+    assert_near(t[0].sent, 7.0 * 64 * 14336, 0.1);
+    k = layer_traffic(t, n, step, TR_MOE_FORM_EXCHANGE);
+    assert_int_equal(k, 2);
     assert_near(t[1].sent, 7.0 / 8 * 64 * tr_estimate_distinct(&real, 8) * 14336, 0.1);
+    step.rows = 300; /* too many for that */
+    k = layer_traffic(t, n, step, TR_MOE_FORM_AUTO);
+    assert_int_equal(t[0].op, TR_WIRE_ALL_TO_ALL);
+    step.rows = 64;
     assert_int_equal(tr_estimate_expert_rows(&n, &step), 64);
 }
 

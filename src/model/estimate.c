@@ -286,10 +286,42 @@ int64_t tr_estimate_expert_rows(const tr_grid_sizes *sizes, const tr_step_shape 
     return (int64_t)r.rows * (r.block / r.share);
 }
 
-static tr_moe_form form_of(tr_moe_form form, const tr_grid_sizes *s)
+/* Rows of a replica that a step has room for: a power of two, as the records of decode steps have. */
+static int room_for(int rows)
 {
+    int n = 1;
+    while (n < rows)
+        n *= 2;
+    return n;
+}
+
+static tr_moe_form form_of(tr_moe_form form, const tr_grid_sizes *s, const tr_step_shape *step)
+{
+    enum { FEW = 256, FEW_OF_ALL = 1024 };
+    const moe_rows r = rows_of_block(s, step);
+    const int64_t all = (int64_t)room_for(r.rows) * (r.block / r.share);
     if (form != TR_MOE_FORM_AUTO) return form;
-    return s->ep * s->xt == s->tp ? TR_MOE_FORM_REDUCE : TR_MOE_FORM_EXCHANGE;
+    if (s->ep * s->xt == s->tp) return TR_MOE_FORM_REDUCE;
+    return !step->prefill && r.rows <= FEW && all <= FEW_OF_ALL ? TR_MOE_FORM_TELL
+                                                                : TR_MOE_FORM_EXCHANGE;
+}
+
+/* All rows to all members, if they do not have them, and of every row the sums of all members back. */
+static void tell_traffic(list *l, const moe_rows *r, const tr_wire *w)
+{
+    const int replicas = r->block / r->share, each = room_for(r->rows),
+              told = (int)tr_ceil_div((size_t)each, (size_t)r->share);
+    const double of_replica = replicas > 1 ? (double)told * r->share : each;
+
+    if (replicas > 1)
+        add(l, "rows to the experts", TR_GROUP_MOE, TR_WIRE_ALL_GATHER, r->block,
+            (double)told * (w->row_out + w->row_ids));
+    if (r->share > 1)
+        add(l, "sums back", TR_GROUP_MOE, TR_WIRE_ALL_GATHER, r->block,
+            of_replica * replicas * w->row_back);
+    else
+        add(l, "sums back", TR_GROUP_MOE, TR_WIRE_ALL_TO_ALL, r->block,
+            of_replica * replicas * w->row_back);
 }
 
 static void moe_traffic(list *l, const tr_config *c, const tr_grid_sizes *s, const tr_wire *w,
@@ -302,7 +334,7 @@ static void moe_traffic(list *l, const tr_config *c, const tr_grid_sizes *s, con
         tr_slice_parts(c->n_shared_experts * c->moe_intermediate_size, s->tp) > 1;
     bool shared_summed = false;
 
-    switch (form_of(form, s)) {
+    switch (form_of(form, s, step)) {
     case TR_MOE_FORM_AUTO:
     case TR_MOE_FORM_REDUCE:
         /* MOE is ATTN_TP: one sum for the experts' and the shared expert's parts. */
@@ -316,6 +348,11 @@ static void moe_traffic(list *l, const tr_config *c, const tr_grid_sizes *s, con
             (double)r.brings * w->row_back);
         add(l, "rows to those who share them", r.sharers, TR_WIRE_ALL_GATHER, r.share,
             r.brings * row);
+        break;
+    case TR_MOE_FORM_TELL:
+        tell_traffic(l, &r, w);
+        add(l, "shared expert", TR_GROUP_ATTN_TP, TR_WIRE_ALL_REDUCE, s->tp, r.rows * row);
+        shared_summed = true;
         break;
     case TR_MOE_FORM_EXCHANGE:
         /* Every member of ATTN_TP takes its part of the rows: between the halves of the shared expert's sum the experts'

@@ -336,10 +336,11 @@ tr_status tr_moe_tell(tr_model *m, const tr_pass *p, const tr_moe_weights *w, tr
     return st;
 }
 
-/* Every replica has its own rows, or none; if those of one are dispatched those of all are. */
+/* Every replica has its own rows, or none; if those of one are dispatched those of all are: where one has a prompt. */
 tr_status tr_moe_rounds(tr_model *m, tr_pass *p, tr_err *err)
 {
-    uint64_t most[3] = {(uint64_t)stretch(m, p), (uint64_t)p->n, p->split};
+    uint64_t most[3] = {(uint64_t)stretch(m, p), (uint64_t)p->n,
+                        p->split || tr_plan_phase(p->plan) == TR_PHASE_PREFILL};
     tr_ticket ticket = {0};
 
     p->rounds = p->each = 0;
