@@ -244,23 +244,6 @@ cudaError_t cudaSetDevice(int device)
     return device == 0 ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-/* FAKE_PEERS: how many GPUs this process sees, all within reach of each other. */
-cudaError_t cudaDeviceGetByPCIBusId(int *device, const char *pci)
-{
-    const char *peers = getenv("FAKE_PEERS");
-    char *end;
-    const long n = strtol(pci + strlen("fa4e:"), &end, 16);
-
-    *device = (int)n;
-    return peers && n < strtol(peers, NULL, 10) ? cudaSuccess : cudaErrorInvalidValue;
-}
-
-cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer)
-{
-    *can = device != peer;
-    return cudaSuccess;
-}
-
 cudaError_t cudaGetLastError(void)
 {
     return cudaSuccess;
