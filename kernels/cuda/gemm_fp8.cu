@@ -67,6 +67,8 @@ cudaError_t gemm_launch(const ::tr_gemm_fp8 *g, const gemm_kernel &k, gemm_args 
                     (uintptr_t)a.out % 16 == 0 &&
                     encode_map(g, &a.out_map, a.out, 2, (size_t)w->n_out, (size_t)x->n_max,
                                a.ld_out * 2, 64, 16);
+    a.copy_rows = a.out && !a.out_f32 && a.ld_out % 8 == 0 && w->n_out % 8 == 0 &&
+                  (uintptr_t)a.out % 16 == 0;
     a.w_scale = w->scale_d;
     a.w_scale_pitch = w->scale_pitch ? w->scale_pitch : tr_fp8_scale_pitch(w->n_in);
     a.w_scale_rows = (w->n_out + 127) / 128;

@@ -31,6 +31,7 @@ struct gemm_args {
     void *out;
     size_t ld_out;
     int out_f32, has_out_map;
+    int copy_rows; /* rows of `out` can be copied to: 16-byte aligned, in pieces of 16 bytes */
     uint8_t *q; /* gate_up: e4m3 [n_max, n_out / 2] and scales */
     float *q_scale;
     int ld_q_scale, ue8m0;

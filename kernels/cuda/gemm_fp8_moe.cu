@@ -40,12 +40,13 @@ __global__ void __launch_bounds__(GATHER_THREADS)
 }
 
 /* By the most rows per expert on average that there may be: from how many on the wide form is the faster one. (One H200,
- * bench_gemm_fp8 moe, 32 experts of 128 rows: gate_up 390 us, wide 307; down 231, wide 265.) */
-enum { WIDE_GATE_UP = 64, WIDE_DOWN = 2048 };
+ * bench_gemm_fp8 moe, 32 experts. 128 rows: gate_up 404 us, wide 313; down 237, wide 185. 64 rows: 278 and 249, 148 and 140;
+ * 32 rows: no difference.) */
+enum { WIDE_FROM = 64 };
 
-int pick(const tr_fp8_weight *w, const tr_fp8_rows *x, int wide_from)
+int pick(const tr_fp8_weight *w, const tr_fp8_rows *x)
 {
-    return x->n_max / w->n_mats >= wide_from;
+    return x->n_max / w->n_mats >= WIDE_FROM;
 }
 
 /* Every expert may leave its last tile part empty. */
@@ -123,13 +124,12 @@ cudaError_t tr_gemm_fp8_gate_up(const tr_gemm_fp8 *g, const tr_fp8_weight *w, co
                                 const int32_t *start_d, int ue8m0, uint8_t *q_d, float *scale_d,
                                 cudaStream_t stream)
 {
-    return tr_gemm_fp8_gate_up_as(g, pick(w, x, WIDE_GATE_UP), w, x, start_d, ue8m0, q_d, scale_d,
-                                  stream);
+    return tr_gemm_fp8_gate_up_as(g, pick(w, x), w, x, start_d, ue8m0, q_d, scale_d, stream);
 }
 
 cudaError_t tr_gemm_fp8_down(const tr_gemm_fp8 *g, const tr_fp8_weight *w, const tr_fp8_rows *x,
                              const int32_t *start_d, const int32_t *pair_d, void *out_d,
                              cudaStream_t stream)
 {
-    return tr_gemm_fp8_down_as(g, pick(w, x, WIDE_DOWN), w, x, start_d, pair_d, out_d, stream);
+    return tr_gemm_fp8_down_as(g, pick(w, x), w, x, start_d, pair_d, out_d, stream);
 }

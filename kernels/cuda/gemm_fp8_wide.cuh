@@ -24,7 +24,9 @@ template <int WGS_, int W_ROWS_, int CW_, int CT_, bool GROUPED_, bool GATE_UP_>
     static constexpr int STAGE_BYTES = W_BYTES + X_BYTES + S_PITCH * 4 + W_BLOCKS * 16 + 16;
     /* [64][64] bf16 per warpgroup for results on their way out; a tile uses each equally often. */
     static constexpr int BUFFERS = W_ROWS == 192 ? 3 : W_ROWS > 64 ? 2 : 1;
-    static constexpr int STAGING_BYTES = WGS * BUFFERS * 8192;
+    /* Or, where rows may go anywhere, all of a tile: a row's columns leave in one copy. 16 bytes more: bank conflicts. */
+    static constexpr int ROW_PITCH = GROUPED && !GATE_UP && W_ROWS == 256 ? W_ROWS * 2 + 16 : 0;
+    static constexpr int STAGING_BYTES = WGS * (ROW_PITCH ? 64 * ROW_PITCH : BUFFERS * 8192);
     static constexpr int FIT = (SMEM_BLOCK_MAX - STAGING_BYTES) / STAGE_BYTES;
     static constexpr int STAGES = FIT < 24 ? FIT : 24;
     static constexpr int SMEM_BYTES = STAGES * STAGE_BYTES + STAGING_BYTES;
@@ -207,6 +209,34 @@ template <class S> struct math_group_wide {
         __syncwarp();
         if (l == 0) bulk_commit(); /* an empty group keeps the count of buffers */
     }
+    /* All of a warp's rows to anywhere, each in one copy: these run behind the next tile's products, where stores would hold
+     * them up, and cost an instruction a row. */
+    __device__ __forceinline__ void copy_rows(float (&acc)[S::PARTS][S::PN / 2], const gemm_tile &t,
+                                              int to, int l) const
+    {
+        uint8_t *rows = m.staging + (group * 4 + warp) * (16 * S::ROW_PITCH);
+        const uint32_t at = smem_address(rows + (l % 16) * S::ROW_PITCH + l / 16 * 16);
+        const int bytes = min(S::W_ROWS, a.n_out - t.w0) * 2;
+
+        bulk_wait_read<0>(); /* of the tile before */
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < S::PARTS; i++) {
+#pragma unroll
+            for (int j = 0; j < S::PN / 8; j += 2) {
+                const float *v = acc[i] + 4 * j;
+                store_matrix_x4(at + (uint32_t)(i * S::PN + j * 8) * 2, pack_bf16(v[0], v[1]),
+                                pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]),
+                                pack_bf16(v[6], v[7]));
+            }
+        }
+        fence_async_shared();
+        __syncwarp();
+        if (l < 16 && to >= 0 && bytes > 0)
+            bulk_store((__nv_bfloat16 *)a.out + (size_t)to * a.ld_out + t.w0,
+                       rows + l * S::ROW_PITCH, (uint32_t)bytes);
+        bulk_commit();
+    }
     __device__ __forceinline__ void store_f32(const float *v, const gemm_tile &t, int column) const
     {
         float *out = (float *)a.out;
@@ -222,6 +252,12 @@ template <class S> struct math_group_wide {
                                                const gemm_tile &t, int to) const
     {
         const int l = opaque(lane);
+        if constexpr (S::ROW_PITCH > 0) {
+            if (a.copy_rows) {
+                copy_rows(acc, t, to, l);
+                return;
+            }
+        }
 #pragma unroll
         for (int i = 0; i < S::PARTS; i++) {
 #pragma unroll
@@ -310,7 +346,7 @@ template <class S> struct math_group_wide {
             else
                 store_rows(acc, t, to);
         }
-        if (lane == 0) bulk_wait<0>();
+        bulk_wait<0>();
     }
 };
 

@@ -1,6 +1,7 @@
 /* Checks and times the FP8 products (gemm_fp8.h, quantise.h) on one Hopper GPU: every tile shape against fp64 on random
  * and hostile sizes, bits equal between shapes and numbers of rows, then the shapes of the model beside cuBLASLt.
  * Arguments pick parts: quick (checks on small sizes; alone: for compute-sanitizer), dense, moe (timing); none: all.
+ * one ROWS SHAPE: one launch of gate_up and one of down, 32 experts of ROWS rows (for a profiler).
  * Exit 1 when a check fails. */
 #include <cmath>
 #include <cstdint>
@@ -560,7 +561,7 @@ void time_grouped(const tr_gemm_fp8 *g, measure::cold_timer &timer, int each, bo
     buffer<__nv_bfloat16> first(t.out.n);
     bool have = false;
     for (int shape = 0; shape < 2; shape++) {
-        if ((shape > 0 && each < 64)) continue;
+        if (shape > 0 && each < 32) continue;
         char name[96];
         t.run(g, shape);
         const double e = relative_error(t.down.w, t.inner.x, t.n, t.start_d.p, t.pair_d.p, t.out.p,
@@ -627,6 +628,11 @@ int main(int argc, char **argv)
 {
     tr_gemm_fp8 g;
     CHECK_CUDA(tr_gemm_fp8_open(&g));
+    if (argc == 4 && !strcmp(argv[1], "one")) {
+        grouped t(std::vector<int>(32, atoi(argv[2])), 7168, 2048);
+        t.run(&g, atoi(argv[3]));
+        return 0;
+    }
     auto wanted = [&](const char *part) {
         for (int i = 1; i < argc; i++)
             if (!strcmp(argv[i], part)) return true;
@@ -652,6 +658,7 @@ int main(int argc, char **argv)
         const double up = 2.0 * 32768 * 4096 * 7168 * 1e-6, down = 2.0 * 32768 * 7168 * 2048 * 1e-6;
         time_grouped(&g, timer, 8, true, 241.7, 132.9);
         time_grouped(&g, timer, 32, true, 241.3, 133.9);
+        time_grouped(&g, timer, 64, true, 0, 0);
         time_grouped(&g, timer, 128, true, 311.5, 171.5);
         time_grouped(&g, timer, 1024, false, up / 1429, down / 1349);
         time_grouped(&g, timer, 1024, true, 0, 0);
