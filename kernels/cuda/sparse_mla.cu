@@ -249,7 +249,16 @@ __global__ void __launch_bounds__(256 + FETCHERS<FP8, !SCORES>, 1)
 
 /* ---- split: columns ---------------------------------------------------------------------------------------------------- */
 
-enum { COLUMN_STAGES = 8, COLUMN_AHEAD = 4, LIST_MAX = 2048, COLUMN_THREADS = 416 };
+enum {
+    COLUMN_STAGES = 8,
+    LIST_MAX = 2048,
+    COLUMN_THREADS = 512,
+    COLUMN_MATH_REGISTERS = 200,
+    COLUMN_FETCH_REGISTERS = 104,
+    COLUMN_PROBS_REGISTERS = 40,
+};
+/* Blocks whose keys a fetching thread has on their way. */
+template <int T> constexpr int COLUMN_AHEAD = T == 1 ? 8 : 4;
 
 struct column_shared { /* behind the stages: T tiles of keys and a block's probabilities each */
     uint64_t full[COLUMN_STAGES], free[COLUMN_STAGES];
@@ -273,9 +282,10 @@ __device__ __forceinline__ void column_fetch(const job &j, column_shared *sh, ui
                                              int tile, int n_blocks, int tid)
 {
     enum { UNITS = FP8 ? T : 2 * T }; /* 16-byte loads of a thread and block */
+    enum { AHEAD = COLUMN_AHEAD<T> };
     int row = FP8 ? tid / 4 : tid / 8, c = FP8 ? tid & 3 : tid & 7;
-    uint4 raw[COLUMN_AHEAD][UNITS];
-    float scale[COLUMN_AHEAD];
+    uint4 raw[AHEAD][UNITS];
+    float scale[AHEAD];
     ring_position<COLUMN_STAGES> at;
 
     auto key = [&](int i, int u) {
@@ -310,17 +320,17 @@ __device__ __forceinline__ void column_fetch(const job &j, column_shared *sh, ui
     };
 
 #pragma unroll
-    for (int i = 0; i < COLUMN_AHEAD; i++)
+    for (int i = 0; i < AHEAD; i++)
         if (i < n_blocks) load(i, i);
-    for (int i0 = 0; i0 < n_blocks; i0 += COLUMN_AHEAD) {
+    for (int i0 = 0; i0 < n_blocks; i0 += AHEAD) {
 #pragma unroll
-        for (int s = 0; s < COLUMN_AHEAD; s++) {
+        for (int s = 0; s < AHEAD; s++) {
             if (i0 + s >= n_blocks) break;
             barrier_wait(&sh->free[at.stage], at.parity ^ 1);
             store(s, i0 + s);
             barrier_arrive(&sh->full[at.stage]);
             at.next();
-            if (i0 + s + COLUMN_AHEAD < n_blocks) load(s, i0 + s + COLUMN_AHEAD);
+            if (i0 + s + AHEAD < n_blocks) load(s, i0 + s + AHEAD);
         }
     }
 }
@@ -342,8 +352,35 @@ __device__ __forceinline__ void column_probs(const job &j, column_shared *sh, ui
     }
 }
 
-/* 128 threads: columns [64 tile, 64 (tile + T)) of 64 heads, all keys in order. The next block's probabilities are made
- * ready while the tensor cores work on this one's. */
+/* Change the state to a reference that suits it and two blocks, as two calls of take_reference would. a is of the sum `series`,
+ * b of the other. */
+__device__ __forceinline__ void take_two(state<2> &s, probs &a, probs &b, int series,
+                                         float (&keep)[2])
+{
+    uint32_t of_a[2], of_b[2];
+
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float top = fmaxf(s.reference[r], fmaxf(a.reference[r], b.reference[r]));
+        float fa = exp2_whole(a.reference[r] - top), fb = exp2_whole(b.reference[r] - top);
+        keep[r] = exp2_whole(s.reference[r] - top);
+        of_a[r] = twice_bf16(fa);
+        of_b[r] = twice_bf16(fb);
+        s.reference[r] = top;
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            s.sum[i][r] = __fmaf_rn(i == series ? a.sum[r] : b.sum[r], i == series ? fa : fb,
+                                    s.sum[i][r] * keep[r]);
+    }
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        a.p[i] = multiply2(a.p[i], of_a[i & 1]);
+        b.p[i] = multiply2(b.p[i], of_b[i & 1]);
+    }
+}
+
+/* 128 threads: columns [64 tile, 64 (tile + T)) of 64 heads, all keys in order, two blocks at a time: the waits are what costs.
+ * The next two's probabilities are made ready while the tensor cores work on these. */
 template <bool FP8, int T>
 __device__ __forceinline__ void column_math(const job &j, column_shared *sh, uint8_t *stages,
                                             int row, int group, int tile, int n_blocks)
@@ -351,13 +388,25 @@ __device__ __forceinline__ void column_math(const job &j, column_shared *sh, uin
     int t = threadIdx.x;
     float o[1][32 * T], keep[2][2];
     state<2> s;
-    probs p[2];
-    ring_position<COLUMN_STAGES> at, ahead;
+    probs p[2][2];
+    ring_position<COLUMN_STAGES> at, ahead; /* of even stages */
 
     auto ready = [&](int e, int i) {
-        wait_keys(&sh->full[ahead.stage], ahead.parity);
-        probs_load(stages + ahead.stage * stage_bytes<T>() + T * TILE, p[e], t);
-        take_reference(s, p[e], column_block(i, tile, n_blocks) & 1, keep[e]);
+        barrier_wait(&sh->full[ahead.stage], ahead.parity);
+        if (i + 1 < n_blocks) barrier_wait(&sh->full[ahead.stage + 1], ahead.parity);
+        fence_async_shared();
+        probs_load(stages + ahead.stage * stage_bytes<T>() + T * TILE, p[e][0], t);
+        if (i + 1 < n_blocks) {
+            probs_load(stages + (ahead.stage + 1) * stage_bytes<T>() + T * TILE, p[e][1], t);
+        } else { /* no second one */
+#pragma unroll
+            for (int x = 0; x < 16; x++)
+                p[e][1].p[x] = 0;
+            p[e][1].reference[0] = p[e][1].reference[1] = -CUDART_INF_F;
+            p[e][1].sum[0] = p[e][1].sum[1] = 0.0f;
+        }
+        take_two(s, p[e][0], p[e][1], column_block(i, tile, n_blocks) & 1, keep[e]);
+        ahead.next();
         ahead.next();
     };
 
@@ -366,15 +415,20 @@ __device__ __forceinline__ void column_math(const job &j, column_shared *sh, uin
     for (int i = 0; i < 32 * T; i++)
         o[0][i] = 0.0f;
     if (n_blocks) ready(0, 0);
-    for (int i0 = 0; i0 < n_blocks; i0 += 2) {
+#pragma unroll 1
+    for (int i0 = 0; i0 < n_blocks; i0 += 4) {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            if (i0 + e >= n_blocks) break;
-            take_values(o, keep[e], p[e].p,
-                        smem_address(stages) + (uint32_t)(at.stage * stage_bytes<T>()));
-            if (i0 + e + 1 < n_blocks) ready(e ^ 1, i0 + e + 1);
+            int i = i0 + 2 * e;
+            if (i >= n_blocks) break;
+            uint32_t v = smem_address(stages) + (uint32_t)(at.stage * stage_bytes<T>());
+            take_values(o, keep[e], p[e][0].p, v);
+            add_values(o, p[e][1].p, i + 1 < n_blocks ? v + (uint32_t)stage_bytes<T>() : v);
+            if (i + 2 < n_blocks) ready(e ^ 1, i + 2);
             wgmma_wait<0>();
             warp_arrive(&sh->free[at.stage]);
+            if (i + 1 < n_blocks) warp_arrive(&sh->free[at.stage + 1]);
+            at.next();
             at.next();
         }
     }
@@ -393,8 +447,8 @@ __device__ __forceinline__ void column_math(const job &j, column_shared *sh, uin
     }
 }
 
-/* Block (row, group of heads, T tiles of columns): all keys of the row. 128 threads compute, 256 fetch keys, 1 fetches
- * probabilities. */
+/* Block (row, group of heads, T tiles of columns): all keys of the row. Of four warpgroups one computes, two fetch keys, one
+ * thread of the last fetches probabilities. */
 template <bool FP8, int T>
 __global__ void __launch_bounds__(COLUMN_THREADS, 1)
     sparse_mla_columns(const __grid_constant__ job j)
@@ -412,7 +466,7 @@ __global__ void __launch_bounds__(COLUMN_THREADS, 1)
     }
     for (int i = j.k + (int)threadIdx.x; i < (j.k + KEYS - 1) / KEYS * KEYS; i += COLUMN_THREADS)
         sh->list[i] = -1;
-    int n_blocks = count_blocks(j, row);
+    int n_blocks = __shfl_sync(~0u, count_blocks(j, row), 0);
     if (row >= n || dense) return;
     if (threadIdx.x == 0) {
         for (int i = 0; i < COLUMN_STAGES; i++) {
@@ -422,18 +476,23 @@ __global__ void __launch_bounds__(COLUMN_THREADS, 1)
         barrier_init_fence();
     }
     __syncthreads();
-    if (threadIdx.x < 128)
+    int wg = (int)__shfl_sync(~0u, threadIdx.x / 128, 0);
+    if (wg == 0) {
+        registers_set<COLUMN_MATH_REGISTERS>();
         column_math<FP8, T>(j, sh, base, row, group, tile, n_blocks);
-    else if (threadIdx.x < 128 + 256)
+    } else if (wg < 3) {
+        registers_set<COLUMN_FETCH_REGISTERS>();
         column_fetch<FP8, T>(j, sh, smem_address(base), tile, n_blocks, (int)threadIdx.x - 128);
-    else if (threadIdx.x == 128 + 256)
-        column_probs<T>(j, sh, base, row, group, tile, n_blocks);
+    } else {
+        registers_set<COLUMN_PROBS_REGISTERS>();
+        if (threadIdx.x == 384) column_probs<T>(j, sh, base, row, group, tile, n_blocks);
+    }
 }
 
 /* ---- launches ------------------------------------------------------------------------------------------------------------ */
 
 /* Up to this many (row, 64 heads) the split way is the faster one. bench_sparse_mla on an H200, fp8: 16 of them take 37 us
- * split and 98 us walking, 32 take 54 and 97, 64 take 102 and 100. */
+ * split and 103 us walking, 32 take 55 and 101, 64 take 102 and 103. */
 enum { SPLIT_MAX = 32 };
 
 template <bool FP8, bool SCORES>

@@ -715,6 +715,19 @@ __device__ __forceinline__ void take_values(float (&o)[N][R], const float (&keep
     }
 }
 
+/* o += P V for one more block, behind take_values: the same reference, another group of instructions. */
+template <int N, int R>
+__device__ __forceinline__ void add_values(float (&o)[N][R], const uint32_t (&p)[16], uint32_t v)
+{
+    uint64_t d = matrix_descriptor(v, TILE, 1024, LAYOUT_SWIZZLE_128);
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+            mma_values(o[n], p + 4 * k, further(d, (uint32_t)(n * (R / 32) * TILE + k * 2048)));
+    wgmma_commit();
+}
+
 /* The row's sum of a head from its two series, whole in each of the four threads that share the head. */
 __device__ __forceinline__ float sum_of_four(float x)
 {

@@ -3,6 +3,7 @@
  *
  *   bench_sparse_mla          checks, then the table
  *   bench_sparse_mla check    checks of small shapes only (for compute-sanitizer)
+ *   bench_sparse_mla time     the table only
  *   bench_sparse_mla one ROWS HEADS FP8 WAY   one launch (for a profiler)
  *
  * Exit status 1: a check failed. The peer of the table is FlashMLA, measured on one H200 (kernels.md 10). */
@@ -562,12 +563,13 @@ static int profile(char **argv)
 int main(int argc, char **argv)
 {
     if (argc == 6 && !strcmp(argv[1], "one")) return profile(argv + 2);
-    bool small = argc > 1 && !strcmp(argv[1], "check");
+    bool small = argc > 1 && !strcmp(argv[1], "check"),
+         timed = argc > 1 && !strcmp(argv[1], "time");
     std::vector<int32_t> counts = {2048, 0,    1,    63,   64,  65, 127,  128,
                                    129,  2047, 1984, 1985, 700, 3,  2048, 5};
     if (small) counts = {200, 0, 1, 64, 65, 129, 5};
 
-    for (int fp8 = 1; fp8 >= 0; fp8--) {
+    for (int fp8 = 1; fp8 >= 0 && !timed; fp8--) {
         int n_regions = 16, context = small ? 256 : 4096;
         uint8_t *cache = make_cache((size_t)n_regions * context, fp8);
         for (int h : {128, 64, 32, 16, 8, 4}) {
