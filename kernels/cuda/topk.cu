@@ -110,12 +110,12 @@ __device__ __forceinline__ void cluster_find(cluster_shared *s, int i, int n_cta
     b = s->state;
 }
 
-/* The copies of the CTA's part of the row, a barrier for every piece. One thread, once the barriers are there. What cannot
- * go by bulk copies (whole rows that are not aligned, the last 3 scores) is left to cluster_count. */
-__device__ __forceinline__ void cluster_load(cluster_shared *s, const float *row, int n)
+/* The copies of the CTA's part of the row, a barrier for every piece, from piece `first` on. One thread, once the barriers are
+ * there. What cannot go by bulk copies (whole rows that are not aligned, the last 3 scores) is left to cluster_count. */
+__device__ __forceinline__ void cluster_load(cluster_shared *s, const float *row, int first, int n)
 {
 #pragma unroll 1
-    for (int i = 0; i * PIECE < n; i++) {
+    for (int i = first; i * PIECE < n; i++) {
         uint32_t bytes = (uint32_t)min(PIECE, (n - i * PIECE) & ~3) * 4;
         if (bytes == 0) break;
         barrier_expect(&s->loaded[i], bytes);
@@ -123,9 +123,9 @@ __device__ __forceinline__ void cluster_load(cluster_shared *s, const float *row
     }
 }
 
-/* Turns the scores into keys, counted by their upper bits. */
+/* Turns the scores into keys, counted by their upper bits. The first `ask` come by a copy whatever n is. */
 __device__ __forceinline__ void cluster_count(cluster_shared *s, const float *row, int n,
-                                              bool aligned)
+                                              bool aligned, int ask)
 {
     int n_bulk = aligned ? n & ~3 : 0;
 
@@ -146,6 +146,7 @@ __device__ __forceinline__ void cluster_count(cluster_shared *s, const float *ro
 #pragma unroll 1
     for (int i = n_bulk + (int)threadIdx.x; i < n; i += CLUSTER_THREADS) {
         uint32_t key = topk_key(row[i]);
+        if (aligned && i < ask) barrier_wait(&s->loaded[0], 0); /* it would come on top */
         s->data[i] = key;
         atomicAdd(&s->hist[0][key >> (32 - BIN_BITS)], 1);
     }
@@ -195,31 +196,33 @@ __global__ void __launch_bounds__(CLUSTER_THREADS, 1)
     extern __shared__ uint4 memory[];
     cluster_shared *s = (cluster_shared *)memory;
     int i_cta = (int)cluster_rank(), r = p.i_row + (int)blockIdx.x / n_ctas;
-    int context = topk_context(p, r), live = *p.rows.n;
-    bin_state b = {0, (uint32_t)p.k, 0, 32};
-
-    if (r >= live) return; /* these two for all CTAs of the cluster alike */
-    if (context <= p.k) {
-        if (i_cta == 0) write_identity<CLUSTER_THREADS>(p, r, context);
-        return;
-    }
-    int part = ((context + n_ctas - 1) / n_ctas + 127) / 128 * 128;
-    int begin = i_cta * part, n = max(0, min(part, context - begin));
+    int begin = i_cta * p.span, ask = max(0, min(min(p.span, PIECE), p.limit - begin)) & ~3;
     const float *row = p.score + (size_t)(r - p.i_row) * p.ld + begin;
     bool aligned = ((uintptr_t)row & 15) == 0;
+    bin_state b = {0, (uint32_t)p.k, 0, 32};
+
+    /* The first piece is asked for before it is known how much of it counts: that takes as long to come. */
     if (threadIdx.x == 0) {
 #pragma unroll 1
         for (int i = 0; i < PIECES; i++)
             barrier_init(&s->loaded[i], 1);
         barrier_init_fence();
-        if (aligned) cluster_load(s, row, n);
+        if (aligned) cluster_load(s, row, 0, ask);
     }
+    int context = topk_context(p, r), live = *p.rows.n;
 #pragma unroll 1
     for (int i = threadIdx.x; i < ROUNDS * BINS / 4; i += CLUSTER_THREADS)
         ((uint4 *)s->hist)[i] = make_uint4(0, 0, 0, 0);
+    if (r >= live || context <= p.k) { /* for all CTAs of the cluster alike */
+        if (r < live && i_cta == 0) write_identity<CLUSTER_THREADS>(p, r, context);
+        if (threadIdx.x == 0 && aligned && ask) barrier_wait(&s->loaded[0], 0);
+        return;
+    }
+    int n = max(0, min(p.span, context - begin));
+    if (threadIdx.x == 0 && aligned) cluster_load(s, row, 1, n);
     if (i_cta == 0) prefetch_pages<CLUSTER_THREADS>(p, r, context);
     __syncthreads();
-    cluster_count(s, row, n, aligned);
+    cluster_count(s, row, n, aligned, ask);
 #pragma unroll 1
     for (int i = 0; i < ROUNDS; i++) {
         int bits = i < ROUNDS - 1 ? BIN_BITS : 32 - (ROUNDS - 1) * BIN_BITS;
@@ -238,6 +241,7 @@ __global__ void __launch_bounds__(CLUSTER_THREADS, 1)
     }
     cluster_arrive(); /* no more reads of other CTAs' memory; it must stay until all have said so */
     cluster_emit(p, s, r, i_cta, begin, n, b);
+    if (threadIdx.x == 0 && aligned && ask) barrier_wait(&s->loaded[0], 0); /* though n may be 0 */
     cluster_wait();
 }
 
@@ -499,6 +503,7 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
 cudaError_t launch_cluster(topk_params p, int n_rows, int context, int n_ctas, cudaStream_t stream)
 {
     p.span = ((context + n_ctas - 1) / n_ctas + 127) / 128 * 128;
+    p.limit = p.ld < (size_t)context ? (int)p.ld : context;
     size_t bytes = sizeof(cluster_shared) + (size_t)(p.span + p.span / 16) * 4;
     cudaLaunchAttribute cluster;
     cudaLaunchConfig_t config = {};
@@ -533,10 +538,11 @@ cudaError_t launch_stream(topk_params p, int n_rows, int context, cudaStream_t s
 /* CTAs of the cluster that takes a row, at most one CTA per SM in all; 0: the rows are too many or too long for that. */
 int cluster_size(int n_rows, int context, int n_sms)
 {
-    constexpr int SPAN_MIN = 2048;
+    constexpr int SPAN_MIN = 2048,
+                  SPAN_MIN_16 = 16384; /* 8 CTAs of 16K take 17.9 us, 16 of 8K 18.5 */
     int n = CLUSTER_MAX;
 
-    while (n > 1 && ((int64_t)n_rows * n > n_sms || context / n < SPAN_MIN))
+    while (n > 1 && ((int64_t)n_rows * n > n_sms || context / n < (n > 8 ? SPAN_MIN_16 : SPAN_MIN)))
         n /= 2;
     return (int64_t)n_rows * n <= n_sms && (context + n - 1) / n <= SPAN_MAX ? n : 0;
 }
@@ -544,12 +550,13 @@ int cluster_size(int n_rows, int context, int n_sms)
 } // namespace
 } // namespace tr
 
-extern "C" cudaError_t tr_cuda_topk(const struct tr_topk_args *a, cudaStream_t stream)
+extern "C" cudaError_t tr_cuda_topk_as(const struct tr_topk_args *a, int n_ctas,
+                                       cudaStream_t stream)
 {
     const tr_rows *rows = a->rows;
     int row_end = rows->n_max - a->i_row < a->n_row ? rows->n_max : a->i_row + a->n_row;
-    tr::topk_params p = {*rows,   a->score,    a->ld,        a->k,          a->i_row,
-                         row_end, a->position, a->cache_row, a->n_selected, 0};
+    tr::topk_params p = {*rows,       a->score,     a->ld,         a->k, a->i_row, row_end,
+                         a->position, a->cache_row, a->n_selected, 0,    0};
     int n_rows = row_end - a->i_row, device, n_sms;
 
     if (a->k < 1 || a->k > TR_CUDA_TOPK_MAX || a->i_row < 0) return cudaErrorInvalidValue;
@@ -558,8 +565,13 @@ extern "C" cudaError_t tr_cuda_topk(const struct tr_topk_args *a, cudaStream_t s
     if (st == cudaSuccess)
         st = cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
     if (st != cudaSuccess) return st;
-    int n_ctas = tr::cluster_size(n_rows, rows->max_context, n_sms);
+    if (!n_ctas) n_ctas = tr::cluster_size(n_rows, rows->max_context, n_sms);
     if (n_ctas) return tr::launch_cluster(p, n_rows, rows->max_context, n_ctas, stream);
     return n_rows <= n_sms ? tr::launch_stream<1024>(p, n_rows, rows->max_context, stream)
                            : tr::launch_stream<512>(p, n_rows, rows->max_context, stream);
+}
+
+extern "C" cudaError_t tr_cuda_topk(const struct tr_topk_args *a, cudaStream_t stream)
+{
+    return tr_cuda_topk_as(a, 0, stream);
 }

@@ -18,6 +18,9 @@ enum { TR_CUDA_TOPK_MAX = 2048 };
  * every row's context. cudaErrorInvalidValue: k outside [1, TR_CUDA_TOPK_MAX], or a context beyond some 570,000. */
 cudaError_t tr_cuda_topk(const struct tr_topk_args *a, cudaStream_t stream);
 
+/* The same with so many blocks of threads a row (1, 2, 4, 8, 16), for the program that measures; 0: as tr_cuda_topk chooses. */
+cudaError_t tr_cuda_topk_as(const struct tr_topk_args *a, int n_ctas, cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -578,9 +578,15 @@ void time_topk(measure::cold_timer &timer, int n_rows, int context, double targe
     double us = timer.median_us([&] { c.run(0, n_rows); });
     print_time("top-2048", std::to_string(n_rows) + " x " + std::to_string(context), us,
                4.0 * n_rows * context * 1e-6, "TB/s", target_us);
+    for (int n_ctas = 1; n_rows == 1 && n_ctas <= 16; n_ctas *= 2) {
+        if (context / n_ctas > 32768) continue;
+        us = timer.median_us([&] { CHECK_CUDA(tr_cuda_topk_as(&c.a, n_ctas, 0)); });
+        print_time("  blocks", std::to_string(n_ctas), us, 4.0 * n_rows * context * 1e-6, "TB/s",
+                   target_us);
+    }
 }
 
-void time_all()
+void time_all(bool all)
 {
     measure::cold_timer timer;
     {
@@ -591,10 +597,12 @@ void time_all()
         printf("ceiling: read %.2f TB/s; an empty kernel takes %.1f us\n", big.n * 16e-6 / us,
                timer.median_us([] { nothing<<<1, 32>>>(); }));
     }
-    time_prefill(timer, 4096, 4096, 986);
-    time_prefill(timer, 4096, 32768, 1149);
-    time_prefill(timer, 2048, 131072, 1033);
-    time_prefill(timer, 4096, 131072, 1017);
+    if (all) {
+        time_prefill(timer, 4096, 4096, 986);
+        time_prefill(timer, 4096, 32768, 1149);
+        time_prefill(timer, 2048, 131072, 1033);
+        time_prefill(timer, 4096, 131072, 1017);
+    }
     time_decode(timer, 1, 131072, 12.4);
     time_decode(timer, 8, 131072, 46.4);
     time_decode(timer, 32, 32768, 46.4);
@@ -616,11 +624,11 @@ int main(int argc, char **argv)
         return 77;
     }
     std::string only = argc > 1 ? argv[1] : "";
-    if (only != "time") {
+    if (only != "time" && only != "few") {
         check_all_logits();
         check_all_topk(only == "small");
         printf("%d checks failed\n", n_failed);
     }
-    if (n_failed == 0 && only != "check" && only != "small") time_all();
+    if (n_failed == 0 && only != "check" && only != "small") time_all(only != "few");
     return n_failed ? 1 : 0;
 }
