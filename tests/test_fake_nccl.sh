@@ -44,7 +44,9 @@ for peers in '' unreachable; do
     done
 done
 
-printf '#!/bin/sh\nexec "%s" "$@" --device cuda\n' "$program" >"$dir/trireme"
+# Under context parallelism rows are pushed.
+# shellcheck disable=SC2016 # the script's
+printf '#!/bin/sh\ncase "$*" in *--cp*) set -- "$@" --peer-kernels on ;; esac\nexec "%s" "$@" --device cuda\n' "$program" >"$dir/trireme"
 chmod +x "$dir/trireme"
 "$TR_SRCDIR/tests/run_grids.sh" "$dir/trireme" "$TR_SRCDIR/models/tiny" "$TR_BUILDDIR/tests/compare_records" --quick || status=1
 
@@ -76,7 +78,9 @@ ends 0 'attn_tp: no sums over peer memory: member 1: cudaIpcOpenMemHandle: ' FAK
 ends 0 'attn_tp: no sums over peer memory: member 0: cudaIpcGetMemHandle: ' FAKE_PEERS=none ARGUMENTS='--verbose'
 ends 0 'attn_tp: no sums over peer memory: what one GPU stores .* does not arrive' FAKE_PEERS=damaged ARGUMENTS='--verbose'
 ends 2 'attn_tp.*member 1: cudaIpcOpenMemHandle: ' FAKE_PEERS=closed ARGUMENTS='--peer-kernels on'
-ends 0 'attn_cp: no rows over peer memory: member 0: GPU .* does not reach' FAKE_PEERS=unreachable ARGUMENTS='--tp 1 --cp 2 --verbose'
+ends 0 'attn_cp: rows over peer memory' FAKE_GPU= ARGUMENTS='--tp 1 --cp 2 --peer-kernels on --verbose'
+ends 0 'attn_cp: rows over NCCL' FAKE_GPU= ARGUMENTS='--tp 1 --cp 2 --verbose'
+ends 2 'rows over peer memory of attn_cp: member 0: GPU .* does not reach' FAKE_PEERS=unreachable ARGUMENTS='--tp 1 --cp 2 --peer-kernels on'
 ends 2 'rows over peer memory of attn_cp: member 1: cudaIpcOpenMemHandle: ' FAKE_PEERS=closed ARGUMENTS='--tp 1 --cp 2 --peer-kernels on'
 ends 86 'attn_tp.*an error of the fake NCCL' FAKE_GPU= FAKE_NCCL_CALLS=40 ARGUMENTS='--peer-kernels off'
 ends 86 'peer memory of attn_tp.*an error of the fake NCCL' FAKE_GPU= FAKE_NCCL_CALLS=40

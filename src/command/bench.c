@@ -57,8 +57,8 @@ static const char help_text[] =
     "      --regions             where the time went, after each line\n"
     "      --sync-check          wait for every operation: --regions then tells its time on a\n"
     "                            GPU, and a failure names it\n"
-    "      --peer-kernels WHEN   auto, on or off: sums, and rows under --cp, over the GPUs' peer\n"
-    "                            memory (default auto)\n"
+    "      --peer-kernels WHEN   auto, on or off: sums over the GPUs' peer memory, with on rows\n"
+    "                            under --cp too (default auto)\n"
     "  -h, --help                this text\n";
 
 /* ---- options --------------------------------------------------------------------------------------------------------- */

@@ -44,7 +44,7 @@ static const char help_text[] =
     "      --rows N[,N...]    with --device cuda: index keys and latents of so many rows a rank,\n"
     "                         exchanged beside the products of a layer's queries, in graphs:\n"
     "                         by stores to the other GPUs and by NCCL, alone and what of it\n"
-    "                         is not hidden (default 256,512,2048,4096; 0: none)\n"
+    "                         is not hidden (as 256,512,2048,4096; default 0: none)\n"
     "  -h, --help             this text\n";
 
 enum { LIST_MAX = 16, WARM_UP = 20 };
@@ -137,12 +137,8 @@ static tr_status parse(comm_options *o, int world, int argc, char **argv, tr_err
     tr_status st = TR_OK;
     int c;
 
-    *o = (comm_options){.bytes = {8, 1024, 65536, 1048576},
-                        .n_bytes = 4,
-                        .calls = 10000,
-                        .width = 7168,
-                        .rows = {256, 512, 2048, 4096},
-                        .n_rows = 4};
+    *o = (comm_options){
+        .bytes = {8, 1024, 65536, 1048576}, .n_bytes = 4, .calls = 10000, .width = 7168};
     opterr = 0;
     optind = 1;
     while (st == TR_OK && (c = getopt_long(argc, argv, "h", table, NULL)) != -1) {
