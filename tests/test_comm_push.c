@@ -1,5 +1,5 @@
 /* Rows of a cache pushed into the other members' caches (tr_share_reach), against the same rows made here: to the bit, whatever
- * their number and the delays of single ranks. Runs on 2 to 8 ranks with a GPU each (tests/run_two_gpus.sh starts it), and linked
+ * their number and the delays of single ranks. Runs on 2 to 8 ranks with a GPU each (tests/run_gpus.sh starts it), and linked
  * with a fake device as tests/test_push_on_fake (tests/test_fake_nccl.sh). Alone, or where there are no GPUs that reach each
  * other, there is nothing to test (77). FAKE_PEERS set: the fake GPUs do not reach each other; NCCL then makes the same. */
 #include <config.h>
