@@ -8,7 +8,8 @@
 typedef struct tr_near {
     int numa_node; /* the system's number of the GPU's; -1: not known */
     bool bound;    /* the calling thread was put there */
-    char cpus[64]; /* of that node those that this thread may use: "0-15,32", as far as there is room; "": none, or not known */
+    char cpus
+        [64]; /* of that node those that this thread may use: "0-15,32", as far as there is room; "": none, or not known */
 } tr_near;
 
 /* Of the PCI device at "0000:1b:00.0". bind: the calling thread, and with it every one that it starts from now on, goes to the

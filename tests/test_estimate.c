@@ -232,7 +232,8 @@ static void context_parallel(void **state)
     step.prefill = false;
     step.rows = 64;
     k = layer_traffic(t, n, step, TR_MOE_FORM_AUTO);
-    assert_int_equal(k, 1); /* all ranks have the same rows: only sums travel, every member's to all */
+    assert_int_equal(k,
+                     1); /* all ranks have the same rows: only sums travel, every member's to all */
     assert_int_equal(t[0].op, TR_WIRE_ALL_GATHER);
     assert_near(t[0].sent, 7.0 * 64 * 14336, 0.1);
     k = layer_traffic(t, n, step, TR_MOE_FORM_EXCHANGE);

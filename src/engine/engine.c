@@ -62,8 +62,7 @@ static tr_status make_steps(tr_engine *e, tr_err *err)
             return tr_fail(err, TR_E_MEMORY, "out of memory for %zu plans of %zu bytes", n,
                            e->bytes_max);
         tr_status st = tr_step_create(&s->step, e->model, err);
-        if (!st)
-            st = tr_step_record(&s->step, e->model, e->options.max_sequences, &records, err);
+        if (!st) st = tr_step_record(&s->step, e->model, e->options.max_sequences, &records, err);
         if (st) return st;
     }
     if (records.n)

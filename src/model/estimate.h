@@ -52,9 +52,9 @@ tr_wire tr_wire_gpu(const tr_config *config, tr_dtype kv);
 typedef enum tr_moe_form {
     TR_MOE_FORM_AUTO, /* what the model does: REDUCE where MOE and ATTN_TP are the same ranks, else TELL where few rows decode, else
                          EXCHANGE */
-    TR_MOE_FORM_REDUCE,  /* parallel.md 2.1: same rows everywhere, partial sums added up */
-    TR_MOE_FORM_GATHER,  /* 2.3, `agrs` of 5.5: all rows to all members, sums scattered back */
-    TR_MOE_FORM_TELL,    /* all rows to all members, every member's sums back (src/model/exchange.c) */
+    TR_MOE_FORM_REDUCE, /* parallel.md 2.1: same rows everywhere, partial sums added up */
+    TR_MOE_FORM_GATHER, /* 2.3, `agrs` of 5.5: all rows to all members, sums scattered back */
+    TR_MOE_FORM_TELL, /* all rows to all members, every member's sums back (src/model/exchange.c) */
     TR_MOE_FORM_EXCHANGE /* 2.4: rows to the ranks that have one of their experts, and back */
 } tr_moe_form;
 

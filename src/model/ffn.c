@@ -30,8 +30,7 @@ tr_status tr_dense_forward(tr_model *m, const tr_pass *p, const tr_mlp_weights *
     const tr_slice *s = &m->weights->slice;
     tr_status st = !s->dense_partial || s->dense_adds ? mlp(m, p, w, m->ws.block_out, err)
                                                       : nothing(m, p, err);
-    if (st == TR_OK && s->dense_partial)
-        st = tr_model_owe(m, p, m->groups.attn_tp, err);
+    if (st == TR_OK && s->dense_partial) st = tr_model_owe(m, p, m->groups.attn_tp, err);
     return st;
 }
 

@@ -141,7 +141,7 @@ typedef struct tr_pass {
     int n_head; /* head rows, likewise */
     bool split; /* the members of attn_cp have different ones */
     int rounds; /* of the exchange with the experts: the same on all its members */
-    int each;   /* rows of every replica, at most, when they are told to all experts instead; 0: they are dispatched */
+    int each; /* rows of every replica, at most, when they are told to all experts instead; 0: they are dispatched */
 } tr_pass;
 
 /* Run an operation on the model's lane as a region of its name; an error names it. */

@@ -526,3 +526,85 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph)
     free(graph);
     return said(cudaSuccess);
 }
+
+/* Everything that is captured has something else in front of it. */
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCaptureStatus *status,
+                                     unsigned long long *id, cudaGraph_t *graph,
+                                     const cudaGraphNode_t **node, const cudaGraphEdgeData **edge,
+                                     size_t *n)
+{
+    if (id) *id = 1;
+    if (graph) *graph = NULL;
+    if (node) *node = NULL;
+    if (edge) *edge = NULL;
+    if (n) *n = 0;
+    return cudaStreamIsCapturing(stream, status);
+}
+
+cudaError_t cudaGraphNodeGetType(cudaGraphNode_t node, enum cudaGraphNodeType *out)
+{
+    (void)node;
+    *out = cudaGraphNodeTypeEmpty;
+    return said(cudaSuccess);
+}
+
+/* ---- other GPUs, which there are none of ----------------------------------------------------------------------------------- */
+
+cudaError_t cudaDeviceSynchronize(void)
+{
+    return waited();
+}
+
+cudaError_t cudaMemcpy(void *to, const void *from, size_t n, enum cudaMemcpyKind kind)
+{
+    (void)kind;
+    memmove(to, from, n);
+    return waited();
+}
+
+cudaError_t cudaMemset(void *to, int byte, size_t n)
+{
+    memset(to, byte, n);
+    return said(cudaSuccess);
+}
+
+cudaError_t cudaDeviceGetByPCIBusId(int *out, const char *id)
+{
+    (void)id;
+    *out = 0;
+    return said(cudaSuccess);
+}
+
+cudaError_t cudaDeviceCanAccessPeer(int *out, int device, int peer)
+{
+    (void)device, (void)peer;
+    *out = 0;
+    return said(cudaSuccess);
+}
+
+cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t *out, void *memory)
+{
+    (void)out, (void)memory;
+    return said(cudaErrorNotSupported);
+}
+
+cudaError_t cudaIpcOpenMemHandle(void **out, cudaIpcMemHandle_t handle, unsigned flags)
+{
+    (void)handle, (void)flags;
+    *out = NULL;
+    return said(cudaErrorNotSupported);
+}
+
+cudaError_t cudaIpcCloseMemHandle(void *memory)
+{
+    (void)memory;
+    return said(cudaErrorInvalidValue);
+}
+
+cudaError_t cudaOccupancyMaxActiveClusters(int *out, const void *function,
+                                           const cudaLaunchConfig_t *config)
+{
+    (void)function, (void)config;
+    *out = N_SMS / 4;
+    return said(cudaSuccess);
+}
