@@ -139,7 +139,7 @@ static int stopped_midway(void)
 /* Tensors of gigabytes may be on their way: a stop ends that between two reads. */
 static void a_stop_ends_loading_midway(void **state)
 {
-    int status;
+    int status = 0;
     (void)state;
     const pid_t child = fork();
     if (child == 0) _exit(stopped_midway());
