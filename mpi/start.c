@@ -171,6 +171,13 @@ tr_status tr_agree_within(const tr_world *world, tr_status mine, double seconds,
     return st;
 }
 
+void tr_world_say(const tr_world *world, tr_status st, tr_err *err)
+{
+    if (st == TR_OK || world->size == 1 || !err) return;
+    if (world->rank == 0) fprintf(stderr, "trireme: %s\n", err->text);
+    err->text[0] = '\0';
+}
+
 tr_status tr_world_tell(const tr_world *world, void *data, int bytes, tr_err *err)
 {
     tr_status st = TR_OK;

@@ -46,6 +46,11 @@ tr_status tr_agree(const tr_world *world, tr_status mine, tr_err *err);
  * within `seconds`; then nothing but tr_world_abort may follow. */
 tr_status tr_agree_within(const tr_world *world, tr_status mine, double seconds, tr_err *err);
 
+/* What every rank knows to have failed is said once: rank 0 prints err's text to stderr, and does so now, for once a rank has
+ * left MPI with a failure the launcher ends the others, printed or not. The text is emptied on every rank, so that nobody
+ * repeats it. Nothing happens with one rank or without an error. */
+void tr_world_say(const tr_world *world, tr_status st, tr_err *err);
+
 /* Rank 0's bytes to all. Collective over the world. */
 tr_status tr_world_tell(const tr_world *world, void *data, int bytes, tr_err *err);
 

@@ -100,12 +100,7 @@ static tr_status with_ranks(tr_batch_options *options, tr_err *err)
     st = tr_agree(&world, run && log ? TR_OK : tr_fail(err, TR_E_MEMORY, "out of memory"), err);
     if (st == TR_OK) st = phases(run, &world, err);
     if (st != TR_OK && world.size > 1 && run && tr_run_broken(run)) give_up(&world, err);
-    if (st != TR_OK && world.size > 1) {
-        /* Rank 0 speaks for the job, and does so now: once a rank has left MPI with this status the launcher ends the others,
-         * printed or not. */
-        if (leads) fprintf(stderr, "trireme: %s\n", err->text);
-        err->text[0] = 0;
-    }
+    tr_world_say(&world, st, err);
 done:
     tr_run_free(run); /* every file before MPI ends: the launcher may end ranks that still run */
     tr_log_free(log);

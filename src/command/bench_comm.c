@@ -534,17 +534,13 @@ tr_status tr_bench_comm(int argc, char **argv, tr_err *err)
     bench b = {.send = NULL};
     tr_status st = tr_world_start(&b.world, err);
 
-    if (st == TR_OK) st = parse(&b.options, b.world.size, argc, argv, err);
-    if (st == TR_OK && b.options.help) {
-        if (b.world.rank == 0) fputs(help_text, stdout);
-    } else if (st == TR_OK) {
-        st = run(&b, err);
-    }
-    /* All ranks know of an error; one of them says so, and now: once a rank has left MPI with this status the launcher ends
-     * the others, printed or not. */
-    if (st != TR_OK && b.world.size > 1 && err) {
-        if (b.world.rank == 0) fprintf(stderr, "trireme: %s\n", err->text);
-        err->text[0] = '\0';
+    if (st == TR_OK) {
+        st = parse(&b.options, b.world.size, argc, argv, err);
+        if (st == TR_OK && !b.options.help)
+            st = run(&b, err);
+        else if (st == TR_OK && b.world.rank == 0)
+            fputs(help_text, stdout);
+        tr_world_say(&b.world, st, err);
     }
     close_device(&b);
     free(b.each);

@@ -710,8 +710,10 @@ tr_status tr_bench_with_world(const tr_bench_options *o, tr_bench_ranks *bench_r
     tr_world world;
     tr_status st = tr_world_start(&world, err);
     own.open.world = &world;
-    if (st == TR_OK) st = bench_ranks(&own, err);
-    if (st != TR_OK && world.size > 1 && world.rank > 0) err->text[0] = 0; /* rank 0 says it */
+    if (st == TR_OK) {
+        st = bench_ranks(&own, err);
+        tr_world_say(&world, st, err);
+    }
     tr_world_finish(st);
     return st;
 }

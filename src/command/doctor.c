@@ -189,14 +189,6 @@ static tr_status examine(const doctor_options *o, tr_world *world, tr_err *err)
     return st;
 }
 
-/* All ranks know of an error; one of them says so, and now: once a rank has left MPI the launcher may end the others. */
-static void speak_once(const tr_world *world, tr_status st, tr_err *err)
-{
-    if (st == TR_OK || world->size == 1) return;
-    if (world->rank == 0) fprintf(stderr, "trireme: %s\n", err->text);
-    err->text[0] = '\0';
-}
-
 tr_status tr_command_doctor(int argc, char **argv, tr_err *err)
 {
     doctor_options o = {.help = false};
@@ -216,8 +208,10 @@ tr_status tr_command_doctor(int argc, char **argv, tr_err *err)
         st = explain(argv + rest, argc - rest, err);
     } else {
         st = tr_world_start(&world, err);
-        if (st == TR_OK) st = examine(&o, &world, err);
-        speak_once(&world, st, err);
+        if (st == TR_OK) {
+            st = examine(&o, &world, err);
+            tr_world_say(&world, st, err);
+        }
         tr_world_finish(st);
         return st;
     }
