@@ -204,6 +204,24 @@ tr_status tr_comm_all_max_u64(tr_comm *c, uint64_t *x, size_t n, tr_ticket *tick
     return begun(c, c->impl->all_max(c, x, n, ticket, err));
 }
 
+tr_status tr_comm_max_word(tr_comm *c, uint64_t *x, tr_err *err)
+{
+    tr_ticket ticket = {0};
+    tr_status st = tr_comm_all_max_u64(c, x, 1, &ticket, err);
+
+    return st == TR_OK ? tr_comm_wait(c, TR_LANE_MAIN, ticket, err) : st;
+}
+
+tr_status tr_comm_max_number(tr_comm *c, double *x, tr_err *err)
+{
+    uint64_t bits;
+
+    memcpy(&bits, x, sizeof bits); /* what is not negative is ordered as its bits */
+    tr_status st = tr_comm_max_word(c, &bits, err);
+    memcpy(x, &bits, sizeof bits);
+    return st;
+}
+
 /* Ticket 0 stands for nothing begun: there is nothing to wait for. */
 tr_status tr_comm_wait(tr_comm *c, tr_lane reader, tr_ticket ticket, tr_err *err)
 {
@@ -263,7 +281,7 @@ uint64_t tr_comm_shortest_ns(const tr_comm *c, tr_comm_op op)
     return c->shortest_ns[op];
 }
 
-uint64_t tr_comm_longest_ns(const tr_comm *c, tr_comm_op op)
+uint64_t tr_comm_max_number_ns(const tr_comm *c, tr_comm_op op)
 {
     return c->longest_ns[op];
 }

@@ -70,6 +70,10 @@ tr_status tr_comm_recv(tr_comm *, int from, void *, size_t bytes, tr_ticket *, t
 tr_status tr_comm_broadcast(tr_comm *, int root, void *, size_t bytes, tr_ticket *, tr_err *);
 /* Largest of the members' words, in place: the packed arg-max of parallel.md 2.6. */
 tr_status tr_comm_all_max_u64(tr_comm *, uint64_t *, size_t n, tr_ticket *, tr_err *);
+/* The same of one word, begun and awaited: a barrier too. */
+tr_status tr_comm_max_word(tr_comm *, uint64_t *, tr_err *);
+/* The same of a number >= 0, of times for instance. */
+tr_status tr_comm_max_number(tr_comm *, double *, tr_err *);
 /* The data of `ticket` is there for `reader` afterwards. Over MPI: TR_E_COMM or TR_E_MEMORY also where another communicator of
  * this process is broken, in which the members it waits for may wait themselves. */
 tr_status tr_comm_wait(tr_comm *, tr_lane reader, tr_ticket, tr_err *);
@@ -87,7 +91,7 @@ uint64_t tr_comm_waited_ns(const tr_comm *, tr_comm_op);
 uint64_t tr_comm_flown_ns(const tr_comm *, tr_comm_op);
 /* Of single operations of this kind; 0: there was none. */
 uint64_t tr_comm_shortest_ns(const tr_comm *, tr_comm_op),
-    tr_comm_longest_ns(const tr_comm *, tr_comm_op);
+    tr_comm_max_number_ns(const tr_comm *, tr_comm_op);
 /* Of one that has been waited for, and not long ago; 0: not known. */
 uint64_t tr_comm_flight_ns(const tr_comm *, tr_ticket);
 /* The device whose memory the communicator moves; NULL: the host's (the group of one moves what it is given). */

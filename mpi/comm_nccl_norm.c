@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "base/clock.h"
+#include "base/order.h"
 #include "base/size.h"
 #include "kernels/cuda/comm.h"
 #include "mpi/comm_nccl_priv.h"
@@ -235,25 +236,6 @@ static tr_status record(const trial *t, int form, int rows, tr_graph **out, tr_e
     return st == TR_OK ? TR_OK : tr_fail(err, st, "graph: %s", ops->error(comm->device));
 }
 
-/* All members have come here; what is positive is ordered as its bits. */
-static tr_status largest(tr_comm *host, double *seconds, tr_err *err)
-{
-    uint64_t bits;
-    tr_ticket t;
-
-    memcpy(&bits, seconds, sizeof bits);
-    tr_status st = tr_comm_all_max_u64(host, &bits, 1, &t, err);
-    if (st == TR_OK) st = tr_comm_wait(host, TR_LANE_MAIN, t, err);
-    memcpy(seconds, &bits, sizeof bits);
-    return st;
-}
-
-static int by_value(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 /* The last event, or TR_E_COMM after the limit: no watchdog runs yet, and nobody else would end it. */
 static cudaError_t await_until(const trial *t, double seconds)
 {
@@ -290,8 +272,7 @@ static tr_status settle(const trial *t, double *median, tr_err *err)
         t->seconds[i] = (double)ms * 1e-3 / A_RECORD;
     }
     if (st != TR_OK) return st;
-    qsort(t->seconds, (size_t)t->times, sizeof *t->seconds, by_value);
-    *median = t->seconds[t->times / 2];
+    *median = tr_median(t->seconds, t->times);
     return TR_OK;
 }
 
@@ -308,7 +289,7 @@ static tr_status measure(const trial *t, int form, int rows, double *out, tr_err
     tr_status st = several(t, form, rows, err);
 
     if (st == TR_OK && graphs) st = record(t, form, rows, &graph, err);
-    if (st == TR_OK) st = largest(comm->host, &none, err); /* all are here */
+    if (st == TR_OK) st = tr_comm_max_number(comm->host, &none, err); /* all are here */
     for (int i = 0; i < WARM_UP + t->times && st == TR_OK; i++) {
         TR_CUDA(cudaEventRecord(t->event[i], main));
         st = graphs ? ops->graph_run(comm->device, TR_LANE_MAIN, graph)
@@ -318,7 +299,7 @@ static tr_status measure(const trial *t, int form, int rows, double *out, tr_err
     if (st != TR_OK) goto done;
     TR_CUDA(cudaEventRecord(t->event[WARM_UP + t->times], main));
     st = settle(t, out, err);
-    if (st == TR_OK) st = largest(comm->host, out, err);
+    if (st == TR_OK) st = tr_comm_max_number(comm->host, out, err);
 
 done:
     if (graph) ops->graph_free(comm->device, graph);
@@ -417,10 +398,10 @@ static tr_status try_out(trial *t, tr_peer_report *report, tr_err *err)
     for (int form = 0; form < TR_CUDA_PEER_FORMS && st == TR_OK && wrong == 0; form++) {
         tr_err ignored;
         if (tr_cuda_peer_rows(&t->c->fused, (tr_cuda_peer_form)form) < TRIED) continue;
-        st = largest(t->c->base.host, &wrong, err); /* all are here */
+        st = tr_comm_max_number(t->c->base.host, &wrong, err); /* all are here */
         if (st != TR_OK) break;
         wrong = try_form(t, form, got, &ignored) != TR_OK || memcmp(got, want, bytes) != 0;
-        st = largest(t->c->base.host, &wrong, err);
+        st = tr_comm_max_number(t->c->base.host, &wrong, err);
     }
     if (st == TR_OK && wrong > 0)
         snprintf(report->why, sizeof report->why,
@@ -440,7 +421,7 @@ static tr_status choose_all(tr_comm_nccl *c, const tr_peer_options *o, tr_peer_r
     double failed = st != TR_OK; /* the others are not to wait for one that has no memory */
     tr_err other;
 
-    const tr_status agreed = largest(c->base.host, &failed, &other);
+    const tr_status agreed = tr_comm_max_number(c->base.host, &failed, &other);
     if (st == TR_OK && agreed != TR_OK) st = tr_fail(err, agreed, "%s", other.text);
     if (st == TR_OK && failed > 0) st = tr_fail(err, TR_E_COMM, "another member has failed");
     if (st == TR_OK) st = try_out(&t, report, err);

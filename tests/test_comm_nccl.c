@@ -15,28 +15,17 @@
 #include <cmocka.h>
 
 #include "kernels/number.h"
-#include "mpi/binding.h"
-#include "mpi/comm_mpi.h"
-#include "mpi/comm_nccl.h"
+#include "tests/device_rank.h"
 
 enum { RANKS_MAX = 16, MOST = 6 << 20 };
 
 typedef struct place { /* one rank's */
-    tr_world world;
-    tr_device *device;
-    const tr_ops *ops;
-    tr_nccl *nccl;
-    tr_comm *host, *gpu, *terms,
+    device_rank at;
+    tr_comm *gpu, *terms,
         *other;      /* the last two: sums of terms; another communicator of the same members */
     char *a, *b, *c; /* [MOST] host memory */
     char *da, *db;   /* [MOST] the device's */
-    int me, size;
 } place;
-
-static void well(tr_status st, const tr_err *err)
-{
-    if (st != TR_OK) fail_msg("%s", err->text);
-}
 
 static void await(tr_comm *c, tr_ticket t)
 {
@@ -44,33 +33,10 @@ static void await(tr_comm *c, tr_ticket t)
     well(tr_comm_wait(c, TR_LANE_MAIN, t, &err), &err);
 }
 
-static void up(const place *p, void *to, const void *from, size_t n)
-{
-    assert_int_equal(p->ops->upload(p->device, TR_LANE_MAIN, to, from, n), TR_OK);
-}
-
-static void down(const place *p, void *to, const void *from, size_t n)
-{
-    assert_int_equal(p->ops->download(p->device, TR_LANE_MAIN, to, from, n), TR_OK);
-    const uint64_t t = p->ops->ticket(p->device, TR_LANE_MAIN);
-    int done;
-    while ((done = p->ops->done(p->device, TR_LANE_MAIN, t)) == 0)
-        tr_comm_progress(p->gpu);
-    assert_int_equal(done, 1);
-}
-
-static uint32_t noise(int member, size_t k)
-{
-    uint32_t h = (uint32_t)k * 2654435761u + (uint32_t)member * 40503u + 1;
-    h ^= h >> 15;
-    h *= 2246822519u;
-    return h ^ (h >> 13);
-}
-
 /* Of both signs and of very different sizes: every order of summation gives another sum. */
 static float term(int member, size_t k)
 {
-    const uint32_t h = noise(member, k);
+    const uint32_t h = noise((uint32_t)member, k);
     return ((float)(h & 0xffff) - 32768.0f) * (h & 0x10000 ? 1e-4f : h & 0x20000 ? 1.0f : 1e4f);
 }
 
@@ -82,7 +48,7 @@ static uint16_t term16(int member, size_t k)
 static void fill_bytes(char *x, size_t n, int member)
 {
     for (size_t k = 0; k < n; k++)
-        x[k] = (char)noise(member, k);
+        x[k] = (char)noise((uint32_t)member, k);
 }
 
 static void same(const char *what, const void *got, const void *want, size_t n)
@@ -107,13 +73,13 @@ static void sum_f32(place *p, tr_comm *c)
         const size_t n = sum_sizes[s];
         float *x = (float *)(void *)p->a;
         for (size_t k = 0; k < n; k++)
-            x[k] = term(p->me, k);
-        up(p, p->da, x, n * 4);
+            x[k] = term(p->at.me, k);
+        up(&p->at, p->da, x, n * 4);
         well(tr_comm_all_reduce(c, p->da, n, TR_F32, &t, &err), &err);
         await(c, t);
-        down(p, p->b, p->da, n * 4);
-        well(tr_comm_all_reduce(p->host, x, n, TR_F32, &t, &err), &err);
-        await(p->host, t);
+        down(&p->at, p->b, p->da, n * 4, p->gpu);
+        well(tr_comm_all_reduce(p->at.host, x, n, TR_F32, &t, &err), &err);
+        await(p->at.host, t);
         same("all_reduce f32", p->b, x, n * 4);
     }
 }
@@ -127,14 +93,14 @@ static void sum_bf16(place *p, tr_comm *c)
         const size_t n = sum_sizes[s];
         uint16_t *x = (uint16_t *)(void *)p->a, *y = (uint16_t *)(void *)p->b;
         for (size_t k = 0; k < n; k++)
-            x[k] = term16(p->me, k);
-        up(p, p->da, x, n * 2);
+            x[k] = term16(p->at.me, k);
+        up(&p->at, p->da, x, n * 2);
         well(tr_comm_all_reduce(c, p->da, n, TR_BF16, &t, &err), &err);
         await(c, t);
-        down(p, y, p->da, n * 2);
+        down(&p->at, y, p->da, n * 2, p->gpu);
         for (size_t k = 0; k < n; k++) {
             float sum = tr_bf16_to_f32(term16(0, k));
-            for (int m = 1; m < p->size; m++)
+            for (int m = 1; m < p->at.size; m++)
                 sum += tr_bf16_to_f32(term16(m, k));
             if (y[k] != tr_f32_to_bf16(sum))
                 fail_msg("bf16, n %zu: element %zu: %04x, not %04x", n, k, y[k],
@@ -155,19 +121,19 @@ static void test_sums(void **state)
 static void scatter(place *p, tr_comm *c, size_t n, bool in_place)
 {
     float *x = (float *)(void *)p->a, *y = (float *)(void *)p->b;
-    const size_t all = n * (size_t)p->size, mine = (size_t)p->me * n * 4;
+    const size_t all = n * (size_t)p->at.size, mine = (size_t)p->at.me * n * 4;
     tr_err err = {0};
     tr_ticket t;
 
     for (size_t k = 0; k < all; k++)
-        x[k] = term(p->me, k);
-    up(p, p->da, x, all * 4);
+        x[k] = term(p->at.me, k);
+    up(&p->at, p->da, x, all * 4);
     char *out = in_place ? p->da + mine : p->db;
     well(tr_comm_reduce_scatter(c, p->da, out, n, TR_F32, &t, &err), &err);
     await(c, t);
-    down(p, p->c, out, n * 4);
-    well(tr_comm_reduce_scatter(p->host, x, y, n, TR_F32, &t, &err), &err);
-    await(p->host, t);
+    down(&p->at, p->c, out, n * 4, p->gpu);
+    well(tr_comm_reduce_scatter(p->at.host, x, y, n, TR_F32, &t, &err), &err);
+    await(p->at.host, t);
     same("reduce_scatter", p->c, y, n * 4);
 }
 
@@ -193,15 +159,15 @@ static void test_max(void **state)
     for (size_t s = 0; s < 4; s++) {
         const size_t n = sizes[s];
         for (size_t k = 0; k < n; k++) /* above the sign bit too: all ones is one of the keys */
-            x[k] = k % 7 == 0 && p->me == (int)(k % (size_t)p->size)
+            x[k] = k % 7 == 0 && p->at.me == (int)(k % (size_t)p->at.size)
                        ? UINT64_MAX
-                       : (uint64_t)noise(p->me, k) << (k % 33);
-        up(p, p->da, x, n * 8);
+                       : (uint64_t)noise(p->at.me, k) << (k % 33);
+        up(&p->at, p->da, x, n * 8);
         well(tr_comm_all_max_u64(p->gpu, (uint64_t *)(void *)p->da, n, &t, &err), &err);
         await(p->gpu, t);
-        down(p, p->b, p->da, n * 8);
-        well(tr_comm_all_max_u64(p->host, x, n, &t, &err), &err);
-        await(p->host, t);
+        down(&p->at, p->b, p->da, n * 8, p->gpu);
+        well(tr_comm_all_max_u64(p->at.host, x, n, &t, &err), &err);
+        await(p->at.host, t);
         same("all_max", p->b, x, n * 8);
     }
 }
@@ -229,23 +195,23 @@ static void test_gather(void **state)
 
     for (int r = 0; r < 2 * ROUNDS; r++) {
         size_t all = 0, before = 0;
-        for (int i = 0; i < p->size; i++) {
-            if (i == p->me) before = all;
+        for (int i = 0; i < p->at.size; i++) {
+            if (i == p->at.me) before = all;
             bytes[i] = bytes_of(r / 2, i, 0);
             all += bytes[i];
         }
-        const size_t mine = bytes[p->me];
+        const size_t mine = bytes[p->at.me];
         const bool in_place = r % 2;
-        fill_bytes(p->a, mine, p->me + r);
+        fill_bytes(p->a, mine, p->at.me + r);
         memset(p->b, 0, all);
-        up(p, p->db, p->b, all);
+        up(&p->at, p->db, p->b, all);
         char *from = in_place ? p->db + before : p->da;
-        up(p, from, p->a, mine);
+        up(&p->at, from, p->a, mine);
         well(tr_comm_all_gather(p->gpu, from, p->db, bytes, &t, &err), &err);
         await(p->gpu, t);
-        down(p, p->c, p->db, all);
-        well(tr_comm_all_gather(p->host, p->a, p->b, bytes, &t, &err), &err);
-        await(p->host, t);
+        down(&p->at, p->c, p->db, all, p->gpu);
+        well(tr_comm_all_gather(p->at.host, p->a, p->b, bytes, &t, &err), &err);
+        await(p->at.host, t);
         same("all_gather", p->c, p->b, all);
     }
 }
@@ -259,17 +225,17 @@ static void test_exchange(void **state)
 
     for (int r = 0; r < ROUNDS; r++) {
         size_t n_out = 0, n_in = 0;
-        for (int i = 0; i < p->size; i++) {
-            n_out += out[i] = bytes_of(r, p->me, i);
-            n_in += in[i] = bytes_of(r, i, p->me);
+        for (int i = 0; i < p->at.size; i++) {
+            n_out += out[i] = bytes_of(r, p->at.me, i);
+            n_in += in[i] = bytes_of(r, i, p->at.me);
         }
-        fill_bytes(p->a, n_out, p->me + r);
-        up(p, p->da, p->a, n_out);
+        fill_bytes(p->a, n_out, p->at.me + r);
+        up(&p->at, p->da, p->a, n_out);
         well(tr_comm_all_to_all(p->gpu, p->da, out, p->db, in, &t, &err), &err);
         await(p->gpu, t);
-        down(p, p->c, p->db, n_in);
-        well(tr_comm_all_to_all(p->host, p->a, out, p->b, in, &t, &err), &err);
-        await(p->host, t);
+        down(&p->at, p->c, p->db, n_in, p->gpu);
+        well(tr_comm_all_to_all(p->at.host, p->a, out, p->b, in, &t, &err), &err);
+        await(p->at.host, t);
         same("all_to_all", p->c, p->b, n_in);
     }
 }
@@ -279,23 +245,23 @@ static void test_letters(void **state)
 {
     place *p = *state;
     static const size_t sizes[] = {0, 1, 28672, 1 << 20};
-    const int to = (p->me + 1) % p->size, from = (p->me + p->size - 1) % p->size;
+    const int to = (p->at.me + 1) % p->at.size, from = (p->at.me + p->at.size - 1) % p->at.size;
     tr_err err = {0};
     tr_ticket sent = {0}, got = {0};
 
     for (size_t s = 0; s < 4; s++) {
         const size_t n = sizes[s];
-        fill_bytes(p->a, n, p->me);
+        fill_bytes(p->a, n, p->at.me);
         fill_bytes(p->b, n, from);
-        up(p, p->da, p->a, n);
+        up(&p->at, p->da, p->a, n);
         for (int turn = 0; turn < 2; turn++)
-            if (turn == p->me % 2)
+            if (turn == p->at.me % 2)
                 well(tr_comm_send(p->gpu, to, p->da, n, &sent, &err), &err);
             else
                 well(tr_comm_recv(p->gpu, from, p->db, n, &got, &err), &err);
         await(p->gpu, got);
         await(p->gpu, sent);
-        down(p, p->c, p->db, n);
+        down(&p->at, p->c, p->db, n, p->gpu);
         same("send, recv", p->c, p->b, n);
     }
 }
@@ -306,14 +272,14 @@ static void test_broadcast(void **state)
     tr_err err = {0};
     tr_ticket t;
 
-    for (int root = 0; root < p->size; root++)
+    for (int root = 0; root < p->at.size; root++)
         for (size_t n = 0; n < 70000; n = n * 7 + 1) {
-            fill_bytes(p->a, n, p->me);
+            fill_bytes(p->a, n, p->at.me);
             fill_bytes(p->b, n, root);
-            up(p, p->da, p->a, n);
+            up(&p->at, p->da, p->a, n);
             well(tr_comm_broadcast(p->gpu, root, p->da, n, &t, &err), &err);
             await(p->gpu, t);
-            down(p, p->c, p->da, n);
+            down(&p->at, p->c, p->da, n, p->gpu);
             same("broadcast", p->c, p->b, n);
         }
 }
@@ -329,11 +295,11 @@ static void test_in_flight(void **state)
     size_t bytes[RANKS_MAX];
     tr_err err = {0};
 
-    for (int i = 0; i < p->size; i++)
+    for (int i = 0; i < p->at.size; i++)
         bytes[i] = EACH;
-    const size_t all = EACH * (size_t)p->size;
-    fill_bytes(p->a, N * EACH, p->me);
-    up(p, p->da, p->a, N * EACH);
+    const size_t all = EACH * (size_t)p->at.size;
+    fill_bytes(p->a, N * EACH, p->at.me);
+    up(&p->at, p->da, p->a, N * EACH);
     for (int i = 0; i < N; i++)
         well(tr_comm_all_gather(i % 2 ? p->gpu : p->other, p->da + (size_t)i * EACH,
                                 p->db + (size_t)i * all, bytes, &t[i], &err),
@@ -341,8 +307,8 @@ static void test_in_flight(void **state)
     for (int i = N; i-- > 0;)
         await(i % 2 ? p->gpu : p->other, t[i]);
     await(p->gpu, t[N - 1]); /* once more */
-    down(p, p->c, p->db, N * all);
-    for (int m = 0; m < p->size; m++) {
+    down(&p->at, p->c, p->db, N * all, p->gpu);
+    for (int m = 0; m < p->at.size; m++) {
         fill_bytes(p->b, N * EACH, m);
         for (size_t i = 0; i < N; i++)
             same("in flight", p->c + i * all + (size_t)m * EACH, p->b + i * EACH, EACH);
@@ -359,13 +325,13 @@ static void test_begins_behind(void **state)
 
     for (int round = 0; round < 5; round++) {
         fill_bytes(p->a, N, round);
-        up(p, p->da, p->a, N);
+        up(&p->at, p->da, p->a, N);
         well(tr_comm_broadcast(p->gpu, 0, p->da, N, &t, &err), &err);
         await(p->gpu, t);
         memset(p->c, 0, N);
-        up(p, p->da, p->c, N);
-        up(p, p->db, p->a, N);
-        down(p, p->b, p->da, N);
+        up(&p->at, p->da, p->c, N);
+        up(&p->at, p->db, p->a, N);
+        down(&p->at, p->b, p->da, N, p->gpu);
         same("written behind", p->b, p->c, N);
     }
 }
@@ -380,8 +346,8 @@ static void test_modes(void **state)
     tr_ticket t;
 
     for (size_t k = 0; k < N; k++)
-        x[k] = term(p->me, k);
-    up(p, p->da, x, N * 4);
+        x[k] = term(p->at.me, k);
+    up(&p->at, p->da, x, N * 4);
     tr_comm_counts(p->gpu, TR_COMM_ALL_REDUCE, &before, &bytes);
     tr_comm_set_mode(p->gpu, TR_COMM_NOTE);
     well(tr_comm_all_reduce(p->gpu, p->da, N, TR_F32, &t, &err), &err);
@@ -389,29 +355,29 @@ static void test_modes(void **state)
     tr_comm_set_mode(p->gpu, TR_COMM_RUN);
     tr_comm_counts(p->gpu, TR_COMM_ALL_REDUCE, &after, &bytes);
     assert_int_equal(after, before + 1);
-    down(p, p->b, p->da, N * 4);
+    down(&p->at, p->b, p->da, N * 4, p->gpu);
     same("noted", p->b, x, N * 4);
-    if (!(p->ops->caps & TR_CAP_GRAPH)) return;
+    if (!(p->at.ops->caps & TR_CAP_GRAPH)) return;
 
     tr_graph *graph = NULL;
     well(tr_comm_all_reduce(p->gpu, p->da, N, TR_F32, &t, &err), &err); /* connections are made */
     await(p->gpu, t);
-    assert_int_equal(p->ops->graph_begin(p->device, TR_LANE_MAIN), TR_OK);
+    assert_int_equal(p->at.ops->graph_begin(p->at.device, TR_LANE_MAIN), TR_OK);
     tr_comm_set_mode(p->gpu, TR_COMM_RECORD);
     well(tr_comm_all_reduce(p->gpu, p->da, N, TR_F32, &t, &err), &err);
     await(p->gpu, t);
     tr_comm_set_mode(p->gpu, TR_COMM_RUN);
-    assert_int_equal(p->ops->graph_end(p->device, TR_LANE_MAIN, &graph), TR_OK);
+    assert_int_equal(p->at.ops->graph_end(p->at.device, TR_LANE_MAIN, &graph), TR_OK);
     for (int i = 0; i < 3; i++) {
-        up(p, p->da, x, N * 4);
-        assert_int_equal(p->ops->graph_run(p->device, TR_LANE_MAIN, graph), TR_OK);
-        down(p, p->b, p->da, N * 4);
+        up(&p->at, p->da, x, N * 4);
+        assert_int_equal(p->at.ops->graph_run(p->at.device, TR_LANE_MAIN, graph), TR_OK);
+        down(&p->at, p->b, p->da, N * 4, p->gpu);
         memcpy(p->c, x, N * 4);
-        well(tr_comm_all_reduce(p->host, p->c, N, TR_F32, &t, &err), &err);
-        await(p->host, t);
+        well(tr_comm_all_reduce(p->at.host, p->c, N, TR_F32, &t, &err), &err);
+        await(p->at.host, t);
         same("recorded", p->b, p->c, N * 4);
     }
-    p->ops->graph_free(p->device, graph);
+    p->at.ops->graph_free(p->at.device, graph);
 }
 
 /* ---- shares ------------------------------------------------------------------------------------------------------------------ */
@@ -432,26 +398,26 @@ static void share_once(place *p, shares *s, const tr_record *r, int round)
     tr_err err = {0};
     int n = 0, first = 0;
 
-    for (int m = 0; m < p->size; m++) {
-        if (m == p->me) first = n;
+    for (int m = 0; m < p->at.size; m++) {
+        if (m == p->at.me) first = n;
         s->n_rows[m] = round == 3 ? 0 : (int)(noise(m, (size_t)round) % 9);
         for (int i = 0; i < s->n_rows[m]; i++, n++) /* every page once in a while, some rows pads */
             s->write[n] = n % 5 == 4 ? -1 : (n * 37 + round) % (int)r->n_rows;
     }
     memset(p->a, 0, s->cache_bytes);
-    for (int i = first; i < first + s->n_rows[p->me]; i++)
+    for (int i = first; i < first + s->n_rows[p->at.me]; i++)
         for (int k = 0; k < r->n_pieces && s->write[i] >= 0; k++) {
             const size_t row = (size_t)s->write[i], b = r->piece[k].bytes;
             char *at = p->a + row / TR_PAGE_TOKENS * r->page_bytes + r->piece[k].at +
                        row % TR_PAGE_TOKENS * b;
             fill_bytes(at, b, i + 7 * round + k);
         }
-    up(p, p->da, p->a, s->cache_bytes);
+    up(&p->at, p->da, p->a, s->cache_bytes);
     well(tr_share_plan(s->gpu, s->n_rows, s->write, &err), &err);
     well(tr_share_begin(s->gpu, &rows, p->da, &push, &err), &err);
     well(tr_share_sent(s->gpu, TR_LANE_MAIN, &err), &err);
     well(tr_share_ready(s->gpu, TR_LANE_MAIN, &ready, &err), &err);
-    down(p, p->b, p->da, s->cache_bytes);
+    down(&p->at, p->b, p->da, s->cache_bytes, p->gpu);
     well(tr_share_plan(s->host, s->n_rows, s->write, &err), &err);
     well(tr_share_begin(s->host, &rows, p->a, &push, &err), &err);
     well(tr_share_sent(s->host, TR_LANE_MAIN, &err), &err);
@@ -477,7 +443,7 @@ static void test_shares(void **state)
     for (size_t i = 0; i < sizeof records / sizeof *records; i++) {
         const tr_record *r = &records[i];
         shares s = {.cache_bytes = r->page_bytes * 8};
-        well(tr_share_open_record(&s.host, p->host, r, 256, &err), &err);
+        well(tr_share_open_record(&s.host, p->at.host, r, 256, &err), &err);
         well(tr_share_open_record(&s.gpu, p->gpu, r, 256, &err), &err);
         for (int round = 0; round < 6; round++)
             share_once(p, &s, r, round);
@@ -500,75 +466,26 @@ static void test_accounts(void **state)
 
     /* all_to_all: as many calls as the host's, and as many bytes. */
     tr_comm_counts(p->gpu, TR_COMM_ALL_TO_ALL, &calls, &bytes);
-    tr_comm_counts(p->host, TR_COMM_ALL_TO_ALL, &host_calls, &host_bytes);
+    tr_comm_counts(p->at.host, TR_COMM_ALL_TO_ALL, &host_calls, &host_bytes);
     assert_int_equal(calls, host_calls);
     assert_int_equal(bytes, host_bytes);
     assert_true(calls > 0 && bytes > 0);
     for (int i = 0; i < 1000000 && !tr_comm_flown_ns(p->gpu, TR_COMM_ALL_TO_ALL); i++)
         tr_comm_progress(p->gpu); /* looks now and then */
     assert_true(tr_comm_flown_ns(p->gpu, TR_COMM_ALL_TO_ALL) > 0);
-    assert_ptr_equal(tr_comm_host(p->gpu), p->host);
-    assert_ptr_equal(tr_comm_host(p->host), p->host);
-    assert_ptr_equal(tr_comm_device(p->gpu), p->device);
-    assert_null(tr_comm_device(p->host));
-    assert_string_equal(tr_comm_name(p->gpu), tr_comm_name(p->host));
+    assert_ptr_equal(tr_comm_host(p->gpu), p->at.host);
+    assert_ptr_equal(tr_comm_host(p->at.host), p->at.host);
+    assert_ptr_equal(tr_comm_device(p->gpu), p->at.device);
+    assert_null(tr_comm_device(p->at.host));
+    assert_string_equal(tr_comm_name(p->gpu), tr_comm_name(p->at.host));
     /* The host adds no bf16, nobody adds bytes. */
-    assert_int_equal(tr_comm_all_reduce(p->host, &x, 1, TR_BF16, &t, &err), TR_E_COMM);
+    assert_int_equal(tr_comm_all_reduce(p->at.host, &x, 1, TR_BF16, &t, &err), TR_E_COMM);
     assert_int_equal(tr_comm_all_reduce(p->gpu, p->da, 1, TR_U8, &t, &err), TR_E_COMM);
-    assert_int_equal(tr_comm_send(p->gpu, p->me, p->da, 1, &t, &err), TR_E_COMM);
+    assert_int_equal(tr_comm_send(p->gpu, p->at.me, p->da, 1, &t, &err), TR_E_COMM);
     t.n = UINT64_MAX;
     assert_int_equal(tr_comm_wait(p->gpu, TR_LANE_MAIN, t, &err), TR_E_COMM);
     char text[64];
-    assert_int_equal(p->world.guard->failed(p->world.guard->ctx, text, sizeof text), 0);
-}
-
-/* ---- the program ---------------------------------------------------------------------------------------------------------------- */
-
-static tr_status open_place(place *p, tr_err *err)
-{
-    const tr_device_options options = {.name = "cuda",
-                                       .n_threads = 1,
-                                       .i_device = p->world.local_rank,
-                                       .n_device_ranks = p->world.local_size};
-    tr_status st = tr_device_open(&p->device, &p->ops, &options, err);
-    st = tr_agree(&p->world, st, err);
-    if (st != TR_OK) return st;
-    p->me = p->world.rank;
-    p->size = p->world.size;
-    st = tr_comm_split(&p->host, &p->world, 0, p->me, "test", err);
-    const tr_bound mine = tr_binding_of(&p->world, p->device);
-    tr_bound *all = NULL;
-    if (st == TR_OK) st = tr_binding_gather(&all, p->host, &mine, err);
-    if (st == TR_OK) st = tr_binding_check(all, p->size, err);
-    free(all);
-    if (st == TR_OK) st = tr_nccl_open(&p->nccl, &p->world, p->device, p->ops, err);
-    if (st == TR_OK) st = tr_nccl_comm(&p->gpu, p->nccl, p->host, 0, err);
-    if (st == TR_OK) st = tr_nccl_comm(&p->terms, p->nccl, p->host, TR_NCCL_TERMS, err);
-    if (st == TR_OK) st = tr_nccl_comm(&p->other, p->nccl, p->host, 0, err);
-    p->a = malloc(MOST);
-    p->b = malloc(MOST);
-    p->c = malloc(MOST);
-    if (st == TR_OK && (!p->a || !p->b || !p->c)) st = tr_fail(err, TR_E_MEMORY, "out of memory");
-    if (st == TR_OK) st = p->ops->alloc(p->device, MOST, TR_MEMORY_DEVICE, (void **)&p->da);
-    if (st == TR_OK) st = p->ops->alloc(p->device, MOST, TR_MEMORY_DEVICE, (void **)&p->db);
-    return st;
-}
-
-static void close_place(place *p)
-{
-    tr_comm_free(p->other);
-    tr_comm_free(p->terms);
-    tr_comm_free(p->gpu);
-    tr_nccl_close(p->nccl);
-    if (p->device) {
-        p->ops->release(p->device, p->da);
-        p->ops->release(p->device, p->db);
-        p->ops->close(p->device);
-    }
-    tr_comm_free(p->host);
-    free(p->a);
-    free(p->b);
-    free(p->c);
+    assert_int_equal(p->at.world.guard->failed(p->at.world.guard->ctx, text, sizeof text), 0);
 }
 
 /* Of the others every one is counted once, those of other hosts as such. */
@@ -576,24 +493,24 @@ static void test_ways(void **state)
 {
     place *p = *state;
     tr_bound all[RANKS_MAX] = {{.host = ""}};
-    const int n = p->world.size, me = p->world.rank;
+    const int n = p->at.world.size, me = p->at.world.rank;
     int others = 0;
 
     for (int i = 0; i < n; i++) {
         snprintf(all[i].host, sizeof all[i].host, "%s",
                  i == n - 1 && me != i ? "elsewhere" : "here");
-        snprintf(all[i].pci, sizeof all[i].pci, "%s", tr_device_pci(p->device));
+        snprintf(all[i].pci, sizeof all[i].pci, "%s", tr_device_pci(p->at.device));
     }
-    tr_nccl_ways(p->nccl, all, n, me);
+    tr_nccl_ways(p->at.nccl, all, n, me);
     for (int i = 0; i < TR_N_WAYS; i++)
         others += all[me].peers[i];
     assert_int_equal(others, n - 1);
     assert_int_equal(all[me].peers[TR_WAY_NET], me != n - 1);
     setenv("NCCL_P2P_DISABLE", "1", 1);
-    tr_nccl_ways(p->nccl, all, n, me);
+    tr_nccl_ways(p->at.nccl, all, n, me);
     assert_int_equal(all[me].peers[TR_WAY_SHM], n - 1 - (me != n - 1));
     setenv("NCCL_SHM_DISABLE", "1", 1);
-    tr_nccl_ways(p->nccl, all, n, me);
+    tr_nccl_ways(p->at.nccl, all, n, me);
     assert_int_equal(all[me].peers[TR_WAY_NET], n - 1);
     unsetenv("NCCL_P2P_DISABLE");
     unsetenv("NCCL_SHM_DISABLE");
@@ -620,10 +537,41 @@ static void test_log(void **state)
     unsetenv("NCCL_DEBUG");
 }
 
+/* ---- the program ---------------------------------------------------------------------------------------------------------------- */
+
+static tr_status open_place(void *place_, tr_err *err)
+{
+    place *p = place_;
+    const device_rank *at = &p->at;
+    tr_status st = tr_nccl_comm(&p->gpu, at->nccl, at->host, 0, err);
+
+    if (st == TR_OK) st = tr_nccl_comm(&p->terms, at->nccl, at->host, TR_NCCL_TERMS, err);
+    if (st == TR_OK) st = tr_nccl_comm(&p->other, at->nccl, at->host, 0, err);
+    p->a = malloc(MOST);
+    p->b = malloc(MOST);
+    p->c = malloc(MOST);
+    if (st == TR_OK && (!p->a || !p->b || !p->c)) st = tr_fail(err, TR_E_MEMORY, "out of memory");
+    if (st == TR_OK) st = at->ops->alloc(at->device, MOST, TR_MEMORY_DEVICE, (void **)&p->da);
+    if (st == TR_OK) st = at->ops->alloc(at->device, MOST, TR_MEMORY_DEVICE, (void **)&p->db);
+    return st;
+}
+
+static void close_place(place *p)
+{
+    tr_comm_free(p->other);
+    tr_comm_free(p->terms);
+    tr_comm_free(p->gpu);
+    p->at.ops->release(p->at.device, p->da);
+    p->at.ops->release(p->at.device, p->db);
+    device_rank_close(&p->at);
+    free(p->a);
+    free(p->b);
+    free(p->c);
+}
+
 int main(void)
 {
-    place p = {.device = NULL};
-    tr_err err = {0};
+    place p = {.gpu = NULL};
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_prestate(test_sums, &p),
         cmocka_unit_test_prestate(test_scatter, &p),
@@ -640,26 +588,10 @@ int main(void)
         cmocka_unit_test_prestate(test_ways, &p),
         cmocka_unit_test_prestate(test_log, &p),
     };
+    const int how = device_rank_begin(&p, "test_comm_nccl", RANKS_MAX, open_place);
 
-    if (tr_world_start(&p.world, &err) != TR_OK) {
-        fprintf(stderr, "test_comm_nccl: %s\n", err.text);
-        return 1;
-    }
-    if (p.world.size == 1 || p.world.size > RANKS_MAX) {
-        tr_world_finish(TR_OK);
-        puts("skipped: 2 to 16 ranks are wanted, with a GPU each");
-        return 77;
-    }
-    const tr_status st = open_place(&p, &err);
-    if (st != TR_OK) {
-        if (p.world.rank == 0) printf("%s: %s\n", p.device ? "failed" : "skipped", err.text);
-        if (p.device) tr_world_abort(st);
-        tr_world_finish(TR_OK);
-        return 77;
-    }
-    const int n_failed = cmocka_run_group_tests(tests, NULL, NULL);
-    /* A failed check ends a test on one rank only: the others may wait for it for ever. */
-    if (n_failed) tr_world_abort(TR_E_COMM);
+    if (how >= 0) return how;
+    device_rank_leave(cmocka_run_group_tests(tests, NULL, NULL));
     close_place(&p);
     tr_world_finish(TR_OK);
     return 0;

@@ -19,43 +19,18 @@
 #include <cmocka.h>
 
 #include "base/clock.h"
-#include "mpi/binding.h"
-#include "mpi/comm_mpi.h"
-#include "mpi/comm_nccl.h"
+#include "tests/device_rank.h"
 
 enum { RANKS_MAX = 8, PAGES = 8, LAYERS = 3, ROWS = 200, STEPS = 200, MOST = 4 << 20 };
 
 typedef struct place { /* one rank's */
-    tr_world world;
-    tr_device *device;
-    const tr_ops *ops;
-    tr_nccl *nccl;
-    tr_comm *host, *gpu;
+    device_rank at;
+    tr_comm *gpu;
     char *cache_h, *got_h; /* [MOST] what a cache should be, and what it is */
     int n_rows[RANKS_MAX];
     int64_t write[ROWS];
-    int me, size;
     bool reached; /* what is to be expected */
 } place;
-
-static void well(tr_status st, const tr_err *err)
-{
-    if (st != TR_OK) fail_msg("%s", err->text);
-}
-
-static void device_well(const place *p, tr_status st)
-{
-    if (st != TR_OK) fail_msg("%s", p->ops->error(p->device));
-}
-
-static void settle(const place *p)
-{
-    const uint64_t t = p->ops->ticket(p->device, TR_LANE_MAIN);
-    int done;
-    while ((done = p->ops->done(p->device, TR_LANE_MAIN, t)) == 0)
-        continue;
-    assert_int_equal(done, 1);
-}
 
 /* All members are here. */
 static void meet(const place *p)
@@ -64,24 +39,14 @@ static void meet(const place *p)
     tr_err err = {0};
     tr_ticket t;
 
-    well(tr_comm_all_max_u64(p->host, &word, 1, &t, &err), &err);
-    well(tr_comm_wait(p->host, TR_LANE_MAIN, t, &err), &err);
-}
-
-static uint32_t noise(uint32_t seed, size_t k)
-{
-    uint32_t h = (uint32_t)k * 2654435761u + seed * 40503u + 1;
-    h ^= h >> 15;
-    h *= 2246822519u;
-    h ^= h >> 13;
-    h *= 3266489917u;
-    return h ^ h >> 16;
+    well(tr_comm_all_max_u64(p->at.host, &word, 1, &t, &err), &err);
+    well(tr_comm_wait(p->at.host, TR_LANE_MAIN, t, &err), &err);
 }
 
 /* Now and then somebody is late. */
 static void dawdle(const place *p, int step, int where)
 {
-    const uint32_t h = noise((uint32_t)(p->me * 7 + where), (size_t)step);
+    const uint32_t h = noise((uint32_t)(p->at.me * 7 + where), (size_t)step);
     if (h % 4 == 0) usleep(h / 4 % 1500);
 }
 
@@ -100,8 +65,8 @@ static void open_cache(place *p, cache *c, const tr_record *r)
 
     *c = (cache){.record = *r, .layer_bytes = r->page_bytes * PAGES};
     assert_true(c->layer_bytes <= MOST);
-    device_well(p, p->ops->alloc(p->device, c->layer_bytes * LAYERS, TR_MEMORY_SYMMETRIC,
-                                 (void **)&c->memory));
+    device_well(&p->at, p->at.ops->alloc(p->at.device, c->layer_bytes * LAYERS, TR_MEMORY_SYMMETRIC,
+                                         (void **)&c->memory));
     well(tr_share_open_record(&c->share, p->gpu, r, ROWS, &err), &err);
     well(tr_share_reach(c->share, c->memory, c->layer_bytes * LAYERS, &err), &err);
     assert_int_equal(tr_nccl_reaches(p->gpu, c->memory), p->reached);
@@ -109,11 +74,11 @@ static void open_cache(place *p, cache *c, const tr_record *r)
 
 static void close_cache(place *p, cache *c)
 {
-    settle(p);
+    settle(&p->at, NULL);
     tr_share_close(c->share);
     assert_false(tr_nccl_reaches(p->gpu, c->memory));
     meet(p); /* nobody has it open any more */
-    p->ops->release(p->device, c->memory);
+    p->at.ops->release(p->at.device, c->memory);
 }
 
 /* Which rows the members write in a step: none, few or many, pads among them, in pages of any order. */
@@ -121,7 +86,7 @@ static void choose_rows(place *p, const tr_record *r, int step)
 {
     int n = 0;
 
-    for (int m = 0; m < p->size; m++) {
+    for (int m = 0; m < p->at.size; m++) {
         const uint32_t h = noise((uint32_t)m + 3, (size_t)step);
         p->n_rows[m] = h % 5 == 0 ? 0 : (int)(h / 5 % (ROWS / RANKS_MAX));
         for (int i = 0; i < p->n_rows[m];
@@ -142,26 +107,28 @@ static void make_rows(place *p, const cache *c, char *layer_d, int step)
 {
     int n = 0;
 
-    for (int m = 0; m < p->size; m++)
+    for (int m = 0; m < p->at.size; m++)
         for (int i = 0; i < p->n_rows[m]; i++, n++)
             for (int k = 0; k < c->record.n_pieces && p->write[n] >= 0; k++) {
                 const size_t bytes = c->record.piece[k].bytes;
                 char *x = row_at(c, p->cache_h, p->write[n], k);
                 for (size_t j = 0; j < bytes; j++)
                     x[j] = (char)noise((uint32_t)step * 31 + (uint32_t)n, j + (size_t)k * 1000);
-                if (m == p->me)
-                    device_well(p, p->ops->upload(p->device, TR_LANE_MAIN,
+                if (m == p->at.me)
+                    device_well(&p->at,
+                                p->at.ops->upload(p->at.device, TR_LANE_MAIN,
                                                   row_at(c, layer_d, p->write[n], k), x, bytes));
             }
 }
 
 static void compare(place *p, const cache *c, const char *layer_d, int step)
 {
-    device_well(p, p->ops->download(p->device, TR_LANE_MAIN, p->got_h, layer_d, c->layer_bytes));
-    settle(p);
+    device_well(&p->at,
+                p->at.ops->download(p->at.device, TR_LANE_MAIN, p->got_h, layer_d, c->layer_bytes));
+    settle(&p->at, NULL);
     for (size_t i = 0; i < c->layer_bytes; i++)
         if (p->got_h[i] != p->cache_h[i])
-            fail_msg("step %d, member %d: byte %zu of %zu is %02x, not %02x", step, p->me, i,
+            fail_msg("step %d, member %d: byte %zu of %zu is %02x, not %02x", step, p->at.me, i,
                      c->layer_bytes, p->got_h[i] & 0xff, p->cache_h[i] & 0xff);
 }
 
@@ -244,7 +211,7 @@ static void test_late(void **state)
 static void test_two(void **state)
 {
     place *p = *state;
-    const bool graphs = (p->ops->caps & TR_CAP_GRAPH) != 0;
+    const bool graphs = (p->at.ops->caps & TR_CAP_GRAPH) != 0;
     const tr_record records[] = {tr_record_index(&real), tr_record_latent(&real)};
     cache c[2];
     tr_graph *graph = NULL;
@@ -260,7 +227,7 @@ static void test_two(void **state)
         }
         dawdle(p, i, 2);
         if (graphs && !graph) {
-            device_well(p, p->ops->graph_begin(p->device, TR_LANE_MAIN));
+            device_well(&p->at, p->at.ops->graph_begin(p->at.device, TR_LANE_MAIN));
             tr_comm_set_mode(p->gpu, TR_COMM_RECORD);
         }
         for (int k = 0; k < 2 && !graph; k++)
@@ -269,9 +236,9 @@ static void test_two(void **state)
             end(&c[k]);
         if (graphs && !graph) {
             tr_comm_set_mode(p->gpu, TR_COMM_RUN);
-            device_well(p, p->ops->graph_end(p->device, TR_LANE_MAIN, &graph));
+            device_well(&p->at, p->at.ops->graph_end(p->at.device, TR_LANE_MAIN, &graph));
         }
-        if (graph) device_well(p, p->ops->graph_run(p->device, TR_LANE_MAIN, graph));
+        if (graph) device_well(&p->at, p->at.ops->graph_run(p->at.device, TR_LANE_MAIN, graph));
         dawdle(p, i, 3);
         for (int k = 0; k < 2; k++) {
             memset(p->cache_h, 0, c[k].layer_bytes);
@@ -279,8 +246,8 @@ static void test_two(void **state)
             compare(p, &c[k], c[k].memory, i);
         }
     }
-    settle(p);
-    if (graph) p->ops->graph_free(p->device, graph);
+    settle(&p->at, NULL);
+    if (graph) p->at.ops->graph_free(p->at.device, graph);
     for (int k = 0; k < 2; k++)
         close_cache(p, &c[k]);
 }
@@ -296,10 +263,11 @@ static void test_not_alike(void **state)
     tr_err err = {0};
     char *memory;
 
-    device_well(p, p->ops->alloc(p->device, MOST, TR_MEMORY_SYMMETRIC, (void **)&memory));
+    device_well(&p->at,
+                p->at.ops->alloc(p->at.device, MOST, TR_MEMORY_SYMMETRIC, (void **)&memory));
     for (int use = 0; use < 3; use++) {
         static const tr_peer_use uses[] = {TR_PEER_AUTO, TR_PEER_OFF, TR_PEER_ON};
-        const size_t less = uses[use] == TR_PEER_OFF || p->me ? 0 : 64;
+        const size_t less = uses[use] == TR_PEER_OFF || p->at.me ? 0 : 64;
         char why[256];
         const bool fails = uses[use] == TR_PEER_ON && !p->reached;
         assert_int_equal(tr_nccl_push(p->gpu, uses[use], why, sizeof why, &err),
@@ -310,7 +278,8 @@ static void test_not_alike(void **state)
         assert_int_equal(st, uses[use] == TR_PEER_ON ? TR_E_USAGE : TR_OK);
         assert_false(tr_nccl_reaches(p->gpu, memory));
         memset(p->cache_h, 0, c.layer_bytes);
-        device_well(p, p->ops->upload(p->device, TR_LANE_MAIN, memory, p->cache_h, c.layer_bytes));
+        device_well(&p->at, p->at.ops->upload(p->at.device, TR_LANE_MAIN, memory, p->cache_h,
+                                              c.layer_bytes));
         choose_rows(p, &r, 8 + use);
         well(tr_share_plan(c.share, p->n_rows, p->write, &err), &err);
         make_rows(p, &c, memory, use);
@@ -323,7 +292,7 @@ static void test_not_alike(void **state)
     char why[256];
     well(tr_nccl_push(p->gpu, TR_PEER_AUTO, why, sizeof why, &err), &err);
     meet(p);
-    p->ops->release(p->device, memory);
+    p->at.ops->release(p->at.device, memory);
 }
 
 /* ---- a kernel that waits for ever leaves when the job is given up -------------------------------------------------------- */
@@ -333,7 +302,7 @@ static void *give_up(void *ctx)
     const place *p = ctx;
 
     nanosleep(&(struct timespec){.tv_nsec = 300000000}, NULL);
-    p->world.guard->abort(p->world.guard->ctx);
+    p->at.world.guard->abort(p->at.world.guard->ctx);
     return NULL;
 }
 
@@ -348,44 +317,30 @@ static void test_abort(void **state)
 
     if (!p->reached) return;
     open_cache(p, &c, &r);
-    for (int m = 0; m < p->size; m++)
+    for (int m = 0; m < p->at.size; m++)
         p->n_rows[m] = 1;
-    for (int m = 0; m < p->size; m++)
+    for (int m = 0; m < p->at.size; m++)
         p->write[m] = m;
     well(tr_share_plan(c.share, p->n_rows, p->write, &err), &err);
-    settle(p);
-    if (p->me != 0) return; /* they do not come */
+    settle(&p->at, NULL);
+    if (p->at.me != 0) return; /* they do not come */
     const uint64_t from_ns = tr_now_ns();
     assert_int_equal(pthread_create(&thread, NULL, give_up, p), 0);
     begin(&c, c.memory);
     end(&c);
-    settle(p);
+    settle(&p->at, NULL);
     assert_true(tr_now_ns() - from_ns > 200000000);
     assert_int_equal(pthread_join(thread, NULL), 0);
 }
 
 /* ---- the program -------------------------------------------------------------------------------------------------------- */
 
-static tr_status open_place(place *p, tr_err *err)
+static tr_status open_place(void *place_, tr_err *err)
 {
-    const tr_device_options options = {.name = "cuda",
-                                       .n_threads = 1,
-                                       .i_device = p->world.local_rank,
-                                       .n_device_ranks = p->world.local_size};
-    tr_status st = tr_device_open(&p->device, &p->ops, &options, err);
-    st = tr_agree(&p->world, st, err);
-    if (st != TR_OK) return st;
-    p->me = p->world.rank;
-    p->size = p->world.size;
+    place *p = place_;
+    tr_status st = tr_nccl_comm(&p->gpu, p->at.nccl, p->at.host, 0, err);
+
     p->reached = !getenv("FAKE_PEERS");
-    st = tr_comm_split(&p->host, &p->world, 0, p->me, "test", err);
-    const tr_bound mine = tr_binding_of(&p->world, p->device);
-    tr_bound *all = NULL;
-    if (st == TR_OK) st = tr_binding_gather(&all, p->host, &mine, err);
-    if (st == TR_OK) st = tr_binding_check(all, p->size, err);
-    free(all);
-    if (st == TR_OK) st = tr_nccl_open(&p->nccl, &p->world, p->device, p->ops, err);
-    if (st == TR_OK) st = tr_nccl_comm(&p->gpu, p->nccl, p->host, 0, err);
     p->cache_h = malloc(MOST);
     p->got_h = malloc(MOST);
     return st == TR_OK && (!p->cache_h || !p->got_h) ? tr_fail(err, TR_E_MEMORY, "out of memory")
@@ -394,33 +349,16 @@ static tr_status open_place(place *p, tr_err *err)
 
 int main(void)
 {
-    place p = {.device = NULL};
-    tr_err err = {0};
+    place p = {.gpu = NULL};
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_prestate(test_records, &p), cmocka_unit_test_prestate(test_late, &p),
         cmocka_unit_test_prestate(test_two, &p),     cmocka_unit_test_prestate(test_not_alike, &p),
         cmocka_unit_test_prestate(test_abort, &p),
     };
+    const int how = device_rank_begin(&p, "test_comm_push", RANKS_MAX, open_place);
 
-    if (tr_world_start(&p.world, &err) != TR_OK) {
-        fprintf(stderr, "test_comm_push: %s\n", err.text);
-        return 1;
-    }
-    if (p.world.size == 1 || p.world.size > RANKS_MAX) {
-        tr_world_finish(TR_OK);
-        puts("skipped: 2 to 8 ranks are wanted, with a GPU each");
-        return 77;
-    }
-    const tr_status st = open_place(&p, &err);
-    if (st != TR_OK) {
-        if (p.world.rank == 0) printf("%s: %s\n", p.device ? "failed" : "skipped", err.text);
-        if (p.device) tr_world_abort(st);
-        tr_world_finish(TR_OK);
-        return 77;
-    }
-    const int n_failed = cmocka_run_group_tests(tests, NULL, NULL);
-    /* A failed check ends a test on one rank only: the others may wait for it for ever. */
-    if (n_failed) tr_world_abort(TR_E_COMM);
+    if (how >= 0) return how;
+    device_rank_leave(cmocka_run_group_tests(tests, NULL, NULL));
     free(p.cache_h); /* what follows an abort is the end: communicators stay as they are */
     free(p.got_h);
     tr_world_finish(TR_OK);

@@ -104,7 +104,7 @@ static void show_comm(tr_run_profile *r, int i, tr_profile_tables *out)
         row->time_ns = tr_comm_flown_ns(comm, (tr_comm_op)op);
         row->exposed_ns = tr_comm_waited_ns(comm, (tr_comm_op)op);
         row->min_ns = tr_comm_shortest_ns(comm, (tr_comm_op)op);
-        row->max_ns = tr_comm_longest_ns(comm, (tr_comm_op)op);
+        row->max_ns = tr_comm_max_number_ns(comm, (tr_comm_op)op);
         snprintf(name, sizeof name, "%s/%s", tr_comm_name(comm), tr_comm_op_name((tr_comm_op)op));
         const int id = tr_region_id_of(&r->opened->regions, name, TR_KIND_COMM, group);
         row->region = id < 0 ? TR_PROFILE_NO_REGION : (uint32_t)id;
@@ -570,10 +570,7 @@ static void stop(tr_run_profile *r)
 static tr_status barrier(tr_run_profile *r, tr_err *err)
 {
     uint64_t word = 0;
-    tr_ticket ticket = {0};
-
-    tr_status st = tr_comm_all_max_u64(r->opened->control, &word, 1, &ticket, err);
-    return st == TR_OK ? tr_comm_wait(r->opened->control, TR_LANE_MAIN, ticket, err) : st;
+    return tr_comm_max_word(r->opened->control, &word, err);
 }
 
 /* What two measurements cannot tell from no drift at all is none. */

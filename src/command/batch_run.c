@@ -468,11 +468,9 @@ void tr_run_budget(const tr_run *run)
 static tr_status agree_pages(const tr_run *run, int *n_pages, tr_err *err)
 {
     uint64_t missing = INT32_MAX - (uint64_t)*n_pages;
-    tr_ticket ticket = {0};
 
     if (run->world->size == 1) return TR_OK;
-    tr_status st = tr_comm_all_max_u64(run->opened.control, &missing, 1, &ticket, err);
-    if (st == TR_OK) st = tr_comm_wait(run->opened.control, TR_LANE_MAIN, ticket, err);
+    tr_status st = tr_comm_max_word(run->opened.control, &missing, err);
     if (st == TR_OK) *n_pages = (int)(INT32_MAX - missing);
     return st;
 }

@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "base/clock.h"
+#include "base/order.h"
 #include "base/size.h"
 #include "mpi/comm_mpi.h"
 #include "mpi/yardstick.h"
@@ -275,25 +276,11 @@ static tr_status timed(bench *b, const group *g, bool ours, tr_comm_op op, size_
     return st;
 }
 
-static int by_value(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 /* The slowest member's median. */
 static tr_status slowest_median(const group *g, double *seconds, int n, double *out, tr_err *err)
 {
-    uint64_t bits;
-    tr_ticket t;
-
-    qsort(seconds, (size_t)n, sizeof *seconds, by_value);
-    *out = seconds[n / 2];
-    memcpy(&bits, out, sizeof bits); /* positive numbers are ordered as their bits */
-    tr_status st = tr_comm_all_max_u64(g->host, &bits, 1, &t, err);
-    if (st == TR_OK) st = tr_comm_wait(g->host, TR_LANE_MAIN, t, err);
-    memcpy(out, &bits, sizeof bits);
-    return st;
+    *out = tr_median(seconds, n);
+    return tr_comm_max_number(g->host, out, err);
 }
 
 static void print_line(const bench *b, const group *g, tr_comm_op op, size_t bytes, int calls,

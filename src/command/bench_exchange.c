@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "base/clock.h"
+#include "base/order.h"
 #include "base/size.h"
 #include "mpi/comm_nccl.h"
 
@@ -260,20 +261,6 @@ static tr_status layers(place *p, unsigned parts, tr_err *err)
 
 /* ---- measuring ----------------------------------------------------------------------------------------------------------- */
 
-/* All members have come here; what is positive is ordered as its bits. */
-static tr_status largest(place *p, double *seconds, tr_err *err)
-{
-    tr_comm *host = tr_comm_host(p->comm);
-    uint64_t bits;
-    tr_ticket t;
-
-    memcpy(&bits, seconds, sizeof bits);
-    tr_status st = tr_comm_all_max_u64(host, &bits, 1, &t, err);
-    if (st == TR_OK) st = tr_comm_wait(host, TR_LANE_MAIN, t, err);
-    memcpy(seconds, &bits, sizeof bits);
-    return st;
-}
-
 static tr_status settle(place *p, tr_err *err)
 {
     const uint64_t until_ns = tr_now_ns() + UINT64_C(1000000000) * LIMIT_S,
@@ -303,12 +290,6 @@ static tr_status record(place *p, unsigned parts, tr_err *err)
     return device_status(p, "graph", p->ops->graph_end(p->device, TR_LANE_MAIN, &p->graph), err);
 }
 
-static int by_value(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 /* Seconds of a layer. The first run makes NCCL's connections. What the host needs to begin a graph and to see its end is the
  * same for every graph, and falls away in differences; of an exchange alone an eighth of it is in each layer's time. */
 static tr_status measure(place *p, unsigned parts, double *out, tr_err *err)
@@ -319,7 +300,7 @@ static tr_status measure(place *p, unsigned parts, double *out, tr_err *err)
     if (st == TR_OK) st = settle(p, err);
     if (st == TR_OK) st = record(p, parts, err);
     for (int i = -WARM_UP; i < p->b->times && st == TR_OK; i++) {
-        st = largest(p, &none, err);
+        st = tr_comm_max_number(tr_comm_host(p->comm), &none, err);
         const uint64_t from_ns = tr_now_ns();
         if (st == TR_OK)
             st = device_status(p, "graph", p->ops->graph_run(p->device, TR_LANE_MAIN, p->graph),
@@ -330,9 +311,8 @@ static tr_status measure(place *p, unsigned parts, double *out, tr_err *err)
     if (p->graph) p->ops->graph_free(p->device, p->graph);
     p->graph = NULL;
     if (st != TR_OK) return st;
-    qsort(p->seconds, (size_t)p->b->times, sizeof *p->seconds, by_value);
-    *out = p->seconds[p->b->times / 2];
-    return largest(p, out, err);
+    *out = tr_median(p->seconds, p->b->times);
+    return tr_comm_max_number(tr_comm_host(p->comm), out, err);
 }
 
 /* Shares of the whole cache; `use` says how their rows go. */
@@ -441,11 +421,13 @@ tr_status tr_bench_exchange(const tr_exchange_bench *b, tr_err *err)
     if (st == TR_OK) st = take_rows(&p, err);
     failed = st != TR_OK; /* the others are not to wait for one that has no memory */
     tr_err other;
-    const tr_status agreed = largest(&p, &failed, &other);
+    const tr_status agreed = tr_comm_max_number(tr_comm_host(p.comm), &failed, &other);
     if (st == TR_OK && agreed != TR_OK) st = tr_fail(err, agreed, "%s", other.text);
     if (st == TR_OK && failed > 0) st = tr_fail(err, TR_E_COMM, "another member has failed");
     if (st == TR_OK) st = run(&p, err);
-    if (st == TR_OK) st = largest(&p, &none, err); /* nobody has the others' memory open any more */
+    if (st == TR_OK)
+        st = tr_comm_max_number(tr_comm_host(p.comm), &none,
+                                err); /* nobody has the others' memory open any more */
     for (int i = 0; i < p.n_owned; i++)
         p.ops->release(p.device, p.owned[i]);
     free(p.n_rows);

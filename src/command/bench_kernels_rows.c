@@ -25,22 +25,12 @@ tr_status tr_bench_plan(tr_kbench *b, int copies, tr_operand *out, tr_err *err)
                                    .n_vocab = b->config.vocab_size,
                                    .index_topk = b->config.index_topk};
     tr_plan_builder *builder = tr_plan_builder_create(&limits);
-    const int32_t sample = -1;
     tr_status st = TR_OK;
     if (!builder) return tr_fail(err, TR_E_MEMORY, "out of memory");
     tr_plan_begin(builder, 0, copies ? TR_PLAN_IDLE : 0);
     for (int i = 0; i < TR_BENCH_SLOTS; i++) {
-        const tr_span span = {.slot = i,
-                              .n_rows = 1,
-                              .position = -1,
-                              .i_token = -1,
-                              .kind = TR_SPAN_DECODE,
-                              .owner = -1,
-                              .n_logits = 1};
         const tr_page_copy copy = {.from = i, .to = TR_BENCH_SLOTS + i, .n_rows = TR_PAGE_TOKENS};
-        if (copies ? tr_plan_add_copy(builder, copy) < 0
-                   : tr_plan_add_span(builder, span) < 0 ||
-                         tr_plan_add_targets(builder, &sample, 1) < 0)
+        if ((copies ? tr_plan_add_copy(builder, copy) : tr_plan_add_decode(builder, i)) < 0)
             st = tr_fail(err, TR_E_USAGE, "bench: a plan does not fit");
     }
     const tr_plan *plan = tr_plan_seal(builder, copies ? 0 : PAGES * TR_PAGE_TOKENS);

@@ -3,17 +3,12 @@
 #include "command/bench_pairs.h"
 
 #include <math.h>
-#include <stdlib.h>
 
-static int ascending(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
+#include "base/order.h"
 
 double tr_bench_median(double *x, int n)
 {
-    qsort(x, (size_t)n, sizeof *x, ascending);
+    tr_sort(x, (size_t)n);
     return n % 2 ? x[n / 2] : (x[n / 2 - 1] + x[n / 2]) / 2;
 }
 

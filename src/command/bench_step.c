@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "base/clock.h"
+#include "base/order.h"
 #include "base/region.h"
 #include "base/size.h"
 #include "command/bench_blas.h"
@@ -122,14 +123,6 @@ static void make_tokens(int32_t *tokens, int n, int vocab, uint64_t seed)
     }
 }
 
-/* The longest of the ranks' times, which is also where they wait for each other. */
-static tr_status longest(bench *b, uint64_t *ns, tr_err *err)
-{
-    tr_ticket ticket = {0};
-    tr_status st = tr_comm_all_max_u64(b->opened.control, ns, 1, &ticket, err);
-    return st == TR_OK ? tr_comm_wait(b->opened.control, TR_LANE_MAIN, ticket, err) : st;
-}
-
 static tr_status run(bench *b, int max_context, double *seconds, tr_err *err)
 {
     uint64_t ns = 0;
@@ -140,7 +133,7 @@ static tr_status run(bench *b, int max_context, double *seconds, tr_err *err)
     if (st != TR_OK) return st;
     b->step.plan = plan;
     tr_watchdog_beat(b->watchdog, plan->step);
-    st = longest(b, &ns, err);
+    st = tr_comm_max_word(b->opened.control, &ns, err);
     if (st != TR_OK) return st;
     const uint64_t begun = tr_now_ns();
     st = tr_model_forward(b->opened.model, &b->step, err);
@@ -149,7 +142,7 @@ static tr_status run(bench *b, int max_context, double *seconds, tr_err *err)
     if (st == TR_OK) st = tr_step_failure(b->opened.model, &b->step, err);
     if (st == TR_OK) tr_bench_record_step(b->record, plan, begun, tr_now_ns());
     ns = tr_now_ns() - begun;
-    if (st == TR_OK) st = longest(b, &ns, err);
+    if (st == TR_OK) st = tr_comm_max_word(b->opened.control, &ns, err);
     *seconds = (double)ns * 1e-9;
     return st;
 }
@@ -232,12 +225,6 @@ static tr_status decode(bench *b, int n, int context, double *seconds, tr_err *e
     return run(b, context + 1, seconds, err);
 }
 
-static int ascending(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 /* Weights and cache that a step touches, of all timed steps. Experts by what a step of the warm-up hit where one step is
  * a line (decode). */
 static double touched_bytes(const bench *b, bool decode)
@@ -308,8 +295,7 @@ static void report(bench *b, const char *what, int sequences, int context, doubl
                    const tr_row_sums *sums)
 {
     const tr_bench_options *o = b->options;
-    qsort(b->seconds, (size_t)o->steps, sizeof *b->seconds, ascending);
-    const double median = b->seconds[o->steps / 2], low = b->seconds[0],
+    const double median = tr_median(b->seconds, o->steps), low = b->seconds[0],
                  high = b->seconds[o->steps - 1];
     double hit, uneven;
     const double bytes = touched_bytes(b, strcmp(what, "decode") == 0) / o->steps,

@@ -299,11 +299,9 @@ static tr_status join_caches(tr_opened *o, tr_status st, tr_err *err)
     tr_comm *host = o->group[ATTN_CP];
     uint64_t failed = st != TR_OK;
     tr_err other;
-    tr_ticket t;
 
     if (!o->device_group[ATTN_CP]) return st;
-    tr_status agreed = tr_comm_all_max_u64(host, &failed, 1, &t, &other);
-    if (agreed == TR_OK) agreed = tr_comm_wait(host, TR_LANE_MAIN, t, &other);
+    const tr_status agreed = tr_comm_max_word(host, &failed, &other);
     if (st == TR_OK && agreed != TR_OK) return tr_fail(err, agreed, "%s", other.text);
     return failed ? st : tr_model_reach(o->model, err);
 }

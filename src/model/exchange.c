@@ -237,20 +237,7 @@ static tr_status experts_here(tr_model *m, const tr_pass *p, const tr_moe_weight
 {
     const int d = m->config->hidden_size, k = m->config->num_experts_per_tok;
 
-    tr_note(m, tr_work_moe_pack(p->n, k));
-    tr_status st = TR_RUN(m, moe_pack, err, .n = p->rows.n, .n_max = p->n_max, .k = k,
-                          .e_first = w->e_first, .n_local = w->n_local, .expert = m->ws.expert,
-                          .start = m->ws.start, .pair = m->ws.pair);
-    if (st == TR_OK) tr_model_count_experts(m, w);
-    tr_note(m, tr_work_moe((double)p->n * k * w->n_local / m->config->n_routed_experts,
-                           tr_expected_hits(m->config, w->n_local, p->n), m->ops, &w->gate_up,
-                           &w->down));
-    if (st == TR_OK)
-        st = TR_RUN(m, moe, err, .n = p->rows.n, .n_max = p->n_max, .k = k, .n_local = w->n_local,
-                    .gate_up = &w->gate_up, .down = &w->down,
-                    .in = tr_model_acts(m, p, m->ws.normed, d), .start = m->ws.start,
-                    .pair = m->ws.pair, .out = m->ws.expert_out, .workspace = m->ws.scratch,
-                    .workspace_bytes = m->ws.scratch_bytes);
+    tr_status st = tr_model_experts(m, p, w, err);
     tr_note(m, tr_work_moe_combine(p->n, k, d));
     if (st == TR_OK)
         st = TR_RUN(m, moe_combine, err, .n = p->rows.n, .n_max = p->n_max, .k = k, .d = d,

@@ -63,10 +63,10 @@ static tr_status shared(tr_model *m, const tr_pass *p, const tr_moe_weights *w, 
     return mlp(m, p, &w->shared, m->ws.block_out, err);
 }
 
-/* Every rank of the MoE group has these rows, so each computes what its own experts make of all of them. */
-static tr_status own_experts(tr_model *m, const tr_pass *p, const tr_moe_weights *w, tr_err *err)
+tr_status tr_model_experts(tr_model *m, const tr_pass *p, const tr_moe_weights *w, tr_err *err)
 {
     const int d = m->config->hidden_size, k = m->config->num_experts_per_tok;
+
     tr_note(m, tr_work_moe_pack(p->n, k));
     tr_status st = TR_RUN(m, moe_pack, err, .n = p->rows.n, .n_max = p->n_max, .k = k,
                           .e_first = w->e_first, .n_local = w->n_local, .expert = m->ws.expert,
@@ -81,6 +81,14 @@ static tr_status own_experts(tr_model *m, const tr_pass *p, const tr_moe_weights
                     .in = tr_model_acts(m, p, m->ws.normed, d), .start = m->ws.start,
                     .pair = m->ws.pair, .out = m->ws.expert_out, .workspace = m->ws.scratch,
                     .workspace_bytes = m->ws.scratch_bytes);
+    return st;
+}
+
+/* Every rank of the MoE group has these rows, so each computes what its own experts make of all of them. */
+static tr_status own_experts(tr_model *m, const tr_pass *p, const tr_moe_weights *w, tr_err *err)
+{
+    const int d = m->config->hidden_size, k = m->config->num_experts_per_tok;
+    tr_status st = tr_model_experts(m, p, w, err);
     if (st == TR_OK && !tr_model_forks(m, p)) st = shared(m, p, w, err);
     if (st == TR_OK) st = tr_model_join(m, p, err);
     tr_note(m, tr_work_moe_combine(p->n, k, d));

@@ -176,18 +176,9 @@ tr_status tr_graph_network(tr_model *m, tr_pass *p, tr_step *step, tr_err *err)
 /* A step of n rows that see up to max_context keys, of sequences whose lengths the device knows. */
 static const tr_plan *plan_of(tr_plan_builder *b, int n, int max_context)
 {
-    const int32_t sample = -1;
     tr_plan_begin(b, 0, 0);
-    for (int slot = 0; slot < n; slot++) {
-        const tr_span span = {.slot = slot,
-                              .n_rows = 1,
-                              .position = -1,
-                              .i_token = -1,
-                              .kind = TR_SPAN_DECODE,
-                              .owner = -1,
-                              .n_logits = 1};
-        if (tr_plan_add_span(b, span) < 0 || tr_plan_add_targets(b, &sample, 1) < 0) return NULL;
-    }
+    for (int slot = 0; slot < n; slot++)
+        if (tr_plan_add_decode(b, slot) < 0) return NULL;
     return tr_plan_seal(b, max_context);
 }
 

@@ -182,6 +182,8 @@ tr_status tr_model_await(tr_model *m, tr_comm *group, tr_status begun, tr_ticket
                          double bytes, tr_err *err);
 /* ws.start says which experts have how many rows: counted where the host can read it. */
 void tr_model_count_experts(tr_model *m, const tr_moe_weights *w);
+/* This member's experts on the pass's rows: their products to ws.expert_out, [rows of them, hidden]; ws.start, ws.pair say whose. */
+tr_status tr_model_experts(tr_model *m, const tr_pass *p, const tr_moe_weights *w, tr_err *err);
 /* Sum of [n_max, hidden] over a group, begun and awaited; nothing in a group of one. */
 tr_status tr_model_reduce(tr_model *m, const tr_pass *p, tr_comm *group, tr_act *x, tr_err *err);
 /* The same of ws.block_out, which nobody but the next tr_model_norm reads: where sum and norm are one operation (tr_comm_fuses)

@@ -148,6 +148,20 @@ int tr_plan_add_span(tr_plan_builder *b, tr_span span)
     return at;
 }
 
+int tr_plan_add_decode(tr_plan_builder *b, int slot)
+{
+    const int32_t sample = -1;
+    const tr_span span = {.slot = slot,
+                          .n_rows = 1,
+                          .position = -1,
+                          .i_token = -1,
+                          .kind = TR_SPAN_DECODE,
+                          .owner = -1,
+                          .n_logits = 1};
+    const int at = tr_plan_add_span(b, span);
+    return at >= 0 && tr_plan_add_targets(b, &sample, 1) < 0 ? -1 : at;
+}
+
 int tr_plan_add_page(tr_plan_builder *b, tr_page_set set)
 {
     return append(b, PAGE_SETS, &set, 1);

@@ -25,6 +25,8 @@ void tr_plan_begin(tr_plan_builder *b, uint64_t step, uint32_t flags);
 /* n_tokens ids are copied behind the ones before; returns their i_token. */
 int tr_plan_add_tokens(tr_plan_builder *b, const int32_t *tokens, int n_tokens);
 int tr_plan_add_span(tr_plan_builder *b, tr_span span);
+/* A row of a sequence whose last token and length the device knows, with the logits of its next token. */
+int tr_plan_add_decode(tr_plan_builder *b, int slot);
 int tr_plan_add_page(tr_plan_builder *b, tr_page_set set);
 int tr_plan_add_copy(tr_plan_builder *b, tr_page_copy copy);
 int tr_plan_add_open(tr_plan_builder *b, tr_slot_open open);

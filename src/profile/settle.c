@@ -29,13 +29,6 @@ static tr_status broadcast(tr_comm *control, int root, void *data, size_t bytes,
     return st == TR_OK ? tr_comm_wait(control, TR_LANE_MAIN, ticket, err) : st;
 }
 
-static tr_status largest(tr_comm *control, uint64_t *x, tr_err *err)
-{
-    tr_ticket ticket = {0};
-    tr_status st = tr_comm_all_max_u64(control, x, 1, &ticket, err);
-    return st == TR_OK ? tr_comm_wait(control, TR_LANE_MAIN, ticket, err) : st;
-}
-
 static bool same(const tr_prof_region *a, const tr_prof_region *b)
 {
     return a->layer == b->layer && a->group == b->group && a->kind == b->kind &&
@@ -107,7 +100,7 @@ static bool contained(const forest *f, const tr_profile *p)
 static tr_status anybody(tr_comm *control, bool here, bool *there, tr_err *err)
 {
     uint64_t word = here;
-    tr_status st = largest(control, &word, err);
+    tr_status st = tr_comm_max_word(control, &word, err);
 
     *there = word != 0;
     return st;
@@ -155,7 +148,7 @@ static tr_status agree(forest *f, const tr_profile *p, tr_comm *control, tr_stat
     for (;;) {
         const bool speaks = mine == TR_OK && tr_profile_well(p) && !contained(f, p);
         uint64_t speaker = mine != TR_OK ? UINT64_MAX : speaks ? size - rank : 0;
-        tr_status st = largest(control, &speaker, mine == TR_OK ? err : &later);
+        tr_status st = tr_comm_max_word(control, &speaker, mine == TR_OK ? err : &later);
         if (mine != TR_OK) return mine;
         if (st != TR_OK || !speaker) return st;
         if (speaker > size)

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/order.h"
 #include "profile/figures.h"
 
 enum { WIDTH = 100, BAR = 40, RANKS_SHOWN = 8, LAYERS_SHOWN = 10, COMMS_SHOWN = 6, PLOT_ROWS = 4 };
@@ -337,20 +338,13 @@ static void show_balance(FILE *out, const tr_summary *s)
                "out cost nothing.");
 }
 
-static int by_number(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 static double median_layer(const tr_summary *s)
 {
     double *v = malloc(((size_t)s->n_layers + 1) * sizeof *v), median = 0;
     for (int i = 0; v && i < s->n_layers; i++)
         v[i] = s->layer[i].max_s;
     if (v && s->n_layers > 0) {
-        qsort(v, (size_t)s->n_layers, sizeof *v, by_number);
-        median = v[s->n_layers / 2];
+        median = tr_median(v, s->n_layers);
     }
     free(v);
     return median;

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/order.h"
 #include "base/size.h"
 #include "profile/summary_priv.h"
 
@@ -82,12 +83,6 @@ tr_status tr_summary_steps(tr_summary *s, tr_reader *r, tr_err *err)
 
 /* ---- requests ------------------------------------------------------------------------------------------------------ */
 
-static int ascending(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 /* The value below which a share of n sorted ones lies; 0 of none. */
 static double quantile(const double *sorted, size_t n, double share)
 {
@@ -114,8 +109,8 @@ tr_status tr_summary_requests(tr_summary *s, tr_reader *r, tr_err *err)
         if (q[i].n_out > 1 && q[i].t_done > q[i].t_first)
             each[n_each++] = ((double)q[i].t_done - (double)q[i].t_first) * 1e-9 / (q[i].n_out - 1);
     }
-    qsort(first, n_first, sizeof *first, ascending);
-    qsort(each, n_each, sizeof *each, ascending);
+    tr_sort(first, n_first);
+    tr_sort(each, n_each);
     s->ttft_p50_s = quantile(first, n_first, 0.5);
     s->ttft_p99_s = quantile(first, n_first, 0.99);
     s->tpot_p50_s = quantile(each, n_each, 0.5);
