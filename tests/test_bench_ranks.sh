@@ -22,6 +22,7 @@ step tp2 2 --tp 2
 step dp2 2 --dp 2 --ep 2
 step cp2 2 --cp 2 --no-overlap
 step pp2 4 --pp 2 --tp 2 --regions
+step halves 2 --tp 2 --halves
 
 refused() { # TEXT RANKS ARGUMENT...
     text=$1 n=$2
@@ -34,6 +35,8 @@ refused 'sequences 3: 2 replicas' 2 step --dp 2 --sequences 3
 refused 'tp 3' 2 step --tp 3
 refused 'a bench step of one rank' 2 step --tp 2 --profile "$dir/x.h5"
 refused 'options of bench step' 1 load --tp 1
+refused 'halves: an option of bench step' 1 load --halves
+refused 'without --profile' 1 step --halves --profile "$dir/x.h5"
 refused 'cp-mode odd' 1 step --cp-mode odd
 refused 'one rank has none' 1 watchdog
 refused '10000 are too many' 2 watchdog --tp 2 --pairs 10000 --steps 10000
@@ -52,6 +55,20 @@ def lines(name):
     for l in timed:
         assert 0 < l["min_s"] <= l["median_s"] <= l["max_s"] and l["bytes"] > 0 and l["flops"] > 0, (name, l)
     return {(l["kind"], l["sequences"]): l for l in timed}
+
+# A half is timed in every layer of every step, and has a least time, which its part of the step's is.
+halves = [json.loads(l) for l in open(sys.argv[1] + "/halves") if l.startswith("{")]
+steps = {(l["kind"], l["sequences"]): l for l in halves if l["bench"] == "step"}
+of_step = {}
+for l in [l for l in halves if l["bench"] == "half"]:
+    assert 0 < l["roofline_s"] and 0 < l["layer_s"] and l["timed"] % 3 == 0, l  # 3 steps
+    of_step.setdefault((l["kind"], l["sequences"]), {})[l["half"]] = l
+assert set(of_step) == set(steps), (set(of_step), set(steps))
+for key, half in of_step.items():
+    assert set(half) == {"attention", "dense", "experts"}, half
+    assert half["attention"]["timed"] == half["dense"]["timed"] + half["experts"]["timed"], half
+    parts = sum(l["roofline_s"] * l["timed"] / 3 for l in half.values())
+    assert 0.3 * steps[key]["roofline_s"] < parts < 1.5 * steps[key]["roofline_s"], (half, steps[key])
 
 guarded = [json.loads(l) for l in open(sys.argv[1] + "/watchdog") if l.startswith("{")]
 assert [(l["ranks"], l["sequences"], l["pairs"], l["steps"]) for l in guarded] == [(2, 1, 3, 5), (2, 2, 3, 5)], guarded

@@ -16,7 +16,7 @@ enum { NODES = 64, STAMPS = 64, LAYERS = 3, OP_NS = 100, STEP_NS = 7 };
 
 typedef struct device {
     uint64_t now, passed; /* the largest ticket that has; UINT64_MAX: the device has failed */
-    uint64_t own[STAMPS], of_record[2 * LAYERS];
+    uint64_t own[STAMPS], of_record[4 * LAYERS];
     bool recording;
     int n_recorded;
     int failing; /* this stamp from now cannot be asked for; 0: all can */
@@ -28,7 +28,8 @@ typedef struct world {
     device d;
     tr_regions r;
     tr_device_times *t;
-    int step, layer, op;
+    int step, layer, half, op;
+    bool halves; /* layers have one, around their operation, and OP_NS behind it */
     uint64_t n_tickets;
 } world;
 
@@ -37,7 +38,7 @@ static bool stamp(void *ctx, void *set, int i)
     device *d = ctx;
 
     if (d->failing && --d->failing == 0) return false;
-    assert_true(i >= 0 && i < (set ? 2 * LAYERS : STAMPS));
+    assert_true(i >= 0 && i < (set ? 4 * LAYERS : STAMPS));
     assert_true(!d->recording || set); /* what is recorded has stamps of its own */
     if (d->recording)
         d->n_recorded++;
@@ -70,6 +71,7 @@ static void open_world(world *w, int n_pairs)
     assert_true(tr_regions_grow(&w->r, "main", NODES));
     w->step = tr_region_id_of(&w->r, "step", TR_KIND_STEP, -1);
     w->layer = tr_region_id_of(&w->r, "layer", TR_KIND_LAYER, -1);
+    w->half = tr_region_id(&w->r, "half");
     w->op = tr_region_id_of(&w->r, "op", TR_KIND_KERNEL, -1);
     w->t = tr_device_times_create(&w->r, &source, n_pairs);
     assert_non_null(w->t);
@@ -101,9 +103,12 @@ static void layers(world *w, bool runs)
 {
     for (int l = 0; l < LAYERS; l++) {
         tr_region_begin_layer(&w->r, w->layer, l);
+        if (w->halves) tr_region_begin(&w->r, w->half);
         tr_region_begin(&w->r, w->op);
         if (runs) w->d.now += (uint64_t)(l + 1) * OP_NS;
         tr_region_end(&w->r, 0, 0);
+        if (w->halves) tr_region_end(&w->r, 0, 0);
+        if (w->halves && runs) w->d.now += OP_NS;
         tr_region_end(&w->r, 0, 0);
     }
 }
@@ -314,6 +319,51 @@ static void records_are_sampled(void **state)
     close_world(&w);
 }
 
+/* Halves are timed like their layers, in a record too. */
+static void halves_are_timed(void **state)
+{
+    world w;
+    uint64_t at[4 * LAYERS];
+
+    (void)state;
+    open_world(&w, 32);
+    w.halves = true;
+    tr_stamp_set *set = tr_stamp_set_create(w.d.of_record, 2 * LAYERS);
+    assert_non_null(set);
+    plain_step(&w, 1);
+    begin_step(&w, 2);
+    tr_device_times_mode(w.t, TR_STAMP_RECORD, set);
+    w.d.recording = true;
+    layers(&w, false);
+    w.d.recording = false;
+    tr_device_times_mode(w.t, TR_STAMP_STEP, NULL);
+    end_step(&w);
+    assert_int_equal(w.d.n_recorded, 4 * LAYERS);
+    begin_step(&w, 3);
+    tr_device_times_mode(w.t, TR_STAMP_REPLAY, set);
+    layers(&w, false); /* noted; the record is run: a layer's stamps, then its half's */
+    for (int l = 0; l < LAYERS; l++) {
+        at[4 * l] = at[4 * l + 2] = w.d.now;
+        at[4 * l + 3] = w.d.now += (uint64_t)(l + 1) * OP_NS;
+        at[4 * l + 1] = w.d.now += OP_NS;
+    }
+    memcpy(w.d.of_record, at, sizeof at);
+    end_step(&w);
+    w.d.passed = 3;
+    tr_device_times_collect(w.t);
+    for (int l = 0; l < LAYERS; l++) {
+        const tr_region_numbers layer = look(&w, "layer", l), half = look(&w, "half", l);
+        assert_int_equal(layer.gpu_count, 2);
+        assert_int_equal(half.gpu_count, 2);
+        assert_int_equal(half.gpu_ns, 2 * (l + 1) * OP_NS);
+        assert_int_equal(layer.gpu_ns, 2 * (l + 2) * OP_NS);
+        assert_int_equal(look(&w, "op", l).gpu_count, 1);
+    }
+    assert_int_equal(tr_device_times_lost(w.t), 0);
+    tr_stamp_set_free(set);
+    close_world(&w);
+}
+
 static void nothing_is_nothing(void **state)
 {
     tr_device_step s;
@@ -341,6 +391,7 @@ int main(void)
         cmocka_unit_test(stamps_that_fail_lose_their_region_only),
         cmocka_unit_test(a_device_that_failed_is_asked_no_more),
         cmocka_unit_test(records_are_sampled),
+        cmocka_unit_test(halves_are_timed),
         cmocka_unit_test(nothing_is_nothing),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -93,16 +93,17 @@ static int begin_replayed(tr_device_times *t)
 static int begin(void *ctx, tr_region_kind kind)
 {
     tr_device_times *t = ctx;
+    const bool around = kind == TR_KIND_LAYER || kind == TR_KIND_HOST; /* operations */
 
     if (!t->open) return -1;
     if (kind == TR_KIND_STEP) return begin_own(t, true);
     switch (t->mode) {
     case TR_STAMP_ALL:
-        return kind == TR_KIND_KERNEL || kind == TR_KIND_LAYER ? begin_own(t, false) : -1;
+        return kind == TR_KIND_KERNEL || around ? begin_own(t, false) : -1;
     case TR_STAMP_RECORD:
-        return kind == TR_KIND_LAYER ? begin_recorded(t) : -1;
+        return around ? begin_recorded(t) : -1;
     case TR_STAMP_REPLAY:
-        return kind == TR_KIND_LAYER ? begin_replayed(t) : -1;
+        return around ? begin_replayed(t) : -1;
     default:
         return -1;
     }

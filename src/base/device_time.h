@@ -4,7 +4,7 @@
  * added to the region's node as gpu_ns and gpu_count, so that what was timed only now and then can be told from what always was.
  *
  * A recorded step (a graph) is one launch for the host: its operations have no stamps. A second record of it with stamps where
- * layers begin and end, a set of its own, is run now and then. This module knows no device; the stream's thread alone calls it. */
+ * layers and their halves begin and end, a set of its own, is run now and then. This module knows no device; the stream's thread alone calls it. */
 #ifndef TR_BASE_DEVICE_TIME_H
 #define TR_BASE_DEVICE_TIME_H
 
@@ -23,10 +23,10 @@ typedef struct tr_stamp_source { /* kept; set NULL: the pool's own, of 2 * n_pai
 
 /* What is stamped from now on. */
 typedef enum tr_stamp_mode {
-    TR_STAMP_ALL,    /* every operation, layer and step */
-    TR_STAMP_STEP,   /* steps */
-    TR_STAMP_RECORD, /* layers, into a set, in a record: it takes no time, so nothing is added */
-    TR_STAMP_REPLAY, /* layers as they come: the record, run in this step, stamps the set again */
+    TR_STAMP_ALL,  /* every operation, layer, region of kind HOST inside a step, and step */
+    TR_STAMP_STEP, /* steps */
+    TR_STAMP_RECORD, /* all but operations, into a set, in a record: it takes no time, so nothing is added */
+    TR_STAMP_REPLAY, /* the same as they come: the record, run in this step, stamps the set again */
 } tr_stamp_mode;
 
 typedef struct tr_device_times tr_device_times;

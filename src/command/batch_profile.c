@@ -507,7 +507,7 @@ void tr_run_profile_engine(tr_run_profile *r, tr_engine *engine)
     r->kv = tr_model_cache_bytes(r->opened->model);
     r->workspace = tr_model_workspace_bytes(r->opened->model);
     atomic_store(&r->engine, engine);
-    if (tr_model_time(r->opened->model, true, &why) != TR_OK)
+    if (tr_model_time(r->opened->model, TR_TIME_EVERY, &why) != TR_OK)
         tr_log_warn(r->log, "the profile has no times of the GPU: %s", why.text);
     tr_papi_step(r->papi, TR_PHASE_NONE); /* loading is no part of the first step */
     tr_engine_observe(engine, (tr_engine_observer){.ctx = r, .step = see_step});
@@ -546,7 +546,7 @@ static void stop(tr_run_profile *r)
     int64_t lost = -1;
 
     if (r->opened->model) {
-        tr_model_time(r->opened->model, false, NULL);
+        tr_model_time(r->opened->model, 0, NULL);
         lost = tr_model_times_lost(r->opened->model);
     }
     tr_regions_cut(&r->opened->regions);

@@ -55,6 +55,8 @@ static const char help_text[] =
     "      --cp-mode MODE        round-robin-split or in-seq-split\n"
     "      --no-overlap          wait for every exchange where it begins\n"
     "      --regions             where the time went, after each line\n"
+    "      --halves              of step: the same steps once more, and after each line what a\n"
+    "                            layer's attention and feed-forward network take by themselves\n"
     "      --sync-check          wait for every operation: --regions then tells its time on a\n"
     "                            GPU, and a failure names it\n"
     "      --peer-kernels WHEN   auto, on or off: sums over the GPUs' peer memory, with on rows\n"
@@ -104,6 +106,7 @@ enum {
     O_OVERRIDE,
     O_SEED,
     O_REGIONS,
+    O_HALVES,
     O_ONLY,
     O_CHUNK,
     O_DEVICE,
@@ -225,6 +228,9 @@ static tr_status one_option(int c, const char *arg, tr_bench_options *o, const c
     case O_NO_OVERLAP:
         o->no_overlap = true;
         return TR_OK;
+    case O_HALVES:
+        o->halves = true;
+        return TR_OK;
     case O_REGIONS:
         o->regions = true;
         return TR_OK;
@@ -258,6 +264,7 @@ static tr_status parse(int argc, char **argv, tr_bench_options *o, const char **
         {"only", required_argument, NULL, O_ONLY},
         {"chunk", required_argument, NULL, O_CHUNK},
         {"regions", no_argument, NULL, O_REGIONS},
+        {"halves", no_argument, NULL, O_HALVES},
         {"device", required_argument, NULL, O_DEVICE},
         {"sync-check", no_argument, NULL, O_SYNC_CHECK},
         {"peer-kernels", required_argument, NULL, O_PEER_KERNELS},
@@ -316,6 +323,9 @@ static tr_status parse(int argc, char **argv, tr_bench_options *o, const char **
                        "trireme bench --help");
     if (o->profile && o->what != TR_BENCH_STEP && o->what != TR_BENCH_PROFILE)
         return tr_fail(err, TR_E_USAGE, "--profile: an option of bench step and bench profile");
+    if (o->halves && (o->what != TR_BENCH_STEP || o->profile))
+        return tr_fail(err, TR_E_USAGE, "--halves: an option of bench step%s",
+                       o->profile ? ", without --profile" : "");
     if (o->profile && !*o->profile) return tr_fail(err, TR_E_USAGE, "--profile: a file is wanted");
     if ((has_grid(&o->open.ranks) || o->no_overlap) && o->what != TR_BENCH_STEP &&
         o->what != TR_BENCH_WATCHDOG)

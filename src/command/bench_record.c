@@ -132,7 +132,7 @@ tr_status tr_bench_record_begin(tr_bench_record **out, const tr_bench_record_opt
     describe(r);
     count(r);
     tr_papi_step(r->o.papi, TR_PHASE_NONE);
-    st = tr_model_time(opened->model, true, err);
+    st = tr_model_time(opened->model, TR_TIME_EVERY, err);
     if (st != TR_OK) goto done;
     tr_profile_start(r->profile);
     *out = r;
@@ -172,7 +172,7 @@ tr_status tr_bench_record_end(tr_bench_record *r, tr_profile_costs *costs, tr_er
 
     if (costs) *costs = (tr_profile_costs){0};
     if (!r) return TR_OK;
-    tr_model_time(r->opened->model, false, NULL);
+    tr_model_time(r->opened->model, 0, NULL);
     tr_regions_cut(&r->opened->regions);
     tr_profile_stop(r->profile);
     const int64_t lost = tr_model_times_lost(r->opened->model);

@@ -14,6 +14,8 @@
 #include "base/region.h"
 #include "base/size.h"
 #include "command/bench_blas.h"
+#include "command/bench_halves.h"
+#include "command/bench_halves.h"
 #include "command/bench_steps.h"
 #include "kernels/work.h"
 #include "mpi/watchdog.h"
@@ -39,6 +41,7 @@ struct tr_bench_steps {
     double load_s;            /* of the weights, this rank's */
     int room;                 /* decode steps that have room behind the longest context */
     tr_bench_record *record;  /* of all steps; NULL: none */
+    tr_bench_halves *halves;  /* NULL: not asked for */
     tr_papi *papi;
     tr_watchdog *watchdog; /* NULL: one rank */
 };
@@ -272,22 +275,11 @@ static double useful_flops(const bench *b, const tr_row_sums *s)
 /* The least time for what the regions counted: of every operation the larger of its bytes and its flops over the ceilings. */
 static double roofline(const bench *b)
 {
-    static const struct {
-        const char *op;
-        double of_fp8; /* rate of its products, of the e4m3 ones; on a CPU they are fp32 */
-    } ops[] = {{"linear", 1},      {"moe", 1},         {"index_logits", 1}, {"sparse_mla", 0.5},
-               {"dense_mha", 0.5}, {"mla_query", 0.5}, {"mla_value", 0.5}};
     const tr_regions *r = &b->opened.regions;
     double seconds = 0;
-    for (int i = 0; i < r->n; i++) {
-        double rate = b->ceilings.fma_flops_per_s;
-        for (size_t j = 0; j < sizeof ops / sizeof *ops && b->ceilings.fp8_flops_per_s > 0; j++)
-            if (strcmp(r->total[i].name, ops[j].op) == 0)
-                rate = b->ceilings.fp8_flops_per_s * ops[j].of_fp8;
-        const double move = r->total[i].bytes / b->ceilings.read_bytes_per_s,
-                     compute = r->total[i].flops / rate;
-        seconds += move > compute ? move : compute;
-    }
+    for (int i = 0; i < r->n; i++)
+        seconds +=
+            tr_bench_roofline(&b->ceilings, r->total[i].name, r->total[i].bytes, r->total[i].flops);
     return seconds / b->options->steps;
 }
 
@@ -384,6 +376,11 @@ static tr_status fill(bench *b, int sequences, int context, tr_err *err)
     return run(b, context, &unused, err);
 }
 
+static void print_halves(const bench *b, const char *what, int sequences, int context)
+{
+    if (leads(b)) tr_bench_halves_print(b->halves, &b->ceilings, what, sequences, context, stdout);
+}
+
 static tr_status bench_decode(bench *b, int sequences, int context, tr_err *err)
 {
     double unused;
@@ -401,6 +398,12 @@ static tr_status bench_decode(bench *b, int sequences, int context, tr_err *err)
     for (int i = 0; i < b->options->steps * own; i++)
         tr_row_sums_add(&sums, context + 3 + i / own, 1, 0, b->opened.config.index_topk);
     if (st == TR_OK) report(b, "decode", sequences, context, sequences, &sums);
+    if (st != TR_OK || !b->halves) return st;
+    st = tr_bench_halves_begin(b->halves, err);
+    for (int i = 0; i < b->options->steps && st == TR_OK; i++)
+        st = decode(b, sequences, context + 3 + b->options->steps + i, &unused, err);
+    tr_bench_halves_end(b->halves);
+    if (st == TR_OK) print_halves(b, "decode", sequences, context);
     return st;
 }
 
@@ -430,6 +433,12 @@ static tr_status bench_prefill(bench *b, int n, int before, tr_err *err)
     sums.selected /= sizes->cp;
     sums.n_dense /= sizes->cp;
     if (st == TR_OK) report(b, "prefill", sizes->dp, before + n, (double)n * sizes->dp, &sums);
+    if (st != TR_OK || !b->halves) return st;
+    st = tr_bench_halves_begin(b->halves, err);
+    for (int i = 0; i < b->options->steps && st == TR_OK; i++)
+        st = prefill(b, 0, before, n, &unused, err);
+    tr_bench_halves_end(b->halves);
+    if (st == TR_OK) print_halves(b, "prefill", sizes->dp, before + n);
     return st;
 }
 
@@ -559,6 +568,7 @@ const char *tr_bench_kv_name(const tr_bench_options *o)
 static void close_bench(bench *b)
 {
     tr_watchdog_stop(b->watchdog);
+    tr_bench_halves_close(b->halves);
     tr_plan_builder_free(b->builder);
     if (b->opened.model) tr_step_free(&b->step, b->opened.model);
     tr_opened_close(&b->opened);
@@ -669,7 +679,7 @@ void tr_bench_give_up_alone(const tr_world *world, tr_status st, const tr_err *e
 static tr_status with_ranks(const tr_bench_options *o, tr_err *err)
 {
     const tr_world *world = o->open.world;
-    bench b = {.options = o, .room = o->steps + 4};
+    bench b = {.options = o, .room = (o->halves ? 2 * o->steps : o->steps) + 4};
     tr_err later;
     if (o->profile && world->size > 1)
         return tr_fail(err, TR_E_USAGE, "--profile: a bench step of one rank, not of %d",
@@ -681,6 +691,7 @@ static tr_status with_ranks(const tr_bench_options *o, tr_err *err)
     if (st == TR_OK) st = print_ceilings(&b, err);
     if (st == TR_OK) print_head(&b);
     if (st == TR_OK) st = begin_record(&b, err);
+    if (st == TR_OK && o->halves) st = tr_bench_halves_open(&b.halves, &b.opened, err);
     if (st == TR_OK) st = all_lines(&b, err);
     if (ready) tr_bench_give_up_alone(world, st, err);
     const tr_status recorded = tr_bench_record_end(b.record, NULL, st == TR_OK ? err : &later);

@@ -7,7 +7,8 @@
 
 enum {
     LEAST_CONTEXT = 4096, /* that a record is for; others are for 4, 16, .. times as much */
-    STAMP_EVERY = 64,     /* replays (parallel.md 10.4, build.md 7) */
+    A_LAYER = 3,          /* stamped regions: itself and its halves */
+    OUTSIDE = 2,          /* those outside layers: the head, --sync-check */
     PAIRS = 8192, /* of stamps: three prefill steps of 61 layers with some 20 operations each */
 };
 
@@ -101,22 +102,22 @@ static tr_status note(tr_model *m, tr_pass *p, tr_step *step, const tr_step_grap
 
 static bool make_stamps(tr_model *m, tr_step_graph *g)
 {
-    const int layers = m->weights->slice.layers.n;
+    const int pairs = A_LAYER * m->weights->slice.layers.n + OUTSIDE;
 
     if (g->cannot_stamp || g->set) return g->set != NULL;
-    g->cannot_stamp = m->ops->stamps_create(m->device, 2 * layers, &g->stamps) != TR_OK;
-    if (!g->cannot_stamp) g->set = tr_stamp_set_create(g->stamps, layers);
+    g->cannot_stamp = m->ops->stamps_create(m->device, 2 * pairs, &g->stamps) != TR_OK;
+    if (!g->cannot_stamp) g->set = tr_stamp_set_create(g->stamps, pairs);
     g->cannot_stamp = !g->set;
     return !g->cannot_stamp;
 }
 
-/* One step in STAMP_EVERY is run from a second record, which has stamps around its layers; *run: the record for this one. *made:
+/* One step in m->stamp_every is run from a second record, which has stamps around its layers and their halves; *run: the record for this one. *made:
  * it was made now, and its operations have been noted. */
 static tr_status prepare(tr_model *m, tr_pass *p, tr_step *step, tr_step_graph *g, tr_graph **run,
                          bool *made, tr_err *err)
 {
     tr_device_times *t = tr_model_times(m);
-    const bool due = t && ++m->n_replays % STAMP_EVERY == 0 && make_stamps(m, g);
+    const bool due = t && ++m->n_replays % (uint64_t)m->stamp_every == 0 && make_stamps(m, g);
 
     if (!g->graph) {
         const tr_status st = record(m, p, step, g, &g->graph, err);
@@ -266,11 +267,11 @@ tr_device_times *tr_model_times(const tr_model *m)
     return m->timing ? m->times : NULL;
 }
 
-tr_status tr_model_time(tr_model *m, bool on, tr_err *err)
+tr_status tr_model_time(tr_model *m, int every, tr_err *err)
 {
     const tr_stamp_source source = {m, stamp, between, passed};
 
-    if (!on) {
+    if (every <= 0) {
         tr_device_times_collect(tr_model_times(m));
         m->timing = false;
         return TR_OK;
@@ -282,6 +283,7 @@ tr_status tr_model_time(tr_model *m, bool on, tr_err *err)
     if (!m->times) m->times = tr_device_times_create(m->regions, &source, PAIRS);
     if (!m->times) return tr_fail(err, TR_E_MEMORY, "out of memory");
     m->timing = true;
+    m->stamp_every = every;
     return TR_OK;
 }
 

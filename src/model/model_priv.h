@@ -103,6 +103,7 @@ struct tr_model {
     tr_device_times *times; /* made by the first tr_model_time; NULL: never */
     tr_stamps *stamps;      /* its pool */
     bool timing;            /* now */
+    int stamp_every;        /* so many replays one has stamps */
     uint64_t n_replays;     /* while timing */
     tr_comm *owed;          /* over which ws.block_out is still to be added up; NULL: it is a sum */
     bool replaying;         /* operations are noted, not run: a graph has them */
