@@ -355,10 +355,14 @@ struct tr_moe_combine_args {
 /* ---- rows to experts of other ranks and back (parallel.md 2.4, 5.1) ------------------------------------------------- */
 
 /* A dispatched row: its d activations, of act_bytes each (tr_act_bytes), then at tr_dispatch_choices its k choices and their
- * weights; a choice that is not the receiver's is -1. Records are whole lines of 16 bytes. */
+ * weights; a choice that is not the receiver's is -1. Records are whole lines of 16 bytes. act_bytes TR_CODES: e4m3, as the
+ * experts' products want them (TR_CAP_W8A8), half of what bf16 would be; behind them the scales of their blocks of 128, of which
+ * a row has whole ones. */
+enum { TR_CODES = 1 };
 static inline size_t tr_dispatch_choices(int d, size_t act_bytes)
 {
-    return ((size_t)d * act_bytes + 3) / 4 * 4;
+    const size_t scales = act_bytes == TR_CODES ? (size_t)d / 128 * 4 : 0;
+    return ((size_t)d * act_bytes + 3) / 4 * 4 + scales;
 }
 static inline size_t tr_dispatch_bytes(int d, int k, size_t act_bytes)
 {
@@ -374,17 +378,24 @@ struct tr_moe_dispatch_args {
     const int32_t *expert; /* [n, k] */
     const float *weight;   /* [n, k] */
     const tr_act *x;       /* [n, d] */
-    void *record;          /* [n_rows * min(k, n_ep) * n_xt] records */
+    /* Not NULL: codes go in place of x, whose they are; as tr_acts has them. d is a multiple of 128. */
+    const uint8_t *q;
+    const float *q_scale;
+    int ld_scale;
+    void *record; /* [n_rows * min(k, n_ep) * n_xt] records */
     int32_t *count, *origin;
 };
 /* What n_rows records that came say of their choices: expert, weight [n_rows, k]; *n_out = n_rows. Their activations stay where they
- * lie, with the records' distance as row stride. */
+ * lie, with the records' distance as row stride. Records of codes: q is not NULL, and gets them, q_scale their scales, as tr_acts has them. */
 struct tr_moe_receive_args {
     const void *record;
     int n_rows, k, d;
     int32_t *expert;
     float *weight;
     int32_t *n_out;
+    uint8_t *q;
+    float *q_scale;
+    int ld_scale;
 };
 /* out[origin[i]] += y[i], i ascending: what the experts made of the rows, in the order in which they were dispatched. */
 struct tr_moe_return_args {
@@ -401,7 +412,10 @@ struct tr_moe_offer_args {
     const int32_t *expert; /* [n, k] */
     const float *weight;   /* [n, k] */
     const tr_act *x;       /* [n, d] */
-    void *record;          /* [n_rows] records */
+    const uint8_t *q;      /* these three as in tr_moe_dispatch_args */
+    const float *q_scale;
+    int ld_scale;
+    void *record; /* [n_rows] records */
 };
 /* out[r] += y[0][r] + y[1][r] + .., r < *n, members ascending: what moe_return would make of them. */
 struct tr_moe_add_args {

@@ -556,8 +556,89 @@ static void check_exchange(pair *p, int d)
         }
 }
 
+/* Records of codes are the CPU's to the byte, and so is what is received. */
+static void check_codes(pair *p, int d)
+{
+    enum { N = 50, K = 4, EP = 3, LOCAL = 5, LD = 52, MOST = N * EP, LD_IN = 152 };
+    const size_t D = (size_t)d, bytes = tr_dispatch_bytes(d, K, TR_CODES);
+    for (int n = 0; n <= N; n += 25)
+        for (int told = 0; told < 2; told++) {
+            float *weights = floats(p, N * K, 1), *scale = floats(p, LD * D / 128, 1);
+            uint8_t *q = array(p, N * D), *got = array(p, MOST * D);
+            int32_t *live = word(p, n), *expert = array(p, N * K * 4), *count = array(p, EP * 4),
+                    *origin = array(p, MOST * 4), *in_expert = array(p, MOST * K * 4),
+                    *n_out = word(p, -1);
+            float *in_weight = floats(p, MOST * K, 1), *got_scale = floats(p, LD_IN * D / 128, 1);
+            char *record = array(p, MOST * bytes);
+            int total = N;
+            for (size_t i = 0; i < N * D; i++)
+                q[i] = (uint8_t)test_bits(&p->random);
+            for (int i = 0; i < N * K; i++)
+                expert[i] = (int32_t)(test_bits(&p->random) % (EP * LOCAL));
+            if (told) {
+                BOTH(p, moe_offer,
+                     ((struct tr_moe_offer_args){.n = live,
+                                                 .n_rows = N,
+                                                 .k = K,
+                                                 .d = d,
+                                                 .expert = expert,
+                                                 .weight = weights,
+                                                 .q = q,
+                                                 .q_scale = scale,
+                                                 .ld_scale = LD,
+                                                 .record = record}),
+                     (TWIN(p, g.n), TWIN(p, g.expert), TWIN(p, g.weight), TWIN(p, g.q),
+                      TWIN(p, g.q_scale), TWIN(p, g.record)));
+            } else {
+                BOTH(p, moe_dispatch,
+                     ((struct tr_moe_dispatch_args){.n = live,
+                                                    .step = 1,
+                                                    .n_rows = N,
+                                                    .k = K,
+                                                    .d = d,
+                                                    .n_local = LOCAL,
+                                                    .n_ep = EP,
+                                                    .n_xt = 1,
+                                                    .expert = expert,
+                                                    .weight = weights,
+                                                    .q = q,
+                                                    .q_scale = scale,
+                                                    .ld_scale = LD,
+                                                    .record = record,
+                                                    .count = count,
+                                                    .origin = origin}),
+                     (TWIN(p, g.n), TWIN(p, g.expert), TWIN(p, g.weight), TWIN(p, g.q),
+                      TWIN(p, g.q_scale), TWIN(p, g.record), TWIN(p, g.count), TWIN(p, g.origin)));
+                same_bytes(p, "count of codes", count, EP * 4);
+                total = count[0] + count[1] + count[2];
+            }
+            same_bytes(p, "records of codes", record, (size_t)total * bytes);
+            BOTH(p, moe_receive,
+                 ((struct tr_moe_receive_args){.record = record,
+                                               .n_rows = total,
+                                               .k = K,
+                                               .d = d,
+                                               .expert = in_expert,
+                                               .weight = in_weight,
+                                               .n_out = n_out,
+                                               .q = got,
+                                               .q_scale = got_scale,
+                                               .ld_scale = LD_IN}),
+                 (TWIN(p, g.record), TWIN(p, g.expert), TWIN(p, g.weight), TWIN(p, g.n_out),
+                  TWIN(p, g.q), TWIN(p, g.q_scale)));
+            same_bytes(p, "received codes", got, (size_t)total * D);
+            same_bytes(p, "received scales", got_scale, LD_IN * D / 128 * 4);
+            same_bytes(p, "experts beside codes", in_expert, (size_t)total * K * 4);
+            same_bytes(p, "weights beside codes", in_weight, (size_t)total * K * 4);
+            same_bytes(p, "rows of codes", n_out, 4);
+            pair_clear(p);
+        }
+}
+
 static void test_moe_exchange(void **state)
 {
+    check_codes(*state, 256);
+    check_codes(*state, 7168);
     check_exchange(*state, 36); /* rows that are no whole lines */
     check_exchange(*state, 136);
 }

@@ -59,6 +59,29 @@ printf '#!/bin/sh\ncase "$*" in *--cp*) set -- "$@" --peer-kernels on ;; esac\ne
 chmod +x "$dir/trireme"
 "$TR_SRCDIR/tests/run_grids.sh" "$dir/trireme" "$TR_SRCDIR/models/tiny" "$TR_BUILDDIR/tests/compare_records" --quick || status=1
 
+# Rows go to the experts of other ranks as e4m3 codes where the backend's norms leave them: the same answers, to the last digit, as
+# when the rows travel and the codes are made of them there; and less travels. Prompts are dispatched, decoded rows told to all.
+gathered() { # HOW: kB that decoded rows have taken to all experts
+    "$program" profile show "$dir/$1.h5" | awk '$1 " " $2 == "all_gather MOE" { print $4 * ($5 == "MB" ? 1000 : $5 == "kB" ? 1 : 0) }'
+}
+for grid in '--dp 2' '--tp 2 --dp 2'; do
+    ranks=$(echo "$grid" | awk '{ n = 1; for (i = 2; i <= NF; i += 2) n *= $i; print n }')
+    [ "$ranks" -le "$most" ] || continue
+    for how in codes rows; do
+        # shellcheck disable=SC2086 # several words
+        timeout 200 env FAKE_W8A8=$how "$MPIEXEC" -n "$ranks" "$program" batch -m "$TR_SRCDIR/models/tiny" --device cuda --kv-dtype f32 $grid \
+            -i "$TR_SRCDIR/jobs/quickstart.jsonl" -o "$dir/$how.jsonl" --profile "$dir/$how.h5" >"$dir/log" 2>&1 ||
+            { cat "$dir/log"; status=1; }
+    done
+    "$TR_BUILDDIR/tests/compare_records" "$dir/rows.jsonl" "$dir/codes.jsonl" >"$dir/log" 2>&1 || { echo "codes under $grid:"; cat "$dir/log"; status=1; }
+    # A row is 256 numbers: 1 KiB, or 264 bytes of codes and scales. Members of a larger replica gather what comes back, too.
+    if [ "$ranks" -eq 2 ] && ! awk -v codes="$(gathered codes)" -v rows="$(gathered rows)" 'BEGIN { exit !(codes > 0 && codes < 0.4 * rows) }'; then
+        echo "$grid: $(gathered codes) kB with codes, $(gathered rows) without"
+        status=1
+    fi
+    rm -rf "$dir"/codes.* "$dir"/rows.*
+done
+
 # ends CODE TEXT ENVIRONMENT...     ARGUMENTS=.. among it: more of the command line
 ends()
 {

@@ -448,6 +448,97 @@ static void combine(void **state)
     free(shared);
 }
 
+/* Records of codes: what moe_dispatch and moe_offer put in, codes, scales and choices, comes out of moe_receive, at the stride it is
+ * wanted with; dead rows are zeros. */
+static void records_of_codes(void **state)
+{
+    enum { N = 6, K = 3, D = 256, LOCAL = 2, EP = 3, LD = 8, LD_IN = 40, MOST = N * K };
+    uint64_t random = 5;
+    test_cpu cpu;
+    (void)state;
+    test_cpu_open(&cpu, 0, 1);
+    const size_t bytes = tr_dispatch_bytes(D, K, TR_CODES);
+    uint8_t q[N * D], got[MOST * D];
+    float scale[D / 128 * LD], weight[N * K], got_scale[D / 128 * LD_IN], got_weight[MOST * K];
+    int32_t expert[N * K], got_expert[MOST * K], count[EP], origin[MOST], n = N - 1, n_in = -1;
+    char *record = test_alloc(MOST, bytes);
+
+    assert_true(bytes >= D + D / 128 * 4 + K * 8 && bytes % 16 == 0);
+    for (int i = 0; i < N * D; i++)
+        q[i] = (uint8_t)test_bits(&random);
+    for (int i = 0; i < D / 128 * LD; i++)
+        scale[i] = (float)i;
+    for (int i = 0; i < N * K; i++) {
+        expert[i] = (int32_t)(test_bits(&random) % (EP * LOCAL));
+        weight[i] = (float)(i + 1);
+    }
+    for (int told = 0; told < 2; told++) {
+        const struct tr_moe_dispatch_args dispatch = {.n = &n,
+                                                      .step = 1,
+                                                      .n_rows = N,
+                                                      .k = K,
+                                                      .d = D,
+                                                      .n_local = LOCAL,
+                                                      .n_ep = EP,
+                                                      .n_xt = 1,
+                                                      .expert = expert,
+                                                      .weight = weight,
+                                                      .q = q,
+                                                      .q_scale = scale,
+                                                      .ld_scale = LD,
+                                                      .record = record,
+                                                      .count = count,
+                                                      .origin = origin};
+        const struct tr_moe_offer_args offer = {.n = &n,
+                                                .n_rows = N,
+                                                .k = K,
+                                                .d = D,
+                                                .expert = expert,
+                                                .weight = weight,
+                                                .q = q,
+                                                .q_scale = scale,
+                                                .ld_scale = LD,
+                                                .record = record};
+        int total = N;
+        if (told) {
+            assert_int_equal(cpu.ops->moe_offer(cpu.d, TR_LANE_MAIN, &offer), TR_OK);
+        } else {
+            assert_int_equal(cpu.ops->moe_dispatch(cpu.d, TR_LANE_MAIN, &dispatch), TR_OK);
+            total = count[0] + count[1] + count[2];
+            assert_in_range(total, N - 1, MOST);
+        }
+        const struct tr_moe_receive_args receive = {.record = record,
+                                                    .n_rows = total,
+                                                    .k = K,
+                                                    .d = D,
+                                                    .expert = got_expert,
+                                                    .weight = got_weight,
+                                                    .n_out = &n_in,
+                                                    .q = got,
+                                                    .q_scale = got_scale,
+                                                    .ld_scale = LD_IN};
+        assert_int_equal(cpu.ops->moe_receive(cpu.d, TR_LANE_MAIN, &receive), TR_OK);
+        assert_int_equal(n_in, total);
+        for (int i = 0, ep = 0, left = count[0]; i < total; i++, left--) {
+            while (!told && left == 0)
+                left = count[++ep];
+            const int r = told ? i : origin[i], live = r < n;
+            for (int j = 0; j < D; j++)
+                assert_int_equal(got[i * D + j], live ? q[r * D + j] : 0);
+            for (int b = 0; b < D / 128; b++)
+                assert_true(got_scale[b * LD_IN + i] == (live ? scale[b * LD + r] : 0));
+            for (int j = 0; j < K; j++) {
+                const int32_t e = expert[r * K + j];
+                const int here = live && (told || e / LOCAL == ep);
+                assert_int_equal(got_expert[i * K + j], here ? e : -1);
+                assert_true(got_weight[i * K + j] == (here ? weight[r * K + j] : 0));
+            }
+        }
+    }
+    free(record);
+    cpu.ops->close(cpu.d);
+}
+
 /* Rows told to all: what is offered comes out of moe_receive again, dead rows choose nobody; and the members' sums are added as
  * those of dispatched rows are, bit for bit. */
 static void told_rows(void **state)
@@ -545,6 +636,7 @@ int main(void)
         cmocka_unit_test(experts_of_layers),
         cmocka_unit_test(moe_edges),
         cmocka_unit_test(combine),
+        cmocka_unit_test(records_of_codes),
         cmocka_unit_test(told_rows),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);

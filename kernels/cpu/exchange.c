@@ -33,10 +33,31 @@ static void put_choices(const struct tr_moe_dispatch_args *a, int r, int ep, cha
     }
 }
 
+/* Bytes of an activation in records with codes or without. */
+static size_t act_bytes(const void *q)
+{
+    return q ? TR_CODES : sizeof(float);
+}
+
+/* Row r's activations, or their codes and scales: the beginning of a record. */
+static void put_row(const tr_act *x, const uint8_t *q, const float *q_scale, int ld_scale, int d,
+                    size_t r, char *to)
+{
+    const size_t w = (size_t)d;
+
+    if (!q) {
+        memcpy(to, x + r * w, w * sizeof *x);
+        return;
+    }
+    memcpy(to, q + r * w, w);
+    for (size_t b = 0; b < w / 128; b++)
+        memcpy(to + w + 4 * b, &q_scale[b * (size_t)ld_scale + r], 4);
+}
+
 tr_status tr_cpu_moe_dispatch(tr_device *d, tr_lane lane, const struct tr_moe_dispatch_args *a)
 {
-    const size_t bytes = tr_dispatch_bytes(a->d, a->k, sizeof(float)),
-                 row_bytes = (size_t)a->d * sizeof(float);
+    const size_t bytes = tr_dispatch_bytes(a->d, a->k, act_bytes(a->q)),
+                 row_bytes = tr_dispatch_choices(a->d, act_bytes(a->q));
     const int n = *a->n;
     char *record = a->record;
     int at = 0;
@@ -52,7 +73,7 @@ tr_status tr_cpu_moe_dispatch(tr_device *d, tr_lane lane, const struct tr_moe_di
                 const int r = a->first + i * a->step;
                 if (!goes_to(a, r, ep)) continue; /* there is room for what goes, no more */
                 char *to = record + (size_t)at * bytes;
-                memcpy(to, a->x + (size_t)r * (size_t)a->d, row_bytes);
+                put_row(a->x, a->q, a->q_scale, a->ld_scale, a->d, (size_t)r, to);
                 put_choices(a, r, ep, to + row_bytes);
                 a->origin[at++] = r;
             }
@@ -64,13 +85,18 @@ tr_status tr_cpu_moe_dispatch(tr_device *d, tr_lane lane, const struct tr_moe_di
 
 tr_status tr_cpu_moe_receive(tr_device *d, tr_lane lane, const struct tr_moe_receive_args *a)
 {
-    const size_t bytes = tr_dispatch_bytes(a->d, a->k, sizeof(float)), k = (size_t)a->k;
+    const size_t bytes = tr_dispatch_bytes(a->d, a->k, act_bytes(a->q)), k = (size_t)a->k,
+                 w = (size_t)a->d, choices = tr_dispatch_choices(a->d, act_bytes(a->q));
     (void)d, (void)lane;
 
-    for (int i = 0; i < a->n_rows; i++) {
-        const char *from = (const char *)a->record + (size_t)i * bytes + (size_t)a->d * 4;
-        memcpy(a->expert + (size_t)i * k, from, k * 4);
-        memcpy(a->weight + (size_t)i * k, from + k * 4, k * 4);
+    for (size_t i = 0; i < (size_t)a->n_rows; i++) {
+        const char *from = (const char *)a->record + i * bytes;
+        memcpy(a->expert + i * k, from + choices, k * 4);
+        memcpy(a->weight + i * k, from + choices + k * 4, k * 4);
+        if (!a->q) continue;
+        memcpy(a->q + i * w, from, w);
+        for (size_t b = 0; b < w / 128; b++)
+            memcpy(&a->q_scale[b * (size_t)a->ld_scale + i], from + w + 4 * b, 4);
     }
     *a->n_out = a->n_rows;
     return TR_OK;
@@ -92,20 +118,20 @@ tr_status tr_cpu_moe_return(tr_device *d, tr_lane lane, const struct tr_moe_retu
 
 tr_status tr_cpu_moe_offer(tr_device *d, tr_lane lane, const struct tr_moe_offer_args *a)
 {
-    const size_t bytes = tr_dispatch_bytes(a->d, a->k, sizeof(float)), w = (size_t)a->d,
-                 k = (size_t)a->k;
+    const size_t bytes = tr_dispatch_bytes(a->d, a->k, act_bytes(a->q)), k = (size_t)a->k,
+                 choices = tr_dispatch_choices(a->d, act_bytes(a->q));
     (void)d, (void)lane;
 
     for (int i = 0; i < a->n_rows; i++) {
         char *to = (char *)a->record + (size_t)i * bytes;
         const size_t r = (size_t)(a->first + i);
         if (a->first + i < *a->n) {
-            memcpy(to, a->x + r * w, w * 4);
-            memcpy(to + w * 4, a->expert + r * k, k * 4);
-            memcpy(to + w * 4 + k * 4, a->weight + r * k, k * 4);
+            put_row(a->x, a->q, a->q_scale, a->ld_scale, a->d, r, to);
+            memcpy(to + choices, a->expert + r * k, k * 4);
+            memcpy(to + choices + k * 4, a->weight + r * k, k * 4);
         } else {
             memset(to, 0, bytes);
-            memset(to + w * 4, 0xff, k * 4); /* -1 */
+            memset(to + choices, 0xff, k * 4); /* -1 */
         }
     }
     return TR_OK;

@@ -17,6 +17,31 @@
 #include "model/model_priv.h"
 #include "model/note.h"
 
+/* Every norm before experts leaves the codes of what it has made, if rows are of whole blocks (tr_model_norm). */
+size_t tr_model_travel_act(const tr_model *m, const tr_moe_weights *w)
+{
+    const bool left = (m->ops->caps & TR_CAP_W8A8) && m->config->hidden_size % 128 == 0;
+    return left && w->gate_up.format == TR_W_E4M3_B128 ? TR_CODES : tr_act_bytes(m->ops);
+}
+
+static size_t record_of(const tr_model *m, const tr_moe_weights *w)
+{
+    return tr_dispatch_bytes(m->config->hidden_size, m->config->num_experts_per_tok,
+                             tr_model_travel_act(m, w));
+}
+
+/* The norm's codes of the pass's rows; of NULL: they travel as they are. */
+static tr_quantised codes_of(const tr_model *m, const tr_moe_weights *w)
+{
+    return tr_model_travel_act(m, w) == TR_CODES ? m->ws.quant[TR_QUANT_HIDDEN] : (tr_quantised){0};
+}
+
+/* From a block's scales to the next one's, as the operations that make them have it. */
+static int scale_stride(int n_max)
+{
+    return (n_max + 3) / 4 * 4;
+}
+
 /* Records between all members: counts are [members], in records of `bytes`. */
 static tr_status travel(tr_model *m, const void *send, const int32_t *n_send, void *recv,
                         const int32_t *n_recv, size_t bytes, tr_ticket *ticket, tr_err *err)
@@ -74,14 +99,16 @@ static tr_status dispatch(tr_model *m, const tr_pass *p, const tr_moe_weights *w
     tr_ticket ticket = {0};
     int first;
     const int n_rows = rows_of_round(m, p, i_round, &first);
+    const tr_quantised codes = codes_of(m, w);
 
     tr_note(m, tr_work_moe_dispatch(m->moe_share, c->hidden_size, c->num_experts_per_tok,
-                                    tr_act_bytes(m->ops)));
+                                    tr_model_travel_act(m, w)));
     tr_status st =
         TR_RUN(m, moe_dispatch, err, .n = p->rows.n, .first = first, .step = 1, .n_rows = n_rows,
                .k = c->num_experts_per_tok, .d = c->hidden_size, .n_local = w->n_local,
                .n_ep = members / m->groups.n_xt, .n_xt = m->groups.n_xt, .expert = m->ws.expert,
-               .weight = m->ws.weight, .x = m->ws.normed, .record = m->ws.moe.out,
+               .weight = m->ws.weight, .x = m->ws.normed, .q = codes.q, .q_scale = codes.scale,
+               .ld_scale = scale_stride(p->n_max), .record = m->ws.moe.out,
                .count = m->ws.moe.count, .origin = m->ws.moe.origin);
     if (st == TR_OK)
         st =
@@ -98,12 +125,22 @@ static tr_status experts(tr_model *m, const tr_moe_weights *w, int n_in, int n_m
 {
     const tr_config *c = m->config;
     const int d = c->hidden_size, k = c->num_experts_per_tok;
-    const size_t ld = tr_dispatch_bytes(d, k, tr_act_bytes(m->ops)) / tr_act_bytes(m->ops);
+    const bool codes = tr_model_travel_act(m, w) == TR_CODES;
+    tr_acts in = {.n_max = n_max, .d = d, .scale_pow2 = c->scale_ue8m0, .quantised = codes};
+    if (codes) {
+        in.q = m->ws.moe.q;
+        in.q_scale = m->ws.moe.q_scale;
+        in.ld = (size_t)d;
+    } else {
+        in.x = m->ws.moe.in;
+        in.ld = record_of(m, w) / tr_act_bytes(m->ops);
+    }
 
-    tr_note(m, tr_work_moe_pack(n_in, 2 * k));
+    tr_note(m, codes ? tr_work_moe_dispatch(n_in, d, k, TR_CODES) : tr_work_moe_pack(n_in, 2 * k));
     tr_status st =
         TR_RUN(m, moe_receive, err, .record = m->ws.moe.in, .n_rows = n_in, .k = k, .d = d,
-               .expert = m->ws.moe.expert, .weight = m->ws.moe.weight, .n_out = m->ws.moe.n);
+               .expert = m->ws.moe.expert, .weight = m->ws.moe.weight, .n_out = m->ws.moe.n,
+               .q = in.q, .q_scale = in.q_scale, .ld_scale = scale_stride(n_max));
     tr_note(m, tr_work_moe_pack(n_in, k));
     if (st == TR_OK)
         st = TR_RUN(m, moe_pack, err, .n = m->ws.moe.n, .n_max = n_max, .k = k,
@@ -115,14 +152,9 @@ static tr_status experts(tr_model *m, const tr_moe_weights *w, int n_in, int n_m
                            &w->down));
     if (st == TR_OK)
         st = TR_RUN(m, moe, err, .n = m->ws.moe.n, .n_max = n_max, .k = k, .n_local = w->n_local,
-                    .gate_up = &w->gate_up, .down = &w->down,
-                    .in = {.x = m->ws.moe.in,
-                           .ld = ld,
-                           .n_max = n_max,
-                           .d = d,
-                           .scale_pow2 = m->config->scale_ue8m0},
-                    .start = m->ws.start, .pair = m->ws.pair, .out = m->ws.expert_out,
-                    .workspace = m->ws.scratch, .workspace_bytes = m->ws.scratch_bytes);
+                    .gate_up = &w->gate_up, .down = &w->down, .in = in, .start = m->ws.start,
+                    .pair = m->ws.pair, .out = m->ws.expert_out, .workspace = m->ws.scratch,
+                    .workspace_bytes = m->ws.scratch_bytes);
     tr_note(m, tr_work_moe_combine(n_in, k, d));
     if (st == TR_OK)
         st = TR_RUN(m, moe_combine, err, .n = m->ws.moe.n, .n_max = n_max, .k = k, .d = d,
@@ -177,9 +209,7 @@ tr_status tr_moe_exchange(tr_model *m, const tr_pass *p, const tr_moe_weights *w
 {
     const tr_config *c = m->config;
     const int members = tr_comm_size(m->groups.moe);
-    const size_t record = tr_dispatch_bytes(c->hidden_size, c->num_experts_per_tok,
-                                            tr_act_bytes(m->ops)),
-                 row = (size_t)c->hidden_size * tr_act_bytes(m->ops);
+    const size_t record = record_of(m, w), row = (size_t)c->hidden_size * tr_act_bytes(m->ops);
     int32_t n_send[TR_MEMBERS_MAX], n_recv[TR_MEMBERS_MAX];
     tr_status st = TR_OK;
     tr_ticket ticket = {0};
@@ -251,18 +281,19 @@ static tr_status experts_of_all(tr_model *m, const tr_pass *p, const tr_moe_weig
 {
     const tr_config *c = m->config;
     const int members = tr_comm_size(m->groups.moe), share = told(m, p->each);
-    const size_t record =
-        tr_dispatch_bytes(c->hidden_size, c->num_experts_per_tok, tr_act_bytes(m->ops));
+    const size_t record = record_of(m, w);
+    const tr_quantised codes = codes_of(m, w);
     size_t bytes[TR_MEMBERS_MAX];
     tr_ticket ticket = {0};
 
     tr_note(m, tr_work_moe_dispatch(share, c->hidden_size, c->num_experts_per_tok,
-                                    tr_act_bytes(m->ops)));
+                                    tr_model_travel_act(m, w)));
     tr_status st =
         TR_RUN(m, moe_offer, err, .n = p->rows.n,
                .first = tr_comm_rank(m->groups.moe) % m->moe_same * share, .n_rows = share,
                .k = c->num_experts_per_tok, .d = c->hidden_size, .expert = m->ws.expert,
-               .weight = m->ws.weight, .x = m->ws.normed, .record = m->ws.moe.out);
+               .weight = m->ws.weight, .x = m->ws.normed, .q = codes.q, .q_scale = codes.scale,
+               .ld_scale = scale_stride(p->n_max), .record = m->ws.moe.out);
     for (int i = 0; i < members; i++)
         bytes[i] = (size_t)share * record;
     if (st == TR_OK)

@@ -92,6 +92,24 @@ static size_t whole_shares(const tr_model *m, size_t n)
     return tr_ceil_div(n, tp) * tp;
 }
 
+/* The largest record of a row to experts elsewhere, and whether some are of codes. */
+static size_t largest_record(const tr_model *m, int *codes)
+{
+    const tr_config *c = m->config;
+    size_t most = 16; /* a stage without experts has no rows to send */
+
+    *codes = 0;
+    for (int i = 0; i < m->weights->slice.layers.n; i++) {
+        const tr_layer_weights *l = &m->weights->layer[i];
+        if (!l->is_moe) continue;
+        const size_t act = tr_model_travel_act(m, &l->moe),
+                     bytes = tr_dispatch_bytes(c->hidden_size, c->num_experts_per_tok, act);
+        if (bytes > most) most = bytes;
+        *codes |= act == TR_CODES;
+    }
+    return most;
+}
+
 /* What only some grids need: rows to experts elsewhere, to the next stage, head rows and logits of other members. */
 static tr_status take_exchanges(tr_model *m, tr_err *err)
 {
@@ -102,7 +120,8 @@ static tr_status take_exchanges(tr_model *m, tr_err *err)
                  act = tr_act_bytes(m->ops);
     const int k = c->num_experts_per_tok, members = tr_comm_size(m->groups.moe),
               n_ep = members / m->groups.n_xt;
-    const size_t record = tr_dispatch_bytes(c->hidden_size, k, act), n_in = (size_t)m->moe_rows,
+    int codes;
+    const size_t record = largest_record(m, &codes), n_in = (size_t)m->moe_rows,
                  n_out =
                      (size_t)m->moe_share * (size_t)(k < n_ep ? k : n_ep) * (size_t)m->groups.n_xt;
     const size_t part = sizeof(tr_sample_part) > sizeof(tr_logprob_part) ? sizeof(tr_sample_part)
@@ -120,6 +139,8 @@ static tr_status take_exchanges(tr_model *m, tr_err *err)
         {m->moe_exchange, &ws->moe.expert, n_in, (size_t)k, 4},
         {m->moe_exchange, &ws->moe.weight, n_in, (size_t)k, 4},
         {m->moe_exchange, &ws->moe.n, 1, 1, 4},
+        {m->moe_exchange && codes, &ws->moe.q, n_in, hidden, 1},
+        {m->moe_exchange && codes, &ws->moe.q_scale, tr_ceil_div(n_in, 4) * 4, hidden / 128, 4},
         {m->moe_exchange, &ws->moe.y, n_in, hidden, act},
         {m->moe_exchange, &ws->moe.back, n_out, hidden, act},
         {!slice->head, &ws->handoff, n, hidden, 4},

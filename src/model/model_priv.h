@@ -60,6 +60,8 @@ typedef struct tr_workspace {
         int32_t *expert, *n;     /* [M, k]; one word */
         float *weight;           /* [M, k] */
         tr_act *y, *back;        /* [M, hidden], [n_out, hidden] */
+        uint8_t *q;              /* [M, hidden] codes of what came, and */
+        float *q_scale; /* [hidden / 128, M rounded up to 4] their scales; where rows travel so */
     } moe;
     float
         *handoff; /* [N, hidden] rows on their way to the next stage; changes places with hidden */
@@ -183,6 +185,8 @@ tr_status tr_model_await(tr_model *m, tr_comm *group, tr_status begun, tr_ticket
                          double bytes, tr_err *err);
 /* ws.start says which experts have how many rows: counted where the host can read it. */
 void tr_model_count_experts(tr_model *m, const tr_moe_weights *w);
+/* Bytes of an activation in a row that travels to these experts: TR_CODES where their products take them so, whatever the rows. */
+size_t tr_model_travel_act(const tr_model *m, const tr_moe_weights *w);
 /* This member's experts on the pass's rows: their products to ws.expert_out, [rows of them, hidden]; ws.start, ws.pair say whose. */
 tr_status tr_model_experts(tr_model *m, const tr_pass *p, const tr_moe_weights *w, tr_err *err);
 /* Sum of [n_max, hidden] over a group, begun and awaited; nothing in a group of one. */

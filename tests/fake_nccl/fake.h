@@ -9,6 +9,9 @@
 
 /* The CPU's norm, at once. */
 bool fake_norm(const struct tr_norm_args *a);
+/* Changes the table if FAKE_W8A8 says so (fake_w8a8.c); true: norms leave codes. */
+bool fake_w8a8(const tr_ops *cpu_ops, tr_ops *table);
+tr_status fake_w8a8_norm(tr_device *device, tr_lane lane, const struct tr_norm_args *a);
 /* The exchange, when its turn in the stream has come (fake_push.c). */
 void fake_push(const tr_cuda_push_group *g, const tr_cuda_push_args *a);
 

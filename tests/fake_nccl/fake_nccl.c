@@ -72,6 +72,7 @@ static work *group;
 static int group_depth, n_ids;
 static tr_device *opened;
 static const tr_ops *cpu_ops;
+static bool leaves_codes;
 
 static void *must(void *p)
 {
@@ -597,7 +598,7 @@ cudaStream_t tr_cuda_stream(const tr_device *device, tr_lane lane)
 
 bool fake_norm(const struct tr_norm_args *a)
 {
-    return cpu_ops->norm(opened, TR_LANE_MAIN, a) == TR_OK;
+    return (leaves_codes ? fake_w8a8_norm : cpu_ops->norm)(opened, TR_LANE_MAIN, a) == TR_OK;
 }
 
 /* Memory that other processes may be given is the fake runtime's, else it is the CPU backend's. */
@@ -627,6 +628,7 @@ tr_status tr_cuda_open(tr_device **out, const tr_ops **ops, const tr_device_opti
     cpu_ops = cpu;
     table = *cpu;
     table.name = "cuda";
+    leaves_codes = fake_w8a8(cpu, &table);
     table.alloc = symmetric_alloc;
     table.release = symmetric_release;
     *ops = &table;
