@@ -146,13 +146,13 @@ static bool take_choice(words *w, tr_progress_choice *c, const entry *e)
            (e->n_logprobs < 0 || take_scores(w, &c->scores, n, e->n_logprobs));
 }
 
-/* NULL: *why. */
+/* NULL: *why. A choice has one word at least: no memory is asked for by a number of them that the entry cannot hold. */
 static tr_progress *parse(const entry *e, words w, int *why)
 {
     tr_progress *p = NULL;
 
     *why = DAMAGED;
-    if (e->n_choices < 1 || e->n_choices > CHOICES_MAX) return NULL;
+    if (e->n_choices < 1 || e->n_choices > CHOICES_MAX || (size_t)e->n_choices > w.n) return NULL;
     p = tr_progress_create(e->n_choices);
     if (!p) {
         *why = ENOMEM;
