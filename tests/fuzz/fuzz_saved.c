@@ -1,6 +1,7 @@
 /* The bytes of OUT.saved. Whatever is taken from it can be read again, is within bounds, and survives being written by the next
  * job; a file that was damaged anywhere gives nothing that was not in it. The first byte says how the input becomes a file: as
- * it is, or behind a head and with hashes that are right, so that what is behind them is reached. */
+ * it is, or behind a head and with hashes that are right, so that what is behind them is reached; and whether the next job saves
+ * also where nothing was taken, which is the same every time. */
 #include <config.h>
 
 #include <sys/stat.h>
@@ -11,7 +12,7 @@
 #include "tests/fuzz/fuzz.h"
 #include "tests/scratch.h"
 
-enum { HEAD = 88, ENTRY = 88, LINE_AT = 40, FILE_MAX = 1 << 20, VOCAB = 500 };
+enum { HEAD = 88, ENTRY = 88, LINE_AT = 40, FILE_MAX = 1 << 20, VOCAB = 500, LINES_MAX = 256 };
 
 static char folder[256], out_path[300], saved_path[320]; /* made once */
 static const tr_run_field fields[] = {{"input", "x"}};
@@ -141,15 +142,40 @@ static size_t n_found(tr_saved *s, const uint64_t *line, size_t n, uint64_t *sum
     return found;
 }
 
+static bool is_among(uint64_t x, const uint64_t *line, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (line[i] == x) return true;
+    return false;
+}
+
+/* The lines that its entries can name, each once: an entry begins where the one before it ends, whatever its hash says. */
+static size_t list_lines(const char *file, size_t size, uint64_t line[LINES_MAX])
+{
+    uint64_t bytes = HEAD, x;
+    size_t n = 0;
+
+    for (size_t at = 0; n < LINES_MAX && bytes <= size - at;) {
+        at += (size_t)bytes;
+        if (size - at < ENTRY) break;
+        memcpy(&bytes, file + at, sizeof bytes);
+        if (bytes < ENTRY) break;
+        memcpy(&x, file + at + LINE_AT, sizeof x);
+        if (!is_among(x, line, n)) line[n++] = x;
+    }
+    return n;
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 {
     static char file[FILE_MAX];
-    uint64_t line[256] = {0}, sum, again;
-    size_t n_lines = 0, size = n;
+    uint64_t line[LINES_MAX] = {0}, sum, again;
+    size_t size = n;
     tr_saved_counts counts;
 
     if (!folder[0]) make_folder();
-    const bool as_it_is = fuzz_take_byte(&data, &n) & 1;
+    const uint8_t way = fuzz_take_byte(&data, &n);
+    const bool as_it_is = way & 1, saves_nothing = !(way & 14);
     if (n > FILE_MAX / 2) return 0;
     if (as_it_is) {
         memcpy(file, data, n);
@@ -158,20 +184,20 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
         size = dress(file, data, n);
     }
     if (tr_scratch_write(folder, "out.saved", file, size) != 0) abort();
-    /* The lines that its entries could name, wherever they stand. */
-    for (size_t at = LINE_AT; at + 8 <= size && n_lines < 256; at += 4) {
-        uint64_t x;
-        memcpy(&x, file + at, 8);
-        bool known = false;
-        for (size_t i = 0; i < n_lines && !known; i++)
-            known = line[i] == x;
-        if (!known) line[n_lines++] = x;
-    }
+    const size_t n_lines = list_lines(file, size, line);
     tr_saved *s = opened();
     const size_t found = n_found(s, line, n_lines, &sum);
+    uint64_t absent = 0;
+    while (is_among(absent, line, n_lines))
+        absent++;
+    FUZZ_CHECK(n_lines == LINES_MAX || !tr_saved_find(s, absent), "line %ju", (uintmax_t)absent);
     FUZZ_CHECK(found <= tr_saved_count(s), "%zu found, %zu there", found, tr_saved_count(s));
-    FUZZ_CHECK(n_lines == 256 || found == tr_saved_count(s), "%zu found, %zu there", found,
+    FUZZ_CHECK(n_lines == LINES_MAX || found == tr_saved_count(s), "%zu found, %zu there", found,
                tr_saved_count(s));
+    if (!tr_saved_count(s) && !saves_nothing) {
+        tr_saved_close(s);
+        return 0;
+    }
     FUZZ_CHECK(tr_saved_write(s, NULL, &counts), "the next job could not save");
     FUZZ_CHECK(counts.requests == tr_saved_count(s), "%ju kept", (uintmax_t)counts.requests);
     tr_saved_close(s);
