@@ -92,6 +92,22 @@ static void test_lines(void **state)
     tr_input_close(in);
 }
 
+/* OUT.run and OUT.saved of older jobs hold hashes: XXH3 of 128 bits, high half first, each half with its zeros. */
+static void test_hash(void **state)
+{
+    char hex[33];
+    (void)state;
+    tr_hash128_hex("", 0, 0, hex);
+    assert_string_equal(hex, "99aa06d3014798d86001c324468d497f");
+    uint64_t n = 0;
+    do
+        tr_hash128_hex(&n, sizeof n, 0, hex);
+    while (hex[0] != '0' && ++n < 10000); /* one of 16 begins with a zero */
+    assert_int_equal(hex[0], '0');
+    assert_int_equal(strlen(hex), 32);
+    assert_int_equal(strspn(hex, "0123456789abcdef"), 32);
+}
+
 static void test_nothing(void **state)
 {
     static const char *const t[] = {"", "\n", "\n \n\t\r\n", "\xef\xbb\xbf", "\xef\xbb\xbf\n"};
@@ -309,10 +325,11 @@ static int remove_folder(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_lines),      cmocka_unit_test(test_nothing),
-        cmocka_unit_test(test_long_lines), cmocka_unit_test(test_duplicates),
-        cmocka_unit_test(test_missing),    cmocka_unit_test(test_pipe),
-        cmocka_unit_test(test_shards),     cmocka_unit_test(test_changes),
+        cmocka_unit_test(test_hash),       cmocka_unit_test(test_lines),
+        cmocka_unit_test(test_nothing),    cmocka_unit_test(test_long_lines),
+        cmocka_unit_test(test_duplicates), cmocka_unit_test(test_missing),
+        cmocka_unit_test(test_pipe),       cmocka_unit_test(test_shards),
+        cmocka_unit_test(test_changes),
     };
     return cmocka_run_group_tests(tests, make_folder, remove_folder);
 }

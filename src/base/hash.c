@@ -2,7 +2,6 @@
 
 #include "base/hash.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 
 #include <xxhash.h>
@@ -13,7 +12,11 @@ struct tr_hasher {
 
 static void hex_of(XXH128_hash_t h, char hex[33])
 {
-    snprintf(hex, 33, "%016jx%016jx", (uintmax_t)h.high64, (uintmax_t)h.low64);
+    const uint64_t half[2] = {h.high64, h.low64};
+
+    for (int i = 0; i < 32; i++)
+        hex[i] = "0123456789abcdef"[half[i / 16] >> (60 - 4 * (i % 16)) & 15];
+    hex[32] = '\0';
 }
 
 uint64_t tr_hash64(const void *data, size_t n, uint64_t seed)
