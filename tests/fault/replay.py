@@ -1,7 +1,8 @@
 """Crash states of the journal. A run is logged (shim.c): every write, truncation, rename, creation and sync of OUT and what
 lies beside it. From the log every state is built that a crash may leave: for each moment of the run, and for what was not
-synced by then, each write whole, absent, cut at every 512-byte boundary and in front of its last byte, or zeros; truncations and names done
-or not.
+synced by then, each write whole, absent, cut at every 512-byte boundary and in front of its last byte, zeros up to there (its
+blocks reach the disk in any order), or zeros; truncations and names done or not. Where four records at most are open at a time
+every combination of these is tried, elsewhere every two.
 The journal must accept each, count every record that was synced, and none that is not whole.
 
 usage: replay.py RESUME_STATE SHIM.so FOLDER     FOLDER is scratch; in memory, or it takes minutes
@@ -57,6 +58,8 @@ class Disk:
             data = op.data
             if how == "zeros":
                 data = b"\0" * len(data)
+            elif how != "whole" and how < 0:
+                data = b"\0" * -how + data[-how:]
             elif how != "whole":
                 data = data[:how]
             f = self.files[op.file]
@@ -100,12 +103,12 @@ def ways(op):
     if op.what != "write":
         return ["absent"]
     cuts = {c - op.at for c in range((op.at // BLOCK + 1) * BLOCK, op.at + len(op.data), BLOCK)}
-    return ["absent", "zeros"] + sorted(cuts | {len(op.data) - 1})
+    return ["absent", "zeros"] + sorted(cuts | {len(op.data) - 1}) + sorted(-c for c in cuts if c > 0)
 
 
-def states(ops):
-    """(moment, disk) for every state of interest, each once: no more than two operations come out otherwise than whole, or
-    everything from one on is absent."""
+def states(ops, combined):
+    """(moment, disk) for every state of interest, each once: everything from one operation on is absent, and, of those before
+    it, no more than two come out otherwise than whole (combined: any number of them)."""
     seen = set()
     for k in range(len(ops) + 1):
         left = pending(ops, k)
@@ -114,7 +117,12 @@ def states(ops):
             plans += [{id(op): how} for how in ways(op)]
             plans.append({id(o): "absent" for o in left[i:]})
             plans += [dict([(id(o), "absent") for o in left[i + 1:]] + [(id(op), how)]) for how in ways(op)]
-        if k == len(ops) or ops[k].what == "sync":  # the most is open just before a sync
+        if k < len(ops) and ops[k].what != "sync":
+            pass  # the most is open just before a sync
+        elif combined:
+            for hows in itertools.product(*[["whole"] + ways(op) for op in left]):
+                plans.append(dict(zip(map(id, left), hows)))
+        else:
             for a, b in itertools.combinations(left, 2):
                 plans += [{id(a): x, id(b): y} for x in ways(a) for y in ways(b)]
         for plan in plans:
@@ -150,7 +158,7 @@ def synced_records(ops, k):
     return durable
 
 
-def scenario(name, before, sync_lines):
+def scenario(name, before, sync_lines, combined=False):
     """before: bytes of OUT when the logged run begins (OUT.run beside it), or None for nothing at all."""
     global start, out, folder_of_out
     work = os.path.join(folder, name)
@@ -180,8 +188,12 @@ def scenario(name, before, sync_lines):
     checker = subprocess.Popen([program, "check", str(N)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     n_states = n_bad = 0
     must = {k: set(synced_records(ops, k)) for k in range(len(ops) + 1)}
+    if must[len(ops)] != set(range(N)):
+        sys.exit("%s: the run ended with records that were not synced" % name)
+    if max(sum(op.what == "write" and op.path == out for op in pending(ops, k)) for k in must) > sync_lines:
+        sys.exit("%s: more than %d records were not synced at some moment" % (name, sync_lines))
     place = os.path.join(folder, "state")
-    for k, disk in states(ops):
+    for k, disk in states(ops, combined):
         n_states += 1
         os.mkdir(place)
         content = b""
@@ -219,6 +231,7 @@ hole = bytearray(text[:upto[9]])
 hole[upto[3] + 10:upto[4] + 100] = b"\0" * (upto[4] + 90 - upto[3])
 results = [
     scenario("groups", None, 6),
+    scenario("all", None, 4, True),
     scenario("one-group", None, 64),
     scenario("torn", text[:upto[8] + 77], 8),
     scenario("holes", bytes(hole) + text[upto[9]:upto[9] + 50], 8),
