@@ -125,6 +125,22 @@ static void put_out(const char *data, size_t n)
     assert_int_equal(tr_scratch_write(folder, "out", data, n), 0);
 }
 
+static void put_run(const char *data, size_t n)
+{
+    assert_int_equal(tr_scratch_write(folder, "out.run", data, n), 0);
+}
+
+static void assert_run_is(const char *data, size_t n)
+{
+    char *text = NULL;
+    size_t n_text;
+    tr_err err;
+    if (tr_file_read(run_path, 1 << 20, &text, &n_text, &err) != TR_OK) fail_msg("%s", err.text);
+    assert_int_equal(n_text, n);
+    assert_memory_equal(text, data, n);
+    free(text);
+}
+
 static char *read_out(size_t *n)
 {
     char *text = NULL;
@@ -357,6 +373,19 @@ static void test_identity(void **state)
         assert_int_equal(truncate(run_path, cut), 0);
         refused(&o, "damaged");
     }
+    /* Somebody's file that happens to have this name stays as it is, while there is no record that it could belong to. What a
+     * crash has left of OUT.run does not stand in the way. */
+    put_run("my notes\n", 9);
+    refused(&o, "damaged");
+    assert_int_equal(unlink(out_path), 0);
+    refused(&o, "is no file of a job's");
+    put_out("", 0);
+    refused(&o, "is no file of a job's");
+    assert_run_is("my notes\n", 9);
+    put_run("{\"ru", 4);
+    closed(opened(&o));
+    put_run("\0\0\0\0\0\0", 6);
+    closed(opened(&o));
     /* An OUT without OUT.run, also an empty one. */
     assert_int_equal(unlink(run_path), 0);
     refused(&o, "exists but");

@@ -23,7 +23,7 @@ struct tr_runfile {
     char *path;      /* OUT.run */
     char *lock_path; /* OUT.lock: only where the file system has no locks */
     int fd;
-    bool made_lock;
+    bool made_lock, foreign; /* foreign: no job has written this OUT.run */
     off_t holder_at; /* where the second line begins */
     tr_log *log;
 };
@@ -89,6 +89,14 @@ static bool put_at(int fd, const tr_buf *b, off_t at)
     return ftruncate(fd, at + (off_t)b->n) == 0;
 }
 
+/* A crash leaves a beginning of it, or zeros where the disk has not come to it. Anything else is somebody's. */
+static bool is_foreign(const char *text, size_t n)
+{
+    static const char front[] = "{\"run\":{";
+    const size_t known = n < sizeof front - 1 ? n : sizeof front - 1;
+    return n && text[0] && memcmp(text, front, known) != 0;
+}
+
 /* The object of the first line (a new reference), or NULL: there is none, or not a whole one. Only a
  * machine without memory or a file that cannot be read is an error. */
 static json_t *read_identity(tr_runfile *run, char **text, tr_status *st, tr_err *err)
@@ -98,6 +106,7 @@ static json_t *read_identity(tr_runfile *run, char **text, tr_status *st, tr_err
 
     *st = tr_file_read(run->path, RUN_MAX, text, &n, err);
     if (*st != TR_OK) return NULL;
+    run->foreign = is_foreign(*text, n);
     char *nl = memchr(*text, '\n', n);
     if (!nl || nl == *text || nl[-1] != ',') return NULL;
     run->holder_at = nl + 1 - *text;
@@ -278,7 +287,9 @@ static tr_status read_or_write(tr_runfile *run, const tr_runfile_options *o, tr_
 
     if (st == TR_OK) st = out_size(o->out_path, &size, err);
     if (st != TR_OK) goto done;
-    if (size <= 0) {
+    if (size <= 0 && run->foreign) {
+        st = tr_fail(err, TR_E_USAGE, "%s is no file of a job's: give another -o", run->path);
+    } else if (size <= 0) {
         st = write_anew(run, o, err);
     } else if (!identity) {
         st = tr_fail(err, TR_E_USAGE, "%s is damaged: delete it and %s to start afresh", run->path,

@@ -25,8 +25,8 @@ typedef struct tr_runfile_options {
 typedef struct tr_runfile tr_runfile;
 
 /* Lock, then compare or write. TR_E_USAGE: locked (by whom), OUT without OUT.run, another
- * identity (the field named), must_exist and nothing there. An OUT without a byte binds nobody:
- * its OUT.run is written anew. */
+ * identity (the field named), must_exist and nothing there, an OUT.run that no job has written. An
+ * OUT without a byte binds nobody: its OUT.run is written anew. */
 tr_status tr_runfile_open(tr_runfile **out, const tr_runfile_options *options, tr_err *err);
 /* Gives the lock back; the file stays. */
 void tr_runfile_close(tr_runfile *run);
