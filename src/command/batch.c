@@ -10,6 +10,7 @@
 #include "base/clock.h"
 #include "base/stop.h"
 #include "batch/merge.h"
+#include "command/apart.h"
 #include "command/batch_run.h"
 #include "command/command.h"
 #include "command/limit.h"
@@ -111,8 +112,8 @@ done:
 static tr_status merge(const tr_batch_options *o, tr_err *err)
 {
     tr_log *log = tr_log_create(stderr, false, o->verbose);
-    tr_status st = log ? tr_merge(o->input, o->output, o->part, o->n_parts, log, err)
-                       : tr_fail(err, TR_E_MEMORY, "out of memory");
+    tr_status st = log ? tr_apart_check(o, err) : tr_fail(err, TR_E_MEMORY, "out of memory");
+    if (st == TR_OK) st = tr_merge(o->input, o->output, o->part, o->n_parts, log, err);
     tr_log_free(log);
     return st;
 }

@@ -14,6 +14,7 @@
 #include "base/size.h"
 #include "base/stop.h"
 #include "batch/job.h"
+#include "command/apart.h"
 #include "command/batch_profile.h"
 #include "command/budget.h"
 #include "command/open.h"
@@ -677,8 +678,10 @@ tr_status tr_run_job(tr_run *run, tr_err *err)
 
 tr_status tr_run_input(tr_run *run, tr_err *err)
 {
-    if (!run->leads || !run->o->input) return TR_OK;
-    tr_status st = tr_input_open(&run->input, run->o->input, 0, err);
+    if (!run->leads) return TR_OK;
+    tr_status st = tr_apart_check(run->o, err);
+    if (st != TR_OK || !run->o->input) return st;
+    st = tr_input_open(&run->input, run->o->input, 0, err);
     if (st == TR_OK) st = tr_input_take_shard(run->input, run->o->shard, err);
     if (st == TR_OK && !tr_input_about(run->input)->n_mine)
         tr_log_warn(run->log, "%s: no requests in it%s", run->o->input,

@@ -14,8 +14,8 @@ typedef struct tr_run tr_run;
 tr_run *tr_run_create(const tr_batch_options *options, tr_world *world, tr_log *log);
 void tr_run_free(tr_run *run);
 
-tr_status tr_run_input(tr_run *run,
-                       tr_err *err); /* hashed, duplicates refused; nothing with --prompt */
+/* What is read is none of what is written; hashed, duplicates refused (nothing of that with --prompt). */
+tr_status tr_run_input(tr_run *run, tr_err *err);
 tr_status tr_run_files(tr_run *run, tr_err *err);   /* config, shard headers, tokenizer, defaults */
 tr_status tr_run_alike(tr_run *run, tr_err *err);   /* every rank was started as rank 0 was */
 tr_status tr_run_journal(tr_run *run, tr_err *err); /* lock, OUT.run, resume */
