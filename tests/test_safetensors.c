@@ -421,6 +421,66 @@ static void indexes_are_checked(void **state)
     assert_non_null(strstr(err.text, "one.safetensors"));
 }
 
+/* The first n of three tensors with 24 bytes of data, in a file of its own. */
+static void write_second(const char *name, int n)
+{
+    tr_shard_file f = {0};
+    static const unsigned char data[24] = {1, 2, 3};
+    size_t bytes;
+    tr_shard_file_text(&f, "{\"__metadata__\":{\"format\":\"pt\"}");
+    tr_shard_file_add(&f, "u", "F32", "[2]", data, 8);
+    if (n > 1) tr_shard_file_add(&f, "v", "BF16", "[4]", data + 8, 8);
+    if (n > 2) tr_shard_file_add(&f, "z", "U8", "[8]", data + 16, 8);
+    unsigned char *b = tr_shard_file_finish(&f, &bytes);
+    assert_int_equal(tr_scratch_write(dir, name, b, bytes), 0);
+    free(b);
+}
+
+static void expect_refused(const char *one, const char *other)
+{
+    tr_err err = {0};
+    assert_int_equal(open_dir(&err), TR_E_INPUT);
+    if (!strstr(err.text, one) || !strstr(err.text, other))
+        fail_msg("'%s' without '%s' and '%s'", err.text, one, other);
+}
+
+/* Two shards under each other's names, one of them twice, and each cut behind each of its tensors: as a download that broke off, and
+ * as a whole file with fewer of them. */
+static void shards_that_are_swapped_or_lack_tensors_are_refused(void **state)
+{
+    (void)state;
+    char *one = path_of("one.safetensors"), *two = path_of("two.safetensors"),
+         *aside = path_of("aside");
+    struct stat sb;
+    tr_err err = {0};
+
+    tr_scratch_clear(dir, 0);
+    write_sample("one.safetensors");
+    write_second("two.safetensors", 3);
+    write_text("model.safetensors.index.json",
+               "{\"weight_map\":{\"w\":\"one.safetensors\",\"w_scale_inv\":\"one.safetensors\","
+               "\"nothing\":\"one.safetensors\",\"norm\":\"one.safetensors\","
+               "\"u\":\"two.safetensors\",\"v\":\"two.safetensors\",\"z\":\"two.safetensors\"}}");
+    if (open_dir(&err) != TR_OK) fail_msg("%s", err.text);
+    assert_int_equal(rename(one, aside) | rename(two, one) | rename(aside, two), 0);
+    expect_refused("is not in", "one.safetensors");
+    write_sample("one.safetensors"); /* now twice */
+    expect_refused("one.safetensors", "two.safetensors");
+    for (int n = 1; n < 3; n++) {
+        write_second("two.safetensors", n);
+        expect_refused("z is not in", "two.safetensors");
+        write_second("two.safetensors", 3);
+        assert_int_equal(stat(two, &sb), 0);
+        assert_int_equal(truncate(two, sb.st_size - 8 * n), 0);
+        expect_refused("data_offsets", n == 1 ? "two.safetensors: z" : "two.safetensors: v");
+    }
+    write_second("two.safetensors", 3);
+    if (open_dir(&err) != TR_OK) fail_msg("%s", err.text);
+    test_free(one);
+    test_free(two);
+    test_free(aside);
+}
+
 static void identity_knows_names_sizes_and_headers(void **state)
 {
     (void)state;
@@ -493,6 +553,7 @@ int main(void)
         cmocka_unit_test(tensors_are_read_by_range),
         cmocka_unit_test(files_that_change_after_open_are_noticed),
         cmocka_unit_test(indexes_are_checked),
+        cmocka_unit_test(shards_that_are_swapped_or_lack_tensors_are_refused),
         cmocka_unit_test(identity_knows_names_sizes_and_headers),
         cmocka_unit_test(published_checkpoints_open),
     };
