@@ -216,8 +216,8 @@ static tr_status parse(profile_options *o, action *a, char ***file, int argc, ch
     while (*a < N_ACTIONS && strcmp(actions[*a], name) != 0)
         (*a)++;
     if (*a == N_ACTIONS)
-        return tr_fail(err, TR_E_USAGE, "profile %s: show, diff, export, pack or plot is wanted",
-                       name);
+        return tr_fail(err, TR_E_USAGE, "profile%s%s: show, diff, export, pack or plot is wanted",
+                       *name ? " " : "", name);
     const int wanted = *a == DIFF ? 2 : 1, given = argc - rest - 1;
     if (given < wanted)
         return tr_fail(err, TR_E_USAGE, "profile %s: %s missing", name,
