@@ -4,9 +4,10 @@
 # of an undisturbed run. tests/fault/nth.py has the details. The job's model is made by tests/fault/small_model.py.
 # With a program of an address sanitizer build a leak or any other report of it counts as a failure too.
 #
-# usage: tests/run_nth.sh TRIREME MODEL [--quick] [-j JOBS] [--kinds LIST] [--again PROGRAM]
+# usage: tests/run_nth.sh TRIREME MODEL [--quick] [-j JOBS] [--kinds LIST] [--part I/N] [--again PROGRAM]
 #   MODEL     its tokenizer and configuration are the pattern for the small model
 #   --quick   allocations and reads in strides, a minute or two        -j   so many runs at a time (default 1)
+#   --part    every N-th case, from I (from 0): what several machines share
 #   --again   the program that finishes the job afterwards (default TRIREME): a faster build of the same source
 # Environment: TR_SHIM, tests/fault/shim.c as a shared library (default: it is built)
 set -u
