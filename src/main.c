@@ -4,11 +4,13 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <omp.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "command/command.h"
+#include "kernels/kernels.h"
 
 typedef struct subcommand {
     const char *name;
@@ -59,12 +61,21 @@ static void fill_standard(void)
     }
 }
 
+/* OpenMP's library has room for its threads on the stack: a hundred thousand, by a slip in a batch script, would end in a fault.
+ * The device's number of threads has a bound. */
+static void bound_threads(void)
+{
+    const int n = tr_device_threads();
+    if (omp_get_max_threads() > n) omp_set_num_threads(n);
+}
+
 int main(int argc, char **argv)
 {
     tr_err err = {0};
     tr_status st;
 
     fill_standard();
+    bound_threads();
     const char *name = argc > 1 ? argv[1] : "";
     const subcommand *c = find(name);
     if (!strcmp(name, "--help") || !strcmp(name, "-h"))

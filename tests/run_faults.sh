@@ -199,6 +199,27 @@ is "a reader of stdout that goes away" 74 "${PIPESTATUS[0]}"
 is "a pipe" 0 $?
 is "a pipe: all records" 10 "$(records ten.stdout)"
 
+# ---- more threads than OpenMP's library has room for on its stack: a slip in a batch script
+echo '{"custom_id":"a","method":"POST","url":"/v1/completions","body":{"prompt":"x","max_tokens":1}}' >one.jsonl
+OMP_NUM_THREADS=100000 "${batch[@]}" -i one.jsonl -o threads.out 2>log
+is "100,000 threads" 0 $?
+is "100,000 threads: its record" 1 "$(records threads.out)"
+
+# ---- the input is a file that the job writes
+cp one.jsonl same.out.saved
+"${batch[@]}" -i same.out.saved -o same.out 2>log
+is "input that is OUT.saved" 2 $?
+cp one.jsonl same.out.run
+"${batch[@]}" -i ten.jsonl -o same.out 2>log
+is "an OUT.run of somebody's" 2 $?
+"${batch[@]}" -i ten.jsonl -o other.out --profile one.jsonl 2>log
+is "--profile over a file that is none" 2 $?
+cp ten.out all.tmp
+"$trireme" batch --merge -i ten.jsonl -o all all.tmp 2>log
+is "merge: a part that would be written over" 2 $?
+is "files that are refused stay as they are" yes "$(cmp -s one.jsonl same.out.saved && cmp -s one.jsonl same.out.run &&
+    cmp -s ten.out all.tmp && echo yes)"
+
 # ---- merge
 "${batch[@]}" -i ten.jsonl -o ten2.out 2>log
 head -n 4 ten.out >part1
