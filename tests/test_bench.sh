@@ -17,7 +17,10 @@ model=$TR_SRCDIR/models/tiny
 "$TRIREME" bench kernels -m "$model" >"$dir/kernels" || exit 1
 "$TRIREME" bench kernels -m "$model" --only topk,norm >"$dir/only" || exit 1
 "$TRIREME" bench step -m "$model" --context 70 --sequences 2 --prefill 130 --steps 3 --profile "$dir/step.h5" >/dev/null || exit 1
-"$TRIREME" bench profile -m "$model" --context 70 --sequences 2 --pairs 3 --steps 6 --profile "$dir/pairs.h5" >"$dir/profile" || exit 1
+"$TRIREME" bench profile -m "$model" --context 70 --sequences 2 --pairs 3 --steps 10 --profile "$dir/pairs.h5" >"$dir/profile" || exit 1
+# It has the steps of two ways of four, and no others: 3 pairs of blocks of 10, and as many with PAPI.
+"$TRIREME" profile show "$dir/pairs.h5" >"$dir/show" || exit 1
+grep -q ' 60 steps' "$dir/show" || { cat "$dir/show"; exit 1; }
 "$TRIREME" profile show "$dir/step.h5" >"$dir/show" || exit 1
 grep -q ', complete$' "$dir/show" || { cat "$dir/show"; exit 1; }
 "$TRIREME" bench load -m "$model" --profile x.h5 >/dev/null 2>&1 && { echo "bench load accepted --profile"; exit 1; }
@@ -76,10 +79,14 @@ for l in kernels:
     assert l.get("error", 0) < 1e-5, l
 checked = {l["op"] for l in kernels if "error" in l}
 assert checked >= {"linear", "moe", "norm", "swiglu", "sparse_mla", "dense_mha", "index_logits", "topk", "mla_query", "mla_value"}
-# Profile: one line of pairs; the overhead is what its medians say, and no verdict.
-[l] = [l for l in lines(sys.argv[7]) if l["bench"] == "profile"]
-assert l["pairs"] == 3 and l["steps"] == 6 and l["off_median_s"] > 0 and l["on_median_s"] > 0, l
-assert l["overhead"] > -1 and l["overhead_error"] >= 0 and l["overhead_cpu_error"] >= 0 and l["flushes"] >= 6 and l["bytes"] > 0, l
-assert 0 <= l["thread_cpu_s"] < l["on_s"] and -1 < l["overhead_cpu"], l
+# Profile: a line for each thing that costs; the overhead is what its medians say, and no verdict.
+costs = {l["what"]: l for l in lines(sys.argv[7]) if l["bench"] == "profile"}
+assert list(costs) == ["regions", "profile", "with PAPI"], list(costs)
+for l in costs.values():
+    assert l["pairs"] == 3 and l["steps"] == 10 and l["off_median_s"] > 0 and l["on_median_s"] > 0, l
+    assert l["overhead"] > -1 and l["overhead_error"] >= 0 and l["overhead_cpu_error"] >= 0 and l["flushes"] >= 2 and l["bytes"] > 0, l
+    assert 0 <= l["thread_cpu_s"] < l["on_s"] and -1 < l["overhead_cpu"], l
+assert costs["profile"]["off_median_s"] == costs["with PAPI"]["off_median_s"] == costs["regions"]["on_median_s"]
+assert costs["regions"]["papi_events"] == costs["profile"]["papi_events"] == 0 <= costs["with PAPI"]["papi_events"]
 assert {l["op"] for l in lines(sys.argv[4]) if l["bench"] == "kernel"} == {"topk", "norm"}
 PY

@@ -20,6 +20,8 @@ typedef struct tr_region_tree {
         lock; /* the nodes and the open frames; the stream's thread writes, others look */
     int n, n_max;
     uint64_t n_lost;
+    bool aside;           /* nothing goes into it now: its open frames are */
+    tr_region_frame root; /* this one */
     tr_region_node *node; /* [n_max] */
     link *link;           /* [n_max] */
 } tree;
@@ -45,14 +47,14 @@ int tr_region_id(tr_regions *r, const char *name)
 
 /* ---- the tree ------------------------------------------------------------------------------------ */
 
-static void lock(tr_regions *r)
+static void lock(tree *t)
 {
-    if (r->tree) pthread_mutex_lock(&r->tree->lock);
+    if (t) pthread_mutex_lock(&t->lock);
 }
 
-static void unlock(tr_regions *r)
+static void unlock(tree *t)
 {
-    if (r->tree) pthread_mutex_unlock(&r->tree->lock);
+    if (t) pthread_mutex_unlock(&t->lock);
 }
 
 static int add_node(tree *t, int parent, int id, int layer)
@@ -89,7 +91,7 @@ static int find_child(tree *t, int parent, int id, int layer)
 /* The node of a region that begins; where there is none it counts as time of the one above. */
 static void place(tr_regions *r, tr_region_frame *f, int layer)
 {
-    tree *t = r->tree;
+    tree *t = r->grows;
     const int parent = r->open[r->depth - 1].node;
 
     if (parent < 0) return; /* the stream has been cut */
@@ -136,7 +138,7 @@ bool tr_regions_grow(tr_regions *r, const char *stream, int nodes_max)
                                    .counted = true,
                                    .begun_ns = tr_now_ns()};
     r->depth = 1;
-    r->tree = t;
+    r->tree = r->grows = t;
     return true;
 
 failed:
@@ -149,6 +151,7 @@ failed:
 void tr_regions_cut(tr_regions *r)
 {
     if (!r || !r->tree) return;
+    tr_regions_keep(r, TR_KEEP_ALL);
     while (r->depth > 0)
         tr_region_end(r, 0, 0);
 }
@@ -161,45 +164,66 @@ void tr_regions_prune(tr_regions *r)
     free(r->tree->node);
     free(r->tree->link);
     free(r->tree);
-    r->tree = NULL;
+    r->tree = r->grows = NULL;
+}
+
+void tr_regions_keep(tr_regions *r, tr_region_keep what)
+{
+    tree *const t = r->tree;
+    const bool aside = what != TR_KEEP_ALL;
+
+    r->keep = what;
+    if (!t || aside == t->aside) return;
+    lock(t);
+    if (aside) {
+        t->root = r->open[0];
+        t->aside = r->depth > 0; /* the stream has not been cut */
+        r->depth = 0;
+    } else {
+        r->open[0] = t->root;
+        r->depth = 1;
+        t->aside = false;
+    }
+    r->grows = aside ? NULL : t;
+    unlock(t);
 }
 
 int tr_regions_look(tr_regions *r, tr_region_node *node, int n_max)
 {
     if (!r || !r->tree) return 0;
     tree *t = r->tree;
-    lock(r);
+    lock(t);
     const uint64_t now = tr_now_ns();
     const int n = t->n < n_max ? t->n : n_max;
     uint64_t child_ns = 0; /* of the open region below, as far as it has come */
     memcpy(node, t->node, (size_t)n * sizeof *node);
-    for (int i = r->depth - 1; i >= 0; i--) {
-        tr_region_frame f = r->open[i];
+    for (int i = (t->aside ? 1 : r->depth) - 1; i >= 0; i--) {
+        tr_region_frame f = t->aside ? t->root : r->open[i];
         f.tree_child_ns += child_ns;
         child_ns = f.counted ? now - f.begun_ns : f.tree_child_ns;
         if (f.counted && f.node < n) add_numbers(&node[f.node], &f, now, 0, 0);
     }
-    unlock(r);
+    unlock(t);
     return n;
 }
 
 void tr_regions_add_gpu(tr_regions *r, int node, int phase, uint64_t ns)
 {
     if (!r || !r->tree) return;
-    lock(r);
+    lock(r->tree);
     if (node >= 0 && node < r->tree->n && phase >= 0 && phase <= TR_N_PHASES) {
         r->tree->node[node].in[phase].gpu_count++;
         r->tree->node[node].in[phase].gpu_ns += ns;
     }
-    unlock(r);
+    unlock(r->tree);
 }
 
 uint64_t tr_regions_lost(tr_regions *r)
 {
     if (!r || !r->tree) return 0;
-    lock(r);
+    lock(r->tree);
     const uint64_t lost = r->tree->n_lost;
-    unlock(r);
+    unlock(r->tree);
     return lost;
 }
 
@@ -212,7 +236,7 @@ void tr_regions_phase(tr_regions *r, tr_phase phase)
 
 void tr_region_begin_layer(tr_regions *r, int id, int layer)
 {
-    if (!r) return;
+    if (!r || r->keep == TR_KEEP_NOTHING) return;
     /* Deeper than the stack: counted, so that ends match begins, but not timed. Nobody else looks at this count; depth, which
      * others look at, changes under the lock only. */
     if (r->depth == TR_REGION_DEPTH) {
@@ -220,13 +244,13 @@ void tr_region_begin_layer(tr_regions *r, int id, int layer)
         return;
     }
     tr_region_frame f = {.id = id, .phase = (int)r->phase, .node = -1, .mark = -1};
-    if (r->clock.begin && r->tree && id >= 0)
+    if (r->clock.begin && r->grows && id >= 0)
         f.mark = r->clock.begin(r->clock.ctx, r->total[id].kind);
-    lock(r);
-    if (r->tree && r->depth > 0) place(r, &f, layer);
+    lock(r->grows);
+    if (r->grows && r->depth > 0) place(r, &f, layer);
     f.begun_ns = tr_now_ns();
     r->open[r->depth++] = f;
-    unlock(r);
+    unlock(r->grows);
 }
 
 void tr_region_begin(tr_regions *r, int id)
@@ -247,12 +271,12 @@ static void add_total(tr_region_total *t, const tr_region_frame *f, uint64_t now
 
 void tr_region_end(tr_regions *r, double bytes, double flops)
 {
-    if (!r || r->depth == 0) return;
+    if (!r || r->depth == 0 || r->keep == TR_KEEP_NOTHING) return;
     if (r->deeper > 0) {
         r->deeper--;
         return;
     }
-    lock(r);
+    lock(r->grows);
     const uint64_t now = tr_now_ns();
     const tr_region_frame *f = &r->open[--r->depth];
     tr_region_frame *up = r->depth > 0 ? &r->open[r->depth - 1] : NULL;
@@ -260,8 +284,8 @@ void tr_region_end(tr_regions *r, double bytes, double flops)
     if (up) up->child_ns += inclusive;
     if (up) up->tree_child_ns += f->counted ? inclusive : f->tree_child_ns;
     if (f->id >= 0) add_total(&r->total[f->id], f, now, bytes, flops);
-    if (r->tree && f->counted) add_numbers(&r->tree->node[f->node], f, now, bytes, flops);
-    unlock(r);
+    if (f->counted) add_numbers(&r->grows->node[f->node], f, now, bytes, flops);
+    unlock(r->grows);
     if (f->mark >= 0 && r->clock.end)
         r->clock.end(r->clock.ctx, f->mark, f->counted ? f->node : -1, f->phase);
     if (r->sink.end) r->sink.end(r->sink.ctx, f->counted ? f->node : -1, f->begun_ns, now, bytes);

@@ -80,6 +80,13 @@ typedef struct tr_region_clock {
     void (*end)(void *ctx, int mark, int node, int phase);
 } tr_region_clock;
 
+/* What is kept of regions. Everything is, but in benches that measure what that costs. */
+typedef enum tr_region_keep {
+    TR_KEEP_ALL,    /* totals, and the tree of a stream that has been grown */
+    TR_KEEP_TOTALS, /* as if it had not been grown: what passes is its root's own time */
+    TR_KEEP_NOTHING /* begin and end return at once */
+} tr_region_keep;
+
 typedef struct tr_region_frame { /* an open region; regions.c's own */
     int id, node, phase;
     int mark;     /* the clock's, -1: none */
@@ -97,7 +104,8 @@ typedef struct tr_regions {
     tr_region_sink sink;   /* end may be NULL */
     tr_region_clock clock; /* begin may be NULL */
     tr_phase phase;        /* set by tr_regions_phase; counted in trees only */
-    struct tr_region_tree *tree;
+    tr_region_keep keep;
+    struct tr_region_tree *tree, *grows; /* grows: the tree, where regions that begin go into it */
 } tr_regions;
 
 /* The id of a region with this name (compared as strings), made on first use; -1 when the table is full. tr_region_id:
@@ -120,6 +128,9 @@ bool tr_regions_grow(tr_regions *r, const char *stream, int nodes_max);
 void tr_regions_cut(tr_regions *r);
 /* The tree goes; totals stay. r may be NULL. */
 void tr_regions_prune(tr_regions *r);
+
+/* By the stream's thread, outside regions (a stream's root is none). */
+void tr_regions_keep(tr_regions *r, tr_region_keep what);
 
 /* Any thread. A copy of the nodes, at most n_max of them, returns how many; 0: not grown. What is open now is counted as
  * if it ended now, so that exclusive times always add up to the root's inclusive time. min_ns of what never ran is 0. */

@@ -23,8 +23,8 @@ static const char default_events[] =
 
 typedef struct event {
     char name[NAME_BYTES], why[NAME_BYTES];
-    int of, at;                              /* set, and place in it */
-    double last, now;                        /* main thread's */
+    int of, at;             /* set, and place in it */
+    double base, last, now; /* main thread's; base: counted before the set was started last */
     double value, in_phase[TR_N_PHASES + 1]; /* under the lock */
 } event;
 
@@ -39,7 +39,7 @@ struct tr_papi {
     int n_sets;
     set *set;         /* [n_sets]: no more than there are events */
     long long *count; /* [n] one set's, on their way */
-    bool inherits;
+    bool inherits, rests;
     pthread_mutex_t lock;
 };
 
@@ -138,14 +138,28 @@ static void read_all(tr_papi *p)
         if (!p->set[s].n || PAPI_read(p->set[s].id, p->count) != PAPI_OK) continue;
         for (int i = 0; i < p->n; i++)
             if (!p->absent[i] && p->event[i].of == s)
-                p->event[i].now = (double)p->count[p->event[i].at];
+                p->event[i].now = p->event[i].base + (double)p->count[p->event[i].at];
     }
+}
+
+/* The sets stop, and begin again at zero. */
+static void rest_all(tr_papi *p)
+{
+    for (int s = 0; s < p->n_sets; s++) {
+        if (!p->set[s].n) continue;
+        if (p->rests)
+            PAPI_stop(p->set[s].id, p->count);
+        else
+            start(p, s);
+    }
+    for (int i = 0; i < p->n; i++)
+        p->event[i].base = p->event[i].now;
 }
 
 static void stop_all(tr_papi *p)
 {
     for (int s = 0; s < p->n_sets; s++) {
-        if (p->set[s].n) PAPI_stop(p->set[s].id, p->count);
+        if (p->set[s].n && !p->rests) PAPI_stop(p->set[s].id, p->count);
         PAPI_cleanup_eventset(p->set[s].id);
         PAPI_destroy_eventset(&p->set[s].id);
     }
@@ -160,6 +174,11 @@ static void start_all(tr_papi *p)
 }
 
 static void read_all(tr_papi *p)
+{
+    (void)p;
+}
+
+static void rest_all(tr_papi *p)
 {
     (void)p;
 }
@@ -245,9 +264,17 @@ tr_papi *tr_papi_open(const char *events)
     return p;
 }
 
+void tr_papi_rest(tr_papi *p, bool rest)
+{
+    if (!p || p->rests == rest) return;
+    if (rest) tr_papi_step(p, TR_PHASE_NONE);
+    p->rests = rest;
+    rest_all(p);
+}
+
 void tr_papi_step(tr_papi *p, tr_phase phase)
 {
-    if (!p) return;
+    if (!p || p->rests) return;
     read_all(p);
     pthread_mutex_lock(&p->lock);
     for (int i = 0; i < p->n; i++) {

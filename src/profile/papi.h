@@ -16,6 +16,9 @@ tr_papi *tr_papi_open(const char *events);
 /* Main thread, at the end of a step: what was counted since the last call belongs to this phase; TR_PHASE_NONE: to
  * none, it came between or before steps. NULL: nothing. */
 void tr_papi_step(tr_papi *papi, tr_phase phase);
+/* Main thread: nothing is counted until it is called with false; tr_papi_step does nothing meanwhile. What a bench of what
+ * counting costs needs. What was counted since the last step belongs to no phase. NULL: nothing. */
+void tr_papi_rest(tr_papi *papi, bool rest);
 /* What the profile samples: values up to the last tr_papi_step, from any thread. Valid until close. */
 tr_profile_counters tr_papi_counters(tr_papi *papi);
 /* Events are counted in the threads made later too. */
