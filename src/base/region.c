@@ -9,21 +9,44 @@
 #include "base/clock.h"
 #include "base/size.h"
 
-/* How the tree hangs together: beside the nodes, which are copied for whoever looks. */
-typedef struct link {
+enum {
+    LINE = 64,     /* bytes of a cache line */
+    SCRIPT = 1024, /* begins below one child of the root that are remembered */
+    N_IN = TR_N_PHASES + 1,
+};
+
+/* A node, as far as it is looked for; the numbers are elsewhere. A step comes once in a millisecond or less often, and between two
+ * regions the operations have read megabytes: what a region touches comes from memory each time, so it must be little. */
+typedef struct spot {
+    int parent, id, layer, depth;
     int first_child, next; /* -1: none; children in the order of their first calls */
-    int latest;            /* child that began last, -1: none */
-} link;
+} spot;
+
+typedef struct sums { /* of a node in one phase: one line */
+    uint64_t count, incl_ns, excl_ns, min_ns, max_ns;
+    double sumsq, bytes, flops;
+} sums;
+_Static_assert(sizeof(sums) == LINE, "one line");
+
+typedef struct gpu_sums {
+    uint64_t count, ns;
+} gpu_sums;
 
 typedef struct tr_region_tree {
     pthread_mutex_t
-        lock; /* the nodes and the open frames; the stream's thread writes, others look */
+        lock; /* of all that others look at; the stream's thread alone reads it without */
     int n, n_max;
     uint64_t n_lost;
     bool aside;           /* nothing goes into it now: its open frames are */
     tr_region_frame root; /* this one */
-    tr_region_node *node; /* [n_max] */
-    link *link;           /* [n_max] */
+    spot *spot;           /* [n_max] */
+    sums *sums;           /* [N_IN, n_max], at a line's begin in: */
+    void *sums_memory;
+    gpu_sums *gpu; /* [N_IN, n_max] */
+
+    /* The stream's thread's. Below a child of the root the same regions begin in the same order step after step. */
+    int at;                   /* begins below the open child of the root */
+    int script[N_IN][SCRIPT]; /* the node of each begin when it was that phase last; 0: none */
 } tree;
 
 /* ---- names -------------------------------------------------------------------------------------- */
@@ -57,35 +80,61 @@ static void unlock(tree *t)
     if (t) pthread_mutex_unlock(&t->lock);
 }
 
+/* Locked, or nobody else has it. */
 static int add_node(tree *t, int parent, int id, int layer)
 {
     if (t->n == t->n_max) return -1;
-    const int i = t->n++;
-    t->node[i] = (tr_region_node){.parent = parent,
-                                  .id = id,
-                                  .layer = layer,
-                                  .depth = parent < 0 ? 0 : t->node[parent].depth + 1};
-    t->link[i] = (link){.first_child = -1, .next = -1, .latest = -1};
-    return i;
+    t->spot[t->n] = (spot){.parent = parent,
+                           .id = id,
+                           .layer = layer,
+                           .depth = parent < 0 ? 0 : t->spot[parent].depth + 1,
+                           .first_child = -1,
+                           .next = -1};
+    return t->n++;
 }
 
-/* Children come in the same order step after step: the one behind the last is looked at first. */
+static bool is(const tree *t, int i, int parent, int id, int layer)
+{
+    const spot *s = &t->spot[i];
+    return s->id == id && s->layer == layer && s->parent == parent;
+}
+
+/* The child of a node, made on its first call; -1: no room. */
 static int find_child(tree *t, int parent, int id, int layer)
 {
-    link *up = &t->link[parent];
-    int from = up->latest >= 0 ? t->link[up->latest].next : up->first_child;
-    int last = -1;
+    int *to = &t->spot[parent].first_child;
 
-    for (int i = from; i >= 0; i = t->link[i].next)
-        if (t->node[i].id == id && t->node[i].layer == layer) return up->latest = i;
-    for (int i = up->first_child; i >= 0; i = t->link[i].next) {
-        if (t->node[i].id == id && t->node[i].layer == layer) return up->latest = i;
-        last = i;
+    for (; *to >= 0; to = &t->spot[*to].next)
+        if (is(t, *to, parent, id, layer)) return *to;
+    lock(t);
+    *to = add_node(t, parent, id, layer);
+    if (*to < 0) t->n_lost++;
+    unlock(t);
+    return *to;
+}
+
+static sums *sums_of(const tree *t, int phase, int node)
+{
+    return &t->sums[(size_t)phase * (size_t)t->n_max + (size_t)node];
+}
+
+/* find_child, mostly by looking where the last such step was at this point; what its next region needs is fetched meanwhile. */
+static int follow(tree *t, int phase, bool first, int parent, int id, int layer)
+{
+    int unknown = 0, *const script = t->script[phase];
+
+    t->at = first ? 0 : t->at + 1;
+    int *const told = t->at < SCRIPT ? &script[t->at] : &unknown;
+    if (!*told || !is(t, *told, parent, id, layer)) {
+        const int node = find_child(t, parent, id, layer);
+        if (node < 0) return -1;
+        *told = node;
     }
-    const int made = add_node(t, parent, id, layer);
-    if (made < 0) return -1;
-    *(last < 0 ? &up->first_child : &t->link[last].next) = made;
-    return up->latest = made;
+    if (t->at + 1 < SCRIPT && script[t->at + 1]) {
+        __builtin_prefetch(&t->spot[script[t->at + 1]]);
+        __builtin_prefetch(sums_of(t, phase, script[t->at + 1]), 1);
+    }
+    return *told;
 }
 
 /* The node of a region that begins; where there is none it counts as time of the one above. */
@@ -95,18 +144,19 @@ static void place(tr_regions *r, tr_region_frame *f, int layer)
     const int parent = r->open[r->depth - 1].node;
 
     if (parent < 0) return; /* the stream has been cut */
-    if (layer < 0) layer = t->node[parent].layer;
-    f->node = f->id < 0 ? -1 : find_child(t, parent, f->id, layer);
+    if (layer < 0) layer = t->spot[parent].layer;
+    if (f->id >= 0) f->node = follow(t, f->phase, r->depth == 1, parent, f->id, layer);
     f->counted = f->node >= 0;
     if (f->counted) return;
     f->node = parent;
+    if (f->id >= 0) return; /* counted where there was no room */
+    lock(t);
     t->n_lost++;
+    unlock(t);
 }
 
-static void add_numbers(tr_region_node *node, const tr_region_frame *f, uint64_t now, double bytes,
-                        double flops)
+static void add_sums(sums *n, const tr_region_frame *f, uint64_t now, double bytes, double flops)
 {
-    tr_region_numbers *n = &node->in[f->phase];
     const uint64_t incl = now - f->begun_ns;
 
     if (!n->count || incl < n->min_ns) n->min_ns = incl;
@@ -119,17 +169,38 @@ static void add_numbers(tr_region_node *node, const tr_region_frame *f, uint64_t
     n->flops += flops;
 }
 
+static tree *make_tree(int n_max)
+{
+    size_t n, bytes;
+    tree *t = calloc(1, sizeof *t);
+
+    if (!t) return NULL;
+    if (!tr_mul(&n, (size_t)n_max, N_IN) || !tr_mul(&bytes, n, sizeof(sums)) ||
+        !tr_add(&bytes, bytes, LINE))
+        goto failed;
+    t->n_max = n_max;
+    t->spot = tr_calloc((size_t)n_max, sizeof *t->spot);
+    t->gpu = tr_calloc(n, sizeof *t->gpu);
+    t->sums_memory = tr_calloc(1, bytes);
+    if (!t->spot || !t->gpu || !t->sums_memory) goto failed;
+    t->sums = (sums *)(((uintptr_t)t->sums_memory + LINE - 1) / LINE * LINE);
+    pthread_mutex_init(&t->lock, NULL);
+    return t;
+
+failed:
+    free(t->spot);
+    free(t->gpu);
+    free(t->sums_memory);
+    free(t);
+    return NULL;
+}
+
 bool tr_regions_grow(tr_regions *r, const char *stream, int nodes_max)
 {
     if (!r || r->tree || r->depth > 0 || nodes_max < 1) return false;
     const int id = tr_region_id_of(r, stream, TR_KIND_PHASE, -1);
-    tree *t = calloc(1, sizeof *t);
-    if (id < 0 || !t) goto failed;
-    t->n_max = nodes_max;
-    t->node = tr_calloc((size_t)nodes_max, sizeof *t->node);
-    t->link = tr_calloc((size_t)nodes_max, sizeof *t->link);
-    if (!t->node || !t->link) goto failed;
-    pthread_mutex_init(&t->lock, NULL);
+    tree *t = id < 0 ? NULL : make_tree(nodes_max);
+    if (!t) return false;
     r->phase = TR_PHASE_NONE;
     r->open[0] = (tr_region_frame){.id = id,
                                    .node = add_node(t, -1, id, -1),
@@ -140,12 +211,6 @@ bool tr_regions_grow(tr_regions *r, const char *stream, int nodes_max)
     r->depth = 1;
     r->tree = r->grows = t;
     return true;
-
-failed:
-    if (t) free(t->node);
-    if (t) free(t->link);
-    free(t);
-    return false;
 }
 
 void tr_regions_cut(tr_regions *r)
@@ -161,8 +226,9 @@ void tr_regions_prune(tr_regions *r)
     if (!r || !r->tree) return;
     tr_regions_cut(r);
     pthread_mutex_destroy(&r->tree->lock);
-    free(r->tree->node);
-    free(r->tree->link);
+    free(r->tree->spot);
+    free(r->tree->gpu);
+    free(r->tree->sums_memory);
     free(r->tree);
     r->tree = r->grows = NULL;
 }
@@ -188,20 +254,52 @@ void tr_regions_keep(tr_regions *r, tr_region_keep what)
     unlock(t);
 }
 
+static tr_region_numbers numbers(const sums *s, const gpu_sums *gpu)
+{
+    return (tr_region_numbers){.count = s->count,
+                               .incl_ns = s->incl_ns,
+                               .excl_ns = s->excl_ns,
+                               .min_ns = s->min_ns,
+                               .max_ns = s->max_ns,
+                               .sumsq = s->sumsq,
+                               .bytes = s->bytes,
+                               .flops = s->flops,
+                               .gpu_count = gpu->count,
+                               .gpu_ns = gpu->ns};
+}
+
+/* Locked. */
+static void show_node(const tree *t, int i, tr_region_node *node)
+{
+    const spot *s = &t->spot[i];
+
+    *node =
+        (tr_region_node){.parent = s->parent, .id = s->id, .layer = s->layer, .depth = s->depth};
+    for (int p = 0; p < N_IN; p++)
+        node->in[p] = numbers(sums_of(t, p, i), &t->gpu[(size_t)p * (size_t)t->n_max + (size_t)i]);
+}
+
 int tr_regions_look(tr_regions *r, tr_region_node *node, int n_max)
 {
     if (!r || !r->tree) return 0;
     tree *t = r->tree;
+    uint64_t child_ns = 0; /* of the open region below, as far as it has come */
     lock(t);
+    /* While this has the lock no region ends; one that begins meanwhile comes above those that are seen here. */
+    const int n_open = t->aside ? 1 : __atomic_load_n(&r->depth, __ATOMIC_ACQUIRE);
     const uint64_t now = tr_now_ns();
     const int n = t->n < n_max ? t->n : n_max;
-    uint64_t child_ns = 0; /* of the open region below, as far as it has come */
-    memcpy(node, t->node, (size_t)n * sizeof *node);
-    for (int i = (t->aside ? 1 : r->depth) - 1; i >= 0; i--) {
+    for (int i = 0; i < n; i++)
+        show_node(t, i, &node[i]);
+    for (int i = n_open - 1; i >= 0; i--) {
         tr_region_frame f = t->aside ? t->root : r->open[i];
         f.tree_child_ns += child_ns;
         child_ns = f.counted ? now - f.begun_ns : f.tree_child_ns;
-        if (f.counted && f.node < n) add_numbers(&node[f.node], &f, now, 0, 0);
+        if (!f.counted || f.node >= n) continue;
+        const gpu_sums gpu = {node[f.node].in[f.phase].gpu_count, node[f.node].in[f.phase].gpu_ns};
+        sums so_far = *sums_of(t, f.phase, f.node);
+        add_sums(&so_far, &f, now, 0, 0);
+        node[f.node].in[f.phase] = numbers(&so_far, &gpu);
     }
     unlock(t);
     return n;
@@ -210,12 +308,14 @@ int tr_regions_look(tr_regions *r, tr_region_node *node, int n_max)
 void tr_regions_add_gpu(tr_regions *r, int node, int phase, uint64_t ns)
 {
     if (!r || !r->tree) return;
-    lock(r->tree);
-    if (node >= 0 && node < r->tree->n && phase >= 0 && phase <= TR_N_PHASES) {
-        r->tree->node[node].in[phase].gpu_count++;
-        r->tree->node[node].in[phase].gpu_ns += ns;
+    tree *t = r->tree;
+    lock(t);
+    if (node >= 0 && node < t->n && phase >= 0 && phase <= TR_N_PHASES) {
+        gpu_sums *gpu = &t->gpu[(size_t)phase * (size_t)t->n_max + (size_t)node];
+        gpu->count++;
+        gpu->ns += ns;
     }
-    unlock(r->tree);
+    unlock(t);
 }
 
 uint64_t tr_regions_lost(tr_regions *r)
@@ -246,11 +346,11 @@ void tr_region_begin_layer(tr_regions *r, int id, int layer)
     tr_region_frame f = {.id = id, .phase = (int)r->phase, .node = -1, .mark = -1};
     if (r->clock.begin && r->grows && id >= 0)
         f.mark = r->clock.begin(r->clock.ctx, r->total[id].kind);
-    lock(r->grows);
     if (r->grows && r->depth > 0) place(r, &f, layer);
+    if (id >= 0) __builtin_prefetch(&r->total[id].calls, 1);
     f.begun_ns = tr_now_ns();
-    r->open[r->depth++] = f;
-    unlock(r->grows);
+    r->open[r->depth] = f;
+    __atomic_store_n(&r->depth, r->depth + 1, __ATOMIC_RELEASE); /* for tr_regions_look */
 }
 
 void tr_region_begin(tr_regions *r, int id)
@@ -278,13 +378,14 @@ void tr_region_end(tr_regions *r, double bytes, double flops)
     }
     lock(r->grows);
     const uint64_t now = tr_now_ns();
-    const tr_region_frame *f = &r->open[--r->depth];
+    const tr_region_frame *f = &r->open[r->depth - 1];
+    __atomic_store_n(&r->depth, r->depth - 1, __ATOMIC_RELAXED);
     tr_region_frame *up = r->depth > 0 ? &r->open[r->depth - 1] : NULL;
     const uint64_t inclusive = now - f->begun_ns;
     if (up) up->child_ns += inclusive;
     if (up) up->tree_child_ns += f->counted ? inclusive : f->tree_child_ns;
     if (f->id >= 0) add_total(&r->total[f->id], f, now, bytes, flops);
-    if (f->counted) add_numbers(&r->grows->node[f->node], f, now, bytes, flops);
+    if (f->counted) add_sums(sums_of(r->grows, f->phase, f->node), f, now, bytes, flops);
     unlock(r->grows);
     if (f->mark >= 0 && r->clock.end)
         r->clock.end(r->clock.ctx, f->mark, f->counted ? f->node : -1, f->phase);

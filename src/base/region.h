@@ -97,7 +97,7 @@ typedef struct tr_region_frame { /* an open region; regions.c's own */
 /* Zeroed: empty, not grown. */
 typedef struct tr_regions {
     int n;
-    int depth; /* open regions that are timed, at most TR_REGION_DEPTH; others may look: changes under the tree's lock */
+    int depth; /* open regions that are timed, at most TR_REGION_DEPTH; others may look: goes down under the tree's lock */
     int deeper; /* open regions beyond those: the stream's thread's alone */
     tr_region_total total[TR_REGIONS_MAX];
     tr_region_frame open[TR_REGION_DEPTH];
