@@ -176,6 +176,12 @@ static void count_bytes(const tr_run_profile *r, uint64_t *bytes)
     }
 }
 
+static void see_begin(void *ctx, const tr_plan *plan, uint64_t t0_ns)
+{
+    const tr_run_profile *r = ctx;
+    tr_papi_begin(r->papi, tr_plan_phase(plan), t0_ns);
+}
+
 static void see_step(void *ctx, const tr_engine_seen *seen)
 {
     tr_run_profile *r = ctx;
@@ -208,7 +214,7 @@ static void see_step(void *ctx, const tr_engine_seen *seen)
     r->waited_ns = waited_ns;
     count_bytes(r, bytes);
     tr_sde_step(r->sde, &s, bytes);
-    tr_papi_step(r->papi, phase);
+    tr_papi_step(r->papi, phase, tr_now_ns());
     tr_profile_step(r->profile, &s);
 }
 
@@ -509,8 +515,7 @@ void tr_run_profile_engine(tr_run_profile *r, tr_engine *engine)
     atomic_store(&r->engine, engine);
     if (tr_model_time(r->opened->model, TR_TIME_EVERY, &why) != TR_OK)
         tr_log_warn(r->log, "the profile has no times of the GPU: %s", why.text);
-    tr_papi_step(r->papi, TR_PHASE_NONE); /* loading is no part of the first step */
-    tr_engine_observe(engine, (tr_engine_observer){.ctx = r, .step = see_step});
+    tr_engine_observe(engine, (tr_engine_observer){.ctx = r, .begin = see_begin, .step = see_step});
 }
 
 void tr_run_profile_job(tr_run_profile *r, tr_job_options *job)
@@ -549,6 +554,7 @@ static void stop(tr_run_profile *r)
         tr_model_time(r->opened->model, 0, NULL);
         lost = tr_model_times_lost(r->opened->model);
     }
+    tr_papi_begin(r->papi, TR_PHASE_NONE, tr_now_ns());
     tr_regions_cut(&r->opened->regions);
     tr_regions_cut(&r->read_regions);
     tr_regions_cut(&r->write_regions);

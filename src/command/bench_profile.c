@@ -1,6 +1,6 @@
 /* trireme bench profile: what it costs to know where the time went. The same decode steps in four ways, in turn: without regions,
  * with them (as every run has them), with a profile whose PAPI events rest, and with all of a profile. On the CPU the way changes
- * with every step, so that contexts that grow, machines that warm up and other work weigh on all alike; a device that is timed
+ * every few steps, so that contexts that grow, machines that warm up and other work weigh on all alike; a device that is timed
  * goes on in one way for a block of steps, because only one in many of its recorded steps is stamped. A pair compares the medians
  * of the steps of two ways in one block; what is told is the median of the pairs and its error; on a machine with other work,
  * that of the process' CPU time says more. Work of the profile's own thread, which may have a core of its own, is told beside it. */
@@ -21,7 +21,12 @@
 #include "command/bench_pairs.h"
 #include "command/bench_steps.h"
 
-enum { WARM = 8, PATH_BYTES = 4096, GROWTH = 1024 /* tokens, then the context is made anew */ };
+enum {
+    WARM = 8,
+    PATH_BYTES = 4096,
+    TURN = 8,
+    /* steps */ GROWTH = 1024 /* tokens, then the context is made anew */
+};
 
 typedef enum way { WAY_BARE, WAY_REGIONS, WAY_PROFILE, WAY_PAPI, N_WAYS } way;
 
@@ -100,13 +105,14 @@ static tr_status some(overhead *b, int sequences, way w, int from, int n, tr_err
 /* --steps steps of each way. Who comes first changes from turn to turn, and so does who comes behind whom. */
 static tr_status block(overhead *b, int sequences, int i_pair, tr_err *err)
 {
-    const int n = b->o->steps, at_once = host(b) ? 1 : n;
+    const int n = b->o->steps, turn = host(b) && TURN < n ? TURN : n;
     tr_status st = TR_OK;
 
-    for (int i = 0; i < n && st == TR_OK; i += at_once, b->turns++)
+    for (int i = 0; i < n && st == TR_OK; i += turn, b->turns++)
         for (int k = 0; k < N_WAYS && st == TR_OK; k++) {
-            const int j = b->turns / N_WAYS % 2 ? N_WAYS - 1 - k : k;
-            st = some(b, sequences, (way)((j + b->turns) % N_WAYS), i, at_once, err);
+            const int j = b->turns / N_WAYS % 2 ? N_WAYS - 1 - k : k,
+                      left = n - i < turn ? n - i : turn;
+            st = some(b, sequences, (way)((j + b->turns) % N_WAYS), i, left, err);
         }
     for (int w = 0; w < N_WAYS && st == TR_OK; w++) {
         const size_t row = (size_t)w * (size_t)n, to = (size_t)(w * b->o->pairs + i_pair);

@@ -131,7 +131,6 @@ tr_status tr_bench_record_begin(tr_bench_record **out, const tr_bench_record_opt
     tr_nvml_identity(r->nvml, r->gpu.uuid, r->gpu.pci);
     describe(r);
     count(r);
-    tr_papi_step(r->o.papi, TR_PHASE_NONE);
     st = tr_model_time(opened->model, TR_TIME_EVERY, err);
     if (st != TR_OK) goto done;
     tr_profile_start(r->profile);
@@ -141,6 +140,11 @@ tr_status tr_bench_record_begin(tr_bench_record **out, const tr_bench_record_opt
 done:
     if (r) tr_bench_record_end(r, NULL, NULL);
     return st;
+}
+
+void tr_bench_record_plan(tr_bench_record *r, const tr_plan *plan, uint64_t t0_ns)
+{
+    if (r) tr_papi_begin(r->o.papi, tr_plan_phase(plan), t0_ns);
 }
 
 void tr_bench_record_step(tr_bench_record *r, const tr_plan *plan, uint64_t t0_ns, uint64_t t1_ns)
@@ -162,7 +166,7 @@ void tr_bench_record_step(tr_bench_record *r, const tr_plan *plan, uint64_t t0_n
         s.gpu_ns = device.ns;
         s.graph = device.recorded;
     }
-    tr_papi_step(r->o.papi, phase);
+    tr_papi_step(r->o.papi, phase, t1_ns);
     tr_profile_step(r->profile, &s);
 }
 
@@ -173,6 +177,7 @@ tr_status tr_bench_record_end(tr_bench_record *r, tr_profile_costs *costs, tr_er
     if (costs) *costs = (tr_profile_costs){0};
     if (!r) return TR_OK;
     tr_model_time(r->opened->model, 0, NULL);
+    tr_papi_begin(r->o.papi, TR_PHASE_NONE, tr_now_ns());
     tr_regions_cut(&r->opened->regions);
     tr_profile_stop(r->profile);
     const int64_t lost = tr_model_times_lost(r->opened->model);

@@ -23,6 +23,8 @@ typedef struct tr_bench_record_options {
 /* From now on regions of `opened`, whose model is there, make a tree. Options and opened are kept. TR_E_IO, TR_E_MEMORY. */
 tr_status tr_bench_record_begin(tr_bench_record **out, const tr_bench_record_options *options,
                                 tr_opened *opened, tr_err *err);
+/* A step's work begins. record may be NULL. */
+void tr_bench_record_plan(tr_bench_record *record, const tr_plan *plan, uint64_t t0_ns);
 /* A step is done; moments by tr_now_ns. record may be NULL. */
 void tr_bench_record_step(tr_bench_record *record, const tr_plan *plan, uint64_t t0_ns,
                           uint64_t t1_ns);

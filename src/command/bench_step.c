@@ -139,6 +139,7 @@ static tr_status run(bench *b, int max_context, double *seconds, tr_err *err)
     st = tr_comm_max_word(b->opened.control, &ns, err);
     if (st != TR_OK) return st;
     const uint64_t begun = tr_now_ns();
+    tr_bench_record_plan(b->record, plan, begun);
     st = tr_model_forward(b->opened.model, &b->step, err);
     while (st == TR_OK && !tr_step_done(b->opened.model, &b->step))
         tr_model_progress(b->opened.model);

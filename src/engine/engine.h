@@ -71,9 +71,11 @@ typedef struct tr_engine_seen {
     const tr_plan *plan; /* of this rank's replica; valid during the call */
 } tr_engine_seen;
 
-/* Who is told of every step that is done, by the main thread; must not wait. */
+/* Who is told of every step, by the main thread: before its work begins, and when it is done, which may be behind the begin of
+ * the next ones. Must not wait; any call may be NULL. */
 typedef struct tr_engine_observer {
     void *ctx;
+    void (*begin)(void *ctx, const tr_plan *plan, uint64_t t0_ns);
     void (*step)(void *ctx, const tr_engine_seen *seen);
 } tr_engine_observer;
 

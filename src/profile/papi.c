@@ -30,6 +30,7 @@ typedef struct event {
 
 typedef struct set { /* of one component of PAPI's */
     int id, component, n;
+    bool own; /* counted by programs, as a step is done: software-defined events */
 } set;
 
 struct tr_papi {
@@ -40,6 +41,8 @@ struct tr_papi {
     set *set;         /* [n_sets]: no more than there are events */
     long long *count; /* [n] one set's, on their way */
     bool inherits, rests;
+    tr_phase phase;   /* of what is counted now */
+    uint64_t read_ns; /* when counters that are not own were read last */
     pthread_mutex_t lock;
 };
 
@@ -59,7 +62,10 @@ static int set_of(tr_papi *p, int component, int *result)
     for (int s = 0; s < p->n_sets; s++)
         if (p->set[s].component == component) return s;
     set *made = &p->set[p->n_sets];
-    *made = (set){.id = PAPI_NULL, .component = component};
+    const PAPI_component_info_t *info = PAPI_get_component_info(component);
+    *made = (set){.id = PAPI_NULL,
+                  .component = component,
+                  .own = info && strcmp(info->short_name, "sde") == 0};
     *result = PAPI_create_eventset(&made->id);
     if (*result != PAPI_OK) return -1;
     const int s = p->n_sets++;
@@ -132,10 +138,11 @@ static void start_all(tr_papi *p)
 }
 
 /* Events' now: stays what it was where a set cannot be read. */
-static void read_all(tr_papi *p)
+static void read_sets(tr_papi *p, bool own)
 {
     for (int s = 0; s < p->n_sets; s++) {
-        if (!p->set[s].n || PAPI_read(p->set[s].id, p->count) != PAPI_OK) continue;
+        if (p->set[s].own != own || !p->set[s].n || PAPI_read(p->set[s].id, p->count) != PAPI_OK)
+            continue;
         for (int i = 0; i < p->n; i++)
             if (!p->absent[i] && p->event[i].of == s)
                 p->event[i].now = p->event[i].base + (double)p->count[p->event[i].at];
@@ -173,9 +180,10 @@ static void start_all(tr_papi *p)
         absent(p, i, "this trireme", "built without PAPI");
 }
 
-static void read_all(tr_papi *p)
+static void read_sets(tr_papi *p, bool own)
 {
     (void)p;
+    (void)own;
 }
 
 static void rest_all(tr_papi *p)
@@ -259,30 +267,57 @@ tr_papi *tr_papi_open(const char *events)
         return NULL;
     }
     pthread_mutex_init(&p->lock, NULL);
+    p->phase = TR_PHASE_NONE;
     split(p, events);
     start_all(p);
     return p;
 }
 
-void tr_papi_rest(tr_papi *p, bool rest)
+/* What is more than at the last reading was counted in this phase. */
+static void count(tr_papi *p, bool own, tr_phase phase)
 {
-    if (!p || p->rests == rest) return;
-    if (rest) tr_papi_step(p, TR_PHASE_NONE);
-    p->rests = rest;
-    rest_all(p);
-}
-
-void tr_papi_step(tr_papi *p, tr_phase phase)
-{
-    if (!p || p->rests) return;
-    read_all(p);
+    read_sets(p, own);
     pthread_mutex_lock(&p->lock);
     for (int i = 0; i < p->n; i++) {
         event *e = &p->event[i];
+        if (e->now == e->last) continue; /* of the other kind, say */
         e->in_phase[phase] += e->now - e->last;
         e->value = e->last = e->now;
     }
     pthread_mutex_unlock(&p->lock);
+}
+
+static bool has(const tr_papi *p, bool own)
+{
+    for (int s = 0; s < p->n_sets; s++)
+        if (p->set[s].n && p->set[s].own == own) return true;
+    return false;
+}
+
+void tr_papi_begin(tr_papi *p, tr_phase phase, uint64_t now_ns)
+{
+    if (!p || p->rests || p->phase == phase) return;
+    count(p, false, p->phase);
+    p->phase = phase;
+    p->read_ns = now_ns;
+}
+
+void tr_papi_step(tr_papi *p, tr_phase phase, uint64_t now_ns)
+{
+    if (!p || p->rests) return;
+    if (has(p, true)) count(p, true, phase);
+    if (now_ns - p->read_ns < TR_PAPI_READ_NS) return;
+    count(p, false, p->phase);
+    p->read_ns = now_ns;
+}
+
+void tr_papi_rest(tr_papi *p, bool rest)
+{
+    if (!p || p->rests == rest) return;
+    if (rest) count(p, false, p->phase);
+    if (rest) count(p, true, TR_PHASE_NONE);
+    p->rests = rest;
+    rest_all(p);
 }
 
 static void give(void *ctx, double *values)
