@@ -126,6 +126,85 @@ static void a_tree_has_places_layers_and_phases(void **state)
     tr_regions_prune(&r);
 }
 
+/* Steps that go other ways each time, longer than what is remembered of one, within a region that never ends. */
+static void every_order_finds_its_places(void **state)
+{
+    enum { STEPS = 30, OPS = 5, CALLS = 1500 };
+    tr_regions r = {0};
+    tr_region_node node[NODES];
+    uint64_t count[TR_N_PHASES][OPS] = {{0}};
+    int op[OPS];
+    char name[8];
+    uint32_t x = 1;
+
+    (void)state;
+    assert_true(tr_regions_grow(&r, "main", NODES));
+    for (int i = 0; i < OPS; i++) {
+        snprintf(name, sizeof name, "op%d", i);
+        op[i] = tr_region_id(&r, name);
+    }
+    tr_region_begin(&r, tr_region_id_of(&r, "steps", TR_KIND_PHASE, -1));
+    for (int s = 0; s < STEPS; s++) {
+        const tr_phase phase = s % 3 ? TR_PHASE_DECODE : TR_PHASE_PREFILL;
+        tr_regions_phase(&r, phase);
+        tr_region_begin_layer(&r, tr_region_id(&r, "layer"), s % 2);
+        for (int i = 0; i < CALLS; i++) {
+            const int k =
+                s < STEPS / 2 ? i % OPS : (int)((x = x * 1664525 + 1013904223) >> 16) % OPS;
+            tr_region_begin(&r, op[k]);
+            tr_region_end(&r, 1, 0);
+            count[phase][k]++;
+        }
+        tr_region_end(&r, 0, 0);
+        tr_regions_phase(&r, TR_PHASE_NONE);
+    }
+    tr_regions_cut(&r);
+    const int n = tr_regions_look(&r, node, NODES);
+    assert_int_equal(n, 2 + 2 + 2 * OPS);
+    for (int p = 0; p < TR_N_PHASES; p++)
+        for (int i = 0; i < OPS; i++) {
+            snprintf(name, sizeof name, "op%d", i);
+            const tr_region_numbers *a = &find(&r, node, n, name, 0)->in[p],
+                                    *b = &find(&r, node, n, name, 1)->in[p];
+            assert_int_equal(a->count + b->count, count[p][i]);
+            assert_true(a->bytes + b->bytes == (double)count[p][i]);
+        }
+    assert_int_equal(sum_excl(node, n), node[0].in[TR_PHASE_NONE].incl_ns);
+    tr_regions_prune(&r);
+}
+
+/* What is not kept is time of the root, and costs no other number anything. */
+static void less_may_be_kept(void **state)
+{
+    tr_regions r = {0};
+    tr_region_node node[NODES];
+
+    (void)state;
+    const int a = tr_region_id(&r, "a");
+    assert_true(tr_regions_grow(&r, "main", NODES));
+    for (int i = 0; i < 9; i++) {
+        tr_regions_keep(&r, (tr_region_keep)(i % 3)); /* ALL, TOTALS, NOTHING */
+        tr_region_begin(&r, a);
+        tr_region_begin(&r, a);
+        if (i % 3) {
+            const int n = tr_regions_look(&r, node, NODES);
+            assert_int_equal(n, 3);
+            assert_int_equal(sum_excl(node, n), node[0].in[TR_PHASE_NONE].incl_ns);
+        }
+        tr_region_end(&r, 1, 1);
+        tr_region_end(&r, 1, 1);
+    }
+    tr_regions_keep(&r, TR_KEEP_TOTALS);
+    tr_regions_cut(&r);
+    assert_int_equal(r.total[a].calls, 2 * 6);
+    assert_int_equal(tr_regions_look(&r, node, NODES), 3);
+    assert_int_equal(node[1].in[TR_PHASE_NONE].count, 3);
+    assert_int_equal(node[2].in[TR_PHASE_NONE].count, 3);
+    assert_int_equal(node[0].in[TR_PHASE_NONE].count, 1);
+    assert_int_equal(sum_excl(node, 3), node[0].in[TR_PHASE_NONE].incl_ns);
+    tr_regions_prune(&r);
+}
+
 static void open_regions_count_as_far_as_they_have_come(void **state)
 {
     tr_regions r = {0};
@@ -276,6 +355,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(totals_without_a_tree),
         cmocka_unit_test(a_tree_has_places_layers_and_phases),
+        cmocka_unit_test(every_order_finds_its_places),
+        cmocka_unit_test(less_may_be_kept),
         cmocka_unit_test(open_regions_count_as_far_as_they_have_come),
         cmocka_unit_test(full_tables_keep_the_sums),
         cmocka_unit_test(another_thread_may_look),

@@ -2,7 +2,7 @@
 
 #include "base/region.h"
 
-#include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -10,8 +10,10 @@
 #include "base/size.h"
 
 enum {
-    LINE = 64,     /* bytes of a cache line */
-    SCRIPT = 1024, /* begins below one child of the root that are remembered */
+    LINE = 64, /* bytes of a cache line */
+    SPINS = 64,
+    AHEAD = 2,     /* begins for which lines are fetched */
+    SCRIPT = 1024, /* begins that are remembered */
     N_IN = TR_N_PHASES + 1,
 };
 
@@ -32,9 +34,12 @@ typedef struct gpu_sums {
     uint64_t count, ns;
 } gpu_sums;
 
+typedef struct scene { /* a begin: what it asked for, and the node that it was */
+    int node, parent, id, layer;
+} scene;
+
 typedef struct tr_region_tree {
-    pthread_mutex_t
-        lock; /* of all that others look at; the stream's thread alone reads it without */
+    int busy; /* the lock of all that others look at; the stream's thread alone reads it without */
     int n, n_max;
     uint64_t n_lost;
     bool aside;           /* nothing goes into it now: its open frames are */
@@ -44,9 +49,9 @@ typedef struct tr_region_tree {
     void *sums_memory;
     gpu_sums *gpu; /* [N_IN, n_max] */
 
-    /* The stream's thread's. Below a child of the root the same regions begin in the same order step after step. */
-    int at;                   /* begins below the open child of the root */
-    int script[N_IN][SCRIPT]; /* the node of each begin when it was that phase last; 0: none */
+    /* The stream's thread's. From the begin of a step on, or of a child of the root, the same regions begin in the same order. */
+    int at;                     /* begins since then, at most SCRIPT */
+    scene script[N_IN][SCRIPT]; /* each begin when it was that phase last; node 0: none */
 } tree;
 
 /* ---- names -------------------------------------------------------------------------------------- */
@@ -70,14 +75,17 @@ int tr_region_id(tr_regions *r, const char *name)
 
 /* ---- the tree ------------------------------------------------------------------------------------ */
 
+/* Taken at every end of a region, and by others for microseconds once in a while: half as dear as a mutex. */
 static void lock(tree *t)
 {
-    if (t) pthread_mutex_lock(&t->lock);
+    if (!t) return;
+    for (int tries = 0; __atomic_exchange_n(&t->busy, 1, __ATOMIC_ACQUIRE); tries++)
+        if (tries >= SPINS) sched_yield(); /* who has it may have no core */
 }
 
 static void unlock(tree *t)
 {
-    if (t) pthread_mutex_unlock(&t->lock);
+    if (t) __atomic_store_n(&t->busy, 0, __ATOMIC_RELEASE);
 }
 
 /* Locked, or nobody else has it. */
@@ -93,19 +101,13 @@ static int add_node(tree *t, int parent, int id, int layer)
     return t->n++;
 }
 
-static bool is(const tree *t, int i, int parent, int id, int layer)
-{
-    const spot *s = &t->spot[i];
-    return s->id == id && s->layer == layer && s->parent == parent;
-}
-
 /* The child of a node, made on its first call; -1: no room. */
 static int find_child(tree *t, int parent, int id, int layer)
 {
     int *to = &t->spot[parent].first_child;
 
     for (; *to >= 0; to = &t->spot[*to].next)
-        if (is(t, *to, parent, id, layer)) return *to;
+        if (t->spot[*to].id == id && t->spot[*to].layer == layer) return *to;
     lock(t);
     *to = add_node(t, parent, id, layer);
     if (*to < 0) t->n_lost++;
@@ -118,23 +120,21 @@ static sums *sums_of(const tree *t, int phase, int node)
     return &t->sums[(size_t)phase * (size_t)t->n_max + (size_t)node];
 }
 
-/* find_child, mostly by looking where the last such step was at this point; what its next region needs is fetched meanwhile. */
-static int follow(tree *t, int phase, bool first, int parent, int id, int layer)
+/* find_child, mostly by looking where the last such step was at this point; what the next regions need is fetched meanwhile. */
+static int follow(tree *t, int phase, int parent, int id, int layer)
 {
-    int unknown = 0, *const script = t->script[phase];
+    scene *const script = t->script[phase];
+    const int at = t->at;
 
-    t->at = first ? 0 : t->at + 1;
-    int *const told = t->at < SCRIPT ? &script[t->at] : &unknown;
-    if (!*told || !is(t, *told, parent, id, layer)) {
-        const int node = find_child(t, parent, id, layer);
-        if (node < 0) return -1;
-        *told = node;
-    }
-    if (t->at + 1 < SCRIPT && script[t->at + 1]) {
-        __builtin_prefetch(&t->spot[script[t->at + 1]]);
-        __builtin_prefetch(sums_of(t, phase, script[t->at + 1]), 1);
-    }
-    return *told;
+    if (at == SCRIPT) return find_child(t, parent, id, layer);
+    t->at++;
+    if (at + AHEAD < SCRIPT && script[at + AHEAD].node)
+        __builtin_prefetch(sums_of(t, phase, script[at + AHEAD].node), 1);
+    scene *const s = &script[at];
+    if (s->node && s->id == id && s->layer == layer && s->parent == parent) return s->node;
+    const int node = find_child(t, parent, id, layer);
+    if (node > 0) *s = (scene){.node = node, .parent = parent, .id = id, .layer = layer};
+    return node;
 }
 
 /* The node of a region that begins; where there is none it counts as time of the one above. */
@@ -144,8 +144,9 @@ static void place(tr_regions *r, tr_region_frame *f, int layer)
     const int parent = r->open[r->depth - 1].node;
 
     if (parent < 0) return; /* the stream has been cut */
-    if (layer < 0) layer = t->spot[parent].layer;
-    if (f->id >= 0) f->node = follow(t, f->phase, r->depth == 1, parent, f->id, layer);
+    f->layer = layer < 0 ? r->open[r->depth - 1].layer : layer;
+    if (r->depth == 1) t->at = 0;
+    if (f->id >= 0) f->node = follow(t, f->phase, parent, f->id, f->layer);
     f->counted = f->node >= 0;
     if (f->counted) return;
     f->node = parent;
@@ -184,7 +185,6 @@ static tree *make_tree(int n_max)
     t->sums_memory = tr_calloc(1, bytes);
     if (!t->spot || !t->gpu || !t->sums_memory) goto failed;
     t->sums = (sums *)(((uintptr_t)t->sums_memory + LINE - 1) / LINE * LINE);
-    pthread_mutex_init(&t->lock, NULL);
     return t;
 
 failed:
@@ -204,6 +204,7 @@ bool tr_regions_grow(tr_regions *r, const char *stream, int nodes_max)
     r->phase = TR_PHASE_NONE;
     r->open[0] = (tr_region_frame){.id = id,
                                    .node = add_node(t, -1, id, -1),
+                                   .layer = -1,
                                    .phase = TR_PHASE_NONE,
                                    .mark = -1,
                                    .counted = true,
@@ -225,7 +226,6 @@ void tr_regions_prune(tr_regions *r)
 {
     if (!r || !r->tree) return;
     tr_regions_cut(r);
-    pthread_mutex_destroy(&r->tree->lock);
     free(r->tree->spot);
     free(r->tree->gpu);
     free(r->tree->sums_memory);
@@ -331,25 +331,31 @@ uint64_t tr_regions_lost(tr_regions *r)
 
 void tr_regions_phase(tr_regions *r, tr_phase phase)
 {
-    if (r) r->phase = phase;
+    if (!r) return;
+    r->phase = phase;
+    if (r->grows) r->grows->at = 0;
 }
 
 void tr_region_begin_layer(tr_regions *r, int id, int layer)
 {
     if (!r || r->keep == TR_KEEP_NOTHING) return;
     /* Deeper than the stack: counted, so that ends match begins, but not timed. Nobody else looks at this count; depth, which
-     * others look at, changes under the lock only. */
+     * others look at, goes down under the lock only. */
     if (r->depth == TR_REGION_DEPTH) {
         r->deeper++;
         return;
     }
-    tr_region_frame f = {.id = id, .phase = (int)r->phase, .node = -1, .mark = -1};
-    if (r->clock.begin && r->grows && id >= 0)
-        f.mark = r->clock.begin(r->clock.ctx, r->total[id].kind);
-    if (r->grows && r->depth > 0) place(r, &f, layer);
+    tr_region_frame *f = &r->open[r->depth]; /* nobody looks at it yet */
+    f->id = id;
+    f->node = f->mark = -1;
+    f->phase = (int)r->phase;
+    f->counted = false;
+    f->child_ns = f->tree_child_ns = 0;
     if (id >= 0) __builtin_prefetch(&r->total[id].calls, 1);
-    f.begun_ns = tr_now_ns();
-    r->open[r->depth] = f;
+    if (r->clock.begin && r->grows && id >= 0)
+        f->mark = r->clock.begin(r->clock.ctx, r->total[id].kind);
+    if (r->grows && r->depth > 0) place(r, f, layer);
+    f->begun_ns = tr_now_ns();
     __atomic_store_n(&r->depth, r->depth + 1, __ATOMIC_RELEASE); /* for tr_regions_look */
 }
 

@@ -88,7 +88,7 @@ typedef enum tr_region_keep {
 } tr_region_keep;
 
 typedef struct tr_region_frame { /* an open region; regions.c's own */
-    int id, node, phase;
+    int id, node, layer, phase;
     int mark;     /* the clock's, -1: none */
     bool counted; /* has a node of its own */
     uint64_t begun_ns, child_ns, tree_child_ns;
