@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 
 #include <cmocka.h>
 #ifdef HAVE_PAPI
@@ -223,12 +224,36 @@ static void the_kernel_is_asked_seldom(void **state)
     tr_papi_close(p);
 }
 
+/* What only the kernel does is counted, or absent with a reason: never a zero. */
+static void context_switches_are_no_zero(void **state)
+{
+    enum { NAPS = 20 };
+    tr_papi *p = tr_papi_open("perf::CONTEXT-SWITCHES,perf::cs");
+    double value[2] = {-1, -1};
+
+    (void)state;
+    assert_non_null(p);
+    const tr_profile_counters c = tr_papi_counters(p);
+    assert_int_equal(!c.absent[0], !c.absent[1]);
+    for (int i = 0; i < NAPS; i++)
+        nanosleep(&(struct timespec){.tv_nsec = 1000}, NULL);
+    tr_papi_begin(p, TR_PHASE_DECODE, 1);
+    c.read(c.ctx, value);
+    for (int i = 0; i < 2; i++)
+        if (c.absent[i])
+            assert_non_null(strchr(c.absent[i], ':'));
+        else
+            assert_true(value[i] >= NAPS);
+    tr_papi_close(p);
+}
+
 int main(void)
 {
     const struct CMUnitTest always[] = {cmocka_unit_test(absent_events_have_a_reason),
                                         cmocka_unit_test(hostile_names_stay_apart),
                                         cmocka_unit_test(no_event_of_a_long_list_is_dropped),
-                                        cmocka_unit_test(the_kernel_is_asked_seldom)};
+                                        cmocka_unit_test(the_kernel_is_asked_seldom),
+                                        cmocka_unit_test(context_switches_are_no_zero)};
     int failed = 0;
 
 #if defined HAVE_PAPI && defined HAVE_SDE

@@ -7,6 +7,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
+#include <time.h>
 
 #ifdef HAVE_PAPI
 #include <papi.h>
@@ -76,12 +78,48 @@ static int set_of(tr_papi *p, int component, int *result)
     return s;
 }
 
+/* The kernel's own doings: PAPI counts what happens in the user's mode, where none of these ever does. */
+static bool of_kernel(const char *name)
+{
+    static const char *const names[] = {
+        "perf::CONTEXT-SWITCHES", "perf::CS",         "perf::PERF_COUNT_SW_CONTEXT_SWITCHES",
+        "perf::CPU-MIGRATIONS",   "perf::MIGRATIONS", "perf::PERF_COUNT_SW_CPU_MIGRATIONS"};
+
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (strcasecmp(name, names[i]) == 0) return true;
+    return false;
+}
+
+/* Whether they are counted, asked for with the kernel's mode: who may not is given zeros, and no error. Who sleeps is switched. */
+static bool kernel_counts(void)
+{
+    int probe = PAPI_NULL;
+    long long switches = 1;
+
+    if (PAPI_create_eventset(&probe) != PAPI_OK) return true; /* the event itself will say why */
+    if (PAPI_add_named_event(probe, "perf::CONTEXT-SWITCHES:u=1:k=1") == PAPI_OK &&
+        PAPI_start(probe) == PAPI_OK) {
+        nanosleep(&(struct timespec){.tv_nsec = 1000}, NULL);
+        PAPI_stop(probe, &switches);
+    }
+    PAPI_cleanup_eventset(probe);
+    PAPI_destroy_eventset(&probe);
+    return switches > 0;
+}
+
 /* Alone, so that one that is not there keeps no other from being counted. */
 static void add(tr_papi *p, int i)
 {
+    char asked[NAME_BYTES + 16];
     int code = PAPI_NULL;
     if (p->absent[i]) return;
-    int result = PAPI_event_name_to_code(p->event[i].name, &code);
+    if (of_kernel(p->event[i].name) && !kernel_counts()) {
+        absent(p, i, "perf_event_paranoid", "what the kernel does is not counted for this user");
+        return;
+    }
+    snprintf(asked, sizeof asked, "%s%s", p->event[i].name,
+             of_kernel(p->event[i].name) ? ":u=1:k=1" : "");
+    int result = PAPI_event_name_to_code(asked, &code);
 
     if (result != PAPI_OK) {
         absent(p, i, "PAPI_event_name_to_code", PAPI_strerror(result));
