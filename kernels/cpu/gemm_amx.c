@@ -156,16 +156,26 @@ typedef struct unfolded {
     int n_rows, panel; /* the next to be folded; P: none is left */
 } unfolded;
 
+INLINE void fold_rows(const int P, const int n, float *total, const float *c, __m512 scale)
+{
+#pragma GCC unroll 4
+    for (int i = 0; i < n; i++, c += TR_PANEL, total += P * TR_PANEL)
+        _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_load_ps(c), scale, _mm512_load_ps(total)));
+}
+
 INLINE void fold_panel(const int P, unfolded *u)
 {
-    const int p = u->panel;
+    const int p = u->panel, n_rows = u->n_rows;
     if (p >= P) return;
-    const __m512 s = _mm512_loadu_ps(u->scale + (size_t)p * u->scale_step);
-    for (int r = 0; r < u->n_rows; r++) {
-        float *total = u->total + (r * P + p) * TR_PANEL;
-        __m512 sum = _mm512_load_ps(u->c[p] + r * TR_PANEL);
-        _mm512_store_ps(total, _mm512_fmadd_ps(sum, s, _mm512_load_ps(total)));
-    }
+    const __m512 scale = _mm512_loadu_ps(u->scale + (size_t)p * u->scale_step);
+    const float *c = u->c[p];
+    float *total = u->total + p * TR_PANEL;
+    int r = 0;
+
+    for (; r + 4 <= n_rows; r += 4)
+        fold_rows(P, 4, total + r * P * TR_PANEL, c + r * TR_PANEL, scale);
+    for (; r < n_rows; r++)
+        fold_rows(P, 1, total + r * P * TR_PANEL, c + r * TR_PANEL, scale);
     u->panel = p + 1;
 }
 
