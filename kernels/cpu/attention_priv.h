@@ -127,6 +127,25 @@ static inline int tr_selected_row(const struct tr_sparse_mla_args *a, const int3
     return at < a->k && list[at] >= 0 && list[at] < n_rows ? list[at] : -1;
 }
 
+/* Whether row i of index_logits is scored at all. */
+static inline int tr_needs_scores(const struct tr_index_logits_args *a, int i)
+{
+    return !a->rows->dense[i] && !tr_row_is_pad(a->rows, i) && a->rows->position[i] >= a->k;
+}
+
+/* Which keys [*begin, *end) of the page that begins at position s row i sees; 0: none. */
+static inline int tr_index_window(const struct tr_index_logits_args *a, int i, int s, int *begin,
+                                  int *end)
+{
+    const int first = a->first ? a->first[i] : 0;
+    int last = a->rows->position[i] + 1;
+
+    if (a->last && a->last[i] < last) last = a->last[i];
+    *begin = first > s ? first - s : 0;
+    *end = last - s < TR_KEY_BLOCK ? last - s : TR_KEY_BLOCK;
+    return *begin < *end;
+}
+
 /* kv_write.c: cache records read back, one thread. Latent row i_row (page * 64 + offset): [c | k_pe] as fp32. */
 void tr_latent_read(const tr_device *d, const tr_kv_layer *kv, int64_t i_row, float *out);
 /* Memory that is wanted next, asked for a few lines at a time between other work: a core has some 16 requests under way
@@ -143,11 +162,29 @@ static inline void tr_ask_ahead(tr_ahead *a, int n_lines)
         __builtin_prefetch(a->at, 0, 2);
 }
 
+/* A page of an e4m3 index: its keys' codes and scales, the position of its first key, how many of them any row sees; and
+ * the next page, to be asked for meanwhile. */
+typedef struct tr_index_page {
+    const uint8_t *code;
+    const float *scale;
+    int s, n;
+    tr_ahead *ahead;
+} tr_index_page;
+
+/* One thread's, for the pages of a call. row: whose queries index_page has left in `query`, -1 at first. */
+typedef struct tr_index_scratch {
+    float tile[TR_INDEX_TILE] __attribute__((aligned(64)));
+    uint8_t query[2 * TR_HEADS_MAX * TR_D_INDEX_MAX] __attribute__((aligned(64)));
+    int row;
+} tr_index_scratch;
+
 /* Those of a page's index keys that are among its first n, as a tile [TR_INDEX_TILE]. Returns the keys' scales, NULL if
  * they have none (TR_F32). */
 const float *tr_index_page_read(const tr_device *d, const tr_kv_layer *kv, int page, int n,
                                 float *tile, tr_ahead *ahead);
 tr_ahead tr_index_page_ahead(const tr_kv_layer *kv, int page);
+/* code and scale of a page of a cache that is not TR_F32. */
+tr_index_page tr_index_page_codes(const tr_kv_layer *kv, int page);
 /* Asks for a latent row, all of it. */
 void tr_latent_prefetch(const tr_kv_layer *kv, int64_t i_row);
 

@@ -40,6 +40,9 @@ typedef struct tr_gemm {
     int n_rows;
 } tr_gemm;
 
+struct tr_index_page; /* attention_priv.h */
+struct tr_index_scratch;
+
 /* Functions that exist once per instruction set; NULL fields fall back to plain (filled in by tr_device_open). */
 typedef struct tr_cpu_kernels {
     /* One thread. */
@@ -73,6 +76,11 @@ typedef struct tr_cpu_kernels {
      * TR_F32. NULL, also when tables have been merged: mla.c's loops do it. */
     void (*latent_attention)(const struct tr_device *d, const struct tr_sparse_mla_args *a, int i,
                              int h_begin, int h_end);
+    /* One thread: index scores of rows [i, i_end), all of one slot, in the keys of a page. For caches that are not TR_F32,
+     * d_index a multiple of 32, at most TR_HEADS_MAX heads. NULL: indexer.c's loops do it. */
+    void (*index_page)(const struct tr_device *d, const struct tr_index_logits_args *a, int i,
+                       int i_end, const struct tr_index_page *page,
+                       struct tr_index_scratch *scratch);
 } tr_cpu_kernels;
 
 struct tr_cpu_block; /* one allocation, cpu.c */
@@ -138,6 +146,8 @@ extern const tr_cpu_kernels tr_cpu_plain, tr_cpu_avx2, tr_cpu_avx512, tr_cpu_amx
 extern const struct tr_attention_kernels tr_attention_plain, tr_attention_avx2, tr_attention_avx512;
 void tr_latent_attention_amx(const tr_device *d, const struct tr_sparse_mla_args *a, int i,
                              int h_begin, int h_end);
+void tr_index_page_amx(const tr_device *d, const struct tr_index_logits_args *a, int i, int i_end,
+                       const struct tr_index_page *page, struct tr_index_scratch *scratch);
 
 /* The operations, defined across kernels/cpu, collected in cpu.c. */
 #define TR_CPU_OP(name)                                                                            \

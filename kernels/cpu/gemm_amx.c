@@ -545,4 +545,5 @@ const tr_cpu_kernels tr_cpu_amx = {
     .e4m3_sign_low = 1,
     .e4m3_arrange = e4m3_arrange,
     .latent_attention = tr_latent_attention_amx,
+    .index_page = tr_index_page_amx,
 };

@@ -100,11 +100,6 @@ tr_status tr_cpu_index_query(tr_device *d, tr_lane lane, const struct tr_index_q
     return TR_OK;
 }
 
-static int needs_scores(const struct tr_index_logits_args *a, int i)
-{
-    return !a->rows->dense[i] && !tr_row_is_pad(a->rows, i) && a->rows->position[i] >= a->k;
-}
-
 /* n queries of row i from head h on, as index_add wants them: fp32, d_tile apart. */
 static const float *queries(const tr_device *d, const struct tr_index_logits_args *a, size_t at,
                             int n, int d_tile, float *scratch)
@@ -135,15 +130,12 @@ static void row_scores(const tr_device *d, const struct tr_index_logits_args *a,
                        const float *tile, const float *key_scale, tr_ahead *ahead)
 {
     const struct tr_attention_kernels *k = tr_attention_of(d);
-    int begin = a->first ? a->first[i] : 0, end = a->rows->position[i] + 1;
+    int begin, end;
     int d_tile = (a->kv.d_index + 3) / 4 * 4;
     TR_SCRATCH float scratch[TR_ROW_BLOCK * TR_D_INDEX_MAX] __attribute__((aligned(64)));
     float acc[TR_KEY_BLOCK] __attribute__((aligned(64))) = {0};
 
-    if (a->last && a->last[i] < end) end = a->last[i];
-    begin = begin > s ? begin - s : 0;
-    end = end - s < TR_KEY_BLOCK ? end - s : TR_KEY_BLOCK;
-    if (begin >= end) return;
+    if (!tr_index_window(a, i, s, &begin, &end)) return;
     for (int h = 0; h < a->n_heads; h += TR_ROW_BLOCK) {
         int n = a->n_heads - h < TR_ROW_BLOCK ? a->n_heads - h : TR_ROW_BLOCK;
         size_t at = (size_t)i * a->n_heads + h;
@@ -158,10 +150,19 @@ static void row_scores(const tr_device *d, const struct tr_index_logits_args *a,
                    key_scale ? key_scale + begin : NULL, end - begin);
 }
 
+enum { HEADS_TILES = 16 }; /* from which on matrix tiles pay, where there are any */
+
+/* The model and the cache's format decide, never how many rows there are. */
+static int on_tiles(const tr_device *d, const struct tr_index_logits_args *a)
+{
+    return d->k.index_page && a->kv.dtype != TR_F32 && a->kv.d_index % 32 == 0 &&
+           a->n_heads >= HEADS_TILES && a->n_heads <= TR_HEADS_MAX;
+}
+
 /* Rows [i, i_end) of one slot against one page. The keys are expanded once, for all of them; meanwhile the next page is
  * on its way. */
 static void page_scores(const tr_device *d, const struct tr_index_logits_args *a, int i, int i_end,
-                        int i_page, int n_pages, float *tile)
+                        int i_page, int n_pages, tr_index_scratch *scratch)
 {
     const tr_rows *rows = a->rows;
     const int32_t *pages = rows->page_table + (size_t)rows->slot[i] * rows->max_pages;
@@ -169,13 +170,21 @@ static void page_scores(const tr_device *d, const struct tr_index_logits_args *a
     tr_ahead ahead = {NULL, NULL};
 
     for (int r = i; r < i_end; r++)
-        if (needs_scores(a, r) && rows->position[r] - s + 1 > n) n = rows->position[r] - s + 1;
+        if (tr_needs_scores(a, r) && rows->position[r] - s + 1 > n) n = rows->position[r] - s + 1;
     if (n <= 0) return;
     n = n < TR_PAGE_TOKENS ? n : TR_PAGE_TOKENS;
     if (i_page + 1 < n_pages) ahead = tr_index_page_ahead(&a->kv, pages[i_page + 1]);
-    const float *key_scale = tr_index_page_read(d, &a->kv, pages[i_page], n, tile, &ahead);
+    if (on_tiles(d, a)) {
+        tr_index_page page = tr_index_page_codes(&a->kv, pages[i_page]);
+        page.s = s;
+        page.n = n;
+        page.ahead = &ahead;
+        d->k.index_page(d, a, i, i_end, &page, scratch);
+        return;
+    }
+    const float *key_scale = tr_index_page_read(d, &a->kv, pages[i_page], n, scratch->tile, &ahead);
     for (int r = i; r < i_end; r++)
-        if (needs_scores(a, r)) row_scores(d, a, r, s, tile, key_scale, &ahead);
+        if (tr_needs_scores(a, r)) row_scores(d, a, r, s, scratch->tile, key_scale, &ahead);
 }
 
 typedef struct logits_work {
@@ -190,17 +199,18 @@ static void logits_member(void *ctx, int member, int n_members)
     const logits_work *work = ctx;
     const struct tr_index_logits_args *a = work->a;
     const tr_rows *rows = a->rows;
-    TR_SCRATCH float tile[TR_INDEX_TILE] __attribute__((aligned(64)));
+    TR_SCRATCH tr_index_scratch scratch;
 
+    scratch.row = -1;
     for (int i = a->i_row, i_end; i < work->end; i = i_end) {
         int n_pages = 0;
         for (i_end = i; i_end < work->end && rows->slot[i_end] == rows->slot[i]; i_end++)
-            if (needs_scores(a, i_end) && rows->position[i_end] / TR_PAGE_TOKENS >= n_pages)
+            if (tr_needs_scores(a, i_end) && rows->position[i_end] / TR_PAGE_TOKENS >= n_pages)
                 n_pages = rows->position[i_end] / TR_PAGE_TOKENS + 1;
         for (int p = tr_team_part(n_pages, member, n_members),
                  p_end = tr_team_part(n_pages, member + 1, n_members);
              p < p_end; p++)
-            page_scores(work->d, a, i, i_end, p, n_pages, tile);
+            page_scores(work->d, a, i, i_end, p, n_pages, &scratch);
     }
 }
 
@@ -215,7 +225,7 @@ tr_status tr_cpu_index_logits(tr_device *d, tr_lane lane, const struct tr_index_
     if (st == TR_OK) st = tr_attention_check_wait(d, "index_logits", &a->keys);
     if (st != TR_OK) return st;
     for (int i = a->i_row; i < end; i++)
-        if (needs_scores(a, i)) work += (double)rows->position[i] * a->n_heads * a->kv.d_index;
+        if (tr_needs_scores(a, i)) work += (double)rows->position[i] * a->n_heads * a->kv.d_index;
     if (work == 0) return TR_OK;
 
     logits_work w = {d, a, end};

@@ -169,6 +169,15 @@ const float *tr_index_page_read(const tr_device *d, const tr_kv_layer *kv, int p
     return NULL;
 }
 
+tr_index_page tr_index_page_codes(const tr_kv_layer *kv, int page)
+{
+    const char *at = index_page_at(kv, page);
+    return (tr_index_page){
+        .code = (const uint8_t *)at,
+        .scale = (const float *)(const void *)(at + (size_t)TR_PAGE_TOKENS * (size_t)kv->d_index),
+    };
+}
+
 tr_ahead tr_index_page_ahead(const tr_kv_layer *kv, int page)
 {
     const char *at = index_page_at(kv, page);
