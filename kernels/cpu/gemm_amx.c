@@ -242,11 +242,12 @@ INLINE void beside(const int what, const tile_work *t, int p)
         _tile_dpbf16ps(p, 6, 7);                                                                   \
     }
 
+/* The parts of x pass by, 3 KiB a step, once for P panels: what they would displace in L1 is wanted sooner. */
 INLINE void step_products(const int P, const int what, const tile_work *t)
 {
-    _tile_loadd(4, t->x, 64);
-    _tile_loadd(5, t->x + t->part_bytes, 64);
-    _tile_loadd(6, t->x + 2 * t->part_bytes, 64);
+    _tile_stream_loadd(4, t->x, 64);
+    _tile_stream_loadd(5, t->x + t->part_bytes, 64);
+    _tile_stream_loadd(6, t->x + 2 * t->part_bytes, 64);
     PANEL_PRODUCTS(0)
     PANEL_PRODUCTS(1)
     PANEL_PRODUCTS(2)
