@@ -50,53 +50,16 @@ __device__ int scan(int x, int *space, int *total)
     return sum - x + (warp ? space[warp - 1] : 0);
 }
 
-__device__ __forceinline__ int ceil_div(int a, int b)
-{
-    return (a + b - 1) / b;
-}
-
-/* Where each span's keys and values go, in which round, and where its tiles and blocks begin; how many rounds there are. One
- * thread: spans are few. */
-__device__ int plan_rounds(const job &j, int n_spans)
-{
-    int base = 0, round = 0, n_tiles = 0, n_blocks = 0;
-
-    j.plan->tile_begin[0] = j.plan->block_begin[0] = 0;
-    for (int i = 0; i < n_spans; i++) {
-        span s = j.spans[i];
-        int keys = ceil_div(s.position + s.n, BLOCK_KEYS) * BLOCK_KEYS;
-        if (base + keys > j.max_keys) {
-            base = 0;
-            round++;
-            j.plan->tile_begin[round] = n_tiles;
-            j.plan->block_begin[round] = n_blocks;
-        }
-        s.base = base;
-        s.round = round;
-        s.i_tile = n_tiles;
-        s.i_block = n_blocks;
-        j.spans[i] = s;
-        base += keys;
-        n_tiles += ceil_div(s.n, TILE_ROWS);
-        n_blocks += keys / BLOCK_KEYS;
-    }
-    j.plan->tile_begin[round + 1] = n_tiles;
-    j.plan->block_begin[round + 1] = n_blocks;
-    return round + 1;
-}
-
-/* Tiles of a round in descending order of their keys, so that the long ones are not begun last. */
+/* The window's tiles, of which there are n_tiles, in their order. */
 __device__ void plan_sort(const job &j, int n_tiles)
 {
-    auto cost = [&](const tile &t) {
-        span s = j.spans[t.i_span];
-        return (s.round << 24) - min(s.position + t.first + (int)TILE_ROWS, s.position + s.n);
-    };
+    auto order = [&](const tile &t) { return tr_dense_tile_order(&j.spans[t.i_span], t.first); };
     for (int i = (int)threadIdx.x; i < n_tiles; i += PLAN_THREADS) {
         tile t = j.unsorted[i];
-        int mine = cost(t), rank = 0;
+        int64_t mine = order(t);
+        int rank = 0;
         for (int k = 0; k < n_tiles && n_tiles <= SORT_MAX; k++) {
-            int other = cost(j.unsorted[k]);
+            int64_t other = order(j.unsorted[k]);
             rank += other < mine || (other == mine && k < i);
         }
         j.tiles[n_tiles <= SORT_MAX ? rank : i] = t;
@@ -116,8 +79,9 @@ __device__ void zero_pads(const job &j, int n)
 
 __global__ void __launch_bounds__(PLAN_THREADS) dense_plan(const __grid_constant__ job j)
 {
-    __shared__ int space[32], n_rounds;
-    int n = min(max(*j.rows.n, 0), j.rows.n_max), per = ceil_div(n, PLAN_THREADS), total, unused;
+    __shared__ int space[32];
+    int n = min(max(*j.rows.n, 0), j.rows.n_max), total, unused;
+    int per = tr_dense_pieces(n, PLAN_THREADS);
     int b = min((int)threadIdx.x * per, n), e = min(b + per, n), begins = 0, ends = 0;
 
     for (int i = b; i < e; i++) {
@@ -144,22 +108,20 @@ __global__ void __launch_bounds__(PLAN_THREADS) dense_plan(const __grid_constant
     for (int i = (int)threadIdx.x; i < total; i += PLAN_THREADS)
         j.spans[i].n -= j.spans[i].row;
     __syncthreads();
-    if (threadIdx.x == 0) n_rounds = plan_rounds(j, total);
+    if (threadIdx.x == 0) /* spans are few */
+        tr_dense_plan_window(j.spans, total, j.max_keys, j.first_round, j.n_rounds, j.plan);
     __syncthreads();
-    for (int r = n_rounds + 1 + (int)threadIdx.x; r <= ROUNDS_MAX; r += PLAN_THREADS) { /* empty */
-        j.plan->tile_begin[r] = j.plan->tile_begin[n_rounds];
-        j.plan->block_begin[r] = j.plan->block_begin[n_rounds];
-    }
     for (int i = (int)threadIdx.x; i < total; i += PLAN_THREADS) {
         span s = j.spans[i];
+        if (s.round < 0) continue;
         for (int k = 0; k * TILE_ROWS < s.n; k++)
             j.unsorted[s.i_tile + k] = {i, k * TILE_ROWS};
         for (int k = 0; k * BLOCK_KEYS < s.position + s.n; k++)
             j.blocks[s.i_block + k] = {i, k * BLOCK_KEYS};
     }
     __syncthreads();
-    plan_sort(j, j.plan->tile_begin[n_rounds]);
-    zero_pads(j, n);
+    plan_sort(j, j.plan->tile_begin[j.n_rounds]);
+    if (j.first_round == 0) zero_pads(j, n);
 }
 
 /* ---- attention --------------------------------------------------------------------------------------------------------- */
@@ -459,12 +421,12 @@ static layout layout_of(int n_max, int n_spans, int n_heads, int n_keys)
     layout l;
     l.n_keys = n_keys;
     l.n_tiles = n_max / TILE_ROWS + n_spans;
-    l.n_blocks = n_keys / BLOCK_KEYS; /* of a round; all rounds' are listed */
-    l.spans = aligned(sizeof(plan));
+    l.n_blocks = n_keys / BLOCK_KEYS; /* of a round; those of a window are listed */
+    l.spans = aligned(sizeof(tr_dense_plan));
     l.tiles = l.spans + aligned((size_t)n_spans * sizeof(span));
     l.unsorted = l.tiles + aligned((size_t)l.n_tiles * sizeof(tile));
     l.blocks = l.unsorted + aligned((size_t)l.n_tiles * sizeof(tile));
-    l.pe = l.blocks + aligned((size_t)l.n_blocks * ROUNDS_MAX * sizeof(tile));
+    l.pe = l.blocks + aligned((size_t)l.n_blocks * TR_DENSE_ROUNDS * sizeof(tile));
     l.kv = l.pe + aligned((size_t)n_keys * 128);
     l.bytes = l.kv + (size_t)n_keys * (size_t)n_heads * D_KV * 2;
     return l;
@@ -518,7 +480,7 @@ cudaError_t tr_cuda_dense_mha_hopper(const tr_cuda_dense_mha_hopper_args *a, cud
     int64_t all = (int64_t)a->n_spans * span_keys;
     if (a->n_keys > 0 && a->n_keys < all) all = a->n_keys < span_keys ? span_keys : a->n_keys;
     size_t block = (size_t)BLOCK_KEYS * (128 + (size_t)a->n_heads * D_KV * 2) +
-                   ROUNDS_MAX * sizeof(tile) + 1024;
+                   TR_DENSE_ROUNDS * sizeof(tile) + 1024;
     if (layout_of(n_max, a->n_spans, a->n_heads, n_keys).bytes > a->workspace_bytes)
         return cudaErrorInvalidValue;
     int64_t blocks = (int64_t)(a->workspace_bytes / block); /* near what fits, and seldom above */
@@ -531,10 +493,8 @@ cudaError_t tr_cuda_dense_mha_hopper(const tr_cuda_dense_mha_hopper_args *a, cud
            layout_of(n_max, a->n_spans, a->n_heads, n_keys).bytes > a->workspace_bytes)
         n_keys -= BLOCK_KEYS;
     if (n_keys < span_keys) return cudaErrorInvalidValue;
-    /* A round may be left before it is full, by less than a span. */
-    int64_t least = n_keys - span_keys + BLOCK_KEYS, rounds = (all + least - 1) / least;
-    if (n_keys == all) rounds = 1;
-    if (rounds > ROUNDS_MAX) return cudaErrorInvalidValue;
+    const int64_t rounds = tr_dense_rounds_most(all, span_keys, n_keys);
+    if (rounds > INT32_MAX - TR_DENSE_ROUNDS) return cudaErrorInvalidValue;
     layout l = layout_of(n_max, a->n_spans, a->n_heads, n_keys);
 
     uint8_t *work = (uint8_t *)a->workspace;
@@ -544,7 +504,7 @@ cudaError_t tr_cuda_dense_mha_hopper(const tr_cuda_dense_mha_hopper_args *a, cud
     j.max_keys = n_keys;
     j.scale = a->scale * 1.44269504f;
     j.kv = a->kv;
-    j.plan = (plan *)(void *)work;
+    j.plan = (tr_dense_plan *)(void *)work;
     j.spans = (span *)(void *)(work + l.spans);
     j.tiles = (tile *)(void *)(work + l.tiles);
     j.unsorted = (tile *)(void *)(work + l.unsorted);
@@ -558,11 +518,14 @@ cudaError_t tr_cuda_dense_mha_hopper(const tr_cuda_dense_mha_hopper_args *a, cud
     /* As few heads at a time as keep all SMs busy: latents are brought once for each group. */
     int64_t each = ((int64_t)l.n_blocks * a->n_heads + n_sm - 1) / n_sm;
     j.group_heads = (int)(each < GROUP_HEADS ? each : GROUP_HEADS);
-    dense_plan<<<1, PLAN_THREADS, 0, stream>>>(j);
-    e = cudaGetLastError();
-    for (j.i_round = 0; e == cudaSuccess && j.i_round < rounds; j.i_round++) {
-        e = launch_keys(j, a->w_kv, l.n_blocks, stream);
-        if (e == cudaSuccess) e = launch_attention(j, a->q, n_sm, stream);
+    for (; e == cudaSuccess && j.first_round < rounds; j.first_round += j.n_rounds) {
+        j.n_rounds = (int)min(rounds - j.first_round, (int64_t)TR_DENSE_ROUNDS);
+        dense_plan<<<1, PLAN_THREADS, 0, stream>>>(j);
+        e = cudaGetLastError();
+        for (j.i_round = 0; e == cudaSuccess && j.i_round < j.n_rounds; j.i_round++) {
+            e = launch_keys(j, a->w_kv, l.n_blocks, stream);
+            if (e == cudaSuccess) e = launch_attention(j, a->q, n_sm, stream);
+        }
     }
     return e;
 }

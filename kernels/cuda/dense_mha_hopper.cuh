@@ -6,6 +6,7 @@
 #include <math_constants.h>
 
 #include "kernels/cuda/dense_mha_hopper.h"
+#include "kernels/cuda/dense_mha_plan.h"
 #include "kernels/cuda/hopper.cuh"
 
 namespace tr
@@ -14,34 +15,28 @@ namespace dense
 {
 
 enum {
-    TILE_ROWS = 128,
-    BLOCK_KEYS = 128,
+    TILE_ROWS = TR_DENSE_TILE_ROWS,
+    BLOCK_KEYS = TR_DENSE_BLOCK_KEYS,
     D_Q = TR_DENSE_D_NOPE + TR_DENSE_D_ROPE,
     D_KV = TR_DENSE_D_NOPE + TR_DENSE_D_V,
     CHUNK = BLOCK_KEYS * 128, /* bytes of 128 rows of 64 numbers, swizzled by 128 bytes */
-    ROUNDS_MAX = 512,
-    GROUP_HEADS = 16, /* at most, of a block of keys, by one block of threads */
+    GROUP_HEADS = 16,         /* at most, of a block of keys, by one block of threads */
 };
 
-/* rows [row, row + n) of `slot`, the first at `position`; its keys begin at key `base` of the workspace in round `round`. */
-struct span {
-    int row, n, position, slot, base, round, i_tile, i_block;
-};
+using span = tr_dense_span;
 struct tile { /* rows [first, ..) of a span, up to TILE_ROWS; or a block of its keys */
     int i_span, first;
 };
 
-struct plan {
-    int n_spans, tile_begin[ROUNDS_MAX + 1], block_begin[ROUNDS_MAX + 1];
-};
-
 struct job {
     tr_rows rows;
-    int n_heads, group_heads, max_spans, max_keys, i_round;
-    float scale; /* times log2(e) */
+    int n_heads, group_heads, max_spans, max_keys;
+    int first_round, n_rounds; /* the window: of all rounds, these */
+    int i_round;               /* in it */
+    float scale;               /* times log2(e) */
     tr_kv_layer kv;
-    struct plan *plan;
-    struct span *spans;
+    tr_dense_plan *plan;
+    span *spans;
     struct tile *tiles, *unsorted, *blocks;
     uint8_t *kv_new; /* bf16 [n_heads, max_keys, 256] */
     uint8_t *pe;     /* bf16 [max_keys, 64] */

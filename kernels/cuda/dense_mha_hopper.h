@@ -37,12 +37,13 @@ typedef struct tr_cuda_dense_mha_hopper_args {
 } tr_cuda_dense_mha_hopper_args;
 
 /* Bytes for such a launch with room for the keys and values of n_keys positions at a time (at least max_context). Where all
- * spans' contexts together are more, they are done in rounds, each two more kernels; n_spans * max_context bounds them.
+ * spans' contexts together are more, they are done in rounds (dense_mha_plan.h), each two more kernels; n_spans * max_context
+ * bounds them.
  * Pure; 0: the arguments are out of range. */
 size_t tr_cuda_dense_mha_hopper_workspace(int n_max, int n_spans, int n_heads, int n_keys);
 
 /* All device pointers 16-byte aligned. cudaErrorNotSupported: other shapes. cudaErrorInvalidValue: a workspace too small for
- * one span, or more than 512 rounds. */
+ * one span. */
 cudaError_t tr_cuda_dense_mha_hopper(const tr_cuda_dense_mha_hopper_args *a, cudaStream_t stream);
 
 #ifdef __cplusplus

@@ -379,6 +379,31 @@ uint8_t *make_cache(size_t n_rows, int fp8)
     return cache;
 }
 
+/* More rounds than a window of the plan has room for, and more than 7 bits count: the bits of one round. */
+void check_rounds(int fp8)
+{
+    const int n = 1100, pages = 2, heads = 2;
+    uint8_t *cache = make_cache((size_t)pages * n * PAGE, fp8);
+    std::vector<span> spans;
+    for (int i = 0; i < n; i++)
+        spans.push_back({i, (i * 37) % 120, 1 + i % 7, 0});
+    setup whole(spans, heads, fp8, cache, pages, n, n * 128, 1.0f);
+    whole.poison();
+    whole.run();
+    std::vector<uint16_t> want = whole.fetch();
+    double e = check(whole, "rounds", 200);
+    for (int keys : {128, 384, 1024}) { /* 1100, 367 and 138 rounds */
+        setup narrow(spans, heads, fp8, cache, pages, n, keys, 1.0f);
+        narrow.poison();
+        narrow.run();
+        if (narrow.fetch() != want)
+            fail("rounds of " + std::to_string(keys) + " keys differ from one");
+    }
+    printf("checked %-34s %4d rows: relative error %.2e\n", fp8 ? "rounds fp8" : "rounds bf16",
+           whole.n, e);
+    cudaFree(cache);
+}
+
 void check_all(bool small)
 {
     const int pages = 32, slots = 24;
@@ -397,6 +422,7 @@ void check_all(bool small)
             cudaFree(cache);
             continue;
         }
+        check_rounds(fp8);
         for (int heads : {1, 5, 16, 40}) {
             check_shape(edges, heads, fp8, cache, pages, slots, 1.0f, "edges");
             check_shape(mixed, heads, fp8, cache, pages, slots, 1.0f, "mixed");
