@@ -467,7 +467,10 @@ __global__ void __launch_bounds__(COLUMN_THREADS, 1)
     for (int i = j.k + (int)threadIdx.x; i < (j.k + KEYS - 1) / KEYS * KEYS; i += COLUMN_THREADS)
         sh->list[i] = -1;
     int n_blocks = __shfl_sync(~0u, count_blocks(j, row), 0);
-    if (row >= n || dense) return;
+    if (row >= n || dense) {
+        dependent_wait(); /* of every block: who comes behind waits for this kernel alone (launch.cuh) */
+        return;
+    }
     if (threadIdx.x == 0) {
         for (int i = 0; i < COLUMN_STAGES; i++) {
             barrier_init(&sh->full[i], 256 + 1);

@@ -319,8 +319,8 @@ __global__ void __launch_bounds__(256) sparse_mla_fold(const __grid_constant__ j
     running r[2];
 
     int n_live = *j.n, dense = j.dense ? j.dense[row] : 0, n = (count_blocks(j, row) + 1) / 2;
+    dependent_wait(); /* of every block: who comes behind waits for this kernel alone (launch.cuh) */
     if (row >= n_live || dense) return;
-    dependent_wait();
 #pragma unroll
     for (int c = 0; c < FEW_CHUNKS; c++) {
         const uint8_t *from = chunk_at<N>(j, row, c);
