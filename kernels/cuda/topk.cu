@@ -470,7 +470,6 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
         return;
     }
     prefetch_pages<THREADS>(p, r, n);
-    prefetch_pages<THREADS>(p, r, n);
     const float *row = p.score + (size_t)(r - p.i_row) * p.ld;
     int n_words = (n + 31) / 32;
     uint32_t *above = s->bits, *ties = above + (p.span + 31) / 32;
