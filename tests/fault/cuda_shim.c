@@ -1,8 +1,10 @@
 /* A CUDA runtime that plays one Hopper GPU, for the program linked with it (tests/trireme_on_shim): memory is the host's, copies
  * are copies, kernels do nothing, everything is finished when it is asked for. So a job starts, runs its steps, answers
- * nonsense and ends; what can be seen is what the program asks for and what it does when that fails.
+ * nonsense and ends; what can be seen is what the program asks for and what it does when that fails. What a runtime refuses it
+ * refuses, too (cuda_shim_check.h).
  *
  *   CUDA_SHIM_ALLOC=N     the N-th allocation of device or pinned memory (from 1) fails, once
+ *   CUDA_SHIM_GIB=N       of device memory, 8 where it is not said; what is not touched costs nothing
  *   CUDA_SHIM_ERROR=E     a kernel fails with cudaError_t E: the first wait behind a step says so, and every call after it
  *   CUDA_SHIM_START=1     ... not a step's: the first wait there is
  *   CUDA_SHIM_COUNT=FILE  at the end: "ALLOCATIONS LATE LAUNCHES STEPS", late: behind the first step's first kernel
@@ -18,8 +20,9 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "tests/fault/cuda_shim_check.h"
+
 enum { N_SMS = 132, N_KERNELS = 1024, N_BLOCKS = 4096 };
-static const size_t memory_bytes = (size_t)8 << 30;
 
 typedef struct shim_block {
     void *memory;
@@ -39,13 +42,19 @@ static struct {
     cudaError_t sticky, last;
     dim3 grid, threads; /* of the launch that is being prepared */
     size_t shared;
-    cudaStream_t stream, captured;
+    cudaStream_t stream;
 } shim;
 
 static long number(const char *name)
 {
     const char *text = getenv(name);
     return text ? strtol(text, NULL, 10) : 0;
+}
+
+static size_t memory_bytes(void)
+{
+    const long gib = number("CUDA_SHIM_GIB");
+    return (size_t)(gib > 0 ? gib : 8) << 30;
 }
 
 /* Every call that can tell of an earlier kernel's failure goes through here. */
@@ -107,15 +116,18 @@ void __cudaRegisterFunction(void **handle, const char *function, char *device_fu
                             const char *name, int thread_limit, uint3 *tid, uint3 *bid, dim3 *block,
                             dim3 *grid, int *warp)
 {
-    (void)handle, (void)device_function, (void)thread_limit;
+    (void)handle, (void)device_function;
     (void)tid, (void)bid, (void)block, (void)grid, (void)warp;
     if (shim.n_kernels == N_KERNELS) abort(); /* a larger table is wanted */
+    shim_check_kernel(function, thread_limit);
     shim.kernel[shim.n_kernels].function = function;
     shim.kernel[shim.n_kernels++].begins_step = strstr(name, "plan_apply") != NULL;
 }
 
-static cudaError_t launch(const void *function)
+static cudaError_t launch(const void *function, const cudaLaunchConfig_t *config)
 {
+    const cudaError_t e = shim_check_launch(function, config);
+    if (e != cudaSuccess) return said(e);
     shim.launches++;
     for (int i = 0; i < shim.n_kernels; i++)
         if (shim.kernel[i].function == function && shim.kernel[i].begins_step) shim.steps++;
@@ -131,8 +143,7 @@ cudaError_t __cudaGetKernel(cudaKernel_t *out, const void *function)
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 threads, void **args,
                                size_t shared, cudaStream_t stream)
 {
-    (void)grid, (void)threads, (void)args, (void)shared, (void)stream;
-    return launch((const void *)kernel);
+    return cudaLaunchKernel((const void *)kernel, grid, threads, args, shared, stream);
 }
 
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 threads, size_t shared,
@@ -157,14 +168,16 @@ cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *threads, size_t *shared
 cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 threads, void **args,
                              size_t shared, cudaStream_t stream)
 {
-    (void)grid, (void)threads, (void)args, (void)shared, (void)stream;
-    return launch(function);
+    const cudaLaunchConfig_t config = {
+        .gridDim = grid, .blockDim = threads, .dynamicSmemBytes = shared, .stream = stream};
+    (void)args;
+    return launch(function, &config);
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *function, void **args)
 {
-    (void)config, (void)args;
-    return launch(function);
+    (void)args;
+    return launch(function, config);
 }
 
 cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *out, const void *function)
@@ -178,8 +191,7 @@ cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *out, const void *fu
 
 cudaError_t cudaFuncSetAttribute(const void *function, enum cudaFuncAttribute which, int value)
 {
-    (void)function, (void)which, (void)value;
-    return said(cudaSuccess);
+    return said(shim_check_attribute(function, which, value));
 }
 
 static CUresult encode(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
@@ -188,10 +200,9 @@ static CUresult encode(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t ra
                        CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                        CUtensorMapFloatOOBfill fill)
 {
-    (void)type, (void)rank, (void)address, (void)dims, (void)strides, (void)box, (void)steps;
-    (void)interleave, (void)swizzle, (void)promotion, (void)fill;
+    (void)steps, (void)interleave, (void)promotion, (void)fill;
     memset(map, 0, sizeof *map);
-    return CUDA_SUCCESS;
+    return shim_check_map(type, rank, address, dims, strides, box, swizzle);
 }
 
 /* The program asks for one entry only. */
@@ -239,7 +250,7 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *out, int device)
         out->uuid.bytes[i] = (char)(0x10 + i);
     out->major = 9;
     out->multiProcessorCount = N_SMS;
-    out->totalGlobalMem = memory_bytes;
+    out->totalGlobalMem = memory_bytes();
     return said(device == 0 ? cudaSuccess : cudaErrorInvalidDevice);
 }
 
@@ -283,10 +294,11 @@ static cudaError_t take(void **out, size_t bytes)
     int i = 0;
 
     *out = NULL;
+    if (shim_check_outside() != cudaSuccess) return said(shim_check_outside());
     shim.allocations++;
     if (shim.steps > 0) shim.late++;
     if (said(cudaSuccess) != cudaSuccess) return shim.sticky;
-    if (shim.allocations == number("CUDA_SHIM_ALLOC") || bytes > memory_bytes - shim.used)
+    if (shim.allocations == number("CUDA_SHIM_ALLOC") || bytes > memory_bytes() - shim.used)
         return said(cudaErrorMemoryAllocation);
     while (i < N_BLOCKS && shim.block[i].memory)
         i++;
@@ -342,15 +354,16 @@ cudaError_t cudaHostGetDevicePointer(void **out, void *memory, unsigned flags)
 
 cudaError_t cudaMemGetInfo(size_t *left, size_t *all)
 {
-    *all = memory_bytes;
-    *left = memory_bytes - shim.used;
+    *all = memory_bytes();
+    *left = memory_bytes() - shim.used;
     return said(cudaSuccess);
 }
 
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind,
                             cudaStream_t stream)
 {
-    (void)kind, (void)stream;
+    (void)kind;
+    shim_check_copy(stream);
     memmove(to, from, bytes);
     return said(cudaSuccess);
 }
@@ -359,7 +372,8 @@ cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_
                               size_t width, size_t height, enum cudaMemcpyKind kind,
                               cudaStream_t stream)
 {
-    (void)kind, (void)stream;
+    (void)kind;
+    shim_check_copy(stream);
     for (size_t i = 0; i < height; i++)
         memmove((char *)to + i * to_pitch, (const char *)from + i * from_pitch, width);
     return said(cudaSuccess);
@@ -369,7 +383,7 @@ cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_
 cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stream)
 {
     bool whole = false;
-    (void)stream;
+    shim_check_copy(stream);
     for (int i = 0; i < N_BLOCKS && !whole; i++)
         whole = shim.block[i].memory == to && shim.block[i].bytes == bytes;
     if (value != 0 || !whole || shim.steps > 0) memset(to, value, bytes);
@@ -406,6 +420,7 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest)
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream)
 {
+    shim_check_gone(stream);
     free(stream);
     return said(cudaSuccess);
 }
@@ -424,8 +439,8 @@ cudaError_t cudaStreamQuery(cudaStream_t stream)
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags)
 {
-    (void)stream, (void)event, (void)flags;
-    return said(cudaSuccess);
+    (void)flags;
+    return said(shim_check_wait(stream, event));
 }
 
 cudaError_t cudaEventCreate(cudaEvent_t *out)
@@ -441,32 +456,33 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned flags)
 
 cudaError_t cudaEventDestroy(cudaEvent_t event)
 {
+    shim_check_gone(event);
     free(event);
     return said(cudaSuccess);
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
 {
-    (void)event, (void)stream;
+    shim_check_record(event, stream, 0);
     return said(cudaSuccess);
 }
 
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags)
 {
-    (void)flags;
-    return cudaEventRecord(event, stream);
+    shim_check_record(event, stream, (flags & cudaEventRecordExternal) != 0);
+    return said(cudaSuccess);
 }
 
 cudaError_t cudaEventQuery(cudaEvent_t event)
 {
-    (void)event;
-    return waited();
+    const cudaError_t e = shim_check_asked(event);
+    return e == cudaSuccess ? waited() : said(e);
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event)
 {
-    (void)event;
-    return waited();
+    const cudaError_t e = shim_check_asked(event);
+    return e == cudaSuccess ? waited() : said(e);
 }
 
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to)
@@ -479,21 +495,20 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to)
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode)
 {
     (void)mode;
-    shim.captured = stream;
-    return said(cudaSuccess);
+    return said(shim_check_begin(stream));
 }
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *out)
 {
-    *out = shim.captured == stream && stream ? cudaStreamCaptureStatusActive
-                                             : cudaStreamCaptureStatusNone;
+    *out = shim_check_status(stream);
     return said(cudaSuccess);
 }
 
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out)
 {
-    if (shim.captured == stream) shim.captured = NULL;
-    return handle(out);
+    const cudaError_t e = shim_check_end(stream);
+    *out = NULL;
+    return e == cudaSuccess ? handle(out) : said(e);
 }
 
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long flags)
@@ -527,7 +542,6 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph)
     return said(cudaSuccess);
 }
 
-/* Everything that is captured has something else in front of it. */
 cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCaptureStatus *status,
                                      unsigned long long *id, cudaGraph_t *graph,
                                      const cudaGraphNode_t **node, const cudaGraphEdgeData **edge,
@@ -535,16 +549,14 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCapture
 {
     if (id) *id = 1;
     if (graph) *graph = NULL;
-    if (node) *node = NULL;
     if (edge) *edge = NULL;
-    if (n) *n = 0;
+    if (n) *n = shim_check_front(stream, node);
     return cudaStreamIsCapturing(stream, status);
 }
 
 cudaError_t cudaGraphNodeGetType(cudaGraphNode_t node, enum cudaGraphNodeType *out)
 {
-    (void)node;
-    *out = cudaGraphNodeTypeEmpty;
+    *out = shim_check_type(node);
     return said(cudaSuccess);
 }
 
