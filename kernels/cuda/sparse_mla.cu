@@ -572,13 +572,12 @@ size_t tr_cuda_sparse_mla_workspace_way(int n_max, int n_heads, int way)
 
 size_t tr_cuda_sparse_mla_workspace(int n_max, int n_heads, int d_latent)
 {
-    size_t most = 256;
-    int rows = n_heads <= 32 ? FEW_SPLIT_MAX : SPLIT_MAX / (n_heads / HEADS);
+    const int groups = n_heads / HEADS;
+    const int rows = n_heads <= 32 ? FEW_SPLIT_MAX : groups > 0 ? SPLIT_MAX / groups : 0;
 
     (void)d_latent;
-    if (n_max > 0 && n_heads > 0)
-        most = tr_cuda_sparse_mla_workspace_way(n_max < rows ? n_max : rows, n_heads, TR_MLA_SPLIT);
-    return most;
+    if (n_max < 1 || n_heads < 1 || rows < 1) return 256; /* never split; other forms need none */
+    return tr_cuda_sparse_mla_workspace_way(n_max < rows ? n_max : rows, n_heads, TR_MLA_SPLIT);
 }
 
 cudaError_t tr_cuda_sparse_mla_way(const struct tr_sparse_mla_args *a, int way, cudaStream_t stream)
