@@ -112,7 +112,7 @@ for name, attention, moe, vocab, total in [
     left -= f["classes"][0]["workspace_bytes"]
     near(f["tokens_per_replica"], left / 48068, 64)
     for s in f["steps"]:
-        assert 0 < s["slowest_stage_s"] <= s["latency_s"] < 10, s
+        assert 0 < s["slowest_stage_s"] <= s["latency_s"] < 10 and 0 < s["roofline_s"] < s["latency_s"], s
         near(s["tokens_per_s"] * s["slowest_stage_s"] / s["rows"] / f["grid"]["dp"], 1, 1e-9)
     assert {s["step"] for s in f["steps"]} == {"decode", "prefill"} and len(f["steps"]) == 4
 

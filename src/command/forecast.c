@@ -135,9 +135,8 @@ static void make_traffic(tr_forecast *f)
 }
 
 /* Handing the rows to the next stage. */
-static double hop_seconds(const tr_forecast *f, const tr_step_shape *shape)
+static double hop_seconds(const tr_forecast *f, const tr_rates *r, const tr_step_shape *shape)
 {
-    const tr_rates *r = f->options.rates;
     tr_traffic t[TR_TRAFFIC_MAX];
     int n = tr_estimate_step_traffic(t, f->config, &f->ranks->sizes, &f->wire, shape);
     for (int i = 0; i < n; i++)
@@ -145,26 +144,39 @@ static double hop_seconds(const tr_forecast *f, const tr_step_shape *shape)
     return 0.0;
 }
 
-static void add_step(tr_forecast *f, tr_step_shape shape)
+/* All stages, one behind the other, and the slowest of them. */
+static double step_seconds(const tr_forecast *f, const tr_rates *r, const tr_step_shape *shape,
+                           double *slowest)
 {
     const tr_grid_sizes *n = &f->ranks->sizes;
-    const tr_rates *r = f->options.rates;
-    tr_forecast_step *s = &f->step[f->n_steps++];
-    double dense = tr_estimate_layer_seconds(f->config, n, &f->wire, r, &shape, false),
-           moe = tr_estimate_layer_seconds(f->config, n, &f->wire, r, &shape, true),
-           head = tr_estimate_head_seconds(f->config, n, &f->wire, r, &shape);
+    const double dense = tr_estimate_layer_seconds(f->config, n, &f->wire, r, shape, false),
+                 moe = tr_estimate_layer_seconds(f->config, n, &f->wire, r, shape, true),
+                 head = tr_estimate_head_seconds(f->config, n, &f->wire, r, shape);
+    double sum = (n->pp - 1) * hop_seconds(f, r, shape);
     int layer = 0;
 
-    *s = (tr_forecast_step){.shape = shape, .latency = (n->pp - 1) * hop_seconds(f, &shape)};
+    *slowest = 0.0;
     for (int i = 0; i < n->pp; i++) {
         tr_range layers = {layer, f->stage_layers[i]};
         int n_moe = moe_layers(f->config, layers);
         double t = n_moe * moe + (layers.n - n_moe) * dense + (i == n->pp - 1 ? head : 0.0);
-        s->latency += t;
-        if (t > s->slowest) s->slowest = t;
+        sum += t;
+        if (t > *slowest) *slowest = t;
         layer += layers.n;
     }
-    s->rate = (double)shape.rows * n->dp / s->slowest;
+    return sum;
+}
+
+static void add_step(tr_forecast *f, tr_step_shape shape)
+{
+    const tr_rates *r = f->options.rates, *bound = tr_rates_bound(r->name);
+    tr_forecast_step *s = &f->step[f->n_steps++];
+    double none;
+
+    *s = (tr_forecast_step){.shape = shape};
+    s->latency = step_seconds(f, r, &shape, &s->slowest);
+    s->roofline = bound ? step_seconds(f, bound, &shape, &none) : 0.0;
+    s->rate = (double)shape.rows * f->ranks->sizes.dp / s->slowest;
 }
 
 static void make_steps(tr_forecast *f)
@@ -252,7 +264,7 @@ static void warn_speed(tr_forecast *f)
     if (tr_crosses_nodes(&grid, TR_GROUP_ATTN_TP, r->ranks_per_node))
         warn(f, "tp %d reaches over nodes of %d: two sums a layer go through the network", n->tp,
              r->ranks_per_node);
-    double mean = (s->latency - (n->pp - 1) * hop_seconds(f, &s->shape)) / n->pp;
+    double mean = (s->latency - (n->pp - 1) * hop_seconds(f, r, &s->shape)) / n->pp;
     if (n->pp == 1 || s->slowest < 1.1 * mean) return;
     tr_estimate_stages(f->config, n, layers);
     bool best = memcmp(layers, f->stage_layers, (size_t)n->pp * sizeof *layers) == 0;

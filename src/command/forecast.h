@@ -29,6 +29,7 @@ typedef struct tr_forecast_class { /* ranks that hold the same amount of everyth
 typedef struct tr_forecast_step {
     tr_step_shape shape;
     double slowest, latency; /* seconds: of a stage, of all stages */
+    double roofline;         /* seconds of all stages by bytes and flops alone; 0: not known */
     double rate;             /* tokens per second of all replicas, the pipeline full */
 } tr_forecast_step;
 

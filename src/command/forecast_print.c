@@ -142,26 +142,28 @@ static void print_steps(FILE *out, const tr_forecast *f)
     const tr_rates *r = f->options.rates;
 
     if (!r) return;
-    fprintf(
-        out,
-        "\nTime of a step, ms (a roofline: an estimate of what is possible, nothing overlaps)\n");
-    fprintf(out, "%-8s %8s %9s %14s %9s %14s\n", "step", "rows", "context", "slowest stage",
-            "latency", "tokens/s, all");
+    fprintf(out,
+            "\nTime of a step, ms (an estimate from rates and latencies that were measured)\n"
+            "%-8s %8s %9s %14s %9s %9s %14s\n",
+            "step", "rows", "context", "slowest stage", "latency", "roofline", "tokens/s, all");
     for (int i = 0; i < f->n_steps; i++) {
         const tr_forecast_step *s = &f->step[i];
-        fprintf(out, "%-8s %8d %9jd %14.2f %9.2f %14.0f\n", s->shape.prefill ? "prefill" : "decode",
-                s->shape.rows, (intmax_t)s->shape.context, s->slowest * 1e3, s->latency * 1e3,
-                s->rate);
+        fprintf(out, "%-8s %8d %9jd %14.2f %9.2f %9.2f %14.0f\n",
+                s->shape.prefill ? "prefill" : "decode", s->shape.rows, (intmax_t)s->shape.context,
+                s->slowest * 1e3, s->latency * 1e3, s->roofline * 1e3, s->rate);
     }
-    fprintf(out,
-            "Rates of %s: read %.2f TB/s, scattered rows %.2f; TFLOP/s: FP8 %.0f, bf16 %.0f, index "
-            "scores %.0f,\nsparse attention %.0f and %.0f (decode); links %.0f GB/s, network %.0f; "
-            "%.0f "
-            "and %.0f us a collective,\n%d kernels a layer at %.1f us.\n",
-            r->name, r->read * 1e-12, r->gather * 1e-12, r->fp8 * 1e-12, r->bf16 * 1e-12,
-            r->index * 1e-12, r->mla_prefill * 1e-12, r->mla * 1e-12, r->link * 1e-9, r->net * 1e-9,
-            r->link_latency * 1e6, r->net_latency * 1e6, r->kernels_per_layer,
-            r->kernel_latency * 1e6);
+    fprintf(
+        out,
+        "Rates of %s: read %.2f TB/s, weights %.2f, scattered rows %.2f; TFLOP/s: FP8 %.0f, per "
+        "head %.0f,\nindex scores %.0f, sparse attention %.0f and %.0f (decode); %.1f us a kernel; "
+        "links %.0f GB/s,\n%.0f us a collective of two and %.0f more for each doubling, sums of up "
+        "to "
+        "%d rows by stores\n%.1f us and %.0f GB/s; network %.0f GB/s and %.0f us.\n",
+        r->name, r->read * 1e-12, r->stream * 1e-12, r->gather * 1e-12, r->fp8 * 1e-12,
+        r->heads * 1e-12, r->index * 1e-12, r->mla_prefill * 1e-12, r->mla * 1e-12,
+        r->kernel_latency * 1e6, r->link * 1e-9, (r->link_latency + r->link_hop) * 1e6,
+        r->link_hop * 1e6, r->peer_rows, r->peer_latency * 1e6, r->peer * 1e-9, r->net * 1e-9,
+        r->net_latency * 1e6);
 }
 
 void tr_forecast_print(FILE *out, const tr_forecast *f)
@@ -221,11 +223,12 @@ static json_t *json_of_steps(const tr_forecast *f)
     json_t *list = json_array();
     for (int i = 0; i < f->n_steps; i++) {
         const tr_forecast_step *s = &f->step[i];
-        json_array_append_new(
-            list, json_pack("{s:s,s:i,s:I,s:f,s:f,s:f}", "step",
-                            s->shape.prefill ? "prefill" : "decode", "rows", s->shape.rows,
-                            "context", (json_int_t)s->shape.context, "slowest_stage_s", s->slowest,
-                            "latency_s", s->latency, "tokens_per_s", s->rate));
+        json_array_append_new(list,
+                              json_pack("{s:s,s:i,s:I,s:f,s:f,s:f,s:f}", "step",
+                                        s->shape.prefill ? "prefill" : "decode", "rows",
+                                        s->shape.rows, "context", (json_int_t)s->shape.context,
+                                        "slowest_stage_s", s->slowest, "latency_s", s->latency,
+                                        "roofline_s", s->roofline, "tokens_per_s", s->rate));
     }
     return list;
 }
@@ -233,14 +236,15 @@ static json_t *json_of_steps(const tr_forecast *f)
 static json_t *json_of_rates(const tr_rates *r)
 {
     if (!r) return json_null();
-    return json_pack("{s:s,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:i,s:i}", "gpu",
-                     r->name, "memory_bytes", r->memory, "reserve_bytes", tr_forecast_reserve,
-                     "read_bytes_per_s", r->read, "gather_bytes_per_s", r->gather, "fp8_flops",
-                     r->fp8, "bf16_flops", r->bf16, "index_flops", r->index, "mla_prefill_flops",
-                     r->mla_prefill, "mla_decode_flops", r->mla, "link_bytes_per_s", r->link,
-                     "net_bytes_per_s", r->net, "link_latency_s", r->link_latency, "net_latency_s",
-                     r->net_latency, "kernels_per_layer", r->kernels_per_layer, "ranks_per_node",
-                     r->ranks_per_node);
+    return json_pack(
+        "{s:s,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:i,s:i}", "gpu",
+        r->name, "memory_bytes", r->memory, "reserve_bytes", tr_forecast_reserve,
+        "read_bytes_per_s", r->read, "weights_bytes_per_s", r->stream, "gather_bytes_per_s",
+        r->gather, "fp8_flops", r->fp8, "heads_flops", r->heads, "index_flops", r->index,
+        "mla_prefill_flops", r->mla_prefill, "mla_decode_flops", r->mla, "link_bytes_per_s",
+        r->link, "net_bytes_per_s", r->net, "link_latency_s", r->link_latency + r->link_hop,
+        "net_latency_s", r->net_latency, "peer_latency_s", r->peer_latency, "kernel_latency_s",
+        r->kernel_latency, "peer_rows", r->peer_rows, "ranks_per_node", r->ranks_per_node);
 }
 
 tr_status tr_forecast_json(FILE *out, const tr_forecast *f, tr_err *err)

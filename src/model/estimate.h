@@ -111,26 +111,46 @@ double tr_estimate_distinct(const tr_config *config, int ep);
 
 /* ---- time ----------------------------------------------------------------------------------------------------------- */
 
-typedef struct tr_rates { /* per second and per rank, unless it says otherwise */
+/* What one kind of GPU does, as measured (estimate_time.c says where). Per second and per rank, unless it says otherwise. */
+typedef struct tr_rates {
     const char *name;
-    double memory;       /* bytes */
-    double read, gather; /* bytes: long reads; scattered cache rows */
-    double fp8, bf16;    /* flop: large GEMMs */
+    double memory; /* bytes */
+    double read, stream,
+        gather;        /* bytes: long reads; weights through products; scattered cache rows */
+    double rows, move; /* bytes: norms and quantisation; rows to experts' order and back */
+    double fp8, heads,
+        plain; /* flop: large GEMMs; bf16 per head; router, index weights and head of many rows */
     double index, mla_prefill,
-        mla;          /* flop: index scores; sparse attention of chunks, of decode rows */
-    double link, net; /* bytes sent: inside a node, between nodes */
-    double link_latency, net_latency, kernel_latency; /* seconds: of a collective, of a kernel */
-    int kernels_per_layer, ranks_per_node;
+        mla; /* flop: index scores; sparse attention of chunks, of decode rows */
+    double mha,
+        mha_keys; /* flop: dense attention of prompts within index_topk; its keys and values */
+    double index_read, topk_read;  /* bytes: index keys in decode; scores */
+    double topk_row, topk_latency; /* seconds: selection, for each row; once */
+    double mla_latency,
+        plain_latency; /* seconds: sparse attention of a decode step; a router of more than 8 rows */
+    double kernel_latency; /* seconds: a kernel that waits for the one in front of it */
+    double step_latency;   /* seconds: from plan to tokens beside the layers and the head */
+    double link, net;      /* bytes sent: inside a node, between nodes */
+    double link_latency, link_hop,
+        net_latency; /* seconds: a collective; more each time its ranks double; between nodes */
+    double peer, peer_latency; /* sums by stores to peers: bytes sent; seconds */
+    double unhidden;  /* part of the gathers of keys and latents that products do not hide */
+    double host_wait; /* seconds: the host learns how many rows an all-to-all of a prompt's has */
+    int peer_rows, ranks_per_node; /* sums of more rows go over the library */
+    bool
+        bound; /* nothing but the largest of bytes and flops of each operation: what no program is faster than */
 } tr_rates;
 
 /* "h200"; NULL: not known. */
 const tr_rates *tr_rates_find(const char *name);
+/* The same GPU without latencies, at the best rates that anything was seen to reach on it: the roofline. */
+const tr_rates *tr_rates_bound(const char *name);
 
 /* Does a group of this kind reach over more than one node, on any rank, ranks being placed in blocks? grid: of a member. */
 bool tr_crosses_nodes(const tr_grid *grid, tr_grid_group group, int ranks_per_node);
 
-/* One layer, its collectives, and the head with sampling, of rank 0's place in its groups; a roofline: each operation takes
- * the larger of its bytes and its flops, one after the other, nothing overlaps. */
+/* One layer with its collectives, and the head with sampling and the step's own costs, of rank 0's place in its groups. Operations
+ * follow each other; each takes its bytes and flops at the rates above, and a launch. */
 double tr_estimate_layer_seconds(const tr_config *config, const tr_grid_sizes *sizes,
                                  const tr_wire *wire, const tr_rates *rates,
                                  const tr_step_shape *step, bool moe);
