@@ -150,6 +150,10 @@ void tr_share_close(tr_share *);
 tr_status tr_share_reach(tr_share *, void *memory, size_t bytes, tr_err *);
 /* That is so: exchanges then wait for none of another share, and the longest had best be sent first. */
 bool tr_share_pushes(const tr_share *);
+
+/* From now on every member keeps its rows: nothing travels and nothing is awaited, all else stays as it is. What a step takes less
+ * then is what its exchanges expose (bench step --own-rows); what it computes is worth nothing. On all members or on none. */
+void tr_share_keep(tr_share *);
 /* n_rows[size]: rows each member writes (0 is good); write_row: their places page*64 + offset, member after member, -1:
  * a pad row that travels nowhere. The same on all members. Both are kept until the next plan, which must not come
  * between begin and ready. If no member writes anything the exchanges of this step send nothing. */

@@ -17,6 +17,7 @@ typedef enum phase { IDLE, BEGUN, SENT } phase;
 struct tr_share {
     tr_comm *comm; /* kept */
     int rank, size, rows_max;
+    bool kept; /* nothing travels */
     tr_record record;
     size_t row_bytes;
     phase phase;
@@ -161,6 +162,11 @@ tr_status tr_share_reach(tr_share *s, void *memory, size_t bytes, tr_err *err)
     return s->comm->impl->reach(s->comm, memory, bytes, err);
 }
 
+void tr_share_keep(tr_share *s)
+{
+    s->kept = true;
+}
+
 bool tr_share_pushes(const tr_share *s)
 {
     return s->reached && s->comm->impl->reaches && s->comm->impl->reaches(s->comm, s->reached);
@@ -259,7 +265,7 @@ tr_status tr_share_sent(tr_share *s, tr_lane writer, tr_err *err)
     if (s->phase != BEGUN) return tr_fail(err, TR_E_COMM, "share: sent before it was begun");
     s->phase = SENT;
     s->ticket = (tr_ticket){0};
-    if (s->size == 1 || !s->all) return TR_OK;
+    if (s->size == 1 || !s->all || s->kept) return TR_OK;
     if (s->comm->device) {
         const tr_share_move move = {.record = &s->record,
                                     .row_bytes = s->row_bytes,
@@ -281,7 +287,7 @@ tr_status tr_share_ready(tr_share *s, tr_lane reader, tr_await *await, tr_err *e
     if (s->phase != SENT) return tr_fail(err, TR_E_COMM, "share: ready before it was sent");
     *await = (tr_await){.n = 0};
     s->phase = IDLE;
-    if (s->size == 1 || !s->all) return TR_OK;
+    if (s->size == 1 || !s->all || s->kept) return TR_OK;
     const uint64_t waited_ns = tr_comm_waited_ns(s->comm, TR_COMM_ALL_GATHER);
     st = tr_comm_wait(s->comm, reader, s->ticket, err);
     if (st != TR_OK) return st;

@@ -55,6 +55,8 @@ static const char help_text[] =
     "      --pp-layers N,N...    layers of each stage\n"
     "      --cp-mode MODE        round-robin-split or in-seq-split\n"
     "      --no-overlap          wait for every exchange where it begins\n"
+    "      --own-rows            of step: under --cp keys and latents stay where they are made:\n"
+    "                            what a step takes less is what their exchange exposes\n"
     "      --regions             where the time went, after each line\n"
     "      --halves              of step: the same steps once more, and after each line what a\n"
     "                            layer's attention and feed-forward network take by themselves\n"
@@ -124,7 +126,8 @@ enum {
     O_MOE_TP,
     O_PP_LAYERS,
     O_CP_MODE,
-    O_NO_OVERLAP
+    O_NO_OVERLAP,
+    O_OWN_ROWS
 };
 
 /* One of the grid's sizes. */
@@ -232,6 +235,9 @@ static tr_status one_option(int c, const char *arg, tr_bench_options *o, const c
     case O_HALVES:
         o->halves = true;
         return TR_OK;
+    case O_OWN_ROWS:
+        o->own_rows = true;
+        return TR_OK;
     case O_REGIONS:
         o->regions = true;
         return TR_OK;
@@ -280,6 +286,7 @@ static tr_status parse(int argc, char **argv, tr_bench_options *o, const char **
         {"pp-layers", required_argument, NULL, O_PP_LAYERS},
         {"cp-mode", required_argument, NULL, O_CP_MODE},
         {"no-overlap", no_argument, NULL, O_NO_OVERLAP},
+        {"own-rows", no_argument, NULL, O_OWN_ROWS},
         {"help", no_argument, NULL, 'h'},
         {NULL, 0, NULL, 0},
     };
@@ -332,6 +339,8 @@ static tr_status parse(int argc, char **argv, tr_bench_options *o, const char **
         o->what != TR_BENCH_WATCHDOG)
         return tr_fail(err, TR_E_USAGE,
                        "bench %s: --tp and the like are options of bench step and watchdog", what);
+    if (o->own_rows && o->what != TR_BENCH_STEP)
+        return tr_fail(err, TR_E_USAGE, "--own-rows: an option of bench step");
     if (o->only && o->what != TR_BENCH_KERNELS)
         return tr_fail(err, TR_E_USAGE, "--only: an option of bench kernels");
     if (!o->open.model_dir && o->what != TR_BENCH_KERNELS)

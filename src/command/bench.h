@@ -16,7 +16,7 @@ typedef struct tr_bench_options {
     const char *only;                    /* bench kernels: operations, with commas; NULL: all */
     tr_dtype kv_dtype;
     const char *profile; /* file; NULL: none */
-    bool regions, halves, sync_check, no_overlap;
+    bool regions, halves, sync_check, no_overlap, own_rows;
     enum {
         TR_BENCH_STEP,
         TR_BENCH_LOAD,

@@ -17,6 +17,7 @@
 #include "base/clock.h"
 #include "base/order.h"
 #include "base/size.h"
+#include "command/bench_experts.h"
 #include "mpi/comm_mpi.h"
 #include "mpi/yardstick.h"
 #ifdef HAVE_NCCL
@@ -46,6 +47,8 @@ static const char help_text[] =
     "                         exchanged beside the products of a layer's queries, in graphs:\n"
     "                         by stores to the other GPUs and by NCCL, alone and what of it\n"
     "                         is not hidden (as 256,512,2048,4096; default 0: none)\n"
+    "      --experts N[,N...] so many rows a rank to the ranks of their experts and back, as the\n"
+    "                         model sends them (as 128,4096; default 0: none), of --width numbers\n"
     "  -h, --help             this text\n";
 
 enum { LIST_MAX = 16, WARM_UP = 20 };
@@ -53,8 +56,9 @@ enum { LIST_MAX = 16, WARM_UP = 20 };
 typedef struct comm_options {
     size_t bytes[LIST_MAX];
     int ranks[LIST_MAX];
-    int rows[LIST_MAX]; /* of an exchange */
-    int n_bytes, n_ranks, n_rows, calls, width;
+    int rows[LIST_MAX];    /* of an exchange */
+    int experts[LIST_MAX]; /* rows to their experts */
+    int n_bytes, n_ranks, n_rows, n_experts, calls, width;
     bool cuda, help;
 } comm_options;
 
@@ -108,6 +112,20 @@ static tr_status numbers(const char *option, const char *text, long min, long ma
     return *n ? TR_OK : tr_fail(err, TR_E_USAGE, "--%s: a number is wanted", option);
 }
 
+/* Numbers of rows, or 0 alone: none. */
+static tr_status row_counts(const char *option, const char *text, int *out, int *n, tr_err *err)
+{
+    long list[LIST_MAX];
+    tr_status st = numbers(option, text, 0, 16384, list, n, err);
+
+    if (st == TR_OK && *n == 1 && !list[0]) *n = 0;
+    for (int i = 0; i < *n && st == TR_OK; i++) {
+        out[i] = (int)list[i];
+        if (!out[i]) st = tr_fail(err, TR_E_USAGE, "--%s %s: 0 stands alone", option, text);
+    }
+    return st;
+}
+
 static void default_ranks(comm_options *o, int world)
 {
     for (int n = 2; n < world && o->n_ranks < LIST_MAX - 1; n *= 2)
@@ -129,11 +147,15 @@ static tr_status choose_device(comm_options *o, const char *name, tr_err *err)
 
 static tr_status parse(comm_options *o, int world, int argc, char **argv, tr_err *err)
 {
-    static const struct option table[] = {
-        {"bytes", required_argument, NULL, 'b'}, {"ranks", required_argument, NULL, 'r'},
-        {"calls", required_argument, NULL, 'c'}, {"device", required_argument, NULL, 'd'},
-        {"width", required_argument, NULL, 'w'}, {"rows", required_argument, NULL, 'o'},
-        {"help", no_argument, NULL, 'h'},        {NULL, 0, NULL, 0}};
+    static const struct option table[] = {{"bytes", required_argument, NULL, 'b'},
+                                          {"ranks", required_argument, NULL, 'r'},
+                                          {"calls", required_argument, NULL, 'c'},
+                                          {"device", required_argument, NULL, 'd'},
+                                          {"width", required_argument, NULL, 'w'},
+                                          {"rows", required_argument, NULL, 'o'},
+                                          {"experts", required_argument, NULL, 'e'},
+                                          {"help", no_argument, NULL, 'h'},
+                                          {NULL, 0, NULL, 0}};
     long list[LIST_MAX], one;
     tr_status st = TR_OK;
     int c;
@@ -160,12 +182,9 @@ static tr_status parse(comm_options *o, int world, int argc, char **argv, tr_err
             st = number("width", optarg, 0, 1 << 20, &one, err);
             if (st == TR_OK) o->width = (int)one;
         } else if (c == 'o') {
-            st = numbers("rows", optarg, 0, 16384, list, &o->n_rows, err);
-            for (int i = 0; i < o->n_rows && st == TR_OK; i++)
-                o->rows[i] = (int)list[i];
-            if (st == TR_OK && o->n_rows == 1 && !o->rows[0]) o->n_rows = 0;
-            for (int i = 0; i < o->n_rows && st == TR_OK; i++)
-                if (!o->rows[i]) st = tr_fail(err, TR_E_USAGE, "--rows %s: 0 stands alone", optarg);
+            st = row_counts("rows", optarg, o->rows, &o->n_rows, err);
+        } else if (c == 'e') {
+            st = row_counts("experts", optarg, o->experts, &o->n_experts, err);
         } else if (c == 'd') {
             st = choose_device(o, optarg, err);
         } else {
@@ -386,6 +405,46 @@ static tr_status bench_exchange(const bench *b, const group *g, tr_err *err)
 }
 #endif
 
+static tr_status plain_all_to_all(void *ctx, const void *send, void *recv, size_t bytes,
+                                  tr_err *err)
+{
+    const group *g = ctx;
+#ifdef HAVE_NCCL
+    if (g->plain_nccl)
+        return tr_nccl_yardstick_run(g->plain_nccl, TR_COMM_ALL_TO_ALL, send, recv, bytes, err);
+#endif
+    return tr_yardstick_run(g->plain, TR_COMM_ALL_TO_ALL, send, recv, bytes, err);
+}
+
+/* Rows to experts of other ranks and back; without a GPU by the CPU's operations. */
+static tr_status bench_experts(bench *b, const group *g, tr_err *err)
+{
+    enum { RUNS = 100, WIDTH = 7168 };
+    group own = *g;
+    tr_experts_bench e = {.comm = g->comm,
+                          .device = b->device,
+                          .ops = b->ops,
+                          .rows = b->options.experts,
+                          .n_rows = b->options.n_experts,
+                          .width = b->options.width ? b->options.width : WIDTH,
+                          .times = b->options.calls < RUNS ? b->options.calls : RUNS,
+                          .prints = b->world.rank == 0,
+                          .plain = plain_all_to_all,
+                          .ctx = &own};
+    tr_status st = TR_OK;
+
+    if (!e.n_rows) return TR_OK;
+    if (!b->device) {
+        const tr_device_options cpu = {.name = "cpu"};
+        st = tr_device_open(&e.device, &e.ops, &cpu, err);
+        if (st != TR_OK)
+            return st; /* the others wait for this one, until it says so and ends the job */
+    }
+    st = tr_bench_experts(&e, err);
+    if (!b->device) e.ops->close(e.device);
+    return st;
+}
+
 static tr_status bench_group(bench *b, int size, tr_err *err)
 {
     static const tr_comm_op ops[] = {TR_COMM_ALL_REDUCE, TR_COMM_ALL_GATHER, TR_COMM_REDUCE_SCATTER,
@@ -409,6 +468,9 @@ static tr_status bench_group(bench *b, int size, tr_err *err)
 #ifdef HAVE_NCCL
     if (b->device && g.comm && st == TR_OK) st = bench_rows(b, &g, err);
     if (b->device && g.comm && st == TR_OK) st = bench_exchange(b, &g, err);
+#endif
+    if (g.comm && st == TR_OK) st = bench_experts(b, &g, err);
+#ifdef HAVE_NCCL
     tr_nccl_yardstick_close(g.plain_nccl);
 #endif
     if (g.comm != g.host) tr_comm_free(g.comm);

@@ -515,6 +515,7 @@ static tr_status prepare(bench *b, tr_err *err)
                                     .max_model_len = length,
                                     .sync_check = o->sync_check,
                                     .no_overlap = o->no_overlap,
+                                    .own_rows = o->own_rows,
                                     .cp_mode = b->opened.ranks.cp_mode,
                                     .n_pages = sequences *
                                                (int)tr_ceil_div((size_t)length, TR_PAGE_TOKENS)};

@@ -316,6 +316,10 @@ tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weig
     if (st == TR_OK)
         st = tr_share_open_record(&m->share_latent, groups->attn_cp, &latent, options->max_rows,
                                   err);
+    if (st == TR_OK && options->own_rows) {
+        tr_share_keep(m->share_key);
+        tr_share_keep(m->share_latent);
+    }
     m->n_local = weights->slice.experts.n;
     if (st == TR_OK && (ops->caps & TR_CAP_HOST)) {
         const size_t n = (size_t)weights->slice.layers.n * (size_t)m->n_local;

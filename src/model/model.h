@@ -69,6 +69,7 @@ typedef struct tr_model_options {
     bool
         sync_check; /* wait for every operation, so that a failure is the one's that failed (--sync-check) */
     bool no_overlap; /* wait for every exchange where it begins (--no-overlap): the same results */
+    bool own_rows; /* keys and latents stay with who wrote them (tr_share_keep): for times alone */
     bool find_not_finite; /* look at all rows after every layer (--sync-check), on all ranks */
 } tr_model_options;
 
