@@ -37,7 +37,8 @@ typedef struct place { /* one member's */
     void *owned[OWNED_MAX]; /* device memory */
     int n_owned;
     int rows, n_members, rank;
-    int most; /* rows of a member, of all sizes */
+    int most;   /* rows of a member, of all sizes */
+    int layers; /* that are timed at once: of a graph, or without graphs one */
     tr_kv_layer kv;
     tr_rows r;
     tr_linear w[PRODUCTS];
@@ -97,9 +98,15 @@ static tr_status numbers(place *p, size_t n, bool f32, void *out, tr_err *err)
     return st == TR_OK ? fill(p, d, n * (f32 ? 4 : 2), f32, err) : st;
 }
 
+/* Activations, as this device has them. */
+static tr_status acts(place *p, size_t n, void *out, tr_err *err)
+{
+    return numbers(p, n, tr_act_bytes(p->ops) == 4, out, err);
+}
+
 static tr_status take_products(place *p, tr_err *err)
 {
-    tr_status st = numbers(p, (size_t)p->most * D_IN, false, &p->x, err);
+    tr_status st = acts(p, (size_t)p->most * D_IN, &p->x, err);
 
     for (int i = 0; i < PRODUCTS && st == TR_OK; i++) {
         tr_linear *w = &p->w[i];
@@ -108,7 +115,7 @@ static tr_status take_products(place *p, tr_err *err)
         st = take(p, bytes, TR_MEMORY_DEVICE, &w->data, err);
         if (st == TR_OK) st = fill(p, w->data, bytes, false, err);
     }
-    return st == TR_OK ? numbers(p, (size_t)p->most * (size_t)widths[0], false, &p->y, err) : st;
+    return st == TR_OK ? acts(p, (size_t)p->most * (size_t)widths[0], &p->y, err) : st;
 }
 
 static tr_status take_cache(place *p, tr_err *err)
@@ -134,9 +141,9 @@ static tr_status take_cache(place *p, tr_err *err)
 static tr_status take_rows(place *p, tr_err *err)
 {
     const size_t most = (size_t)p->most;
-    tr_status st = numbers(p, most * (D_LATENT + D_ROPE), false, &p->kv_a, err);
+    tr_status st = acts(p, most * (D_LATENT + D_ROPE), &p->kv_a, err);
 
-    if (st == TR_OK) st = numbers(p, most * D_KEY, false, &p->index_k, err);
+    if (st == TR_OK) st = acts(p, most * D_KEY, &p->index_k, err);
     if (st == TR_OK) st = numbers(p, D_LATENT, true, &p->norm, err);
     if (st == TR_OK) st = numbers(p, D_KEY, true, &p->k_norm, err);
     if (st == TR_OK) st = numbers(p, D_KEY, true, &p->k_bias, err);
@@ -254,7 +261,7 @@ static tr_status layers(place *p, unsigned parts, tr_err *err)
 {
     tr_status st = TR_OK;
 
-    for (int i = 0; i < LAYERS && st == TR_OK; i++)
+    for (int i = 0; i < p->layers && st == TR_OK; i++)
         st = one_layer(p, parts, err);
     return st;
 }
@@ -298,15 +305,16 @@ static tr_status measure(place *p, unsigned parts, double *out, tr_err *err)
     tr_status st = layers(p, parts, err);
 
     if (st == TR_OK) st = settle(p, err);
-    if (st == TR_OK) st = record(p, parts, err);
+    if (st == TR_OK && p->ops->caps & TR_CAP_GRAPH) st = record(p, parts, err);
     for (int i = -WARM_UP; i < p->b->times && st == TR_OK; i++) {
         st = tr_comm_max_number(tr_comm_host(p->comm), &none, err);
         const uint64_t from_ns = tr_now_ns();
         if (st == TR_OK)
-            st = device_status(p, "graph", p->ops->graph_run(p->device, TR_LANE_MAIN, p->graph),
-                               err);
+            st = p->graph ? device_status(p, "graph",
+                                          p->ops->graph_run(p->device, TR_LANE_MAIN, p->graph), err)
+                          : layers(p, parts, err);
         if (st == TR_OK) st = settle(p, err);
-        p->seconds[i < 0 ? 0 : i] = (double)(tr_now_ns() - from_ns) * 1e-9 / LAYERS;
+        p->seconds[i < 0 ? 0 : i] = (double)(tr_now_ns() - from_ns) * 1e-9 / p->layers;
     }
     if (p->graph) p->ops->graph_free(p->device, p->graph);
     p->graph = NULL;
@@ -361,9 +369,9 @@ static tr_status measure_how(place *p, int how, result *r, tr_err *err)
 static void print(const place *p, bool pushes, const char *why, const result *r)
 {
     if (!pushes) printf("# %d ranks: no rows over peer memory: %s\n", p->n_members, why);
-    printf("# exchange of keys and latents, us a layer, in graphs of %d; exposed: less \"own\"\n"
+    printf("# exchange of keys and latents, us a layer, %d at a time; exposed: less \"own\"\n"
            "# %-12s %5s %6s %10s %10s %12s %12s %12s %12s\n",
-           LAYERS, "", "ranks", "rows", "products", "own", "push alone", "exposed", "nccl alone",
+           p->layers, "", "ranks", "rows", "products", "own", "push alone", "exposed", "nccl alone",
            "exposed");
     for (int i = 0; i < p->b->n_rows; i++) {
         const double exposed[] = {r[i].whole[0] - r[i].own, r[i].whole[1] - r[i].own};
@@ -410,10 +418,11 @@ tr_status tr_bench_exchange(const tr_exchange_bench *b, tr_err *err)
                .ops = b->ops,
                .device = b->device,
                .n_members = tr_comm_size(c),
-               .rank = tr_comm_rank(c)};
+               .rank = tr_comm_rank(c),
+               .layers = b->ops->caps & TR_CAP_GRAPH ? LAYERS : 1};
     double failed, none = 0;
 
-    if (!(p.ops->caps & TR_CAP_GRAPH) || !b->n_rows) return TR_OK;
+    if (!b->n_rows) return TR_OK;
     for (int i = 0; i < b->n_rows; i++)
         if (b->rows[i] > p.most) p.most = b->rows[i];
     tr_status st = take_products(&p, err);

@@ -421,7 +421,9 @@ tr_status tr_bench_experts(const tr_experts_bench *b, tr_err *err)
                .device = b->device,
                .members = tr_comm_size(b->comm),
                .rank = tr_comm_rank(b->comm)};
+    double failed;
     tr_status st = TR_OK;
+    tr_err other;
 
     if (EXPERTS % p.members)
         return tr_fail(err, TR_E_USAGE, "--experts: %d experts do not divide by %d ranks", EXPERTS,
@@ -432,6 +434,10 @@ tr_status tr_bench_experts(const tr_experts_bench *b, tr_err *err)
     p.record = tr_dispatch_bytes(b->width, CHOSEN, tr_act_bytes(b->ops));
     st = take_all(&p, err);
     if (st == TR_OK) st = choose_experts(&p, err);
+    failed = st != TR_OK; /* the others are not to wait for one that has no memory */
+    const tr_status agreed = largest(&p, &failed, &other);
+    if (st == TR_OK && agreed != TR_OK) st = tr_fail(err, agreed, "%s", other.text);
+    if (st == TR_OK && failed > 0) st = tr_fail(err, TR_E_COMM, "another member has failed");
     if (st == TR_OK && b->prints)
         printf("# rows of %d to their experts and back, us; GB/s: what a rank gives, itself too\n"
                "# %-12s %5s %6s %-17s %10s %10s %10s %10s %8s %8s\n",
@@ -446,5 +452,5 @@ tr_status tr_bench_experts(const tr_experts_bench *b, tr_err *err)
     free(p.to);
     free(p.from);
     free(p.seconds);
-    return st;
+    return st == TR_OK ? TR_OK : tr_within(err, "rows to their experts");
 }
