@@ -226,6 +226,9 @@ class Measure:
                 self.figure("%d rows a rank, stored to peers, alone" % x["rows"], 1e6 * x["push_s"], "us")
             self.figure("%d rows a rank, NCCL, exposed" % x["rows"], 1e6 * x["nccl_exposed_s"], "us", goal)
             self.figure("%d rows a rank, NCCL, alone" % x["rows"], 1e6 * x["nccl_s"], "us")
+            if x.get("window_s"):
+                self.figure("%d rows a rank, NCCL's symmetric windows, exposed" % x["rows"], 1e6 * x["window_exposed_s"], "us")
+                self.figure("%d rows a rank, NCCL's symmetric windows, alone" % x["rows"], 1e6 * x["window_s"], "us")
         if not lines:
             raise Failed("bench comm --rows said nothing")
 

@@ -40,7 +40,8 @@ else:
     for r in (1, 2, 4, 8, 16, 32, 64, 128, 256) if of("--width") == "7168" else ():
         say(bench="comm", op="sum_norm", ranks=n, rows=r, median_s=8e-6, plain_median_s=20e-6)
     for r in numbers("--rows"):
-        say(bench="comm", op="exchange", ranks=n, rows=r, pushes=True, push_s=2e-5, push_exposed_s=4e-6, nccl_s=6e-5, nccl_exposed_s=2e-5)
+        say(bench="comm", op="exchange", ranks=n, rows=r, pushes=True, push_s=2e-5, push_exposed_s=4e-6, nccl_s=6e-5, nccl_exposed_s=2e-5,
+            window_s=3e-5, window_exposed_s=7e-6)
     for r in numbers("--experts"):
         say(bench="comm", op="experts", ranks=n, rows=r, dispatch_s=10e-6, combine_s=20e-6, plain_dispatch_s=9e-6, plain_combine_s=9e-6)
 PY
@@ -65,6 +66,7 @@ check("sums", "16 rows, of NCCL and the norm", 0.4, "reached")
 check("sums", "256 rows", 8)
 check("exposed", "512 rows a rank, stored to peers, exposed", 4, "reached")  # 10 % of 60
 check("exposed", "512 rows a rank, NCCL, exposed", 20, "MISSED")
+check("exposed", "4096 rows a rank, NCCL's symmetric windows, exposed", 7)
 check("experts", "128 tokens a rank, dispatch", 10, "reached")
 check("experts", "128 tokens a rank, combine", 20, "MISSED")
 check("experts", "4096 tokens a rank, dispatch, rate of a plain all-to-all", 0.9, "reached")

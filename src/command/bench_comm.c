@@ -45,8 +45,9 @@ static const char help_text[] =
     "                         7168; 0: none)\n"
     "      --rows N[,N...]    with --device cuda: index keys and latents of so many rows a rank,\n"
     "                         exchanged beside the products of a layer's queries, in graphs:\n"
-    "                         by stores to the other GPUs and by NCCL, alone and what of it\n"
-    "                         is not hidden (as 256,512,2048,4096; default 0: none)\n"
+    "                         by stores to the other GPUs and by NCCL, alone and what of it is\n"
+    "                         not hidden, then NCCL between its symmetric windows (as\n"
+    "                         256,512,2048,4096; default 0: none)\n"
     "      --experts N[,N...] so many rows a rank to the ranks of their experts and back, as the\n"
     "                         model sends them (as 128,4096; default 0: none), of --width numbers\n"
     "  -h, --help             this text\n";

@@ -10,7 +10,7 @@
 #include "base/clock.h"
 #include "base/order.h"
 #include "base/size.h"
-#include "mpi/comm_nccl.h"
+#include "mpi/comm_nccl_window.h"
 
 enum {
     LAYERS = 8, /* of a graph */
@@ -27,6 +27,9 @@ enum { PRODUCTS = sizeof widths / sizeof *widths };
 
 /* What a graph holds. */
 typedef enum part { OWN = 1, PRODUCT = 2, EXCHANGE = 4 } part;
+/* How rows go. A window has as many bytes as the others, which NCCL gathers as they are: nothing is packed and unpacked. */
+typedef enum how { PUSH, NCCL, WINDOW, N_HOWS } how;
+enum { KEY_BYTES = D_KEY + 4, LATENT_BYTES = D_LATENT + 16 + 2 * D_ROPE }; /* of a row */
 
 typedef struct place { /* one member's */
     const tr_exchange_bench *b;
@@ -45,6 +48,9 @@ typedef struct place { /* one member's */
     void *x, *y, *kv_a, *index_k;
     float *norm, *k_norm, *k_bias, *rope;
     tr_share *key, *latent;
+    tr_nccl_window
+        *window;    /* [2][most * (1 + n_members)] rows: keys, then latents; own ones first */
+    size_t *bytes;  /* [n_members] */
     int *n_rows;    /* [n_members] */
     int64_t *write; /* [n_members * most], member after member */
     double *seconds;
@@ -154,7 +160,8 @@ static tr_status take_rows(place *p, tr_err *err)
     p->n_rows = tr_calloc((size_t)p->n_members, sizeof *p->n_rows);
     p->write = tr_calloc(most * (size_t)p->n_members, sizeof *p->write);
     p->seconds = tr_calloc((size_t)p->b->times, sizeof *p->seconds);
-    if (st == TR_OK && (!p->n_rows || !p->write || !p->seconds))
+    p->bytes = tr_calloc((size_t)p->n_members, sizeof *p->bytes);
+    if (st == TR_OK && (!p->n_rows || !p->write || !p->seconds || !p->bytes))
         st = tr_fail(err, TR_E_MEMORY, "out of memory");
     return st;
 }
@@ -234,6 +241,18 @@ static tr_status begin(place *p, tr_share *share, void *storage, tr_err *err)
     return st == TR_OK ? tr_share_sent(share, TR_LANE_MAIN, err) : st;
 }
 
+/* Keys or latents from window to window. */
+static tr_status gather(place *p, bool latents, tr_ticket *t, tr_err *err)
+{
+    const size_t all = (size_t)p->most * (size_t)(1 + p->n_members),
+                 row = latents ? LATENT_BYTES : KEY_BYTES;
+    char *own = (char *)tr_nccl_window_memory(p->window) + (latents ? all * KEY_BYTES : 0);
+
+    for (int m = 0; m < p->n_members; m++)
+        p->bytes[m] = (size_t)p->rows * row;
+    return tr_comm_all_gather(p->comm, own, own + (size_t)p->most * row, p->bytes, t, err);
+}
+
 static tr_status send(place *p, bool latents, unsigned parts, tr_err *err)
 {
     tr_status st = TR_OK;
@@ -243,9 +262,25 @@ static tr_status send(place *p, bool latents, unsigned parts, tr_err *err)
     return latents ? begin(p, p->latent, p->kv.latent, err) : begin(p, p->key, p->kv.index, err);
 }
 
+/* The same layer with NCCL's gathers alone, begun in front of the products. */
+static tr_status one_layer_by_window(place *p, unsigned parts, tr_err *err)
+{
+    tr_ticket key = {0}, latent = {0};
+    tr_status st = parts & OWN ? write_keys(p, err) : TR_OK;
+
+    if (st == TR_OK && parts & EXCHANGE) st = gather(p, false, &key, err);
+    if (st == TR_OK && parts & OWN) st = write_latents(p, err);
+    if (st == TR_OK && parts & EXCHANGE) st = gather(p, true, &latent, err);
+    if (st == TR_OK && parts & PRODUCT) st = products(p, err);
+    if (st == TR_OK && parts & EXCHANGE) st = tr_comm_wait(p->comm, TR_LANE_MAIN, key, err);
+    if (st == TR_OK && parts & EXCHANGE) st = tr_comm_wait(p->comm, TR_LANE_MAIN, latent, err);
+    return st;
+}
+
 /* As a layer's attention has it (model/attention.c). */
 static tr_status one_layer(place *p, unsigned parts, tr_err *err)
 {
+    if (p->window) return one_layer_by_window(p, parts, err);
     const bool latents_first = tr_share_pushes(p->latent);
     tr_await await;
     tr_status st = send(p, latents_first, parts, err);
@@ -347,22 +382,41 @@ static void close_shares(place *p)
 }
 
 typedef struct result {
-    double products, own, whole[2], alone[2]; /* seconds; by how: push, NCCL */
+    double products, own, whole[N_HOWS], alone[N_HOWS]; /* seconds */
 } result;
 
-static tr_status measure_how(place *p, int how, result *r, tr_err *err)
+static tr_status measure_how(place *p, how h, result *r, tr_err *err)
 {
     tr_status st = TR_OK;
 
     for (int i = 0; i < p->b->n_rows && st == TR_OK; i++) {
         st = set_rows(p, p->b->rows[i], err);
-        if (st == TR_OK) st = tr_share_plan(p->key, p->n_rows, p->write, err);
-        if (st == TR_OK) st = tr_share_plan(p->latent, p->n_rows, p->write, err);
-        if (st == TR_OK && how == 0) st = measure(p, PRODUCT, &r[i].products, err);
-        if (st == TR_OK && how == 0) st = measure(p, OWN | PRODUCT, &r[i].own, err);
-        if (st == TR_OK) st = measure(p, OWN | PRODUCT | EXCHANGE, &r[i].whole[how], err);
-        if (st == TR_OK) st = measure(p, EXCHANGE, &r[i].alone[how], err);
+        if (st == TR_OK && h != WINDOW) st = tr_share_plan(p->key, p->n_rows, p->write, err);
+        if (st == TR_OK && h != WINDOW) st = tr_share_plan(p->latent, p->n_rows, p->write, err);
+        if (st == TR_OK && h == PUSH) st = measure(p, PRODUCT, &r[i].products, err);
+        if (st == TR_OK && h == PUSH) st = measure(p, OWN | PRODUCT, &r[i].own, err);
+        if (st == TR_OK) st = measure(p, OWN | PRODUCT | EXCHANGE, &r[i].whole[h], err);
+        if (st == TR_OK) st = measure(p, EXCHANGE, &r[i].alone[h], err);
     }
+    return st;
+}
+
+/* The yardstick: what NCCL's kernels over peer memory take for the same bytes. Where no member can have a window `why` says so. */
+static tr_status measure_window(place *p, result *r, char *why, size_t n_why, tr_err *err)
+{
+    const size_t all = (size_t)p->most * (size_t)(1 + p->n_members);
+    tr_err none;
+    tr_status st =
+        tr_nccl_window_open(&p->window, p->comm, all * (KEY_BYTES + LATENT_BYTES), &none);
+
+    if (st != TR_OK) {
+        snprintf(why, n_why, "%.200s", none.text);
+        return TR_OK;
+    }
+    st = measure_how(p, WINDOW, r, err);
+    if (st == TR_OK) st = settle(p, err);
+    tr_nccl_window_close(p->window);
+    p->window = NULL;
     return st;
 }
 
@@ -370,22 +424,26 @@ static void print(const place *p, bool pushes, const char *why, const result *r)
 {
     if (!pushes) printf("# %d ranks: no rows over peer memory: %s\n", p->n_members, why);
     printf("# exchange of keys and latents, us a layer, %d at a time; exposed: less \"own\"\n"
-           "# %-12s %5s %6s %10s %10s %12s %12s %12s %12s\n",
+           "# %-12s %5s %6s %10s %10s %12s %12s %12s %12s %12s %12s\n",
            p->layers, "", "ranks", "rows", "products", "own", "push alone", "exposed", "nccl alone",
-           "exposed");
+           "exposed", "window alone", "exposed");
     for (int i = 0; i < p->b->n_rows; i++) {
-        const double exposed[] = {r[i].whole[0] - r[i].own, r[i].whole[1] - r[i].own};
-        printf("  %-12s %5d %6d %10.2f %10.2f %12.2f %12.2f %12.2f %12.2f\n", "exchange",
-               p->n_members, p->b->rows[i], r[i].products * 1e6, r[i].own * 1e6,
-               r[i].alone[0] * 1e6, pushes ? exposed[0] * 1e6 : 0, r[i].alone[1] * 1e6,
-               exposed[1] * 1e6);
+        double exposed[N_HOWS];
+        for (int h = 0; h < N_HOWS; h++)
+            exposed[h] =
+                (h == PUSH && !pushes) || r[i].whole[h] <= 0 ? 0 : r[i].whole[h] - r[i].own;
+        printf("  %-12s %5d %6d %10.2f %10.2f %12.2f %12.2f %12.2f %12.2f %12.2f %12.2f\n",
+               "exchange", p->n_members, p->b->rows[i], r[i].products * 1e6, r[i].own * 1e6,
+               r[i].alone[PUSH] * 1e6, exposed[PUSH] * 1e6, r[i].alone[NCCL] * 1e6,
+               exposed[NCCL] * 1e6, r[i].alone[WINDOW] * 1e6, exposed[WINDOW] * 1e6);
         printf("{\"bench\": \"comm\", \"device\": \"cuda\", \"op\": \"exchange\", \"ranks\": %d, "
                "\"rows\": %d, \"calls\": %d, \"products_s\": %.9g, \"own_s\": %.9g, "
                "\"pushes\": %s, \"push_s\": %.9g, \"push_exposed_s\": %.9g, "
-               "\"nccl_s\": %.9g, \"nccl_exposed_s\": %.9g}\n",
+               "\"nccl_s\": %.9g, \"nccl_exposed_s\": %.9g, \"window_s\": %.9g, "
+               "\"window_exposed_s\": %.9g}\n",
                p->n_members, p->b->rows[i], p->b->times, r[i].products, r[i].own,
-               pushes ? "true" : "false", r[i].alone[0], pushes ? exposed[0] : 0, r[i].alone[1],
-               exposed[1]);
+               pushes ? "true" : "false", r[i].alone[PUSH], exposed[PUSH], r[i].alone[NCCL],
+               exposed[NCCL], r[i].alone[WINDOW], exposed[WINDOW]);
     }
     fflush(stdout);
 }
@@ -398,13 +456,16 @@ static tr_status run(place *p, tr_err *err)
     bool pushes = false;
     tr_status st = r ? TR_OK : tr_fail(err, TR_E_MEMORY, "out of memory");
 
-    for (int how = 0; how < 2 && st == TR_OK; how++) {
-        st = open_shares(p, uses[how], how ? off : why, sizeof why, err);
-        if (how == 0) pushes = tr_nccl_reaches(p->comm, p->kv.latent);
-        if (st == TR_OK) st = measure_how(p, how, r, err);
+    for (int h = PUSH; h <= NCCL && st == TR_OK; h++) {
+        st = open_shares(p, uses[h], h ? off : why, sizeof why, err);
+        if (h == PUSH) pushes = tr_nccl_reaches(p->comm, p->kv.latent);
+        if (st == TR_OK) st = measure_how(p, (how)h, r, err);
         if (st == TR_OK) st = settle(p, err);
         close_shares(p);
     }
+    off[0] = '\0';
+    if (st == TR_OK) st = measure_window(p, r, off, sizeof off, err);
+    if (off[0] && p->b->prints) printf("# %d ranks: no window of NCCL's: %s\n", p->n_members, off);
     if (st == TR_OK && p->b->prints) print(p, pushes, why, r);
     free(r);
     return st;
@@ -442,5 +503,6 @@ tr_status tr_bench_exchange(const tr_exchange_bench *b, tr_err *err)
     free(p.n_rows);
     free(p.write);
     free(p.seconds);
+    free(p.bytes);
     return st == TR_OK ? TR_OK : tr_within(err, "exchange of rows");
 }

@@ -18,6 +18,7 @@ typedef struct tr_exchange_bench {
 } tr_exchange_bench;
 
 /* Collective over the members. Rows go by push and then by NCCL; by NCCL alone where the members' GPUs do not reach each other.
+ * After them NCCL's gathers alone, of as many bytes, from symmetric window to symmetric window: a yardstick, not a way of the model's.
  * One layer at a time, with what its launches take, where the device has no graphs. */
 tr_status tr_bench_exchange(const tr_exchange_bench *b, tr_err *err);
 

@@ -14,6 +14,8 @@ typedef enum { ncclSuccess = 0, ncclSystemError = 2, ncclInProgress = 7 } ncclRe
 typedef enum { ncclUint8 = 1, ncclUint64 = 5, ncclFloat32 = 7, ncclBfloat16 = 9 } ncclDataType_t;
 typedef enum { ncclSum = 0, ncclMax = 2 } ncclRedOp_t;
 typedef struct fake_comm *ncclComm_t;
+typedef struct fake_window *ncclWindow_t;
+enum { NCCL_WIN_COLL_SYMMETRIC = 1 };
 typedef struct {
     char internal[128];
 } ncclUniqueId;
@@ -44,6 +46,11 @@ ncclResult_t ncclSend(const void *p, size_t n, ncclDataType_t type, int to, nccl
                       cudaStream_t s);
 ncclResult_t ncclRecv(void *p, size_t n, ncclDataType_t type, int from, ncclComm_t comm,
                       cudaStream_t s);
+ncclResult_t ncclMemAlloc(void **p, size_t bytes);
+ncclResult_t ncclMemFree(void *p);
+ncclResult_t ncclCommWindowRegister(ncclComm_t comm, void *p, size_t bytes, ncclWindow_t *window,
+                                    int flags);
+ncclResult_t ncclCommWindowDeregister(ncclComm_t comm, ncclWindow_t window);
 ncclResult_t ncclGroupStart(void);
 ncclResult_t ncclGroupEnd(void);
 

@@ -1,0 +1,96 @@
+#include <config.h>
+
+#include "mpi/comm_nccl_window.h"
+
+#include <stdlib.h>
+
+#include "base/size.h"
+#include "mpi/comm_nccl_priv.h"
+
+struct tr_nccl_window {
+    tr_comm_nccl *c;
+    void *memory;
+    ncclWindow_t window;
+};
+
+/* mine, or what it is to this member that another one has failed. */
+static tr_status agreed(tr_comm *host, tr_status mine, tr_err *err)
+{
+    uint64_t worst = mine != TR_OK;
+    tr_ticket t;
+    tr_err other;
+    tr_status st = tr_comm_all_max_u64(host, &worst, 1, &t, &other);
+
+    if (st == TR_OK) st = tr_comm_wait(host, TR_LANE_MAIN, t, &other);
+    if (mine != TR_OK) return mine;
+    if (st != TR_OK) return tr_fail(err, st, "%s", other.text);
+    return worst ? tr_fail(err, TR_E_COMM, "another member has failed") : TR_OK;
+}
+
+static tr_status take(tr_nccl_window *w, size_t bytes, tr_err *err)
+{
+    tr_nccl *nccl = w->c->nccl;
+    tr_status st = TR_OK;
+
+    TR_CUDA(cudaSetDevice(nccl->ordinal));
+    st = tr_nccl_status(nccl, NULL, "ncclMemAlloc", ncclMemAlloc(&w->memory, bytes), err);
+    if (st != TR_OK) {
+        w->memory = NULL;
+        return st;
+    }
+    TR_CUDA(cudaMemset(w->memory, 0, bytes));
+
+done:
+    return st;
+}
+
+tr_status tr_nccl_window_open(tr_nccl_window **out, tr_comm *comm, size_t bytes, tr_err *err)
+{
+    tr_comm_nccl *c = (tr_comm_nccl *)(void *)comm;
+    tr_comm *host = tr_comm_host(comm);
+
+    *out = NULL;
+    tr_nccl_window *w = tr_calloc(1, sizeof *w);
+    tr_status st = w ? TR_OK : tr_fail(err, TR_E_MEMORY, "out of memory");
+    if (w) {
+        w->c = c;
+        st = take(w, bytes, err);
+    }
+    /* The registration waits for all members: none begins it unless all do. */
+    st = agreed(host, st, err);
+    if (st != TR_OK) goto done;
+
+    tr_nccl_enter(c->nccl);
+    const ncclResult_t said =
+        ncclCommWindowRegister(c->seat.comm, w->memory, bytes, &w->window, NCCL_WIN_COLL_SYMMETRIC);
+    tr_nccl_leave(c->nccl);
+    st = tr_nccl_settle(c->nccl, c->seat.comm, host, "ncclCommWindowRegister", said, 0, err);
+    st = agreed(host, st, err);
+    if (st != TR_OK) goto done;
+    *out = w;
+    w = NULL;
+
+done:
+    tr_nccl_window_close(w);
+    return st;
+}
+
+void *tr_nccl_window_memory(const tr_nccl_window *w)
+{
+    return w->memory;
+}
+
+void tr_nccl_window_close(tr_nccl_window *w)
+{
+    if (!w) return;
+    if (w->window) {
+        tr_nccl_enter(w->c->nccl);
+        const ncclResult_t said = ncclCommWindowDeregister(w->c->seat.comm, w->window);
+        tr_nccl_leave(w->c->nccl);
+        tr_err none;
+        (void)tr_nccl_settle(w->c->nccl, w->c->seat.comm, tr_comm_host(&w->c->base),
+                             "ncclCommWindowDeregister", said, 0, &none);
+    }
+    if (w->memory) (void)ncclMemFree(w->memory);
+    free(w);
+}

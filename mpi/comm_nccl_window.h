@@ -1,0 +1,18 @@
+/* Memory that NCCL knows at every member of a communicator (a symmetric window, parallel.md 5.4): operations between two places of
+ * it take NCCL's kernels over peer memory. `trireme bench comm` compares our own way of moving rows with it; the model does not
+ * use it. Main thread only. */
+#ifndef TR_MPI_COMM_NCCL_WINDOW_H
+#define TR_MPI_COMM_NCCL_WINDOW_H
+
+#include "mpi/comm_nccl.h"
+
+typedef struct tr_nccl_window tr_nccl_window;
+
+/* `bytes` of the GPU's memory, zeros, for tr_nccl_comm's communicator (kept). Collective over its members: all succeed or none
+ * does. Where the members' GPUs do not reach each other NCCL takes the memory all the same and moves it as any other. */
+tr_status tr_nccl_window_open(tr_nccl_window **out, tr_comm *comm, size_t bytes, tr_err *err);
+void *tr_nccl_window_memory(const tr_nccl_window *w);
+/* On all members, with nothing of it under way, before the communicator's end. NULL: nothing. */
+void tr_nccl_window_close(tr_nccl_window *w);
+
+#endif
