@@ -21,6 +21,10 @@ step one 1
 step tp2 2 --tp 2
 step dp2 2 --dp 2 --ep 2
 step cp2 2 --cp 2 --no-overlap
+step cp2.gathered 2 --cp 2 --regions
+step cp2.own 2 --cp 2 --regions --own-rows
+grep -q 'attn_cp/all_gather' "$dir/cp2.gathered" || { echo 'no gather of keys and latents'; exit 1; }
+! grep -q 'attn_cp/all_gather' "$dir/cp2.own" || { echo 'rows that stay are gathered'; cat "$dir/cp2.own"; exit 1; }
 step pp2 4 --pp 2 --tp 2 --regions
 step halves 2 --tp 2 --halves
 
@@ -37,6 +41,7 @@ refused 'a bench step of one rank' 2 step --tp 2 --profile "$dir/x.h5"
 refused 'options of bench step' 1 load --tp 1
 refused 'halves: an option of bench step' 1 load --halves
 refused 'without --profile' 1 step --halves --profile "$dir/x.h5"
+refused 'own-rows: an option of bench step' 2 watchdog --tp 2 --own-rows
 refused 'cp-mode odd' 1 step --cp-mode odd
 refused 'one rank has none' 1 watchdog
 refused '10000 are too many' 2 watchdog --tp 2 --pairs 10000 --steps 10000

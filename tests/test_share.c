@@ -199,6 +199,41 @@ static int run_nothing(tr_comm *c)
     return 0;
 }
 
+/* Rows that are kept: every member has its own, nothing is sent, and the phases are what they are. */
+static int run_kept(tr_comm *c)
+{
+    const tr_rows rows = {.n_max = 4};
+    const int64_t all[MAX_RANKS] = {0, 1, 2, 3};
+    const int size = tr_comm_size(c), me = tr_comm_rank(c);
+    char cache[64 * 4] = {0};
+    int n_rows[MAX_RANKS];
+    tr_share *s;
+    tr_push push;
+    tr_await await;
+    tr_err err = {0};
+    uint64_t before, after, bytes;
+
+    for (int m = 0; m < size; m++)
+        n_rows[m] = m < 4;
+    CHECK(tr_share_open(&s, c, 4, 4, &err) == TR_OK);
+    tr_share_keep(s);
+    tr_comm_counts(c, TR_COMM_ALL_GATHER, &before, &bytes);
+    for (int turn = 0; turn < 2; turn++) {
+        CHECK(tr_share_plan(s, n_rows, all, &err) == TR_OK);
+        CHECK(tr_share_ready(s, TR_LANE_MAIN, &await, &err) == TR_E_COMM);
+        CHECK(tr_share_begin(s, &rows, cache, &push, &err) == TR_OK);
+        if (me < 4) memset(cache + me * 4, me + 1, 4);
+        CHECK(tr_share_sent(s, TR_LANE_MAIN, &err) == TR_OK);
+        CHECK(tr_share_ready(s, TR_LANE_MAIN, &await, &err) == TR_OK && await.n == 0);
+    }
+    tr_comm_counts(c, TR_COMM_ALL_GATHER, &after, &bytes);
+    CHECK(after == before && tr_share_costs(s).calls == 0);
+    for (int m = 0; m < 4; m++)
+        CHECK(cache[m * 4] == (m == me ? m + 1 : 0));
+    tr_share_close(s);
+    return 0;
+}
+
 /* What is wrong is said before anything is sent. */
 static int run_wrong(tr_comm *c)
 {
@@ -251,6 +286,7 @@ static int run_all(tr_comm *c)
     for (int i = 0; i < 3; i++)
         if ((line = run_kind(c, kinds[i]))) return line;
     if ((line = run_nothing(c))) return line;
+    if ((line = run_kept(c))) return line;
     return run_wrong(c);
 }
 
