@@ -669,6 +669,11 @@ static inline size_t tr_act_bytes(const tr_ops *ops)
 {
     return ops->act == TR_BF16 ? 2 : 4;
 }
+/* The same in a record of d numbers to experts whose weights are e4m3: the norm has left codes (tr_norm_args). */
+static inline size_t tr_record_act(const tr_ops *ops, int d)
+{
+    return (ops->caps & TR_CAP_W8A8) && d % 128 == 0 ? TR_CODES : tr_act_bytes(ops);
+}
 
 /* Open a backend by name: "cpu", "cuda", or "auto": cuda where a GPU and its driver can be used and isa is NULL, else cpu.
  * *ops is static. The device is closed by ops->close. i_device: which GPU of those this process may see, modulo their number;

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "base/clock.h"
+#include "base/order.h"
 #include "base/size.h"
 
 enum {
@@ -41,6 +42,8 @@ typedef struct place { /* one member's */
     int32_t *n, *expert, *count, *origin;
     float *weight;
     void *x, *out; /* [most, width] */
+    float *
+        q_scale; /* [width / 128, most]: rows travel as codes, which are any bytes of x; NULL: as they are */
     void *send, *recv, *y,
         *back;                /* records and sums; y as they leave the experts, back as they come */
     int32_t *n_send, *n_recv; /* [members] of the last dispatch */
@@ -135,6 +138,8 @@ static tr_status take_all(place *p, tr_err *err)
     if (st == TR_OK) st = take(p, all, sizeof *p->origin, &p->origin, err);
     if (st == TR_OK) st = take(p, most, p->row, &p->x, err);
     if (st == TR_OK) st = take(p, most, p->row, &p->out, err);
+    if (st == TR_OK && tr_record_act(p->ops, p->b->width) == TR_CODES)
+        st = take(p, most, (size_t)p->b->width / 128 * sizeof *p->q_scale, &p->q_scale, err);
     if (st == TR_OK) st = take(p, all, p->record, &p->send, err);
     if (st == TR_OK) st = take(p, all, p->record, &p->recv, err);
     if (st == TR_OK) st = take(p, all, p->row, &p->y, err);
@@ -165,6 +170,9 @@ static tr_status tell(place *p, tr_err *err)
                                         .expert = p->expert,
                                         .weight = p->weight,
                                         .x = p->x,
+                                        .q = p->q_scale ? p->x : NULL,
+                                        .q_scale = p->q_scale,
+                                        .ld_scale = p->most,
                                         .record = p->send};
     tr_status st =
         device_status(p, "moe_offer", p->ops->moe_offer(p->device, TR_LANE_MAIN, &a), err);
@@ -239,6 +247,9 @@ static tr_status dispatch(place *p, tr_err *err)
                                            .expert = p->expert,
                                            .weight = p->weight,
                                            .x = p->x,
+                                           .q = p->q_scale ? p->x : NULL,
+                                           .q_scale = p->q_scale,
+                                           .ld_scale = p->most,
                                            .record = p->send,
                                            .count = p->count,
                                            .origin = p->origin};
@@ -292,20 +303,6 @@ static tr_status run(place *p, part what, tr_err *err)
 
 /* ---- measuring ----------------------------------------------------------------------------------------------------------- */
 
-/* All members have come here; what is positive is ordered as its bits. */
-static tr_status largest(place *p, double *seconds, tr_err *err)
-{
-    tr_comm *host = tr_comm_host(p->comm);
-    uint64_t bits;
-    tr_ticket t;
-
-    memcpy(&bits, seconds, sizeof bits);
-    tr_status st = tr_comm_all_max_u64(host, &bits, 1, &t, err);
-    if (st == TR_OK) st = tr_comm_wait(host, TR_LANE_MAIN, t, err);
-    memcpy(seconds, &bits, sizeof bits);
-    return st;
-}
-
 static tr_status record(place *p, part what, tr_err *err)
 {
     tr_status st = p->ops->graph_begin(p->device, TR_LANE_MAIN);
@@ -332,12 +329,6 @@ static tr_status once(place *p, part what, tr_err *err)
     return st == TR_OK ? settle(p, err) : st;
 }
 
-static int by_value(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 /* What needs nothing of the host is timed in a graph, where the device has graphs, as decode steps run it; the first run makes
  * NCCL's connections. */
 static tr_status measure(place *p, part what, double *out, tr_err *err)
@@ -348,7 +339,7 @@ static tr_status measure(place *p, part what, double *out, tr_err *err)
 
     if (st == TR_OK && recorded) st = record(p, what, err);
     for (int i = -WARM_UP; i < p->b->times && st == TR_OK; i++) {
-        st = largest(p, &none, err);
+        st = tr_comm_max_number(tr_comm_host(p->comm), &none, err);
         const uint64_t from_ns = tr_now_ns();
         if (st == TR_OK) st = once(p, what, err);
         p->seconds[i < 0 ? 0 : i] =
@@ -357,9 +348,8 @@ static tr_status measure(place *p, part what, double *out, tr_err *err)
     if (p->graph) p->ops->graph_free(p->device, p->graph);
     p->graph = NULL;
     if (st != TR_OK) return st;
-    qsort(p->seconds, (size_t)p->b->times, sizeof *p->seconds, by_value);
-    *out = p->seconds[p->b->times / 2];
-    return largest(p, out, err);
+    *out = tr_median(p->seconds, p->b->times);
+    return tr_comm_max_number(tr_comm_host(p->comm), out, err);
 }
 
 /* Behind a dispatch: every member has parts of the same size, or a library waits for bytes that do not come. */
@@ -431,11 +421,11 @@ tr_status tr_bench_experts(const tr_experts_bench *b, tr_err *err)
     for (int i = 0; i < b->n_rows; i++)
         if (b->rows[i] > p.most) p.most = b->rows[i];
     p.row = (size_t)b->width * tr_act_bytes(b->ops);
-    p.record = tr_dispatch_bytes(b->width, CHOSEN, tr_act_bytes(b->ops));
+    p.record = tr_dispatch_bytes(b->width, CHOSEN, tr_record_act(b->ops, b->width));
     st = take_all(&p, err);
     if (st == TR_OK) st = choose_experts(&p, err);
     failed = st != TR_OK; /* the others are not to wait for one that has no memory */
-    const tr_status agreed = largest(&p, &failed, &other);
+    const tr_status agreed = tr_comm_max_number(tr_comm_host(p.comm), &failed, &other);
     if (st == TR_OK && agreed != TR_OK) st = tr_fail(err, agreed, "%s", other.text);
     if (st == TR_OK && failed > 0) st = tr_fail(err, TR_E_COMM, "another member has failed");
     if (st == TR_OK && b->prints)

@@ -404,20 +404,13 @@ tr_status tr_bench_moe_combine(tr_kbench *b, tr_err *err)
 
 /* ---- experts of other ranks ---------------------------------------------------------------------------------------------- */
 
-/* Bytes of an activation in a record: as the model has them (src/model/exchange.c). */
-static size_t record_act(const tr_kbench *b)
-{
-    const bool codes = (b->ops->caps & TR_CAP_W8A8) && b->config.hidden_size % 128 == 0;
-    return codes ? TR_CODES : tr_act_bytes(b->ops);
-}
-
 tr_status tr_bench_moe_dispatch(tr_kbench *b, tr_err *err)
 {
     enum { N_EP = 8, ROWS = 64 };
     const int k = b->config.num_experts_per_tok, d = b->config.hidden_size,
               experts = b->config.n_routed_experts;
+    const bool codes = tr_record_act(b->ops, d) == TR_CODES;
     const size_t most = ROWS * (size_t)(k < N_EP ? k : N_EP);
-    const bool codes = record_act(b) == TR_CODES;
     tr_operand expert, weight, x, scale, record, count, origin;
     int32_t *n;
     if (experts < N_EP || experts % N_EP || k < 1) return TR_OK;
@@ -426,7 +419,8 @@ tr_status tr_bench_moe_dispatch(tr_kbench *b, tr_err *err)
     if (st == TR_OK) st = tr_bench_floats(b, ROWS * (size_t)d, 1, &x, err);
     if (st == TR_OK) st = tr_bench_floats(b, ROWS * (size_t)d / 128 + 1, 1, &scale, err);
     if (st == TR_OK)
-        st = tr_bench_zeros(b, most * tr_dispatch_bytes(d, k, record_act(b)), &record, err);
+        st = tr_bench_zeros(b, most * tr_dispatch_bytes(d, k, tr_record_act(b->ops, d)), &record,
+                            err);
     if (st == TR_OK) st = tr_bench_zeros(b, N_EP * 4, &count, err);
     if (st == TR_OK) st = tr_bench_zeros(b, most * 4, &origin, err);
     if (st == TR_OK) st = tr_bench_word(b, ROWS, &n, err);
@@ -452,7 +446,8 @@ tr_status tr_bench_moe_dispatch(tr_kbench *b, tr_err *err)
                                               .count = count.d,
                                               .origin = origin.d};
     tr_line line =
-        TR_LINE(moe_dispatch, tr_work_moe_dispatch((double)most, d, k, record_act(b)), .warm = {x});
+        TR_LINE(moe_dispatch, tr_work_moe_dispatch((double)most, d, k, tr_record_act(b->ops, d)),
+                .warm = {x});
     snprintf(line.shape, sizeof line.shape, "to %d ranks, rows %d", N_EP, ROWS);
     st = tr_bench_time(b, &line, &args, err);
     if (st == TR_OK) tr_bench_print_line(b, &line);
@@ -462,12 +457,12 @@ tr_status tr_bench_moe_dispatch(tr_kbench *b, tr_err *err)
 tr_status tr_bench_moe_receive(tr_kbench *b, tr_err *err)
 {
     const int k = b->config.num_experts_per_tok, d = b->config.hidden_size;
-    const bool codes = record_act(b) == TR_CODES;
+    const bool codes = tr_record_act(b->ops, d) == TR_CODES;
     tr_operand record, expert, weight, q = {0}, scale = {0};
     int32_t *n;
     if (k < 1) return TR_OK;
-    tr_status st =
-        tr_bench_zeros(b, MAX_ROWS * tr_dispatch_bytes(d, k, record_act(b)), &record, err);
+    tr_status st = tr_bench_zeros(b, MAX_ROWS * tr_dispatch_bytes(d, k, tr_record_act(b->ops, d)),
+                                  &record, err);
     if (st == TR_OK) st = tr_bench_zeros(b, MAX_ROWS * (size_t)k * 4, &expert, err);
     if (st == TR_OK) st = tr_bench_zeros(b, MAX_ROWS * (size_t)k * 4, &weight, err);
     if (st == TR_OK && codes) st = tr_bench_zeros(b, MAX_ROWS * (size_t)d, &q, err);
@@ -517,7 +512,7 @@ tr_status tr_bench_moe_offer(tr_kbench *b, tr_err *err)
 {
     enum { ROWS = 16 };
     const int k = b->config.num_experts_per_tok, d = b->config.hidden_size;
-    const bool codes = record_act(b) == TR_CODES;
+    const bool codes = tr_record_act(b->ops, d) == TR_CODES;
     tr_operand expert, weight, x, scale, record;
     int32_t *n;
     if (k < 1) return TR_OK;
@@ -526,7 +521,8 @@ tr_status tr_bench_moe_offer(tr_kbench *b, tr_err *err)
     if (st == TR_OK) st = tr_bench_floats(b, ROWS * (size_t)d, 1, &x, err);
     if (st == TR_OK) st = tr_bench_floats(b, ROWS * (size_t)d / 128 + 1, 1, &scale, err);
     if (st == TR_OK)
-        st = tr_bench_zeros(b, ROWS * tr_dispatch_bytes(d, k, record_act(b)), &record, err);
+        st = tr_bench_zeros(b, ROWS * tr_dispatch_bytes(d, k, tr_record_act(b->ops, d)), &record,
+                            err);
     if (st == TR_OK) st = tr_bench_word(b, ROWS, &n, err);
     if (st != TR_OK) return st;
     const struct tr_moe_offer_args args = {.n = n,
@@ -540,7 +536,8 @@ tr_status tr_bench_moe_offer(tr_kbench *b, tr_err *err)
                                            .q_scale = codes ? scale.d : NULL,
                                            .ld_scale = ROWS,
                                            .record = record.d};
-    tr_line line = TR_LINE(moe_offer, tr_work_moe_dispatch(ROWS, d, k, record_act(b)), .warm = {x});
+    tr_line line =
+        TR_LINE(moe_offer, tr_work_moe_dispatch(ROWS, d, k, tr_record_act(b->ops, d)), .warm = {x});
     snprintf(line.shape, sizeof line.shape, "d %d rows %d", d, ROWS);
     st = tr_bench_time(b, &line, &args, err);
     if (st == TR_OK) tr_bench_print_line(b, &line);

@@ -17,11 +17,10 @@
 #include "model/model_priv.h"
 #include "model/note.h"
 
-/* Every norm before experts leaves the codes of what it has made, if rows are of whole blocks (tr_model_norm). */
 size_t tr_model_travel_act(const tr_model *m, const tr_moe_weights *w)
 {
-    const bool left = (m->ops->caps & TR_CAP_W8A8) && m->config->hidden_size % 128 == 0;
-    return left && w->gate_up.format == TR_W_E4M3_B128 ? TR_CODES : tr_act_bytes(m->ops);
+    return w->gate_up.format == TR_W_E4M3_B128 ? tr_record_act(m->ops, m->config->hidden_size)
+                                               : tr_act_bytes(m->ops);
 }
 
 static size_t record_of(const tr_model *m, const tr_moe_weights *w)
