@@ -20,12 +20,11 @@ step() { # NAME RANKS OPTION...
 step one 1
 step tp2 2 --tp 2
 step dp2 2 --dp 2 --ep 2
-step cp2 2 --cp 2 --no-overlap
-step cp2.gathered 2 --cp 2 --regions
+step cp2 2 --cp 2 --no-overlap --regions
 step cp2.own 2 --cp 2 --regions --own-rows
 # The last row of three prompts, and in front of it keys and latents of four layers and two chunks of each.
 gathers() { awk '$1 == "attn_cp/all_gather" { n += $2 } END { print n + 0 }' "$1"; }
-[ "$(gathers "$dir/cp2.gathered") $(gathers "$dir/cp2.own")" = '51 3' ] || { echo 'rows that stay are gathered'; cat "$dir/cp2.own"; exit 1; }
+[ "$(gathers "$dir/cp2") $(gathers "$dir/cp2.own")" = '51 3' ] || { echo 'rows that stay are gathered'; cat "$dir/cp2.own"; exit 1; }
 step pp2 4 --pp 2 --tp 2 --regions
 step halves 2 --tp 2 --halves
 
