@@ -41,7 +41,7 @@ refused 'a bench step of one rank' 2 step --tp 2 --profile "$dir/x.h5"
 refused 'options of bench step' 1 load --tp 1
 refused 'halves: an option of bench step' 1 load --halves
 refused 'without --profile' 1 step --halves --profile "$dir/x.h5"
-refused 'own-rows: an option of bench step' 2 watchdog --tp 2 --own-rows
+refused 'own-rows: an option of bench step' 1 watchdog --own-rows
 refused 'cp-mode odd' 1 step --cp-mode odd
 refused 'one rank has none' 1 watchdog
 refused '10000 are too many' 2 watchdog --tp 2 --pairs 10000 --steps 10000
