@@ -13,33 +13,7 @@
 #include <cmocka.h>
 
 #include "model/estimate.h"
-
-/* The published model, whose layers a test has fewer of. */
-static const tr_config real = {
-    .vocab_size = 129280,
-    .hidden_size = 7168,
-    .num_hidden_layers = 61,
-    .first_k_dense_replace = 1,
-    .moe_layer_freq = 1,
-    .intermediate_size = 18432,
-    .moe_intermediate_size = 2048,
-    .n_routed_experts = 256,
-    .n_shared_experts = 1,
-    .num_experts_per_tok = 8,
-    .n_group = 8,
-    .topk_group = 4,
-    .num_attention_heads = 128,
-    .q_lora_rank = 1536,
-    .kv_lora_rank = 512,
-    .qk_nope_head_dim = 128,
-    .qk_rope_head_dim = 64,
-    .v_head_dim = 128,
-    .index_n_heads = 64,
-    .index_head_dim = 128,
-    .index_topk = 2048,
-    .max_position_embeddings = 163840,
-    .fp8 = true,
-};
+#include "tests/published_model.h"
 
 typedef enum build {
     TODAY,  /* kernels that come in beside the one in front of them, sums over peer memory */
@@ -134,7 +108,9 @@ static tr_rates rates_of(build b)
 
 static double ms_of(const measured *m, const tr_rates *r)
 {
-    tr_config c = real;
+    tr_config c = real; /* of whose layers a test has fewer, one of them dense */
+    c.first_k_dense_replace = 1;
+    c.num_nextn_predict_layers = 0;
     const tr_wire w = tr_wire_gpu(&c, TR_E4M3);
     const tr_step_shape step = {.prefill = m->prefill,
                                 .rows = m->rows,
