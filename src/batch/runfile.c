@@ -24,7 +24,7 @@ struct tr_runfile {
     char *lock_path; /* OUT.lock: only where the file system has no locks */
     int fd;
     bool made_lock, foreign; /* foreign: no job has written this OUT.run */
-    off_t holder_at; /* where the second line begins */
+    off_t holder_at;         /* where the second line begins */
     tr_log *log;
 };
 

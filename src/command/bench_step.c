@@ -15,7 +15,6 @@
 #include "base/size.h"
 #include "command/bench_blas.h"
 #include "command/bench_halves.h"
-#include "command/bench_halves.h"
 #include "command/bench_steps.h"
 #include "kernels/work.h"
 #include "mpi/watchdog.h"
