@@ -26,7 +26,7 @@ step cp2.own 2 --cp 2 --regions --own-rows
 gathers() { awk '$1 == "attn_cp/all_gather" { n += $2 } END { print n + 0 }' "$1"; }
 [ "$(gathers "$dir/cp2") $(gathers "$dir/cp2.own")" = '51 3' ] || { echo 'rows that stay are gathered'; cat "$dir/cp2.own"; exit 1; }
 step pp2 4 --pp 2 --tp 2 --regions
-step halves 2 --tp 2 --halves
+step halves 2 --tp 2 --halves --sequences 2 --prefill 70 --context 70
 
 refused() { # TEXT RANKS ARGUMENT...
     text=$1 n=$2
