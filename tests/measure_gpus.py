@@ -381,24 +381,28 @@ def run_row(m, row, seconds, what):
     return True
 
 
+def outline(o):
+    """The rows, for their names and seconds: nothing is made for them."""
+    o = argparse.Namespace(**{**vars(o), "out": os.devnull})
+    return rows_of(argparse.Namespace(n=o.gpus, o=o, layers=(3, 5), prompt=32768, **{k: None for k in (
+        "prompt_32k", "sums", "exposed", "experts", "exposed_layers", "operations")}))
+
+
 def main():
     o, parser = options()
+    rows = outline(o)
     if o.list:
-        o.out = os.devnull
-        m = argparse.Namespace(n=o.gpus, o=o, layers=(3, 5), prompt=32768, **{k: None for k in (
-            "prompt_32k", "sums", "exposed", "experts", "exposed_layers", "operations")})
-        rows = rows_of(m)
         for name, wants, seconds, _, text in rows:
             print("%-15s %d GPUs %4d s  %s" % (name, wants, seconds, text))
         print("%d s in all with %d GPUs" % (sum(r[2] for r in rows if r[1] <= o.gpus), o.gpus))
         return 0
-    m = Measure(o)
-    rows = rows_of(m)
     names = [r[0] for r in rows]
     wanted = o.rows.split(",") if o.rows else list(dict.fromkeys(names))
     for name in wanted:
         if name not in names:
             parser.error("%s: no such row (%s)" % (name, ", ".join(names)))
+    m = Measure(o)
+    rows = rows_of(m)
     for name in wanted:
         _, wants, seconds, what, _ = rows[names.index(name)]
         if wants > o.gpus:

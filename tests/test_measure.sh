@@ -89,8 +89,9 @@ has 'one row' 'times tp1 .* 2.5 x .* reached'
 is 'rows that do not run' 1 $?
 has 'rows that do not run' 'tp4 *not run: it wants 4 GPUs'
 has 'rows that do not run' 'tp1 *not run: it takes about 50 s, '
-"${measure[@]}" -n 2 -r tp16 >"$dir/log" 2>&1
+"${measure[@]}" -n 2 -r tp16 -o "$dir/none" >"$dir/log" 2>&1
 is 'no such row' 2 $?
+holds 'nothing is made for a row that is none' [ ! -e "$dir/none" ]
 "${measure[@]}" -l >"$dir/log" 2>&1
 is 'the list' 0 $?
 has 'the list' 's in all with 4 GPUs'
