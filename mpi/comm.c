@@ -212,6 +212,17 @@ tr_status tr_comm_max_word(tr_comm *c, uint64_t *x, tr_err *err)
     return st == TR_OK ? tr_comm_wait(c, TR_LANE_MAIN, ticket, err) : st;
 }
 
+tr_status tr_comm_agree(tr_comm *c, tr_status mine, tr_err *err)
+{
+    uint64_t failed = mine != TR_OK;
+    tr_err other;
+    const tr_status st = tr_comm_max_word(c, &failed, &other);
+
+    if (mine != TR_OK) return mine;
+    if (st != TR_OK) return tr_fail(err, st, "%s", other.text);
+    return failed ? tr_fail(err, TR_E_COMM, "another member has failed") : TR_OK;
+}
+
 tr_status tr_comm_max_number(tr_comm *c, double *x, tr_err *err)
 {
     uint64_t bits;

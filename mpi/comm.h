@@ -74,6 +74,9 @@ tr_status tr_comm_all_max_u64(tr_comm *, uint64_t *, size_t n, tr_ticket *, tr_e
 tr_status tr_comm_max_word(tr_comm *, uint64_t *, tr_err *);
 /* The same of a number >= 0, of times for instance. */
 tr_status tr_comm_max_number(tr_comm *, double *, tr_err *);
+/* How it went everywhere: `mine`, or TR_E_COMM where it went well here and another member has failed. Nobody is left waiting for
+ * one that gave up before; so all members call it, whatever theirs is. */
+tr_status tr_comm_agree(tr_comm *, tr_status mine, tr_err *err);
 /* The data of `ticket` is there for `reader` afterwards. Over MPI: TR_E_COMM or TR_E_MEMORY also where another communicator of
  * this process is broken, in which the members it waits for may wait themselves. */
 tr_status tr_comm_wait(tr_comm *, tr_lane reader, tr_ticket, tr_err *);

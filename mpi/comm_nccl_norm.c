@@ -417,13 +417,8 @@ static tr_status choose_all(tr_comm_nccl *c, const tr_peer_options *o, tr_peer_r
 {
     trial t = {.c = c, .d = c->fused.d, .times = o->times ? o->times : TIMES};
     const tr_comm before = c->base;
-    tr_status st = prepare(&t, c->fused.rows, err);
-    double failed = st != TR_OK; /* the others are not to wait for one that has no memory */
-    tr_err other;
+    tr_status st = tr_comm_agree(c->base.host, prepare(&t, c->fused.rows, err), err);
 
-    const tr_status agreed = tr_comm_max_number(c->base.host, &failed, &other);
-    if (st == TR_OK && agreed != TR_OK) st = tr_fail(err, agreed, "%s", other.text);
-    if (st == TR_OK && failed > 0) st = tr_fail(err, TR_E_COMM, "another member has failed");
     if (st == TR_OK) st = try_out(&t, report, err);
     for (int k = 0; k < TR_PEER_SIZES && 1 << k <= c->fused.rows && st == TR_OK && !report->why[0];
          k++) {

@@ -13,20 +13,6 @@ struct tr_nccl_window {
     ncclWindow_t window;
 };
 
-/* mine, or what it is to this member that another one has failed. */
-static tr_status agreed(tr_comm *host, tr_status mine, tr_err *err)
-{
-    uint64_t worst = mine != TR_OK;
-    tr_ticket t;
-    tr_err other;
-    tr_status st = tr_comm_all_max_u64(host, &worst, 1, &t, &other);
-
-    if (st == TR_OK) st = tr_comm_wait(host, TR_LANE_MAIN, t, &other);
-    if (mine != TR_OK) return mine;
-    if (st != TR_OK) return tr_fail(err, st, "%s", other.text);
-    return worst ? tr_fail(err, TR_E_COMM, "another member has failed") : TR_OK;
-}
-
 static tr_status take(tr_nccl_window *w, size_t bytes, tr_err *err)
 {
     tr_nccl *nccl = w->c->nccl;
@@ -57,7 +43,7 @@ tr_status tr_nccl_window_open(tr_nccl_window **out, tr_comm *comm, size_t bytes,
         st = take(w, bytes, err);
     }
     /* The registration waits for all members: none begins it unless all do. */
-    st = agreed(host, st, err);
+    st = tr_comm_agree(host, st, err);
     if (st != TR_OK) goto done;
 
     tr_nccl_enter(c->nccl);
@@ -65,7 +51,7 @@ tr_status tr_nccl_window_open(tr_nccl_window **out, tr_comm *comm, size_t bytes,
         ncclCommWindowRegister(c->seat.comm, w->memory, bytes, &w->window, NCCL_WIN_COLL_SYMMETRIC);
     tr_nccl_leave(c->nccl);
     st = tr_nccl_settle(c->nccl, c->seat.comm, host, "ncclCommWindowRegister", said, 0, err);
-    st = agreed(host, st, err);
+    st = tr_comm_agree(host, st, err);
     if (st != TR_OK) goto done;
     *out = w;
     w = NULL;

@@ -165,20 +165,6 @@ void tr_nccl_close(tr_nccl *nccl)
     free(nccl);
 }
 
-/* Did everybody's preparations go well? */
-static tr_status agree(tr_comm *host, tr_status mine, tr_err *err)
-{
-    uint64_t failed = mine != TR_OK;
-    tr_err other;
-    tr_ticket t;
-    tr_status st = tr_comm_all_max_u64(host, &failed, 1, &t, &other);
-
-    if (st == TR_OK) st = tr_comm_wait(host, TR_LANE_MAIN, t, &other);
-    if (mine != TR_OK) return mine;
-    if (st != TR_OK) return tr_fail(err, st, "%s", other.text);
-    return failed ? tr_fail(err, TR_E_COMM, "another member has failed") : TR_OK;
-}
-
 /* Member 0's id to all. */
 static tr_status share_id(ncclUniqueId *id, tr_nccl *nccl, tr_comm *host, tr_err *err)
 {
@@ -188,7 +174,7 @@ static tr_status share_id(ncclUniqueId *id, tr_nccl *nccl, tr_comm *host, tr_err
     memset(id, 0, sizeof *id);
     if (tr_comm_rank(host) == 0)
         st = tr_nccl_status(nccl, NULL, "ncclGetUniqueId", ncclGetUniqueId(id), err);
-    st = agree(host, st, err);
+    st = tr_comm_agree(host, st, err);
     if (st == TR_OK) st = tr_comm_broadcast(host, 0, id, sizeof *id, &t, err);
     return st == TR_OK ? tr_comm_wait(host, TR_LANE_MAIN, t, err) : st;
 }
@@ -205,7 +191,7 @@ tr_status tr_nccl_connect(tr_nccl_seat *seat, tr_nccl *nccl, tr_comm *host, cons
     config.blocking = 0;
     config.commName = seat->name;
     if (st == TR_OK) st = tr_nccl_cuda("cudaSetDevice", cudaSetDevice(nccl->ordinal), err);
-    st = agree(host, st, err);
+    st = tr_comm_agree(host, st, err);
     if (st == TR_OK) st = share_id(&id, nccl, host, err);
     if (st != TR_OK) return tr_within(err, "NCCL for %s", seat->name);
     tr_nccl_enter(nccl);
@@ -213,7 +199,7 @@ tr_status tr_nccl_connect(tr_nccl_seat *seat, tr_nccl *nccl, tr_comm *host, cons
         ncclCommInitRankConfig(&seat->comm, tr_comm_size(host), id, tr_comm_rank(host), &config);
     tr_nccl_leave(nccl);
     st = tr_nccl_settle(nccl, seat->comm, host, "ncclCommInitRankConfig", said, CONNECT_S, err);
-    st = agree(host, st, err);
+    st = tr_comm_agree(host, st, err);
     if (st != TR_OK) {
         tr_within(err, "NCCL for %s", seat->name);
         if (seat->comm) ncclCommAbort(seat->comm);

@@ -9,25 +9,7 @@
 #include <cmocka.h>
 
 #include "model/slice.h"
-
-/* The published model's widths. */
-static const tr_config real = {
-    .vocab_size = 129280,
-    .hidden_size = 7168,
-    .num_hidden_layers = 61,
-    .num_nextn_predict_layers = 1,
-    .first_k_dense_replace = 3,
-    .moe_layer_freq = 1,
-    .intermediate_size = 18432,
-    .moe_intermediate_size = 2048,
-    .n_routed_experts = 256,
-    .n_shared_experts = 1,
-    .num_attention_heads = 128,
-    .qk_nope_head_dim = 128,
-    .qk_rope_head_dim = 64,
-    .v_head_dim = 128,
-    .fp8 = true,
-};
+#include "tests/published_model.h"
 
 /* Coordinates of a rank in both views (parallel.md 1.1), written out here to not depend on mpi/grid. */
 static tr_grid grid_of(tr_grid_sizes n, int rank)

@@ -10,17 +10,16 @@
 #include "base/clock.h"
 #include "base/order.h"
 #include "base/size.h"
+#include "command/bench_device.h"
 #include "mpi/comm_nccl_window.h"
 
 enum {
     LAYERS = 8, /* of a graph */
     WARM_UP = 3,
-    LIMIT_S = 30, /* for what takes milliseconds once everybody is there */
-    D_IN = 1536,  /* q_lora_rank */
+    D_IN = 1536, /* q_lora_rank */
     D_KEY = 128,
     D_LATENT = 512,
     D_ROPE = 64,
-    OWNED_MAX = 32,
 };
 static const int widths[] = {24576, 8192}; /* q_b, index wq_b */
 enum { PRODUCTS = sizeof widths / sizeof *widths };
@@ -34,11 +33,8 @@ enum { KEY_BYTES = D_KEY + 4, LATENT_BYTES = D_LATENT + 16 + 2 * D_ROPE }; /* of
 typedef struct place { /* one member's */
     const tr_exchange_bench *b;
     tr_comm *comm;
-    const tr_ops *ops;
-    tr_device *device;
+    tr_bench_device on;
     tr_graph *graph;
-    void *owned[OWNED_MAX]; /* device memory */
-    int n_owned;
     int rows, n_members, rank;
     int most;   /* rows of a member, of all sizes */
     int layers; /* that are timed at once: of a graph, or without graphs one */
@@ -56,22 +52,7 @@ typedef struct place { /* one member's */
     double *seconds;
 } place;
 
-static tr_status device_status(const place *p, const char *what, tr_status st, tr_err *err)
-{
-    return st == TR_OK ? TR_OK : tr_fail(err, st, "%s: %s", what, p->ops->error(p->device));
-}
-
 /* ---- memory ------------------------------------------------------------------------------------------------------------ */
-
-static tr_status take(place *p, size_t bytes, int kind, void *out, tr_err *err)
-{
-    void *d = NULL;
-    const tr_status st = p->ops->alloc(p->device, bytes, kind, &d);
-
-    memcpy(out, &d, sizeof d);
-    if (st == TR_OK) p->owned[p->n_owned++] = d;
-    return device_status(p, "alloc", st, err);
-}
 
 /* bf16 numbers of about 1, or with `f32` single ones: what multipliers do with zeros takes less power. */
 static tr_status fill(place *p, void *to, size_t bytes, bool f32, tr_err *err)
@@ -89,16 +70,16 @@ static tr_status fill(place *p, void *to, size_t bytes, bool f32, tr_err *err)
         memcpy(noise + i, &word, 4);
     }
     for (size_t at = 0; at < bytes && st == TR_OK; at += piece)
-        st = p->ops->upload(p->device, TR_LANE_MAIN, (char *)to + at, noise,
-                            bytes - at < piece ? bytes - at : piece);
+        st = p->on.ops->upload(p->on.device, TR_LANE_MAIN, (char *)to + at, noise,
+                               bytes - at < piece ? bytes - at : piece);
     free(noise);
-    return device_status(p, "upload", st, err);
+    return tr_bench_device_status(&p->on, "upload", st, err);
 }
 
 static tr_status numbers(place *p, size_t n, bool f32, void *out, tr_err *err)
 {
     void *d = NULL;
-    tr_status st = take(p, n * (f32 ? 4 : 2), TR_MEMORY_DEVICE, &d, err);
+    tr_status st = tr_bench_device_take(&p->on, n * (f32 ? 4 : 2), TR_MEMORY_DEVICE, &d, err);
 
     memcpy(out, &d, sizeof d);
     return st == TR_OK ? fill(p, d, n * (f32 ? 4 : 2), f32, err) : st;
@@ -107,7 +88,7 @@ static tr_status numbers(place *p, size_t n, bool f32, void *out, tr_err *err)
 /* Activations, as this device has them. */
 static tr_status acts(place *p, size_t n, void *out, tr_err *err)
 {
-    return numbers(p, n, tr_act_bytes(p->ops) == 4, out, err);
+    return numbers(p, n, tr_act_bytes(p->on.ops) == 4, out, err);
 }
 
 static tr_status take_products(place *p, tr_err *err)
@@ -117,8 +98,8 @@ static tr_status take_products(place *p, tr_err *err)
     for (int i = 0; i < PRODUCTS && st == TR_OK; i++) {
         tr_linear *w = &p->w[i];
         *w = (tr_linear){.format = TR_W_BF16, .n_mats = 1, .n_out = widths[i], .n_in = D_IN};
-        const size_t bytes = p->ops->linear_bytes(w->format, 1, w->n_out, w->n_in);
-        st = take(p, bytes, TR_MEMORY_DEVICE, &w->data, err);
+        const size_t bytes = p->on.ops->linear_bytes(w->format, 1, w->n_out, w->n_in);
+        st = tr_bench_device_take(&p->on, bytes, TR_MEMORY_DEVICE, &w->data, err);
         if (st == TR_OK) st = fill(p, w->data, bytes, false, err);
     }
     return st == TR_OK ? acts(p, (size_t)p->most * (size_t)widths[0], &p->y, err) : st;
@@ -138,8 +119,8 @@ static tr_status take_cache(place *p, tr_err *err)
                  latent =
                      pages * TR_PAGE_TOKENS * tr_kv_row_bytes(kv->dtype, kv->d_latent, kv->d_rope),
                  index = pages * tr_index_page_bytes(kv->dtype, kv->d_index);
-    tr_status st = take(p, latent, TR_MEMORY_SYMMETRIC, &kv->latent, err);
-    if (st == TR_OK) st = take(p, index, TR_MEMORY_SYMMETRIC, &kv->index, err);
+    tr_status st = tr_bench_device_take(&p->on, latent, TR_MEMORY_SYMMETRIC, &kv->latent, err);
+    if (st == TR_OK) st = tr_bench_device_take(&p->on, index, TR_MEMORY_SYMMETRIC, &kv->index, err);
     return st;
 }
 
@@ -154,9 +135,11 @@ static tr_status take_rows(place *p, tr_err *err)
     if (st == TR_OK) st = numbers(p, D_KEY, true, &p->k_norm, err);
     if (st == TR_OK) st = numbers(p, D_KEY, true, &p->k_bias, err);
     if (st == TR_OK) st = numbers(p, most * (size_t)p->n_members * D_ROPE, true, &p->rope, err);
-    if (st == TR_OK) st = take(p, 4, TR_MEMORY_DEVICE, &p->r.n, err);
-    if (st == TR_OK) st = take(p, most * 4, TR_MEMORY_DEVICE, &p->r.position, err);
-    if (st == TR_OK) st = take(p, most * 8, TR_MEMORY_DEVICE, &p->r.write, err);
+    if (st == TR_OK) st = tr_bench_device_take(&p->on, 4, TR_MEMORY_DEVICE, &p->r.n, err);
+    if (st == TR_OK)
+        st = tr_bench_device_take(&p->on, most * 4, TR_MEMORY_DEVICE, &p->r.position, err);
+    if (st == TR_OK)
+        st = tr_bench_device_take(&p->on, most * 8, TR_MEMORY_DEVICE, &p->r.write, err);
     p->n_rows = tr_calloc((size_t)p->n_members, sizeof *p->n_rows);
     p->write = tr_calloc(most * (size_t)p->n_members, sizeof *p->write);
     p->seconds = tr_calloc((size_t)p->b->times, sizeof *p->seconds);
@@ -169,7 +152,7 @@ static tr_status take_rows(place *p, tr_err *err)
 static tr_status set_rows(place *p, int rows, tr_err *err)
 {
     const int64_t *own = p->write + (size_t)p->rank * (size_t)rows;
-    const tr_ops *ops = p->ops;
+    const tr_ops *ops = p->on.ops;
     int32_t *position = tr_calloc((size_t)rows, sizeof *position);
 
     if (!position) return tr_fail(err, TR_E_MEMORY, "out of memory");
@@ -182,12 +165,13 @@ static tr_status set_rows(place *p, int rows, tr_err *err)
     for (int j = 0; j < rows; j++)
         position[j] = j * p->n_members + p->rank;
     const int32_t n = rows;
-    tr_status st = ops->upload(p->device, TR_LANE_MAIN, p->r.n, &n, sizeof n);
+    tr_status st = ops->upload(p->on.device, TR_LANE_MAIN, p->r.n, &n, sizeof n);
     if (st == TR_OK)
-        st = ops->upload(p->device, TR_LANE_MAIN, p->r.position, position, (size_t)rows * 4);
-    if (st == TR_OK) st = ops->upload(p->device, TR_LANE_MAIN, p->r.write, own, (size_t)rows * 8);
+        st = ops->upload(p->on.device, TR_LANE_MAIN, p->r.position, position, (size_t)rows * 4);
+    if (st == TR_OK)
+        st = ops->upload(p->on.device, TR_LANE_MAIN, p->r.write, own, (size_t)rows * 8);
     free(position);
-    return device_status(p, "upload", st, err);
+    return tr_bench_device_status(&p->on, "upload", st, err);
 }
 
 /* ---- one layer --------------------------------------------------------------------------------------------------------- */
@@ -202,7 +186,8 @@ static tr_status write_keys(place *p, tr_err *err)
                                        .rope = p->rope,
                                        .eps = 1e-6f,
                                        .kv = p->kv};
-    return device_status(p, "kv_write", p->ops->kv_write(p->device, TR_LANE_MAIN, &a), err);
+    return tr_bench_device_status(&p->on, "kv_write",
+                                  p->on.ops->kv_write(p->on.device, TR_LANE_MAIN, &a), err);
 }
 
 static tr_status write_latents(place *p, tr_err *err)
@@ -214,7 +199,8 @@ static tr_status write_latents(place *p, tr_err *err)
                                        .rope = p->rope,
                                        .eps = 1e-6f,
                                        .kv = p->kv};
-    return device_status(p, "kv_write", p->ops->kv_write(p->device, TR_LANE_MAIN, &a), err);
+    return tr_bench_device_status(&p->on, "kv_write",
+                                  p->on.ops->kv_write(p->on.device, TR_LANE_MAIN, &a), err);
 }
 
 static tr_status products(place *p, tr_err *err)
@@ -228,7 +214,8 @@ static tr_status products(place *p, tr_err *err)
                                          .in = {.x = p->x, .ld = D_IN, .n_max = p->rows, .d = D_IN},
                                          .out = p->y,
                                          .ld_out = (size_t)widths[i]};
-        st = device_status(p, "linear", p->ops->linear(p->device, TR_LANE_MAIN, &a), err);
+        st = tr_bench_device_status(&p->on, "linear",
+                                    p->on.ops->linear(p->on.device, TR_LANE_MAIN, &a), err);
     }
     return st;
 }
@@ -303,33 +290,20 @@ static tr_status layers(place *p, unsigned parts, tr_err *err)
 
 /* ---- measuring ----------------------------------------------------------------------------------------------------------- */
 
-static tr_status settle(place *p, tr_err *err)
-{
-    const uint64_t until_ns = tr_now_ns() + UINT64_C(1000000000) * LIMIT_S,
-                   ticket = p->ops->ticket(p->device, TR_LANE_MAIN);
-    int done;
-
-    while ((done = p->ops->done(p->device, TR_LANE_MAIN, ticket)) == 0 && tr_now_ns() < until_ns)
-        continue;
-    if (done == 0)
-        return tr_fail(err, TR_E_COMM, "the other members' rows have not come within %d s",
-                       LIMIT_S);
-    return device_status(p, "bench", done < 0 ? TR_E_DEVICE : TR_OK, err);
-}
-
 static tr_status record(place *p, unsigned parts, tr_err *err)
 {
-    tr_status st = p->ops->graph_begin(p->device, TR_LANE_MAIN);
+    tr_status st = p->on.ops->graph_begin(p->on.device, TR_LANE_MAIN);
 
-    if (st != TR_OK) return device_status(p, "graph", st, err);
+    if (st != TR_OK) return tr_bench_device_status(&p->on, "graph", st, err);
     tr_comm_set_mode(p->comm, TR_COMM_RECORD);
     st = layers(p, parts, err);
     tr_comm_set_mode(p->comm, TR_COMM_RUN);
     if (st != TR_OK) {
-        p->ops->graph_end(p->device, TR_LANE_MAIN, NULL);
+        p->on.ops->graph_end(p->on.device, TR_LANE_MAIN, NULL);
         return st;
     }
-    return device_status(p, "graph", p->ops->graph_end(p->device, TR_LANE_MAIN, &p->graph), err);
+    return tr_bench_device_status(&p->on, "graph",
+                                  p->on.ops->graph_end(p->on.device, TR_LANE_MAIN, &p->graph), err);
 }
 
 /* Seconds of a layer. The first run makes NCCL's connections. What the host needs to begin a graph and to see its end is the
@@ -339,19 +313,20 @@ static tr_status measure(place *p, unsigned parts, double *out, tr_err *err)
     double none = 0;
     tr_status st = layers(p, parts, err);
 
-    if (st == TR_OK) st = settle(p, err);
-    if (st == TR_OK && p->ops->caps & TR_CAP_GRAPH) st = record(p, parts, err);
+    if (st == TR_OK) st = tr_bench_device_settle(&p->on, err);
+    if (st == TR_OK && p->on.ops->caps & TR_CAP_GRAPH) st = record(p, parts, err);
     for (int i = -WARM_UP; i < p->b->times && st == TR_OK; i++) {
         st = tr_comm_max_number(tr_comm_host(p->comm), &none, err);
         const uint64_t from_ns = tr_now_ns();
         if (st == TR_OK)
-            st = p->graph ? device_status(p, "graph",
-                                          p->ops->graph_run(p->device, TR_LANE_MAIN, p->graph), err)
+            st = p->graph ? tr_bench_device_status(
+                                &p->on, "graph",
+                                p->on.ops->graph_run(p->on.device, TR_LANE_MAIN, p->graph), err)
                           : layers(p, parts, err);
-        if (st == TR_OK) st = settle(p, err);
+        if (st == TR_OK) st = tr_bench_device_settle(&p->on, err);
         p->seconds[i < 0 ? 0 : i] = (double)(tr_now_ns() - from_ns) * 1e-9 / p->layers;
     }
-    if (p->graph) p->ops->graph_free(p->device, p->graph);
+    if (p->graph) p->on.ops->graph_free(p->on.device, p->graph);
     p->graph = NULL;
     if (st != TR_OK) return st;
     *out = tr_median(p->seconds, p->b->times);
@@ -414,7 +389,7 @@ static tr_status measure_window(place *p, result *r, char *why, size_t n_why, tr
         return TR_OK;
     }
     st = measure_how(p, WINDOW, r, err);
-    if (st == TR_OK) st = settle(p, err);
+    if (st == TR_OK) st = tr_bench_device_settle(&p->on, err);
     tr_nccl_window_close(p->window);
     p->window = NULL;
     return st;
@@ -460,7 +435,7 @@ static tr_status run(place *p, tr_err *err)
         st = open_shares(p, uses[h], h ? off : why, sizeof why, err);
         if (h == PUSH) pushes = tr_nccl_reaches(p->comm, p->kv.latent);
         if (st == TR_OK) st = measure_how(p, (how)h, r, err);
-        if (st == TR_OK) st = settle(p, err);
+        if (st == TR_OK) st = tr_bench_device_settle(&p->on, err);
         close_shares(p);
     }
     off[0] = '\0';
@@ -476,12 +451,11 @@ tr_status tr_bench_exchange(const tr_exchange_bench *b, tr_err *err)
     const tr_comm *c = b->comm;
     place p = {.b = b,
                .comm = b->comm,
-               .ops = b->ops,
-               .device = b->device,
+               .on = {.ops = b->ops, .device = b->device},
                .n_members = tr_comm_size(c),
                .rank = tr_comm_rank(c),
                .layers = b->ops->caps & TR_CAP_GRAPH ? LAYERS : 1};
-    double failed, none = 0;
+    double none = 0;
 
     if (!b->n_rows) return TR_OK;
     for (int i = 0; i < b->n_rows; i++)
@@ -489,17 +463,12 @@ tr_status tr_bench_exchange(const tr_exchange_bench *b, tr_err *err)
     tr_status st = take_products(&p, err);
     if (st == TR_OK) st = take_cache(&p, err);
     if (st == TR_OK) st = take_rows(&p, err);
-    failed = st != TR_OK; /* the others are not to wait for one that has no memory */
-    tr_err other;
-    const tr_status agreed = tr_comm_max_number(tr_comm_host(p.comm), &failed, &other);
-    if (st == TR_OK && agreed != TR_OK) st = tr_fail(err, agreed, "%s", other.text);
-    if (st == TR_OK && failed > 0) st = tr_fail(err, TR_E_COMM, "another member has failed");
+    st = tr_comm_agree(tr_comm_host(p.comm), st, err);
     if (st == TR_OK) st = run(&p, err);
     if (st == TR_OK)
         st = tr_comm_max_number(tr_comm_host(p.comm), &none,
                                 err); /* nobody has the others' memory open any more */
-    for (int i = 0; i < p.n_owned; i++)
-        p.ops->release(p.device, p.owned[i]);
+    tr_bench_device_release(&p.on);
     free(p.n_rows);
     free(p.write);
     free(p.seconds);

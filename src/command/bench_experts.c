@@ -10,6 +10,7 @@
 #include "base/clock.h"
 #include "base/order.h"
 #include "base/size.h"
+#include "command/bench_device.h"
 
 enum {
     EXPERTS = 256,
@@ -20,8 +21,6 @@ enum {
     FEW_OF_ALL = 1024, /* rows that are told to all (model/exchange.c) */
     IN_GRAPH = 8,
     WARM_UP = 3,
-    LIMIT_S = 30, /* for what takes milliseconds once everybody is there */
-    OWNED_MAX = 16,
 };
 
 typedef enum part { DISPATCH, COMBINE, PLAIN_DISPATCH, PLAIN_COMBINE, N_PARTS } part;
@@ -29,65 +28,38 @@ typedef enum part { DISPATCH, COMBINE, PLAIN_DISPATCH, PLAIN_COMBINE, N_PARTS } 
 typedef struct place { /* one member's */
     const tr_experts_bench *b;
     tr_comm *comm;
-    const tr_ops *ops;
-    tr_device *device;
+    tr_bench_device on;
     tr_graph *graph;
-    void *owned[OWNED_MAX]; /* device memory */
-    int n_owned;
     int rows, members, rank, most; /* most: of all sizes */
     bool tells;
     size_t record, row; /* bytes */
-    size_t plain
-        [2]; /* of a plain dispatch and combine: the most that any member has, in equal parts */
+    size_t plain[2];    /* the most that any member has to dispatch and combine, in equal parts */
     int32_t *n, *expert, *count, *origin;
     float *weight;
     void *x, *out; /* [most, width] */
-    float *
-        q_scale; /* [width / 128, most]: rows travel as codes, which are any bytes of x; NULL: as they are */
-    void *send, *recv, *y,
-        *back;                /* records and sums; y as they leave the experts, back as they come */
+    float
+        *q_scale; /* [width / 128, most]: rows travel as codes, any bytes of x; NULL: as they are */
+    void *send, *recv;        /* records */
+    void *y, *back;           /* sums, as they leave the experts and as they come */
     int32_t *n_send, *n_recv; /* [members] of the last dispatch */
     size_t *to, *from;        /* [members] */
     double *seconds;
 } place;
 
-static tr_status device_status(const place *p, const char *what, tr_status st, tr_err *err)
-{
-    return st == TR_OK ? TR_OK : tr_fail(err, st, "%s: %s", what, p->ops->error(p->device));
-}
-
 /* ---- memory ------------------------------------------------------------------------------------------------------------ */
 
 static tr_status take(place *p, size_t n, size_t each, void *out, tr_err *err)
 {
-    void *d = NULL;
     size_t bytes;
 
     if (!tr_mul(&bytes, n, each)) return tr_fail(err, TR_E_USAGE, "--experts: too many rows");
-    const tr_status st = p->ops->alloc(p->device, bytes, TR_MEMORY_DEVICE, &d);
-    memcpy(out, &d, sizeof d);
-    if (st == TR_OK) p->owned[p->n_owned++] = d;
-    return device_status(p, "alloc", st, err);
+    return tr_bench_device_take(&p->on, bytes, TR_MEMORY_DEVICE, out, err);
 }
 
 static tr_status upload(place *p, void *to, const void *from, size_t bytes, tr_err *err)
 {
-    return device_status(p, "upload", p->ops->upload(p->device, TR_LANE_MAIN, to, from, bytes),
-                         err);
-}
-
-static tr_status settle(place *p, tr_err *err)
-{
-    const uint64_t until_ns = tr_now_ns() + UINT64_C(1000000000) * LIMIT_S,
-                   ticket = p->ops->ticket(p->device, TR_LANE_MAIN);
-    int done;
-
-    while ((done = p->ops->done(p->device, TR_LANE_MAIN, ticket)) == 0 && tr_now_ns() < until_ns)
-        continue;
-    if (done == 0)
-        return tr_fail(err, TR_E_COMM, "the other members' rows have not come within %d s",
-                       LIMIT_S);
-    return device_status(p, "bench", done < 0 ? TR_E_DEVICE : TR_OK, err);
+    return tr_bench_device_status(
+        &p->on, "upload", p->on.ops->upload(p->on.device, TR_LANE_MAIN, to, from, bytes), err);
 }
 
 /* Of n things m, each as likely as any other, ascending. */
@@ -120,7 +92,7 @@ static tr_status choose_experts(place *p, tr_err *err)
     }
     if (st == TR_OK) st = upload(p, p->expert, expert, n * sizeof *expert, err);
     if (st == TR_OK) st = upload(p, p->weight, weight, n * sizeof *weight, err);
-    if (st == TR_OK) st = settle(p, err);
+    if (st == TR_OK) st = tr_bench_device_settle(&p->on, err);
     free(expert);
     free(weight);
     return st;
@@ -138,7 +110,7 @@ static tr_status take_all(place *p, tr_err *err)
     if (st == TR_OK) st = take(p, all, sizeof *p->origin, &p->origin, err);
     if (st == TR_OK) st = take(p, most, p->row, &p->x, err);
     if (st == TR_OK) st = take(p, most, p->row, &p->out, err);
-    if (st == TR_OK && tr_record_act(p->ops, p->b->width) == TR_CODES)
+    if (st == TR_OK && tr_record_act(p->on.ops, p->b->width) == TR_CODES)
         st = take(p, most, (size_t)p->b->width / 128 * sizeof *p->q_scale, &p->q_scale, err);
     if (st == TR_OK) st = take(p, all, p->record, &p->send, err);
     if (st == TR_OK) st = take(p, all, p->record, &p->recv, err);
@@ -174,8 +146,8 @@ static tr_status tell(place *p, tr_err *err)
                                         .q_scale = p->q_scale,
                                         .ld_scale = p->most,
                                         .record = p->send};
-    tr_status st =
-        device_status(p, "moe_offer", p->ops->moe_offer(p->device, TR_LANE_MAIN, &a), err);
+    tr_status st = tr_bench_device_status(
+        &p->on, "moe_offer", p->on.ops->moe_offer(p->on.device, TR_LANE_MAIN, &a), err);
     tr_ticket t = {0};
 
     for (int i = 0; i < p->members; i++)
@@ -200,7 +172,8 @@ static tr_status collect(place *p, tr_err *err)
     tr_status st = tr_comm_all_to_all(p->comm, p->y, p->to, p->back, p->to, &t, err);
     st = wait(p, st, t, err);
     if (st != TR_OK) return st;
-    return device_status(p, "moe_add", p->ops->moe_add(p->device, TR_LANE_MAIN, &a), err);
+    return tr_bench_device_status(&p->on, "moe_add",
+                                  p->on.ops->moe_add(p->on.device, TR_LANE_MAIN, &a), err);
 }
 
 /* Records of `bytes` between all members, as the counts say; back: the other way. */
@@ -224,10 +197,11 @@ static tr_status count(place *p, tr_err *err)
     tr_comm *host = tr_comm_host(p->comm);
     const size_t bytes = (size_t)p->members * sizeof *p->n_send;
     tr_ticket t = {0};
-    tr_status st = device_status(
-        p, "download", p->ops->download(p->device, TR_LANE_MAIN, p->n_send, p->count, bytes), err);
+    tr_status st = tr_bench_device_status(
+        &p->on, "download",
+        p->on.ops->download(p->on.device, TR_LANE_MAIN, p->n_send, p->count, bytes), err);
 
-    if (st == TR_OK) st = settle(p, err);
+    if (st == TR_OK) st = tr_bench_device_settle(&p->on, err);
     for (int i = 0; i < p->members; i++)
         p->to[i] = sizeof *p->n_send;
     if (st == TR_OK) st = tr_comm_all_to_all(host, p->n_send, p->to, p->n_recv, p->to, &t, err);
@@ -253,8 +227,8 @@ static tr_status dispatch(place *p, tr_err *err)
                                            .record = p->send,
                                            .count = p->count,
                                            .origin = p->origin};
-    tr_status st =
-        device_status(p, "moe_dispatch", p->ops->moe_dispatch(p->device, TR_LANE_MAIN, &a), err);
+    tr_status st = tr_bench_device_status(
+        &p->on, "moe_dispatch", p->on.ops->moe_dispatch(p->on.device, TR_LANE_MAIN, &a), err);
 
     if (st == TR_OK) st = count(p, err);
     return st == TR_OK ? travel(p, false, p->send, p->recv, p->record, err) : st;
@@ -278,7 +252,8 @@ static tr_status come_back(place *p, tr_err *err)
     tr_status st = travel(p, true, p->y, p->back, p->row, err);
 
     if (st != TR_OK) return st;
-    return device_status(p, "moe_return", p->ops->moe_return(p->device, TR_LANE_MAIN, &a), err);
+    return tr_bench_device_status(&p->on, "moe_return",
+                                  p->on.ops->moe_return(p->on.device, TR_LANE_MAIN, &a), err);
 }
 
 /* Bytes that this member gives to all, itself too. */
@@ -305,35 +280,36 @@ static tr_status run(place *p, part what, tr_err *err)
 
 static tr_status record(place *p, part what, tr_err *err)
 {
-    tr_status st = p->ops->graph_begin(p->device, TR_LANE_MAIN);
+    tr_status st = p->on.ops->graph_begin(p->on.device, TR_LANE_MAIN);
 
-    if (st != TR_OK) return device_status(p, "graph", st, err);
+    if (st != TR_OK) return tr_bench_device_status(&p->on, "graph", st, err);
     tr_comm_set_mode(p->comm, TR_COMM_RECORD);
     for (int i = 0; i < IN_GRAPH && st == TR_OK; i++)
         st = run(p, what, err);
     tr_comm_set_mode(p->comm, TR_COMM_RUN);
     if (st != TR_OK) {
-        p->ops->graph_end(p->device, TR_LANE_MAIN, NULL);
+        p->on.ops->graph_end(p->on.device, TR_LANE_MAIN, NULL);
         return st;
     }
-    return device_status(p, "graph", p->ops->graph_end(p->device, TR_LANE_MAIN, &p->graph), err);
+    return tr_bench_device_status(&p->on, "graph",
+                                  p->on.ops->graph_end(p->on.device, TR_LANE_MAIN, &p->graph), err);
 }
 
 /* Once, or the graph. */
 static tr_status once(place *p, part what, tr_err *err)
 {
-    tr_status st =
-        p->graph
-            ? device_status(p, "graph", p->ops->graph_run(p->device, TR_LANE_MAIN, p->graph), err)
-            : run(p, what, err);
-    return st == TR_OK ? settle(p, err) : st;
+    tr_status st = p->graph ? tr_bench_device_status(
+                                  &p->on, "graph",
+                                  p->on.ops->graph_run(p->on.device, TR_LANE_MAIN, p->graph), err)
+                            : run(p, what, err);
+    return st == TR_OK ? tr_bench_device_settle(&p->on, err) : st;
 }
 
 /* What needs nothing of the host is timed in a graph, where the device has graphs, as decode steps run it; the first run makes
  * NCCL's connections. */
 static tr_status measure(place *p, part what, double *out, tr_err *err)
 {
-    const bool recorded = p->tells && what < PLAIN_DISPATCH && (p->ops->caps & TR_CAP_GRAPH);
+    const bool recorded = p->tells && what < PLAIN_DISPATCH && (p->on.ops->caps & TR_CAP_GRAPH);
     double none = 0;
     tr_status st = once(p, what, err);
 
@@ -345,7 +321,7 @@ static tr_status measure(place *p, part what, double *out, tr_err *err)
         p->seconds[i < 0 ? 0 : i] =
             (double)(tr_now_ns() - from_ns) * 1e-9 / (recorded ? IN_GRAPH : 1);
     }
-    if (p->graph) p->ops->graph_free(p->device, p->graph);
+    if (p->graph) p->on.ops->graph_free(p->on.device, p->graph);
     p->graph = NULL;
     if (st != TR_OK) return st;
     *out = tr_median(p->seconds, p->b->times);
@@ -381,7 +357,7 @@ static void print(const place *p, const double *s)
            "\"calls\": %d, \"told\": %s, \"dispatch_bytes\": %.0f, \"combine_bytes\": %.0f, "
            "\"dispatch_s\": %.9g, \"combine_s\": %.9g, \"plain_dispatch_s\": %.9g, "
            "\"plain_combine_s\": %.9g}\n",
-           p->ops->caps & TR_CAP_HOST ? "cpu" : "cuda", p->members, p->rows, p->b->times,
+           p->on.ops->caps & TR_CAP_HOST ? "cpu" : "cuda", p->members, p->rows, p->b->times,
            p->tells ? "true" : "false", out, back, s[DISPATCH], s[COMBINE], s[PLAIN_DISPATCH],
            s[PLAIN_COMBINE]);
     fflush(stdout);
@@ -395,7 +371,7 @@ static tr_status one_size(place *p, int rows, tr_err *err)
 
     p->rows = rows;
     p->tells = rows <= FEW && rows * p->members <= FEW_OF_ALL;
-    if (st == TR_OK) st = settle(p, err); /* before n goes */
+    if (st == TR_OK) st = tr_bench_device_settle(&p->on, err); /* before n goes */
     for (int i = 0; i < N_PARTS && st == TR_OK; i++)
         if (i != PLAIN_DISPATCH || (st = agree_plain(p, err)) == TR_OK)
             st = measure(p, (part)i, &seconds[i], err);
@@ -407,13 +383,10 @@ tr_status tr_bench_experts(const tr_experts_bench *b, tr_err *err)
 {
     place p = {.b = b,
                .comm = b->comm,
-               .ops = b->ops,
-               .device = b->device,
+               .on = {.ops = b->ops, .device = b->device},
                .members = tr_comm_size(b->comm),
                .rank = tr_comm_rank(b->comm)};
-    double failed;
     tr_status st = TR_OK;
-    tr_err other;
 
     if (EXPERTS % p.members)
         return tr_fail(err, TR_E_USAGE, "--experts: %d experts do not divide by %d ranks", EXPERTS,
@@ -424,10 +397,7 @@ tr_status tr_bench_experts(const tr_experts_bench *b, tr_err *err)
     p.record = tr_dispatch_bytes(b->width, CHOSEN, tr_record_act(b->ops, b->width));
     st = take_all(&p, err);
     if (st == TR_OK) st = choose_experts(&p, err);
-    failed = st != TR_OK; /* the others are not to wait for one that has no memory */
-    const tr_status agreed = tr_comm_max_number(tr_comm_host(p.comm), &failed, &other);
-    if (st == TR_OK && agreed != TR_OK) st = tr_fail(err, agreed, "%s", other.text);
-    if (st == TR_OK && failed > 0) st = tr_fail(err, TR_E_COMM, "another member has failed");
+    st = tr_comm_agree(tr_comm_host(p.comm), st, err);
     if (st == TR_OK && b->prints)
         printf("# rows of %d to their experts and back, us; GB/s: what a rank gives, itself too\n"
                "# %-12s %5s %6s %-17s %10s %10s %10s %10s %8s %8s\n",
@@ -435,8 +405,7 @@ tr_status tr_bench_experts(const tr_experts_bench *b, tr_err *err)
                "GB/s", "GB/s");
     for (int i = 0; i < b->n_rows && st == TR_OK; i++)
         st = one_size(&p, b->rows[i], err);
-    while (p.n_owned > 0)
-        b->ops->release(b->device, p.owned[--p.n_owned]);
+    tr_bench_device_release(&p.on);
     free(p.n_send);
     free(p.n_recv);
     free(p.to);
