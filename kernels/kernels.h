@@ -386,7 +386,8 @@ struct tr_moe_dispatch_args {
     int32_t *count, *origin;
 };
 /* What n_rows records that came say of their choices: expert, weight [n_rows, k]; *n_out = n_rows. Their activations stay where they
- * lie, with the records' distance as row stride. Records of codes: q is not NULL, and gets them, q_scale their scales, as tr_acts has them. */
+ * lie, with the records' distance as row stride. Records of codes: q is not NULL, and gets them, q_scale their scales, as
+ * tr_acts has them. */
 struct tr_moe_receive_args {
     const void *record;
     int n_rows, k, d;

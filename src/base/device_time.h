@@ -4,7 +4,8 @@
  * added to the region's node as gpu_ns and gpu_count, so that what was timed only now and then can be told from what always was.
  *
  * A recorded step (a graph) is one launch for the host: its operations have no stamps. A second record of it with stamps where
- * layers and their halves begin and end, a set of its own, is run now and then. This module knows no device; the stream's thread alone calls it. */
+ * layers and their halves begin and end, a set of its own, is run now and then. This module knows no device; the stream's thread
+ * alone calls it. */
 #ifndef TR_BASE_DEVICE_TIME_H
 #define TR_BASE_DEVICE_TIME_H
 

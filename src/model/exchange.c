@@ -29,7 +29,7 @@ static size_t record_of(const tr_model *m, const tr_moe_weights *w)
                              tr_model_travel_act(m, w));
 }
 
-/* The norm's codes of the pass's rows; of NULL: they travel as they are. */
+/* The norm's codes of the pass's rows; q NULL: they travel as they are. */
 static tr_quantised codes_of(const tr_model *m, const tr_moe_weights *w)
 {
     return tr_model_travel_act(m, w) == TR_CODES ? m->ws.quant[TR_QUANT_HIDDEN] : (tr_quantised){0};

@@ -111,8 +111,8 @@ static bool make_stamps(tr_model *m, tr_step_graph *g)
     return !g->cannot_stamp;
 }
 
-/* One step in m->stamp_every is run from a second record, which has stamps around its layers and their halves; *run: the record for this one. *made:
- * it was made now, and its operations have been noted. */
+/* One step in m->stamp_every is run from a second record, which has stamps around its layers and their halves; *run: the record
+ * for this one. *made: it was made now, and its operations have been noted. */
 static tr_status prepare(tr_model *m, tr_pass *p, tr_step *step, tr_step_graph *g, tr_graph **run,
                          bool *made, tr_err *err)
 {

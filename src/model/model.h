@@ -121,10 +121,10 @@ typedef struct tr_step_records {
 tr_status tr_step_record(tr_step *step, tr_model *model, int n_rows, tr_step_records *sum,
                          tr_err *err);
 
-/* Time on the device (base/device_time.h): while it is on, steps, layers, their halves and operations are timed there too, into
- * the tree of the model's regions, where the device has a clock of its own; of steps that are run from a record one in `every` (TR_TIME_EVERY:
- * few enough to cost nothing) has its layers timed. 0: off, what has passed is read; before the tree goes. A failure leaves everything as
- * it was. */
+/* Time on the device (base/device_time.h): while it is on, steps, layers, their halves and operations are timed there too, into the
+ * tree of the model's regions, where the device has a clock of its own; of steps that are run from a record one in `every` has its
+ * layers timed (TR_TIME_EVERY: few enough to cost nothing). 0: off, what has passed is read; before the tree goes. A failure leaves
+ * everything as it was. */
 enum { TR_TIME_EVERY = 64 }; /* parallel.md 10.4, build.md 7 */
 tr_status tr_model_time(tr_model *model, int every, tr_err *err);
 /* Of a step that is done, by its plan's number, one of the last few; false: not known. */
