@@ -165,6 +165,39 @@ static double terms(const world *w, const uint8_t *q8, const float *head_weight,
 /* fp8 products on Hopper's matrix instructions: of the terms of a sum, what lies 2^-13 below the largest is lost. */
 static const double fp8_sum_error = 1.0 / 4096;
 
+/* Steps whose rows see at most k keys have no scores: all of them are selected. */
+static void select_all(pair *p, world *w)
+{
+    const geometry *g = w->g;
+    const size_t n = (size_t)w->rows.n_max, lists = n * (size_t)g->k * 4;
+    int32_t *at = array(p, n * 4), *position = array(p, lists), *cache_row = array(p, lists),
+            *n_selected = array(p, n * 4);
+    tr_rows host = w->rows, dev = w->dev_rows;
+    struct tr_topk_args tc = {.rows = &host,
+                              .ld = MAX_POSITION,
+                              .k = g->k,
+                              .n_row = w->n,
+                              .position = position,
+                              .cache_row = cache_row,
+                              .n_selected = n_selected},
+                        td = tc;
+
+    for (size_t i = 0; i < n; i++)
+        at[i] = w->rows.position[i] < g->k ? w->rows.position[i] : g->k - 1;
+    host.position = dev.position = at;
+    push(p);
+    td.rows = &dev;
+    TWIN(p, dev.position);
+    TWIN(p, td.position);
+    TWIN(p, td.cache_row);
+    TWIN(p, td.n_selected);
+    assert_int_equal(p->c->topk(p->cpu, TR_LANE_MAIN, &tc), TR_OK);
+    pair_ok(p, "topk without scores", p->g->topk(p->gpu, TR_LANE_MAIN, &td));
+    same_bytes(p, "n_selected", n_selected, (size_t)w->n * 4);
+    same_bytes(p, "positions", position, (size_t)w->n * (size_t)g->k * 4);
+    same_bytes(p, "cache rows", cache_row, (size_t)w->n * (size_t)g->k * 4);
+}
+
 /* Index queries to the bit, scores, and the same selection from the same scores; lists stay for the
  * attention. */
 static int32_t *select_keys(pair *p, world *w, int ties)
@@ -256,6 +289,7 @@ static int32_t *select_keys(pair *p, world *w, int ties)
         same_bytes(p, "positions", position + at, (size_t)n_row * (size_t)g->k * 4);
         same_bytes(p, "cache rows", cache_row + at, (size_t)n_row * (size_t)g->k * 4);
     }
+    select_all(p, w);
     return cache_row;
 }
 

@@ -502,7 +502,7 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
 cudaError_t launch_cluster(topk_params p, int n_rows, int context, int n_ctas, cudaStream_t stream)
 {
     p.span = ((context + n_ctas - 1) / n_ctas + 127) / 128 * 128;
-    p.limit = p.ld < (size_t)context ? (int)p.ld : context;
+    p.limit = !p.score ? 0 : p.ld < (size_t)context ? (int)p.ld : context;
     size_t bytes = sizeof(cluster_shared) + (size_t)(p.span + p.span / 16) * 4;
     cudaLaunchAttribute cluster;
     cudaLaunchConfig_t config = {};

@@ -21,7 +21,7 @@ struct topk_params {
     int k, i_row, row_end; /* row_end: the host's bound */
     int32_t *position, *cache_row, *n_selected;
     int span; /* largest part of a row that a CTA holds (cluster), largest context (stream): sizes of shared arrays */
-    int limit; /* scores of a row that may be read, whatever its context (cluster) */
+    int limit; /* scores of a row that may be read, whatever its context (cluster); 0: there are none */
 };
 
 /* Floats in ascending order as unsigned integers in ascending order. */
