@@ -133,7 +133,7 @@ static tr_status take_exchanges(tr_model *m, tr_err *err)
         size_t rows, columns, size;
     } list[] = {
         {m->moe_exchange, &ws->moe.out, n_out, record / 4, 4},
-        {m->moe_exchange, &ws->moe.in, n_in, record / 4, 4},
+        {m->moe_exchange && members > 1, &ws->moe.in, n_in, record / 4, 4},
         {m->moe_exchange, &ws->moe.count, (size_t)members, 1, 4},
         {m->moe_exchange, &ws->moe.origin, n_out, 1, 4},
         {m->moe_exchange, &ws->moe.expert, n_in, (size_t)k, 4},
@@ -142,7 +142,7 @@ static tr_status take_exchanges(tr_model *m, tr_err *err)
         {m->moe_exchange && codes, &ws->moe.q, n_in, hidden, 1},
         {m->moe_exchange && codes, &ws->moe.q_scale, tr_ceil_div(n_in, 4) * 4, hidden / 128, 4},
         {m->moe_exchange, &ws->moe.y, n_in, hidden, act},
-        {m->moe_exchange, &ws->moe.back, n_out, hidden, act},
+        {m->moe_exchange && members > 1, &ws->moe.back, n_out, hidden, act},
         {!slice->head, &ws->handoff, n, hidden, 4},
         {tr_comm_size(m->groups.attn_cp) > 1, &ws->head_own, n, hidden, act},
         {tr_comm_size(m->groups.attn_cp) > 1, &ws->head_all, n, hidden, act},
@@ -156,6 +156,10 @@ static tr_status take_exchanges(tr_model *m, tr_err *err)
     for (size_t i = 0; i < sizeof list / sizeof *list && st == TR_OK; i++)
         if (list[i].wanted)
             st = take(m, list[i].rows, list[i].columns, list[i].size, list[i].out, err);
+    if (members == 1) { /* of --tp with --ep 1: rows are dealt out, and what goes is what comes */
+        ws->moe.in = ws->moe.out;
+        ws->moe.back = ws->moe.y;
+    }
     return st;
 }
 
