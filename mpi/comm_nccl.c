@@ -486,7 +486,8 @@ tr_status tr_nccl_comm(tr_comm **out, tr_nccl *nccl, tr_comm *host, unsigned fla
     snprintf(c->base.name, sizeof c->base.name, "%s", tr_comm_name(host));
     c->by_terms = c->base.size > 2 || (flags & TR_NCCL_TERMS);
     tr_status st = prepare(c, err);
-    st = tr_nccl_connect(&c->seat, nccl, host, c->base.name, st, err);
+    st = tr_nccl_connect(&c->seat, nccl, host, c->base.name, (flags & TR_NCCL_BLOCKING) != 0, st,
+                         err);
     if (st == TR_OK) st = find_first(c, err);
     if (st == TR_OK)
         *out = &c->base;

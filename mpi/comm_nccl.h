@@ -27,8 +27,10 @@ tr_status tr_nccl_open(tr_nccl **out, tr_world *world, tr_device *device, const 
 /* After all of its communicators, before the device. NULL: nothing. */
 void tr_nccl_close(tr_nccl *nccl);
 
-/* TR_NCCL_TERMS: sums of two members too are made of terms (tests). */
-enum { TR_NCCL_TERMS = 1 };
+/* TR_NCCL_TERMS: sums of two members too are made of terms (tests). TR_NCCL_BLOCKING: NCCL's calls return when they are done,
+ * which its symmetric windows want (2.28.3 reports a communicator that is still busy otherwise); a member that is lost then holds
+ * up the others' calls, so for benches alone. */
+enum { TR_NCCL_TERMS = 1, TR_NCCL_BLOCKING = 2 };
 
 /* The members of `host` (of more than one; kept, freed after this one) in the same order and with the same name, for
  * memory of the device. Collective over them: all succeed or none does. Operations that may be in flight together with those of another lane

@@ -180,7 +180,7 @@ static tr_status share_id(ncclUniqueId *id, tr_nccl *nccl, tr_comm *host, tr_err
 }
 
 tr_status tr_nccl_connect(tr_nccl_seat *seat, tr_nccl *nccl, tr_comm *host, const char *name,
-                          tr_status mine, tr_err *err)
+                          bool blocking, tr_status mine, tr_err *err)
 {
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     ncclUniqueId id;
@@ -188,7 +188,7 @@ tr_status tr_nccl_connect(tr_nccl_seat *seat, tr_nccl *nccl, tr_comm *host, cons
 
     *seat = (tr_nccl_seat){.comm = NULL};
     snprintf(seat->name, sizeof seat->name, "%s", name);
-    config.blocking = 0;
+    config.blocking = blocking;
     config.commName = seat->name;
     if (st == TR_OK) st = tr_nccl_cuda("cudaSetDevice", cudaSetDevice(nccl->ordinal), err);
     st = tr_comm_agree(host, st, err);

@@ -51,9 +51,9 @@ tr_status tr_nccl_settle(tr_nccl *nccl, ncclComm_t comm, tr_comm *host, const ch
 tr_status tr_nccl_cuda(const char *call, cudaError_t said, tr_err *err);
 
 /* One of NCCL's communicators for the members of host, seated. Collective over them; `mine`: how this member's preparations
- * went (TR_OK or err->status): all succeed or none does. */
+ * went (TR_OK or err->status): all succeed or none does. blocking: of NCCL's calls on it (TR_NCCL_BLOCKING). */
 tr_status tr_nccl_connect(tr_nccl_seat *seat, tr_nccl *nccl, tr_comm *host, const char *name,
-                          tr_status mine, tr_err *err);
+                          bool blocking, tr_status mine, tr_err *err);
 /* In an orderly way where `well`, with a limit; else, or when that has passed, aborted. Never seated: nothing. */
 void tr_nccl_disconnect(tr_nccl_seat *seat, tr_nccl *nccl, tr_comm *host, bool well);
 

@@ -29,7 +29,7 @@ tr_status tr_nccl_yardstick_open(tr_nccl_yardstick **out, tr_nccl *nccl, tr_comm
     TR_CUDA(cudaStreamCreateWithFlags(&y->stream, cudaStreamNonBlocking));
 
 done:
-    st = tr_nccl_connect(&y->seat, nccl, host, "plain", st, err);
+    st = tr_nccl_connect(&y->seat, nccl, host, "plain", false, st, err);
     if (st == TR_OK)
         *out = y;
     else

@@ -54,21 +54,29 @@ typedef struct place { /* one member's */
 
 /* ---- memory ------------------------------------------------------------------------------------------------------------ */
 
-/* bf16 numbers of about 1, or with `f32` single ones: what multipliers do with zeros takes less power. */
-static tr_status fill(place *p, void *to, size_t bytes, bool f32, tr_err *err)
+/* bf16 numbers of about 1, or with `f32` single ones: what multipliers do with zeros takes less power. Freed by the caller;
+ * NULL: no memory. */
+static char *make_noise(size_t bytes, bool f32)
 {
-    enum { PIECE = 1 << 20 };
-    const size_t piece = bytes < PIECE ? bytes : PIECE;
-    char *noise = malloc(piece + 4);
+    char *noise = malloc(bytes + 4);
     uint32_t h = 12345;
-    tr_status st = TR_OK;
 
-    if (!noise) return tr_fail(err, TR_E_MEMORY, "out of memory");
-    for (size_t i = 0; i < piece; i += 4) {
+    for (size_t i = 0; noise && i < bytes; i += 4) {
         h = h * 1664525u + 1013904223u;
         const uint32_t word = f32 ? 0x3f800000u | h >> 12 : 0x3f803f80u ^ (h & 0x807f807fu);
         memcpy(noise + i, &word, 4);
     }
+    return noise;
+}
+
+static tr_status fill(place *p, void *to, size_t bytes, bool f32, tr_err *err)
+{
+    enum { PIECE = 1 << 20 };
+    const size_t piece = bytes < PIECE ? bytes : PIECE;
+    char *noise = make_noise(piece, f32);
+    tr_status st = TR_OK;
+
+    if (!noise) return tr_fail(err, TR_E_MEMORY, "out of memory");
     for (size_t at = 0; at < bytes && st == TR_OK; at += piece)
         st = p->on.ops->upload(p->on.device, TR_LANE_MAIN, (char *)to + at, noise,
                                bytes - at < piece ? bytes - at : piece);
@@ -91,6 +99,17 @@ static tr_status acts(place *p, size_t n, void *out, tr_err *err)
     return numbers(p, n, tr_act_bytes(p->on.ops) == 4, out, err);
 }
 
+static tr_status pack(place *p, tr_linear *w, tr_err *err)
+{
+    char *noise = make_noise((size_t)w->n_out * (size_t)w->n_in * 2, false);
+    const tr_linear_src src = {.src = noise, .ld = (size_t)w->n_in, .n_out = w->n_out};
+
+    if (!noise) return tr_fail(err, TR_E_MEMORY, "out of memory");
+    const tr_status st = p->on.ops->linear_pack(p->on.device, w, &src);
+    free(noise);
+    return tr_bench_device_status(&p->on, "linear_pack", st, err);
+}
+
 static tr_status take_products(place *p, tr_err *err)
 {
     tr_status st = acts(p, (size_t)p->most * D_IN, &p->x, err);
@@ -100,7 +119,7 @@ static tr_status take_products(place *p, tr_err *err)
         *w = (tr_linear){.format = TR_W_BF16, .n_mats = 1, .n_out = widths[i], .n_in = D_IN};
         const size_t bytes = p->on.ops->linear_bytes(w->format, 1, w->n_out, w->n_in);
         st = tr_bench_device_take(&p->on, bytes, TR_MEMORY_DEVICE, &w->data, err);
-        if (st == TR_OK) st = fill(p, w->data, bytes, false, err);
+        if (st == TR_OK) st = pack(p, w, err);
     }
     return st == TR_OK ? acts(p, (size_t)p->most * (size_t)widths[0], &p->y, err) : st;
 }
@@ -237,7 +256,8 @@ static tr_status gather(place *p, bool latents, tr_ticket *t, tr_err *err)
 
     for (int m = 0; m < p->n_members; m++)
         p->bytes[m] = (size_t)p->rows * row;
-    return tr_comm_all_gather(p->comm, own, own + (size_t)p->most * row, p->bytes, t, err);
+    return tr_comm_all_gather(tr_nccl_window_comm(p->window), own, own + (size_t)p->most * row,
+                              p->bytes, t, err);
 }
 
 static tr_status send(place *p, bool latents, unsigned parts, tr_err *err)
@@ -252,6 +272,7 @@ static tr_status send(place *p, bool latents, unsigned parts, tr_err *err)
 /* The same layer with NCCL's gathers alone, begun in front of the products. */
 static tr_status one_layer_by_window(place *p, unsigned parts, tr_err *err)
 {
+    tr_comm *comm = tr_nccl_window_comm(p->window);
     tr_ticket key = {0}, latent = {0};
     tr_status st = parts & OWN ? write_keys(p, err) : TR_OK;
 
@@ -259,8 +280,8 @@ static tr_status one_layer_by_window(place *p, unsigned parts, tr_err *err)
     if (st == TR_OK && parts & OWN) st = write_latents(p, err);
     if (st == TR_OK && parts & EXCHANGE) st = gather(p, true, &latent, err);
     if (st == TR_OK && parts & PRODUCT) st = products(p, err);
-    if (st == TR_OK && parts & EXCHANGE) st = tr_comm_wait(p->comm, TR_LANE_MAIN, key, err);
-    if (st == TR_OK && parts & EXCHANGE) st = tr_comm_wait(p->comm, TR_LANE_MAIN, latent, err);
+    if (st == TR_OK && parts & EXCHANGE) st = tr_comm_wait(comm, TR_LANE_MAIN, key, err);
+    if (st == TR_OK && parts & EXCHANGE) st = tr_comm_wait(comm, TR_LANE_MAIN, latent, err);
     return st;
 }
 
@@ -292,12 +313,13 @@ static tr_status layers(place *p, unsigned parts, tr_err *err)
 
 static tr_status record(place *p, unsigned parts, tr_err *err)
 {
+    tr_comm *comm = p->window ? tr_nccl_window_comm(p->window) : p->comm;
     tr_status st = p->on.ops->graph_begin(p->on.device, TR_LANE_MAIN);
 
     if (st != TR_OK) return tr_bench_device_status(&p->on, "graph", st, err);
-    tr_comm_set_mode(p->comm, TR_COMM_RECORD);
+    tr_comm_set_mode(comm, TR_COMM_RECORD);
     st = layers(p, parts, err);
-    tr_comm_set_mode(p->comm, TR_COMM_RUN);
+    tr_comm_set_mode(comm, TR_COMM_RUN);
     if (st != TR_OK) {
         p->on.ops->graph_end(p->on.device, TR_LANE_MAIN, NULL);
         return st;

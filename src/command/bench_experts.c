@@ -272,7 +272,8 @@ static tr_status run(place *p, part what, tr_err *err)
     case COMBINE:
         return p->tells ? collect(p, err) : come_back(p, err);
     default:
-        return p->b->plain(p->b->ctx, p->send, p->recv, p->plain[what == PLAIN_COMBINE], err);
+        return what == PLAIN_DISPATCH ? p->b->plain(p->b->ctx, p->send, p->recv, p->plain[0], err)
+                                      : p->b->plain(p->b->ctx, p->y, p->back, p->plain[1], err);
     }
 }
 
