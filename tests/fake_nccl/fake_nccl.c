@@ -64,6 +64,7 @@ struct fake_event {
 struct fake_comm {
     MPI_Comm mpi;
     int rank, size, n_calls;
+    int blocking;
 };
 
 /* What the real ones keep in their libraries. */
@@ -387,7 +388,6 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t *comm, int n, ncclUniqueId id, in
     int word[2], me, *member = must(calloc((size_t)n, sizeof *member));
     MPI_Group world, members;
 
-    if (config->blocking) return ncclSystemError;
     memcpy(word, id.internal, sizeof word);
     const int tag = 20000 + word[1];
     MPI_Comm_rank(MPI_COMM_WORLD, &me);
@@ -406,6 +406,7 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t *comm, int n, ncclUniqueId id, in
     struct fake_comm *c = must(calloc(1, sizeof *c));
     c->rank = rank;
     c->size = n;
+    c->blocking = config->blocking;
     MPI_Comm_group(MPI_COMM_WORLD, &world);
     MPI_Group_incl(world, n, member, &members);
     MPI_Comm_create_group(MPI_COMM_WORLD, members, tag, &c->mpi);
@@ -413,7 +414,7 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t *comm, int n, ncclUniqueId id, in
     MPI_Group_free(&world);
     free(member);
     *comm = c;
-    return ncclInProgress;
+    return c->blocking ? ncclSuccess : ncclInProgress;
 }
 
 /* FAKE_NCCL_CALLS: after so many calls of a communicator it has failed. */
@@ -425,16 +426,16 @@ static bool has_failed(const struct fake_comm *comm)
 
 ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *said)
 {
-    *said = has_failed(comm)         ? ncclSystemError
-            : comm->n_calls % 3 == 1 ? ncclInProgress
-                                     : ncclSuccess;
+    *said = has_failed(comm)                            ? ncclSystemError
+            : comm->n_calls % 3 == 1 && !comm->blocking ? ncclInProgress
+                                                        : ncclSuccess;
     comm->n_calls++;
     return ncclSuccess;
 }
 
 static ncclResult_t said(ncclComm_t comm)
 {
-    return comm->n_calls++ % 2 ? ncclInProgress : ncclSuccess;
+    return comm->n_calls++ % 2 && !comm->blocking ? ncclInProgress : ncclSuccess;
 }
 
 ncclResult_t ncclCommFinalize(ncclComm_t comm)
