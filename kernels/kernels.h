@@ -289,9 +289,10 @@ struct tr_dense_mha_args {
     const tr_linear *w_uk, *w_uv; /* n_heads matrices [d_nope, d_latent], [d_v, d_latent] */
     tr_kv_layer kv;
     tr_await latents;
-    tr_act *out; /* [n, n_heads, d_v] */
-    int n_spans,
-        max_context; /* at most, of dense rows: runs of neighbours of a slot; keys of one */
+    tr_act *out;     /* [n, n_heads, d_v] */
+    int n_spans,     /* at most, of dense rows: runs of neighbours of a slot */
+        max_context, /* keys of one */
+        row_step; /* positions between neighbours of a run: members that rows are dealt out to (parallel.md 3.2); 0: 1 */
     int64_t
         n_keys; /* of all dense runs, each rounded up to 128, at most; 0: n_spans times max_context */
     void *workspace;

@@ -453,6 +453,13 @@ static void attend(pair *p, world *w, const int32_t *cache_row, tr_format format
         assert_int_equal(p->c->dense_mha(p->cpu, TR_LANE_MAIN, &dc), TR_OK);
         pair_ok(p, "dense_mha", p->g->dense_mha(p->gpu, TR_LANE_MAIN, &dd));
         near_rows(p, "dense_mha of some", out, n_few * heads, g->d_v, bf16_error);
+        dd.row_step = step;
+        dd.workspace = twin(p, dense_work);
+        dd.workspace_bytes = bytes;
+        pair_ok(p, "dense_mha", p->g->dense_mha(p->gpu, TR_LANE_MAIN, &dd));
+        near_rows(p, "dense_mha of some with memory", out, n_few * heads, g->d_v, bf16_error);
+        dd.workspace = NULL;
+        dd.workspace_bytes = 0;
     }
     weight_free(p, &uk);
     weight_free(p, &uk_t);

@@ -29,7 +29,7 @@ typedef struct fixture {
 
 static int keys_of(const tr_dense_span *s)
 {
-    return (s->position + s->n + BLOCK - 1) / BLOCK * BLOCK;
+    return (tr_dense_seen(s, s->n) + BLOCK - 1) / BLOCK * BLOCK;
 }
 
 static int tiles_of(const tr_dense_span *s)
@@ -56,7 +56,7 @@ static void check_tiles(fixture *f, int n_spans, int n_rounds)
             assert_int_equal(s->i_tile + k, n);
             f->tile[n++] = (tile){.order = tr_dense_tile_order(s, k * TR_DENSE_TILE_ROWS),
                                   .round = s->round,
-                                  .keys = s->position + (last < s->n ? last : s->n)};
+                                  .keys = tr_dense_seen(s, last < s->n ? last : s->n)};
         }
     }
     assert_int_equal(n, f->plan.tile_begin[n_rounds]);
@@ -132,7 +132,8 @@ static int check_all(fixture *f, int n_spans, int max_keys)
 static void fill(fixture *f, int n_spans, int position, int n)
 {
     for (int i = 0; i < n_spans; i++)
-        f->span[i] = (tr_dense_span){.row = i * n, .n = n, .position = position, .slot = i};
+        f->span[i] =
+            (tr_dense_span){.row = i * n, .n = n, .position = position, .step = 1, .slot = i};
 }
 
 static void one_round_where_all_fit(void **state)
@@ -173,10 +174,10 @@ static void rounds_left_early(void **state)
     fixture *f = *state;
 
     for (int i = 0; i < 3000; i++)
-        f->span[i] = (tr_dense_span){.n = i % 2 ? 1 : 1920, .slot = i};
+        f->span[i] = (tr_dense_span){.n = i % 2 ? 1 : 1920, .step = 1, .slot = i};
     assert_true(check_all(f, 3000, 2048) >= 1500);
     for (int i = 0; i < 3000; i++)
-        f->span[i] = (tr_dense_span){.n = i % 2 ? 256 : 2048, .slot = i};
+        f->span[i] = (tr_dense_span){.n = i % 2 ? 256 : 2048, .step = 1, .slot = i};
     assert_int_equal(check_all(f, 3000, 2048 + 128), 3000);
 }
 
@@ -191,9 +192,13 @@ static void any_lengths(void **state)
             x = x * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
             const int position = (int)(x >> 40) % 2048,
                       rows = 1 + (int)(x >> 50) % (2048 - position);
-            f->span[i] = (tr_dense_span){
-                .n = times % 3 ? rows : (rows - 1) % 17 + 1, .position = position, .slot = i};
-            if (f->span[i].position + f->span[i].n > 2048) f->span[i].position = 0;
+            const int step = times % 4 ? 1 : 1 << (times / 4 % 4); /* rows dealt out to members */
+            f->span[i] = (tr_dense_span){.n = ((times % 3 ? rows : rows % 17) + step - 1) / step,
+                                         .position = position,
+                                         .step = step,
+                                         .slot = i};
+            if (f->span[i].n == 0) f->span[i].n = 1;
+            if (tr_dense_seen(&f->span[i], f->span[i].n) > 2048) f->span[i].position = 0;
         }
         check_all(f, n, 2048 + times % 5 * 384);
     }

@@ -18,10 +18,11 @@ __device__ __forceinline__ bool is_live(const tr_rows &r, int i, int n)
     return i >= 0 && i < n && r.dense[i] && r.write[i] >= 0;
 }
 /* Row i goes on with what row i - 1 began. */
-__device__ __forceinline__ bool follows(const tr_rows &r, int i, int n)
+__device__ __forceinline__ bool follows(const job &j, int i, int n)
 {
+    const tr_rows &r = j.rows;
     return is_live(r, i - 1, n) && is_live(r, i, n) && r.slot[i] == r.slot[i - 1] &&
-           r.position[i] == r.position[i - 1] + 1;
+           r.position[i] == r.position[i - 1] + j.step;
 }
 
 /* Sum over the threads before this one; *total: over all. */
@@ -85,21 +86,22 @@ __global__ void __launch_bounds__(PLAN_THREADS) dense_plan(const __grid_constant
     int b = min((int)threadIdx.x * per, n), e = min(b + per, n), begins = 0, ends = 0;
 
     for (int i = b; i < e; i++) {
-        begins += is_live(j.rows, i, n) && !follows(j.rows, i, n);
-        ends += is_live(j.rows, i, n) && !follows(j.rows, i + 1, n);
+        begins += is_live(j.rows, i, n) && !follows(j, i, n);
+        ends += is_live(j.rows, i, n) && !follows(j, i + 1, n);
     }
     int i_begin = scan(begins, space, &total), i_end = scan(ends, space, &unused);
     total = min(total, j.max_spans);
     for (int i = b; i < e; i++) {
-        if (is_live(j.rows, i, n) && !follows(j.rows, i, n)) {
+        if (is_live(j.rows, i, n) && !follows(j, i, n)) {
             if (i_begin < total) {
                 j.spans[i_begin].row = i;
                 j.spans[i_begin].slot = j.rows.slot[i];
                 j.spans[i_begin].position = j.rows.position[i];
+                j.spans[i_begin].step = j.step;
             }
             i_begin++;
         }
-        if (is_live(j.rows, i, n) && !follows(j.rows, i + 1, n)) {
+        if (is_live(j.rows, i, n) && !follows(j, i + 1, n)) {
             if (i_end < total) j.spans[i_end].n = i + 1;
             i_end++;
         }
@@ -116,7 +118,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) dense_plan(const __grid_constant
         if (s.round < 0) continue;
         for (int k = 0; k * TILE_ROWS < s.n; k++)
             j.unsorted[s.i_tile + k] = {i, k * TILE_ROWS};
-        for (int k = 0; k * BLOCK_KEYS < s.position + s.n; k++)
+        for (int k = 0; k * BLOCK_KEYS < tr_dense_seen(&s, s.n); k++)
             j.blocks[s.i_block + k] = {i, k * BLOCK_KEYS};
     }
     __syncthreads();
@@ -150,9 +152,9 @@ __device__ __forceinline__ bool next_task(const job &j, int i, task &t)
     t.head = i % j.n_heads;
     t.row = s.row + x.first;
     t.n = min(s.n - x.first, (int)TILE_ROWS);
-    t.position = s.position + x.first;
+    t.position = s.position + x.first * s.step;
     t.base = s.base;
-    t.n_blocks = (t.position + t.n - 1) / BLOCK_KEYS + 1;
+    t.n_blocks = tr_dense_pieces(tr_dense_seen(&s, x.first + t.n), BLOCK_KEYS);
     return true;
 }
 
@@ -223,13 +225,13 @@ __device__ __forceinline__ void softmax(float (&s)[64], state &st, float scale, 
     }
 }
 
-/* Keys past a row's own position; seen: how many keys of the block the thread's first row sees. */
-__device__ __forceinline__ void mask(float (&s)[64], int seen)
+/* Keys past a row's own position; seen: how many keys of the block the thread's first row sees, and how many more its second. */
+__device__ __forceinline__ void mask(float (&s)[64], int seen, int more)
 {
     int q = (threadIdx.x & 3) * 2;
 #pragma unroll
     for (int i = 0; i < 64; i++)
-        if (i / 4 * 8 + q + i % 2 >= seen + i / 2 % 2 * 8) s[i] = -CUDART_INF_F;
+        if (i / 4 * 8 + q + i % 2 >= seen + i / 2 % 2 * more) s[i] = -CUDART_INF_F;
 }
 
 __device__ __forceinline__ void pack(const float (&s)[64], uint32_t (&p)[32])
@@ -298,8 +300,8 @@ __device__ __forceinline__ void math(const job &j, mha_shared *sh, uint32_t base
                                      LAYOUT_SWIZZLE_128);
         };
         auto probabilities = [&](float(&s)[64], int b) {
-            int seen = t.position + line + 1 - b * BLOCK_KEYS;
-            if ((b + 1) * BLOCK_KEYS > t.position + wg * 64 + 1) mask(s, seen);
+            int seen = t.position + line * j.step + 1 - b * BLOCK_KEYS;
+            if ((b + 1) * BLOCK_KEYS > t.position + wg * 64 * j.step + 1) mask(s, seen, 8 * j.step);
             softmax(s, st, j.scale, keep);
         };
 
@@ -474,6 +476,7 @@ cudaError_t tr_cuda_dense_mha_hopper(const tr_cuda_dense_mha_hopper_args *a, cud
         (a->kv.dtype != TR_E4M3 && a->kv.dtype != TR_BF16))
         return cudaErrorNotSupported;
     if (n_max < 0 || a->n_spans < 0 || a->rows->max_context < 0) return cudaErrorInvalidValue;
+    if (a->step < 1 || a->step > 1 << 10) return cudaErrorInvalidValue;
     if (n_max == 0 || a->n_spans == 0 || span_keys == 0) return cudaSuccess;
     if (a->n_spans > n_max) return cudaErrorInvalidValue;
     /* As many keys as there is room for, up to what can be asked for. */
@@ -501,6 +504,7 @@ cudaError_t tr_cuda_dense_mha_hopper(const tr_cuda_dense_mha_hopper_args *a, cud
     j.rows = *a->rows;
     j.n_heads = a->n_heads;
     j.max_spans = a->n_spans;
+    j.step = a->step;
     j.max_keys = n_keys;
     j.scale = a->scale * 1.44269504f;
     j.kv = a->kv;

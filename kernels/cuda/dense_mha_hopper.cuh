@@ -31,6 +31,7 @@ struct tile { /* rows [first, ..) of a span, up to TILE_ROWS; or a block of its 
 struct job {
     tr_rows rows;
     int n_heads, group_heads, max_spans, max_keys;
+    int step; /* of all spans */
     int first_round, n_rounds; /* the window: of all rounds, these */
     int i_round;               /* in it */
     float scale;               /* times log2(e) */

@@ -2,7 +2,7 @@
  * shapes of the real model, with bf16 activations. Keys and values of all heads are made once from the cached latents, then
  * attention runs over them; kernels are enqueued on the stream, nothing synchronises.
  *
- * Rows: the dense ones, in runs (spans): neighbouring rows of one slot at neighbouring positions. Others are left alone; dense
+ * Rows: the dense ones, in runs (spans): neighbouring rows of one slot, `step` positions apart. Others are left alone; dense
  * pads get zeros. A row's bits do not depend on where its prompt was cut, nor on the rows beside it: keys come in blocks of
  * 128 from position 0, and each row has its own running softmax. */
 #ifndef TR_CUDA_DENSE_MHA_HOPPER_H
@@ -22,6 +22,7 @@ typedef struct tr_cuda_dense_mha_hopper_args {
     const tr_rows
         *rows;   /* host memory, read by the call; what it points to is on the device. n, n_max,
                             max_context, slot, position, write, dense, page_table, max_pages are used */
+    int step;    /* 1, or where rows of prompts are dealt out to members, their number */
     int n_spans; /* at least as many as there are dense runs among the rows */
     int64_t
         n_keys; /* of all runs together at most, each rounded up to 128; 0: n_spans times max_context */

@@ -42,7 +42,7 @@ __device__ __forceinline__ void load_latents(const job &j, const span &s, int fi
 {
     const bool fp8 = j.kv.dtype == TR_E4M3;
     const int32_t *pages = j.rows.page_table + (size_t)s.slot * (size_t)j.rows.max_pages;
-    int context = s.position + s.n;
+    int context = tr_dense_seen(&s, s.n);
 
 #pragma unroll 4
     for (int i = (int)threadIdx.x; i < BLOCK_KEYS * 64; i += MATH) { /* 8 numbers each */

@@ -16,10 +16,10 @@
 
 enum { TR_DENSE_TILE_ROWS = 128, TR_DENSE_BLOCK_KEYS = 128, TR_DENSE_ROUNDS = 512 };
 
-/* Rows [row, row + n) of `slot`, the first at `position`; its keys begin at key `base` of the workspace in round `round` of the
+/* Rows [row, row + n) of `slot`, the first at `position`, the others `step` positions apart; its keys begin at key `base` of the workspace in round `round` of the
  * window, its tiles of rows and blocks of keys at the i_tile-th and i_block-th of the window. round -1: not in this window. */
 typedef struct tr_dense_span {
-    int row, n, position, slot, base, round, i_tile, i_block;
+    int row, n, position, step, slot, base, round, i_tile, i_block;
 } tr_dense_span;
 
 /* Tiles and blocks of round r of a window: [begin[r], begin[r + 1]). */
@@ -30,6 +30,12 @@ typedef struct tr_dense_plan {
 TR_DENSE_INLINE int tr_dense_pieces(int n, int of)
 {
     return (n + of - 1) / of;
+}
+
+/* Keys that the first n rows of a span see. */
+TR_DENSE_INLINE int tr_dense_seen(const tr_dense_span *s, int n)
+{
+    return s->position + (n - 1) * s->step + 1;
 }
 
 /* Most rounds that spans take whose keys, each span's rounded up to whole blocks, are all_keys together and span_keys at most
@@ -51,7 +57,7 @@ TR_DENSE_INLINE void tr_dense_plan_window(tr_dense_span *span, int n_spans, int 
 
     for (int i = 0; i < n_spans; i++) {
         tr_dense_span s = span[i];
-        const int blocks = tr_dense_pieces(s.position + s.n, TR_DENSE_BLOCK_KEYS),
+        const int blocks = tr_dense_pieces(tr_dense_seen(&s, s.n), TR_DENSE_BLOCK_KEYS),
                   keys = blocks * TR_DENSE_BLOCK_KEYS;
         if (base + keys > max_keys) {
             base = 0;
@@ -83,7 +89,7 @@ TR_DENSE_INLINE int64_t tr_dense_tile_order(const tr_dense_span *s, int first)
 {
     const int rows = first + TR_DENSE_TILE_ROWS < s->n ? first + (int)TR_DENSE_TILE_ROWS : s->n;
 
-    return ((int64_t)s->round << 32) - (s->position + rows);
+    return ((int64_t)s->round << 32) - tr_dense_seen(s, rows);
 }
 
 #endif

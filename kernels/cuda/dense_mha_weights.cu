@@ -95,6 +95,7 @@ cudaError_t tr_cuda_dense_mha_real(const struct tr_dense_mha_args *a, cudaStream
     rows.max_context = a->max_context;
     const tr_cuda_dense_mha_hopper_args args = {
         .rows = &rows,
+        .step = a->row_step > 1 ? a->row_step : 1,
         .n_spans = a->n_spans < rows.n_max ? a->n_spans : rows.n_max,
         .n_keys = a->n_keys,
         .q = a->q,

@@ -220,6 +220,20 @@ static tr_status select_keys(tr_model *m, const tr_pass *p, const tr_attention_w
     return st;
 }
 
+/* Positions between neighbouring rows of the dense spans; 0: not the same in all of them. */
+static int dense_step(const tr_pass *p)
+{
+    const tr_span *span = tr_plan_spans(p->plan);
+    int step = 0;
+    for (int i = 0; i < p->plan->n_spans; i++) {
+        if (!(span[i].flags & TR_SPAN_DENSE) || span[i].n_rows < 2) continue;
+        const int own = span[i].flags & TR_SPAN_PART ? 1 + span[i].skip : 1;
+        if (step && own != step) return 0;
+        step = own;
+    }
+    return step ? step : 1;
+}
+
 /* Keys of all dense spans, each rounded up to 128; 0: the host does not know. */
 static int64_t dense_keys(const tr_pass *p)
 {
@@ -228,7 +242,9 @@ static int64_t dense_keys(const tr_pass *p)
     for (int i = 0; i < p->plan->n_spans; i++) {
         if (!(span[i].flags & TR_SPAN_DENSE)) continue;
         if (span[i].position < 0) return 0;
-        sum += (span[i].position + span[i].n_rows + 127) / 128 * 128;
+        const int skip = span[i].flags & TR_SPAN_PART ? span[i].skip : 0,
+                  last = span[i].position + (span[i].n_rows - 1) * (1 + skip);
+        sum += (last + 128) / 128 * 128;
     }
     return p->n == p->n_max ? sum : 0; /* a record serves others */
 }
@@ -240,6 +256,7 @@ static tr_status attend(tr_model *m, const tr_pass *p, const tr_attention_weight
     const tr_config *c = m->config;
     const int heads = m->heads, d_latent = c->kv_lora_rank, d_v = c->v_head_dim;
     const tr_row_sums sums = tr_pass_sums(m, p);
+    const int step = dense_step(p);
     tr_status st = x->here ? TR_OK : await_rows(m, m->share_latent, &x->latents, err);
 
     if (st == TR_OK && (p->plan->flags & TR_PLAN_HAS_ABSORBED)) {
@@ -263,11 +280,9 @@ static tr_status attend(tr_model *m, const tr_pass *p, const tr_attention_weight
                     .n_spans = p->plan->n_spans + p->n_max - p->n,
                     .max_context =
                         p->rows.max_context < c->index_topk ? p->rows.max_context : c->index_topk,
-                    .n_keys = dense_keys(p),
-                    /* Rows that are dealt out to members are no runs of neighbours. */
-                    .workspace = tr_comm_size(m->groups.attn_cp) == 1 ? m->ws.scratch : NULL,
-                    .workspace_bytes =
-                        tr_comm_size(m->groups.attn_cp) == 1 ? m->ws.scratch_bytes : 0);
+                    .row_step = step, .n_keys = dense_keys(p),
+                    .workspace = step ? m->ws.scratch : NULL,
+                    .workspace_bytes = step ? m->ws.scratch_bytes : 0);
     return st;
 }
 

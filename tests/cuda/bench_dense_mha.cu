@@ -102,7 +102,7 @@ struct setup {
 
     /* n_keys: room in the workspace; q_seed by slot and position, so that a row is the same in any company. */
     setup(const std::vector<span> &spans, int heads, int is_fp8, uint8_t *cache, int max_pages,
-          int n_slots, int n_keys, float q_scale);
+          int n_slots, int n_keys, float q_scale, int step = 1);
     setup(const setup &) = delete;
     ~setup()
     {
@@ -141,16 +141,16 @@ __global__ void fill_rows(uint16_t *q, const int32_t *slot, const int32_t *posit
 }
 
 setup::setup(const std::vector<span> &spans, int heads, int is_fp8, uint8_t *cache, int max_pages,
-             int n_slots, int n_keys, float q_scale)
+             int n_slots, int n_keys, float q_scale, int step)
     : n_heads(heads), fp8(is_fp8), q_size(q_scale)
 {
     for (const span &s : spans)
         for (int i = 0; i < s.n; i++, n++) {
             slot.push_back(s.slot);
-            position.push_back(s.position + i);
+            position.push_back(s.position + i * step);
             dense.push_back(s.kind != 1);
             write.push_back(s.kind == 2 ? -1 : 0);
-            max_context = std::max(max_context, s.position + i + 1);
+            max_context = std::max(max_context, s.position + i * step + 1);
         }
     std::vector<int32_t> table((size_t)n_slots * max_pages), live = {n};
     for (size_t i = 0; i < table.size(); i++)
@@ -171,6 +171,7 @@ setup::setup(const std::vector<span> &spans, int heads, int is_fp8, uint8_t *cac
     fill_bf16<<<1024, 256>>>(w, (size_t)heads * 256 * D_LATENT, 0.1f, 78);
     CHECK_CUDA(cudaGetLastError());
     a.rows = &rows;
+    a.step = step;
     a.n_spans = (int)spans.size();
     a.q = q;
     a.n_heads = heads;
@@ -367,6 +368,14 @@ void check_shape(const std::vector<span> &spans, int heads, int fp8, uint8_t *ca
             alone.run();
             compare(alone, alone.fetch(), s, first, what);
         }
+        for (int step : {2, 4}) /* dealt out */
+            for (int m = 0; m < step && m < x.n; m++) {
+                setup part({{x.slot, x.position + m, (x.n - m + step - 1) / step, 0}}, heads, fp8,
+                           cache, max_pages, n_slots, 32768, q_scale, step);
+                part.poison();
+                part.run();
+                compare(part, part.fetch(), s, first, what + ", dealt out");
+            }
     }
     printf("checked %-34s %4d rows: relative error %.2e\n", what.c_str(), s.n, e);
 }
