@@ -6,7 +6,7 @@
 namespace
 {
 
-enum { THREADS = 256 };
+enum { THREADS = 256, COMBINE_THREADS = 128 };
 
 /* A warp takes a block of 128 columns of a row: one scale. */
 __global__ void __launch_bounds__(THREADS)
@@ -109,38 +109,58 @@ __global__ void __launch_bounds__(THREADS) swiglu(const __grid_constant__ tr_swi
     }
 }
 
-/* A thread has V neighbouring columns of a row. */
+/* V neighbouring numbers at once: 8 are 16 bytes. */
+template <int V> struct alignas(V * 2) few_numbers {
+    __nv_bfloat16 v[V];
+};
+
+/* A thread has V neighbouring columns of a row. The rows of AHEAD pairs are on their way at a time; they are added in the
+ * order of the pairs. */
 template <int V>
-__global__ void __launch_bounds__(THREADS) combine(const __grid_constant__ tr_moe_combine_args a)
+__global__ void __launch_bounds__(COMBINE_THREADS)
+    combine(const __grid_constant__ tr_moe_combine_args a)
 {
-    const int r = (int)blockIdx.x, i = ((int)blockIdx.y * THREADS + (int)threadIdx.x) * V;
+    enum { AHEAD = 4 };
+    typedef few_numbers<V> piece;
+    const int r = (int)blockIdx.x, i = ((int)blockIdx.y * COMBINE_THREADS + (int)threadIdx.x) * V;
     tr::early::follow();
     if (r >= tr::live_rows(a.n, a.n_max) || i >= a.d) return;
-    const size_t at = (size_t)r * (size_t)a.d + (size_t)i;
-    const __nv_bfloat16 *shared = tr::act(a.shared), *y = tr::act(a.y);
+    const size_t at = (size_t)r * (size_t)a.d + (size_t)i, pair = (size_t)r * (size_t)a.k;
+    const __nv_bfloat16 *y = tr::act(a.y) + pair * (size_t)a.d + (size_t)i;
+    const int32_t *expert = a.expert + pair;
+    const float *weight = a.weight + pair;
     float sum[V] = {};
-    if (shared)
+    if (a.shared) {
+        const piece x = *reinterpret_cast<const piece *>(tr::act(a.shared) + at);
+#pragma unroll
         for (int v = 0; v < V; v++)
-            sum[v] = __bfloat162float(shared[at + v]);
-#pragma unroll 4
-    for (int j = 0; j < a.k; j++) {
-        const size_t pair = (size_t)r * (size_t)a.k + (size_t)j;
-        const int e = a.expert[pair] - a.e_first;
-        if (e < 0 || e >= a.n_local) continue;
-        const float w = a.weight[pair];
-        const __nv_bfloat16 *from = y + pair * (size_t)a.d + (size_t)i;
-        if (V == 4) {
-            const float4 x = tr::read_four(from);
-            sum[0] = __fmaf_rn(w, x.x, sum[0]);
-            sum[1 % V] = __fmaf_rn(w, x.y, sum[1 % V]);
-            sum[2 % V] = __fmaf_rn(w, x.z, sum[2 % V]);
-            sum[3 % V] = __fmaf_rn(w, x.w, sum[3 % V]);
-        } else {
-            sum[0] = __fmaf_rn(w, __bfloat162float(*from), sum[0]);
+            sum[v] = __bfloat162float(x.v[v]);
+    }
+    for (int j0 = 0; j0 < a.k; j0 += AHEAD) {
+        piece x[AHEAD];
+        float w[AHEAD];
+        bool here[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            const int e = j0 + j < a.k ? expert[j0 + j] - a.e_first : -1;
+            here[j] = e >= 0 && e < a.n_local;
+            if (!here[j]) continue;
+            w[j] = weight[j0 + j];
+            x[j] = *reinterpret_cast<const piece *>(y + (size_t)(j0 + j) * (size_t)a.d);
+        }
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            if (!here[j]) continue;
+#pragma unroll
+            for (int v = 0; v < V; v++)
+                sum[v] = __fmaf_rn(w[j], __bfloat162float(x[j].v[v]), sum[v]);
         }
     }
+    piece out;
+#pragma unroll
     for (int v = 0; v < V; v++)
-        tr::act(a.out)[at + v] = __float2bfloat16_rn(sum[v]);
+        out.v[v] = __float2bfloat16_rn(sum[v]);
+    *reinterpret_cast<piece *>(tr::act(a.out) + at) = out;
 }
 
 /* ---- the workspace of moe ------------------------------------------------------------------------------------------ */
@@ -283,7 +303,12 @@ cudaError_t tr_cuda_swiglu(const struct tr_swiglu_args *a, cudaStream_t stream)
 cudaError_t tr_cuda_moe_combine(const struct tr_moe_combine_args *a, cudaStream_t stream)
 {
     if (a->n_max <= 0) return cudaSuccess;
-    const int v = a->d % 4 ? 1 : 4;
-    const dim3 grid((unsigned)a->n_max, tr::blocks_for((size_t)a->d, (size_t)(THREADS * v)));
-    return tr::early::launch(v == 4 ? combine<4> : combine<1>, 1, grid, THREADS, 0, stream, *a);
+    const uintptr_t where = (uintptr_t)a->y | (uintptr_t)a->shared | (uintptr_t)a->out;
+    const int v = a->d % 8 == 0 && where % 16 == 0 ? 8 : a->d % 4 == 0 && where % 8 == 0 ? 4 : 1;
+    const dim3 grid((unsigned)a->n_max,
+                    tr::blocks_for((size_t)a->d, (size_t)(COMBINE_THREADS * v)));
+    return tr::early::launch(v == 8   ? combine<8>
+                             : v == 4 ? combine<4>
+                                      : combine<1>,
+                             1, grid, COMBINE_THREADS, 0, stream, *a);
 }
