@@ -322,6 +322,32 @@ static void test_router_and_pack(void **state)
     }
 }
 
+/* As many pairs as a prompt chunk has: larger blocks look at them, several times in a row. */
+static void test_pack_many(void **state)
+{
+    enum { N = 4200, K = 8, LIVE = 4199, E_FIRST = 7, LOCAL = 40, E = 61 };
+    pair *p = *state;
+    for (int way = 0; way < 3; way++) {
+        int32_t *n = word(p, LIVE), *expert = array(p, (size_t)N * K * 4),
+                *start = array(p, (size_t)(LOCAL + 1) * 4), *pairs = array(p, (size_t)N * K * 4);
+        for (int i = 0; i < N * K; i++) /* at random; all with one; none here */
+            expert[i] = way == 0 ? (int32_t)(test_bits(&p->random) % E) : way == 1 ? E_FIRST : -1;
+        BOTH(p, moe_pack,
+             ((struct tr_moe_pack_args){.n = n,
+                                        .n_max = N,
+                                        .k = K,
+                                        .e_first = E_FIRST,
+                                        .n_local = LOCAL,
+                                        .expert = expert,
+                                        .start = start,
+                                        .pair = pairs}),
+             (TWIN(p, g.n), TWIN(p, g.expert), TWIN(p, g.start), TWIN(p, g.pair)));
+        same_bytes(p, "start", start, (LOCAL + 1) * 4);
+        same_bytes(p, "pair", pairs, (size_t)start[LOCAL] * 4);
+        pair_clear(p);
+    }
+}
+
 static void check_moe(pair *p, tr_format format, int n, int k, int n_local, int d, int inner)
 {
     weight gate_up, down;
@@ -424,6 +450,7 @@ static void test_moe(void **state)
         check_moe(*state, formats[f], 90, 3, 5, 96, 80);
         check_moe(*state, formats[f], 40, 4, 9, 256, 128);
         check_moe(*state, formats[f], 200, 2, 3, 384, 256);
+        check_moe(*state, formats[f], 170, 3, 5, 256, 384);
     }
 }
 
@@ -651,6 +678,7 @@ int main(int argc, char **argv)
         cmocka_unit_test_setup_teardown(test_linear, pair_open, pair_close),
         cmocka_unit_test_setup_teardown(test_linear_pieces, pair_open, pair_close),
         cmocka_unit_test_setup_teardown(test_router_and_pack, pair_open, pair_close),
+        cmocka_unit_test_setup_teardown(test_pack_many, pair_open, pair_close),
         cmocka_unit_test_setup_teardown(test_moe, pair_open, pair_close),
         cmocka_unit_test_setup_teardown(test_moe_exchange, pair_open, pair_close),
     };

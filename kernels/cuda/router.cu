@@ -5,7 +5,7 @@
 namespace
 {
 
-enum { WARPS = 4, EXPERTS_MAX = 1024, THREADS = 256 };
+enum { WARPS = 4, EXPERTS_MAX = 1024, THREADS = 256, MORE_THREADS = 1024, PACK_MANY = 8192 };
 
 /* Index of the largest b, the first of equals; b is -inf or more, no NaN. */
 __device__ int warp_best(const float *b, const uint8_t *taken, int n)
@@ -214,25 +214,26 @@ __device__ __forceinline__ unsigned which(const int32_t *expert, int i, int n, c
 }
 
 /* Block e: where expert e begins is how many pairs go to experts before it; then its own,
- * ascending. The last block, past the experts, writes the end. */
-__global__ void __launch_bounds__(THREADS) moe_pack(const __grid_constant__ tr_moe_pack_args a)
+ * ascending. The last block, past the experts, writes the end. T threads: more where there are many pairs to look at. */
+template <int T>
+__global__ void __launch_bounds__(T) moe_pack(const __grid_constant__ tr_moe_pack_args a)
 {
-    __shared__ int scratch[THREADS / 32 + 1];
+    __shared__ int scratch[T / 32 + 1];
     tr::early::follow();
     const int mine = (int)blockIdx.x, n = tr::live_rows(a.n, a.n_max) * a.k,
-              each = n <= THREADS ? 1 : EACH; /* few pairs: a thread each */
+              each = n <= T ? 1 : EACH; /* few pairs: a thread each */
     const auto is_before = [&](int32_t x) {
         const int e = x - a.e_first;
         return e >= 0 && e < a.n_local && e < mine;
     };
     const auto is_mine = [&](int32_t x) { return x - a.e_first == mine; };
     int before = 0;
-    for (int i = (int)threadIdx.x * each; i < n; i += THREADS * each)
+    for (int i = (int)threadIdx.x * each; i < n; i += T * each)
         before += __popc(which(a.expert, i, each == 1 ? i + 1 : n, is_before));
     before = tr::block_reduce<int, tr::add<int>>(before, scratch);
     if (threadIdx.x == 0) a.start[mine] = before;
     if (mine == a.n_local) return;
-    for (int i0 = 0; i0 < n; i0 += THREADS * each) {
+    for (int i0 = 0; i0 < n; i0 += T * each) {
         const int i = i0 + (int)threadIdx.x * each;
         unsigned hits = i < n ? which(a.expert, i, each == 1 ? i + 1 : n, is_mine) : 0;
         int total;
@@ -264,5 +265,8 @@ cudaError_t tr_cuda_router(const struct tr_router_args *a, cudaStream_t stream)
 
 cudaError_t tr_cuda_moe_pack(const struct tr_moe_pack_args *a, cudaStream_t stream)
 {
-    return tr::early::launch(moe_pack, 1, dim3((unsigned)a->n_local + 1), THREADS, 0, stream, *a);
+    const bool many = (size_t)a->n_max * (size_t)a->k > PACK_MANY;
+    return tr::early::launch(many ? moe_pack<MORE_THREADS> : moe_pack<THREADS>, 1,
+                             dim3((unsigned)a->n_local + 1), many ? MORE_THREADS : THREADS, 0,
+                             stream, *a);
 }
