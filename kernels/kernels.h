@@ -329,6 +329,8 @@ struct tr_moe_pack_args {
     const int32_t *expert; /* [n, k] */
     int32_t *start;        /* [n_local + 1] */
     int32_t *pair;         /* [n * k] */
+    uint64_t *
+        rows; /* [n_local]: each expert's pairs are added to what stands there; NULL: not counted */
 };
 /* For every pair: out[pair] = down(silu(gate x) * up x) of its expert, unweighted. gate_up: n_local matrices
  * [2 d_inner, d] (gate rows first), down: [d, d_inner]. Each used expert's weights are read once per step. */

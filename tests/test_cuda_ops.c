@@ -276,6 +276,9 @@ static void test_router_and_pack(void **state)
               *weights = floats(p, N * K, 1);
         int32_t *n = word(p, 67), *expert = array(p, N * K * 4), *start = array(p, 21 * 4),
                 *pairs = array(p, N * K * 4);
+        uint64_t *rows = array(p, 20 * 8);
+        for (int e = 0; e < 20; e++)
+            rows[e] = UINT64_C(1) << 32 | (uint64_t)e; /* of earlier steps */
         for (int e = 0; e < E; e++)
             logits[e] = 0.5f; /* all equal: the first ones */
         logits[E] = NAN;
@@ -314,9 +317,11 @@ static void test_router_and_pack(void **state)
                                         .n_local = 20,
                                         .expert = expert,
                                         .start = start,
-                                        .pair = pairs}),
-             (TWIN(p, g.n), TWIN(p, g.expert), TWIN(p, g.start), TWIN(p, g.pair)));
+                                        .pair = pairs,
+                                        .rows = rows}),
+             (TWIN(p, g.n), TWIN(p, g.expert), TWIN(p, g.start), TWIN(p, g.pair), TWIN(p, g.rows)));
         same_bytes(p, "start", start, 21 * 4);
+        same_bytes(p, "rows of experts", rows, 20 * 8);
         same_bytes(p, "pair", pairs, (size_t)start[20] * 4);
         pair_clear(p);
     }

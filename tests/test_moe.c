@@ -170,15 +170,19 @@ static void pack_pairs(void **state)
     (void)state;
     assert_int_equal(test_cpu_open(&cpu, 0, 1), 1);
     struct tr_moe_pack_args a = {.n = &n, .n_max = N, .k = K, .e_first = 2, .n_local = LOCAL};
-    a.expert = expert, a.start = start, a.pair = pair;
+    uint64_t rows[LOCAL] = {10, 20, 30, 40};
+    a.expert = expert, a.start = start, a.pair = pair, a.rows = rows;
     assert_int_equal(cpu.ops->moe_pack(cpu.d, TR_LANE_MAIN, &a), TR_OK);
     const int32_t want_start[LOCAL + 1] = {0, 1, 3, 3, 6}, want_pair[] = {1, 2, 5, 0, 3, 7};
     assert_memory_equal(start, want_start, sizeof want_start);
     assert_memory_equal(pair, want_pair, sizeof want_pair);
+    const uint64_t want_rows[LOCAL] = {11, 22, 30, 43};
+    assert_memory_equal(rows, want_rows, sizeof want_rows);
     n = 0;
     assert_int_equal(cpu.ops->moe_pack(cpu.d, TR_LANE_MAIN, &a), TR_OK);
     for (int e = 0; e <= LOCAL; e++)
         assert_int_equal(start[e], 0);
+    assert_memory_equal(rows, want_rows, sizeof want_rows);
     cpu.ops->close(cpu.d);
 }
 
@@ -287,7 +291,7 @@ static void run_layer(const test_cpu *cpu, const experts *m, const layer_shape *
 {
     int32_t n = s->n;
     int32_t *pair = test_alloc((size_t)(s->n * s->k), sizeof *pair);
-    struct tr_moe_pack_args p = {&n, s->n, s->k, s->e_first, s->n_local, expert, start, pair};
+    struct tr_moe_pack_args p = {&n, s->n, s->k, s->e_first, s->n_local, expert, start, pair, NULL};
     assert_int_equal(cpu->ops->moe_pack(cpu->d, TR_LANE_MAIN, &p), TR_OK);
 
     size_t bytes = cpu->ops->moe_workspace(s->n, s->k, s->d, s->inner);

@@ -131,6 +131,8 @@ tr_status tr_cpu_moe_pack(tr_device *d, tr_lane lane, const struct tr_moe_pack_a
     }
     memmove(a->start + 1, a->start, (size_t)a->n_local * sizeof *a->start);
     a->start[0] = 0;
+    for (int e = 0; a->rows && e < a->n_local; e++)
+        a->rows[e] += (uint64_t)(a->start[e + 1] - a->start[e]);
     return TR_OK;
 }
 

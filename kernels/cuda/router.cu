@@ -233,6 +233,7 @@ __global__ void __launch_bounds__(T) moe_pack(const __grid_constant__ tr_moe_pac
     before = tr::block_reduce<int, tr::add<int>>(before, scratch);
     if (threadIdx.x == 0) a.start[mine] = before;
     if (mine == a.n_local) return;
+    const int first = before;
     for (int i0 = 0; i0 < n; i0 += T * each) {
         const int i = i0 + (int)threadIdx.x * each;
         unsigned hits = i < n ? which(a.expert, i, each == 1 ? i + 1 : n, is_mine) : 0;
@@ -242,6 +243,7 @@ __global__ void __launch_bounds__(T) moe_pack(const __grid_constant__ tr_moe_pac
             a.pair[at++] = i + __ffs((int)hits) - 1;
         before += total;
     }
+    if (a.rows && threadIdx.x == 0) a.rows[mine] += (uint64_t)(before - first);
 }
 
 } // namespace

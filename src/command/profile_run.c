@@ -139,7 +139,7 @@ void tr_profile_rank_tokens(const tr_opened *opened, uint64_t *per_layer)
     if (!opened->model) return;
     const tr_model_seen seen = tr_model_look(opened->model);
 
-    for (int l = 0; l < seen.n_layers && seen.expert_rows; l++) {
+    for (int l = 0; l < seen.n_layers; l++) {
         uint64_t sum = 0;
         for (int e = 0; e < seen.n_local; e++)
             sum += seen.expert_rows[(size_t)l * (size_t)seen.n_local + (size_t)e];
@@ -165,7 +165,7 @@ void tr_profile_show_model(const tr_opened *opened, tr_profile_tables *out)
                                                     .calls = latent->calls};
         }
         /* Ranks that share an expert's width compute the same rows: counted once. */
-        if (!seen.expert_rows || opened->grid.at.xt != 0) continue;
+        if (opened->grid.at.xt != 0) continue;
         memcpy(out->expert_tokens + (size_t)layer * n_experts + (size_t)seen.expert_first,
                seen.expert_rows + (size_t)l * (size_t)seen.n_local,
                (size_t)seen.n_local * sizeof(uint64_t));

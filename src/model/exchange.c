@@ -144,8 +144,7 @@ static tr_status experts(tr_model *m, const tr_moe_weights *w, int n_in, int n_m
     if (st == TR_OK)
         st = TR_RUN(m, moe_pack, err, .n = m->ws.moe.n, .n_max = n_max, .k = k,
                     .e_first = w->e_first, .n_local = w->n_local, .expert = m->ws.moe.expert,
-                    .start = m->ws.start, .pair = m->ws.pair);
-    if (st == TR_OK) tr_model_count_experts(m, w);
+                    .start = m->ws.start, .pair = m->ws.pair, .rows = tr_model_expert_rows(m));
     /* one pair a row: how many of its choices are here, the device knows */
     tr_note(m, tr_work_moe(n_in, tr_expected_hits(m->config, w->n_local, n_in), m->ops, &w->gate_up,
                            &w->down));

@@ -68,10 +68,10 @@ tr_status tr_model_experts(tr_model *m, const tr_pass *p, const tr_moe_weights *
     const int d = m->config->hidden_size, k = m->config->num_experts_per_tok;
 
     tr_note(m, tr_work_moe_pack(p->n, k));
-    tr_status st = TR_RUN(m, moe_pack, err, .n = p->rows.n, .n_max = p->n_max, .k = k,
-                          .e_first = w->e_first, .n_local = w->n_local, .expert = m->ws.expert,
-                          .start = m->ws.start, .pair = m->ws.pair);
-    if (st == TR_OK) tr_model_count_experts(m, w);
+    tr_status st =
+        TR_RUN(m, moe_pack, err, .n = p->rows.n, .n_max = p->n_max, .k = k, .e_first = w->e_first,
+               .n_local = w->n_local, .expert = m->ws.expert, .start = m->ws.start,
+               .pair = m->ws.pair, .rows = tr_model_expert_rows(m));
     tr_note(m, tr_work_moe((double)p->n * k * w->n_local / m->config->n_routed_experts,
                            tr_expected_hits(m->config, w->n_local, p->n), m->ops, &w->gate_up,
                            &w->down));

@@ -287,6 +287,21 @@ static tr_status take_tables(tr_model *m, const uint32_t *has_token, tr_err *err
     return st;
 }
 
+/* Rows of each expert, counted from 0. */
+static tr_status take_counts(tr_model *m, tr_err *err)
+{
+    const size_t layers = (size_t)m->weights->slice.layers.n;
+
+    m->n_local = m->weights->slice.experts.n;
+    const size_t n = layers * (size_t)m->n_local, bytes = n * sizeof *m->counted;
+    m->expert_rows = tr_calloc(n, sizeof *m->expert_rows);
+    if (!m->expert_rows) return tr_fail(err, TR_E_MEMORY, "out of memory");
+    tr_status st = tr_model_take(m, bytes, &m->counted, err);
+    if (st != TR_OK) return st;
+    st = m->ops->upload(m->device, TR_LANE_MAIN, m->counted, m->expert_rows, bytes);
+    return st == TR_OK ? st : tr_fail(err, st, "upload: %s", m->ops->error(m->device));
+}
+
 tr_status tr_model_allocate(tr_model *m, const tr_model_options *options, const uint32_t *has_token,
                             tr_err *err)
 {
@@ -301,6 +316,7 @@ tr_status tr_model_allocate(tr_model *m, const tr_model_options *options, const 
     tr_status st = take_slots(m, options->n_slots, err);
     if (st == TR_OK) st = take_workspace(m, err);
     if (st == TR_OK) st = take_tables(m, has_token, err);
+    if (st == TR_OK) st = take_counts(m, err);
     if (st != TR_OK) return st;
 
     /* More pages than every slot at full length can use are never touched. */

@@ -208,12 +208,9 @@ void tr_model_progress(tr_model *m)
     tr_comm_progress(m->moving);
 }
 
-void tr_model_count_experts(tr_model *m, const tr_moe_weights *w)
+uint64_t *tr_model_expert_rows(const tr_model *m)
 {
-    if (!m->expert_rows) return;
-    uint64_t *rows = m->expert_rows + (size_t)m->i_layer * (size_t)m->n_local;
-    for (int e = 0; e < w->n_local; e++)
-        rows[e] += (uint64_t)(m->ws.start[e + 1] - m->ws.start[e]);
+    return m->counted + (size_t)m->i_layer * (size_t)m->n_local;
 }
 
 void tr_model_show(tr_model *m, const char *name, int layer, int i_row, int n_rows, int n_cols,
@@ -319,12 +316,6 @@ tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weig
     if (st == TR_OK && options->own_rows) {
         tr_share_keep(m->share_key);
         tr_share_keep(m->share_latent);
-    }
-    m->n_local = weights->slice.experts.n;
-    if (st == TR_OK && (ops->caps & TR_CAP_HOST)) {
-        const size_t n = (size_t)weights->slice.layers.n * (size_t)m->n_local;
-        m->expert_rows = tr_calloc(n, sizeof *m->expert_rows);
-        if (!m->expert_rows) st = tr_fail(err, TR_E_MEMORY, "out of memory");
     }
     if (st == TR_OK && tr_comm_size(groups->attn_cp) > 1) {
         const tr_plan_limits limits = tr_model_limits(m);
@@ -682,9 +673,14 @@ tr_status tr_model_forward(tr_model *model, tr_step *step, tr_err *err)
     return st;
 }
 
-tr_model_seen tr_model_look(const tr_model *model)
+tr_model_seen tr_model_look(tr_model *model)
 {
     const tr_slice *slice = &model->weights->slice;
+    const size_t n = (size_t)slice->layers.n * (size_t)model->n_local;
+    tr_err ignored;
+
+    (void)tr_model_fetch_words(model, model->expert_rows, model->counted,
+                               n * sizeof *model->expert_rows, &ignored);
     return (tr_model_seen){.layer_first = slice->layers.begin,
                            .n_layers = slice->layers.n,
                            .overlap = model->overlap,

@@ -144,10 +144,11 @@ typedef struct tr_model_seen {
     int layer_first, n_layers; /* this stage's */
     const tr_overlap *overlap; /* [n_layers], NULL: no exchange */
     const uint64_t *
-        expert_rows; /* [n_layers, n_local] rows that each expert of this rank computed; NULL: not counted */
+        expert_rows; /* [n_layers, n_local] rows that each expert of this rank computed; the model's */
     int expert_first, n_local;
 } tr_model_seen;
-tr_model_seen tr_model_look(const tr_model *model);
+/* Waits for the steps that run. Where the device is broken the counts stay those of the last look. */
+tr_model_seen tr_model_look(tr_model *model);
 /* Context parallelism: for each layer how long the gathers of keys and latents took, how much of that was waited for (exposed)
  * and how much was hidden behind the queries. Nothing in a group of one. */
 void tr_model_print_overlap(const tr_model *model, FILE *out);

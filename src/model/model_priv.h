@@ -111,7 +111,8 @@ struct tr_model {
     bool replaying;         /* operations are noted, not run: a graph has them */
     tr_overlap *overlap;    /* [this stage's layers]; with part only */
     int i_layer;            /* of this stage's, the one that runs */
-    uint64_t *expert_rows;  /* [this stage's layers, n_local] counted; NULL: the host cannot */
+    uint64_t *counted;      /* on the device: [this stage's layers, n_local] rows of each expert */
+    uint64_t *expert_rows;  /* the same as they were last looked at */
     int n_local;            /* experts of this rank */
     tr_part *part;          /* attn_cp of more than one: what of a plan is this member's */
     int32_t *page_table;    /* host copy [n_slots, max_pages]; with part only */
@@ -183,8 +184,8 @@ tr_status tr_model_fetch_words(tr_model *m, void *host, const void *dev, size_t 
 /* A collective that was begun: wait for it, as a region. */
 tr_status tr_model_await(tr_model *m, tr_comm *group, tr_status begun, tr_ticket ticket,
                          double bytes, tr_err *err);
-/* ws.start says which experts have how many rows: counted where the host can read it. */
-void tr_model_count_experts(tr_model *m, const tr_moe_weights *w);
+/* Where moe_pack adds up the rows of the experts of the layer that runs. */
+uint64_t *tr_model_expert_rows(const tr_model *m);
 /* Bytes of an activation in a row that travels to these experts: TR_CODES where their products take them so, whatever the rows. */
 size_t tr_model_travel_act(const tr_model *m, const tr_moe_weights *w);
 /* This member's experts on the pass's rows: their products to ws.expert_out, [rows of them, hidden]; ws.start, ws.pair say whose. */
