@@ -1,8 +1,9 @@
 /* A product per head, of bf16 rows with that head's matrix (model.md 3.4): y[r, h, o] = sum_k x[r, h, k] w[h, o, k], where the
  * matrices are e4m3 with scales (expanded exactly) or bf16, 128 or 512 columns wide and on their scale grid.
  *
- * A block expands 128 outputs of a head to bf16 once and walks over the rows, 128 at a time. Blocks of 128 along k are summed by
- * mma.sync from zero and promoted, k ascending: total = fma(block, scale, total), as gemm.cuh does, so a row's bits are its own. */
+ * A block expands outputs of a head to bf16 once and walks over the rows. Blocks of 128 along k are summed by matrix instructions
+ * of 16 columns from zero and promoted, k ascending: total = fma(block, scale, total), as gemm.cuh does, so a row's bits are its
+ * own. */
 #ifndef TR_CUDA_GEMM_HEADS_H
 #define TR_CUDA_GEMM_HEADS_H
 
@@ -27,8 +28,13 @@ typedef struct tr_heads_product {
     const uint8_t *skip_d; /* [n_max] rows that are not written where it is set */
     const struct tr_mla_query_args *
         rope; /* of up to TR_HEADS_FEW rows of TR_HEADS_ROPE_IN columns: their rope by the same launch; NULL: no */
+    /* Of more than TR_HEADS_FEW rows of 512 columns, 128 outputs a head: instead of y its e4m3 form, as tr_quantise_rows would make
+     * it of y's rows of n_heads * 128; NULL: y. */
+    uint8_t *q;
+    float *q_scale;
+    int scale_pow2;
 } tr_heads_product;
-enum { TR_HEADS_FEW = 16, TR_HEADS_ROPE_IN = 128 };
+enum { TR_HEADS_FEW = 16, TR_HEADS_ROPE_IN = 128, TR_HEADS_LATENT = 512, TR_HEADS_VALUE = 128 };
 
 /* Whether it can do this weight: formats as above, n_in 128 or 512, n_out a multiple of 128. */
 int tr_cuda_gemm_heads_fits(const tr_linear *w);

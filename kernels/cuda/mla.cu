@@ -8,7 +8,7 @@
 namespace
 {
 
-enum { ROPE_THREADS = 256 };
+enum { ROPE_THREADS = 256, ROPE_EACH = 4 };
 
 /* Rope on the end of every head, in place; absorbed rows get it into q_absorbed too. */
 __global__ void query_rope(const __grid_constant__ tr_mla_query_args a,
@@ -45,9 +45,20 @@ __global__ void __launch_bounds__(ROPE_THREADS)
     tr::early::follow();
     const unsigned units = (unsigned)a.d_rope / 8, heads = (unsigned)a.n_heads,
                    total = (unsigned)tr::live_rows(rows.n, rows.n_max) * heads * units;
-    for (unsigned u = blockIdx.x * ROPE_THREADS + threadIdx.x; u < total;
-         u += gridDim.x * ROPE_THREADS)
-        tr::rope_eight(a, rows, u / units, u / units / heads, u % units * 8);
+    for (unsigned u0 = blockIdx.x * ROPE_THREADS * ROPE_EACH + threadIdx.x; u0 < total;
+         u0 += gridDim.x * ROPE_THREADS * ROPE_EACH) {
+        tr::rope_eight e[ROPE_EACH];
+#pragma unroll
+        for (unsigned i = 0; i < ROPE_EACH; i++) {
+            const unsigned u = min(u0 + i * ROPE_THREADS, total - 1);
+            e[i].begin(a, rows, u / units, u / units / heads, u % units * 8);
+        }
+#pragma unroll
+        for (unsigned i = 0; i < ROPE_EACH; i++) {
+            const unsigned u = u0 + i * ROPE_THREADS;
+            if (u < total) e[i].end(a, u / units, u % units * 8);
+        }
+    }
 }
 
 cudaError_t launch_rope(const struct tr_mla_query_args *a, cudaStream_t stream)
@@ -55,7 +66,8 @@ cudaError_t launch_rope(const struct tr_mla_query_args *a, cudaStream_t stream)
     const size_t pairs = (size_t)a->rows->n_max * (size_t)a->n_heads * (size_t)(a->d_rope / 2);
     const bool eights = tr::rope_in_eights(*a) && pairs < 1u << 30;
     if (pairs == 0) return cudaSuccess;
-    const dim3 grid(tr::at_most(tr::blocks_for(eights ? pairs / 4 : pairs, ROPE_THREADS), 4096));
+    const dim3 grid(tr::at_most(
+        tr::blocks_for(eights ? tr::blocks_for(pairs, 4 * ROPE_EACH) : pairs, ROPE_THREADS), 8192));
     return tr::early::launch(eights ? query_rope_eights : query_rope, 1, grid, ROPE_THREADS, 0,
                              stream, *a, *a->rows);
 }

@@ -18,25 +18,36 @@ __device__ __forceinline__ uint32_t turned(uint32_t pair, float cosine, float si
 }
 
 /* Numbers [j, j + 8) of the rope part of head `at` of all rows' heads, which is row i's; absorbed rows get them into q_absorbed
- * too. */
-__device__ __forceinline__ void rope_eight(const tr_mla_query_args &a, const tr_rows &rows,
-                                           unsigned at, unsigned i, unsigned j)
-{
-    uint4 *x =
-        (uint4 *)(act(a.q) + (size_t)at * (size_t)(a.d_nope + a.d_rope) + (size_t)a.d_nope + j);
-    uint4 y = *x;
-    if (!is_pad(rows, (int)i)) {
+ * too. begin() reads, end() turns and writes: several of a thread's may be on their way together. */
+struct rope_eight {
+    uint4 *x;
+    uint4 y;
+    float4 first, second;
+    bool pad, dense;
+    __device__ __forceinline__ void begin(const tr_mla_query_args &a, const tr_rows &rows,
+                                          unsigned at, unsigned i, unsigned j)
+    {
+        x = (uint4 *)(act(a.q) + (size_t)at * (size_t)(a.d_nope + a.d_rope) + (size_t)a.d_nope + j);
+        y = *x;
+        pad = is_pad(rows, (int)i);
+        dense = rows.dense[i];
         const float4 *cs =
-            (const float4 *)(a.rope + (size_t)rows.position[i] * (size_t)a.d_rope + j);
-        const float4 first = cs[0], second = cs[1];
-        y = make_uint4(turned(y.x, first.x, first.y), turned(y.y, first.z, first.w),
-                       turned(y.z, second.x, second.y), turned(y.w, second.z, second.w));
-        *x = y;
+            (const float4 *)(a.rope + (size_t)(pad ? 0 : rows.position[i]) * (size_t)a.d_rope + j);
+        first = cs[0];
+        second = cs[1];
     }
-    if (rows.dense[i]) return;
-    *(uint4 *)(act(a.q_absorbed) + (size_t)at * (size_t)(a.d_latent + a.d_rope) +
-               (size_t)a.d_latent + j) = y;
-}
+    __device__ __forceinline__ void end(const tr_mla_query_args &a, unsigned at, unsigned j)
+    {
+        if (!pad) {
+            y = make_uint4(turned(y.x, first.x, first.y), turned(y.y, first.z, first.w),
+                           turned(y.z, second.x, second.y), turned(y.w, second.z, second.w));
+            *x = y;
+        }
+        if (dense) return;
+        *(uint4 *)(act(a.q_absorbed) + (size_t)at * (size_t)(a.d_latent + a.d_rope) +
+                   (size_t)a.d_latent + j) = y;
+    }
+};
 
 /* Whether its widths and addresses are such. */
 inline bool rope_in_eights(const tr_mla_query_args &a)
