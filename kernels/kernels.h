@@ -194,6 +194,11 @@ struct tr_swiglu_args {
     int n_max, d;
     const tr_act *gate_up;
     tr_act *out;
+    /* W8A8 (TR_CAP_W8A8), both or neither: instead of out, its e4m3 form, as linear would make it of out (tr_acts.quantised);
+     * d a multiple of 8. What out holds then is undefined. */
+    uint8_t *q;
+    float *q_scale;
+    int scale_pow2;
 };
 
 /* ---- attention (model.md 3.2-3.4, 4, 5.3-5.5) --------------------------------------------------------------------- */
@@ -306,6 +311,11 @@ struct tr_mla_value_args {
     int n_heads, d_latent, d_v;
     const tr_linear *w_uv;
     tr_act *out; /* [n, n_heads, d_v] */
+    /* W8A8 (TR_CAP_W8A8), both or neither, where no row is dense: instead of out, its e4m3 form, as linear would make it of out
+     * (tr_acts.quantised). What out holds then is undefined. */
+    uint8_t *q;
+    float *q_scale;
+    int scale_pow2;
 };
 
 /* ---- mixture of experts (model.md 6) ------------------------------------------------------------------------------ */
@@ -658,6 +668,8 @@ typedef struct tr_ops {
                              const tr_made *made);
     tr_status (*table_made)(tr_device *, void *dst, int number_bytes, int n_rows, int n_in,
                             const tr_made *made);
+    /* Whether linear of this packed weight reads its input's e4m3 form (tr_acts.q) and nothing else; NULL: of none. */
+    int (*linear_codes)(const tr_device *, const tr_linear *);
     /* What moe, sparse_mla and sample need for up to that many rows; pure. */
     size_t (*moe_workspace)(int n_max, int k, int d, int d_inner);
     size_t (*sparse_mla_workspace)(int n_max, int n_heads, int d_latent);

@@ -236,6 +236,37 @@ static inline void near(pair *p, const char *what, const float *host, size_t n, 
     free(want);
 }
 
+/* The device's q [n_max, d] and scale [ceil(d/128)][n_max rounded up to 4] are what linear would make of n rows of numbers; the
+ * others are as they were uploaded. */
+static inline void same_codes(pair *p, const char *what, const float *numbers, const uint8_t *q,
+                              const float *scale, int n, int n_max, int d, int pow2)
+{
+    const uint8_t *got = pull(p, q);
+    const float *got_scale = pull(p, scale);
+    const int ld = (n_max + 3) / 4 * 4;
+    for (int r = 0; r < n; r++)
+        for (int k = 0; k < d; k += 128) {
+            const int end = k + 128 < d ? k + 128 : d;
+            const float *x = numbers + (size_t)r * (size_t)d;
+            float amax = 0;
+            for (int i = k; i < end; i++)
+                amax = fmaxf(amax, fabsf(x[i]));
+            const float by = pow2 ? tr_ue8m0_scale(amax) : fmaxf(amax, 1e-4f) / 448.0f,
+                        s = got_scale[(size_t)(k / 128) * (size_t)ld + (size_t)r];
+            if (s != by)
+                fail_msg("%s: scale %d of row %d: %g, not %g", what, k / 128, r, (double)s,
+                         (double)by);
+            for (int i = k; i < end; i++) {
+                const size_t at = (size_t)r * (size_t)d + (size_t)i;
+                if (got[at] != tr_f32_to_e4m3(x[i] / by))
+                    fail_msg("%s: row %d, %d: code %02x of %g by %g", what, r, i, got[at],
+                             (double)x[i], (double)by);
+            }
+        }
+    assert_memory_equal(got + (size_t)n * (size_t)d, q + (size_t)n * (size_t)d,
+                        (size_t)(n_max - n) * (size_t)d);
+}
+
 /* What an activation adds to an error when it is stored. */
 static const double act_error = 1.0 / 256;
 

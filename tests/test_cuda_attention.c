@@ -314,6 +314,29 @@ static void near_rows(pair *p, const char *what, const float *host, int n, int w
 /* bf16 operands, 2^-9 each, averaged over many products; q and the output of one head at a time. */
 static const double bf16_error = 1.5e-2;
 
+/* mla_value's e4m3 form, of the numbers that it has written (out): where no row is dense, and a product could take it. */
+static void value_codes(pair *p, world *w, const struct tr_mla_value_args *numbers,
+                        const float *out)
+{
+    struct tr_mla_value_args a = *numbers;
+    const int d = a.n_heads * a.d_v, n_max = w->rows.n_max;
+    const size_t ld = (size_t)(n_max + 3) / 4 * 4;
+    for (int i = 0; i < w->n; i++)
+        if (w->rows.dense[i]) return;
+    if (d % 128) return;
+    float *want = test_alloc((size_t)n_max * (size_t)d, sizeof *want),
+          *scale = floats(p, ld * (size_t)d / 128, 1);
+    uint8_t *q = array(p, (size_t)n_max * (size_t)d);
+    memcpy(want, pull(p, out), (size_t)n_max * (size_t)d * sizeof *want);
+    a.q = twin(p, q);
+    a.q_scale = twin(p, scale);
+    for (a.scale_pow2 = 0; a.scale_pow2 < 2; a.scale_pow2++) {
+        pair_ok(p, "mla_value to codes", p->g->mla_value(p->gpu, TR_LANE_MAIN, &a));
+        same_codes(p, "mla_value", want, q, scale, w->n, n_max, d, a.scale_pow2);
+    }
+    free(want);
+}
+
 static void attend(pair *p, world *w, const int32_t *cache_row, tr_format format)
 {
     const geometry *g = w->g;
@@ -398,6 +421,7 @@ static void attend(pair *p, world *w, const int32_t *cache_row, tr_format format
     assert_int_equal(p->c->mla_value(p->cpu, TR_LANE_MAIN, &vc), TR_OK);
     pair_ok(p, "mla_value", p->g->mla_value(p->gpu, TR_LANE_MAIN, &vd));
     near_rows(p, "mla_value", out, (int)n * heads, g->d_v, act_error);
+    value_codes(p, w, &vd, out);
 
     round_floats(q, n * (size_t)(heads * d_q));
     struct tr_dense_mha_args dc = {.rows = &w->rows,

@@ -59,17 +59,37 @@ __device__ __forceinline__ void write_number(void *p, size_t i, int is_f32, floa
 }
 
 /* Four at a multiple of four. */
-__device__ __forceinline__ float4 read_four(const __nv_bfloat16 *p)
+__device__ __forceinline__ float4 four_of(uint2 raw)
 {
-    const uint2 raw = *(const uint2 *)p;
     const float2 a = __bfloat1622float2(*(const __nv_bfloat162 *)&raw.x),
                  b = __bfloat1622float2(*(const __nv_bfloat162 *)&raw.y);
     return make_float4(a.x, a.y, b.x, b.y);
+}
+__device__ __forceinline__ float4 read_four(const __nv_bfloat16 *p)
+{
+    return four_of(*(const uint2 *)p);
 }
 __device__ __forceinline__ void write_four(__nv_bfloat16 *p, float4 v)
 {
     const __nv_bfloat162 a = __floats2bfloat162_rn(v.x, v.y), b = __floats2bfloat162_rn(v.z, v.w);
     *(uint2 *)p = make_uint2(*(const uint32_t *)&a, *(const uint32_t *)&b);
+}
+
+/* Eight at a multiple of eight. */
+__device__ __forceinline__ void eight_of(float (&v)[8], uint4 raw)
+{
+    const uint32_t pair[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 f = __bfloat1622float2(*(const __nv_bfloat162 *)&pair[i]);
+        v[2 * i] = f.x;
+        v[2 * i + 1] = f.y;
+    }
+}
+
+__device__ __forceinline__ float silu_times(float gate, float up)
+{
+    return gate / (1.0f + expf(-gate)) * up;
 }
 
 /* ---- sums, maxima: a tree over the lanes, then over the warps; all threads get the result ------------------------- */

@@ -3,6 +3,7 @@
 #include "kernels/cuda/gemm.cuh"
 #include "kernels/cuda/gemm_heads.h"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/quantise.h"
 #include "kernels/cuda/rope.cuh"
 
 namespace
@@ -121,12 +122,29 @@ cudaError_t tr_cuda_mla_query(const struct tr_mla_query_args *a, int on_grid, cu
     return tr::product_launch(&p, stream);
 }
 
+/* Where a block has not all of a head's outputs. */
+static cudaError_t value_then_codes(const struct tr_mla_value_args *a, int on_grid,
+                                    cudaStream_t stream)
+{
+    struct tr_mla_value_args plain = *a;
+    const int d = a->n_heads * a->d_v;
+    plain.q = nullptr;
+    const cudaError_t e = tr_cuda_mla_value(&plain, on_grid, stream);
+    return e == cudaSuccess ? tr_quantise_rows(a->out, (size_t)d, a->rows->n, a->rows->n_max, d,
+                                               a->scale_pow2, a->q, a->q_scale, stream)
+                            : e;
+}
+
 cudaError_t tr_cuda_mla_value(const struct tr_mla_value_args *a, int on_grid, cudaStream_t stream)
 {
     if (a->w_uv->n_out != a->d_v || a->w_uv->n_in != a->d_latent || a->w_uv->n_mats < a->n_heads)
         return cudaErrorInvalidValue;
     const size_t heads = (size_t)a->n_heads;
-    if (on_grid && tr_cuda_gemm_heads_fits(a->w_uv)) {
+    const bool fits = on_grid && tr_cuda_gemm_heads_fits(a->w_uv),
+               codes = a->q && fits && a->rows->n_max > TR_HEADS_FEW && a->d_v == TR_HEADS_VALUE &&
+                       a->w_uv->n_in == TR_HEADS_LATENT;
+    if (a->q && !codes) return value_then_codes(a, on_grid, stream);
+    if (fits) {
         const tr_heads_product h = {.w = a->w_uv,
                                     .n_heads = a->n_heads,
                                     .x = a->u,
@@ -137,7 +155,10 @@ cudaError_t tr_cuda_mla_value(const struct tr_mla_value_args *a, int on_grid, cu
                                     .y_step = (size_t)a->d_v,
                                     .n_d = a->rows->n,
                                     .n_max = a->rows->n_max,
-                                    .skip_d = a->rows->dense};
+                                    .skip_d = a->rows->dense,
+                                    .q = a->q,
+                                    .q_scale = a->q_scale,
+                                    .scale_pow2 = a->scale_pow2};
         return tr_cuda_gemm_heads(&h, stream);
     }
     tr::product p = {};

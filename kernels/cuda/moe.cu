@@ -2,6 +2,7 @@
  * and the weighted sum; the router and the sort of pairs by expert are in router.cu. */
 #include "kernels/cuda/gemm.cuh"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/quantise.h"
 
 namespace
 {
@@ -81,11 +82,6 @@ cudaError_t launch_swiglu_f32(const int32_t *n, int n_max, int d, float *gate_up
     return cudaGetLastError();
 }
 
-__device__ __forceinline__ float silu_times(float gate, float up)
-{
-    return gate / (1.0f + expf(-gate)) * up;
-}
-
 /* The same of activations. V: numbers at a time, 4 or 1. */
 template <int V>
 __global__ void __launch_bounds__(THREADS) swiglu(const __grid_constant__ tr_swiglu_args a)
@@ -100,11 +96,11 @@ __global__ void __launch_bounds__(THREADS) swiglu(const __grid_constant__ tr_swi
         if (V == 4) {
             const float4 g = tr::read_four(in + at), up = tr::read_four(in + at + a.d);
             tr::write_four(out + r * (size_t)a.d + i,
-                           make_float4(silu_times(g.x, up.x), silu_times(g.y, up.y),
-                                       silu_times(g.z, up.z), silu_times(g.w, up.w)));
+                           make_float4(tr::silu_times(g.x, up.x), tr::silu_times(g.y, up.y),
+                                       tr::silu_times(g.z, up.z), tr::silu_times(g.w, up.w)));
         } else {
             out[r * (size_t)a.d + i] = __float2bfloat16_rn(
-                silu_times(__bfloat162float(in[at]), __bfloat162float(in[at + (size_t)a.d])));
+                tr::silu_times(__bfloat162float(in[at]), __bfloat162float(in[at + (size_t)a.d])));
         }
     }
 }
@@ -292,6 +288,9 @@ cudaError_t tr_cuda_moe(const struct tr_moe_args *a, int shift_in, int shift_inn
 
 cudaError_t tr_cuda_swiglu(const struct tr_swiglu_args *a, cudaStream_t stream)
 {
+    if (a->q && a->d % 8 == 0)
+        return tr_quantise_swiglu(a->gate_up, a->n, a->n_max, a->d, a->scale_pow2, a->q,
+                                  a->q_scale, stream);
     const int v = a->d % 4 ? 1 : 4;
     const size_t total = a->n_max <= 0 ? 0 : (size_t)a->n_max * (size_t)(a->d / v);
     if (total == 0) return cudaSuccess;

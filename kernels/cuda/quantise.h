@@ -16,6 +16,9 @@ extern "C" {
  * amax/448, else amax/448. Rows from *n on are left alone. */
 cudaError_t tr_quantise_rows(const void *x_d, size_t ld_x, const int32_t *n_d, int n_max, int d,
                              int ue8m0, uint8_t *q_d, float *scale_d, cudaStream_t stream);
+/* The same of silu(gate) * up, rounded to bf16: gate_up [*n, 2 d], gate in [0, d) of each row. */
+cudaError_t tr_quantise_swiglu(const void *gate_up_d, const int32_t *n_d, int n_max, int d,
+                               int ue8m0, uint8_t *q_d, float *scale_d, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

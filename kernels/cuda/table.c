@@ -166,6 +166,13 @@ static cudaError_t launch_linear(tr_device *d, const tr_weight_note *note,
     return tr_cuda_linear(a, note->k_shift, stream);
 }
 
+/* As launch_linear chooses, of rows without gaps. */
+static int linear_codes(const tr_device *d, const tr_linear *w)
+{
+    const tr_weight_note *note = tr_cuda_note_find(d, w->data);
+    return w->format == TR_W_E4M3_B128 && note && note->on_grid;
+}
+
 static tr_status op_linear(tr_device *d, tr_lane lane, const struct tr_linear_args *a)
 {
     const tr_weight_note *note;
@@ -285,6 +292,7 @@ const tr_ops tr_cuda_ops = {
     .linear_pack = tr_cuda_linear_pack,
     .linear_made = tr_cuda_linear_made,
     .table_made = tr_cuda_table_made,
+    .linear_codes = linear_codes,
     .moe_workspace = moe_workspace,
     .sparse_mla_workspace = tr_cuda_sparse_mla_workspace,
     .sample_workspace = tr_cuda_sample_workspace,

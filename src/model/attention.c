@@ -266,9 +266,12 @@ static tr_status attend(tr_model *m, const tr_pass *p, const tr_attention_weight
                     .kv = kv, .latents = x->latents, .out = m->ws.u, .workspace = m->ws.scratch,
                     .workspace_bytes = m->ws.scratch_bytes);
         tr_note(m, tr_work_heads(sums.n_absorbed, m->ops, &w->w_uv, 0));
+        tr_quantised codes = {0}; /* of all rows' heads: dense rows bring theirs as numbers */
+        if (!(p->plan->flags & TR_PLAN_HAS_DENSE)) codes = tr_model_codes(m, &w->o, m->ws.attended);
         if (st == TR_OK)
             st = TR_RUN(m, mla_value, err, .rows = &p->rows, .u = m->ws.u, .n_heads = heads,
-                        .d_latent = d_latent, .d_v = d_v, .w_uv = &w->w_uv, .out = m->ws.attended);
+                        .d_latent = d_latent, .d_v = d_v, .w_uv = &w->w_uv, .out = m->ws.attended,
+                        .q = codes.q, .q_scale = codes.scale, .scale_pow2 = m->config->scale_ue8m0);
     }
     tr_note(m, tr_work_dense_mha(sums.dense_pairs, sums.dense_keys, m->ops, &w->w_uk, &w->w_uv,
                                  c->qk_rope_head_dim, &kv));

@@ -10,10 +10,12 @@ static tr_status mlp(tr_model *m, const tr_pass *p, const tr_mlp_weights *w, tr_
 {
     tr_status st =
         tr_model_linear(m, p, &w->gate_up, m->ws.normed, m->ws.gate_up, err); /* [n, 2 inner] */
+    if (st != TR_OK) return st;
+    const tr_quantised codes = tr_model_codes(m, &w->down, m->ws.inner);
     tr_note(m, tr_work_swiglu(p->n, w->inner));
-    if (st == TR_OK)
-        st = TR_RUN(m, swiglu, err, .n = p->rows.n, .n_max = p->n_max, .d = w->inner,
-                    .gate_up = m->ws.gate_up, .out = m->ws.inner);
+    st = TR_RUN(m, swiglu, err, .n = p->rows.n, .n_max = p->n_max, .d = w->inner,
+                .gate_up = m->ws.gate_up, .out = m->ws.inner, .q = codes.q, .q_scale = codes.scale,
+                .scale_pow2 = m->config->scale_ue8m0);
     return st == TR_OK ? tr_model_linear(m, p, &w->down, m->ws.inner, out, err) : st;
 }
 

@@ -31,9 +31,24 @@ tr_status tr_model_ran(tr_model *m, const char *op, tr_status st, tr_err *err)
     return st == TR_OK ? TR_OK : tr_fail(err, st, "%s: %s", op, m->ops->error(m->device));
 }
 
+/* Scratch of the products of the lane that comes next. */
+static int lane_quant(const tr_model *m)
+{
+    return m->lane == TR_LANE_SIDE ? TR_QUANT_SIDE : TR_QUANT_MAIN;
+}
+
+tr_quantised tr_model_codes(tr_model *m, const tr_linear *w, const tr_act *in)
+{
+    tr_quantised *q = &m->ws.quant[lane_quant(m)];
+    if (!q->q || !m->ops->linear_codes || !m->ops->linear_codes(m->device, w))
+        return (tr_quantised){0};
+    q->of = in;
+    return *q;
+}
+
 tr_acts tr_model_acts(const tr_model *m, const tr_pass *p, const tr_act *in, int d)
 {
-    const tr_quantised *q = &m->ws.quant[m->lane == TR_LANE_SIDE ? TR_QUANT_SIDE : TR_QUANT_MAIN];
+    const tr_quantised *q = &m->ws.quant[lane_quant(m)];
     for (int i = 0; i < TR_N_QUANTS; i++)
         if (m->ws.quant[i].of == in) q = &m->ws.quant[i];
     return (tr_acts){.x = in,
@@ -50,9 +65,11 @@ static tr_status product(tr_model *m, const tr_pass *p, const tr_linear *w, cons
                          void *out, int out_f32, tr_err *err)
 {
     tr_note(m, tr_work_linear(p->n, m->ops, w));
-    return TR_RUN(m, linear, err, .n = p->rows.n, .n_max = p->n_max, .w = w,
-                  .in = tr_model_acts(m, p, in, w->n_in), .out = out, .ld_out = (size_t)w->n_out,
-                  .out_f32 = out_f32);
+    const tr_status st = TR_RUN(m, linear, err, .n = p->rows.n, .n_max = p->n_max, .w = w,
+                                .in = tr_model_acts(m, p, in, w->n_in), .out = out,
+                                .ld_out = (size_t)w->n_out, .out_f32 = out_f32);
+    m->ws.quant[lane_quant(m)].of = NULL; /* the next product may overwrite it */
+    return st;
 }
 
 tr_status tr_model_linear(tr_model *m, const tr_pass *p, const tr_linear *w, const tr_act *in,

@@ -176,6 +176,9 @@ tr_status tr_model_fork_again(tr_model *m, tr_err *err);
 tr_status tr_model_join_again(tr_model *m, tr_err *err);
 /* in, as linear and moe want it. */
 tr_acts tr_model_acts(const tr_model *m, const tr_pass *p, const tr_act *in, int d);
+/* Room for the e4m3 form of `in`, which the next product of this lane is to take, with w: where w's product reads nothing else, who
+ * makes `in` writes that instead. q NULL: it reads `in`, or wants to quantise it. */
+tr_quantised tr_model_codes(tr_model *m, const tr_linear *w, const tr_act *in);
 /* residual += add, out = RMSNorm of it; where the products behind want it, e4m3 of that too. */
 tr_status tr_model_norm(tr_model *m, const tr_pass *p, int d, int i_quant, const tr_act *add,
                         float *residual, const float *weight, tr_act *out, tr_err *err);
