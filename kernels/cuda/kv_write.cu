@@ -7,6 +7,7 @@
 #include <cuda_fp8.h>
 
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/quantise.cuh"
 
 namespace tr
 {
@@ -266,6 +267,113 @@ __global__ void __launch_bounds__(WARPS * 32)
     if (j == 0) a.w[at] = __fmul_rn(__fmul_rn(a.w[at], constant), scale);
 }
 
+/* The same of rows of 128 with rope on 64 of them, as the real model has: four lanes a row, lane l with numbers 32 i + 8 l + j. So
+ * rope's pairs, 32 apart, and five of the seven levels of butterflies stay within a lane; the pairs of every level are those of
+ * hadamard(), in its order: the same bits. */
+enum { QUERY_LANES = 4, QUERY_ROWS = WARPS * 32 / QUERY_LANES };
+
+/* Levels of butterflies between numbers that lie half apart in the lane. */
+__device__ __forceinline__ void butterflies(float (&v)[32], int half)
+{
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+        if (i & half) continue;
+        const float a = v[i], b = v[i + half];
+        v[i] = a + b;
+        v[i + half] = a - b;
+    }
+}
+/* And between the same number of two lanes. */
+__device__ __forceinline__ void butterflies_of_lanes(float (&v)[32], int lanes)
+{
+    const bool high = threadIdx.x & (unsigned)lanes;
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+        const float mate = __shfl_xor_sync(ALL_LANES, v[i], lanes);
+        v[i] = high ? mate - v[i] : v[i] + mate;
+    }
+}
+
+__global__ void __launch_bounds__(WARPS * 32)
+    index_query_rows(const __grid_constant__ tr_index_query_args a,
+                     const __grid_constant__ tr_rows rows)
+{
+    const int at = (int)blockIdx.x * QUERY_ROWS + (int)threadIdx.x / QUERY_LANES,
+              r = at / a.n_heads, j = (int)threadIdx.x % QUERY_LANES * 8;
+    early::follow();
+    /* Whole warps go on: lanes of rows that are none hold zeros. */
+    const bool wanted = r < min(*rows.n, rows.n_max) && rows.write[r] >= 0;
+    if (!__any_sync(ALL_LANES, wanted)) return;
+
+    const uint4 *in = (const uint4 *)((const __nv_bfloat16 *)(const void *)a.q +
+                                      (size_t)(wanted ? at : 0) * BLOCK + j);
+    const float4 *turn =
+        (const float4 *)(a.rope + (size_t)(wanted ? rows.position[r] : 0) * D_ROPE_MAX + 2 * j);
+    float w = wanted && j == 0 ? a.w[at] : 0.0f;
+    uint4 raw[4];
+    float v[32];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        raw[i] = wanted ? in[4 * i] : make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint32_t pair[4] = {raw[i].x, raw[i].y, raw[i].z, raw[i].w};
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            const float2 f = __bfloat1622float2(*(const __nv_bfloat162 *)&pair[c]);
+            v[8 * i + 2 * c] = f.x;
+            v[8 * i + 2 * c + 1] = f.y;
+        }
+    }
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+        const float4 t = turn[c];
+        const float cosine[2] = {t.x, t.z}, sine[2] = {t.y, t.w};
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const float x = v[2 * c + h], y = v[8 + 2 * c + h];
+            v[2 * c + h] = __fsub_rn(__fmul_rn(x, cosine[h]), __fmul_rn(y, sine[h]));
+            v[8 + 2 * c + h] = __fadd_rn(__fmul_rn(x, sine[h]), __fmul_rn(y, cosine[h]));
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 16; i++) /* what rope left alone is bf16 */
+        v[i] = bf16_round(v[i]);
+    butterflies(v, 1);
+    butterflies(v, 2);
+    butterflies(v, 4);
+    butterflies_of_lanes(v, 1);
+    butterflies_of_lanes(v, 2);
+    butterflies(v, 8);
+    butterflies(v, 16);
+
+    const float factor = 1.0f / sqrtf((float)BLOCK);
+    float most = 0;
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+        v[i] = bf16_round(__fmul_rn(v[i], factor));
+        most = fmaxf(most, fabsf(v[i]));
+    }
+    most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 1));
+    most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 2));
+    const float scale = ue8m0_scale(most), inverse = 1.0f / scale;
+    if (!wanted) return;
+    uint8_t *out = (uint8_t *)a.out + (size_t)at * BLOCK + j;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        uint32_t codes[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const float *x = v + 8 * i + 4 * h;
+            codes[h] = to_e4m3x2(x[0] * inverse, x[1] * inverse) |
+                       to_e4m3x2(x[2] * inverse, x[3] * inverse) << 16;
+        }
+        *(uint2 *)(out + 32 * i) = make_uint2(codes[0], codes[1]);
+    }
+    const float constant = 1.0f / sqrtf((float)a.n_heads) / sqrtf((float)BLOCK);
+    if (j == 0) a.w[at] = __fmul_rn(__fmul_rn(w, constant), scale);
+}
+
 bool index_shape_ok(int d_index, int d_rope)
 {
     return d_index >= 8 && d_index <= BLOCK && (d_index & (d_index - 1)) == 0 && d_rope >= 0 &&
@@ -300,6 +408,11 @@ extern "C" cudaError_t tr_cuda_index_query(const struct tr_index_query_args *a, 
         return cudaErrorNotSupported;
     if (n > INT32_MAX - tr::WARPS) return cudaErrorInvalidValue;
     if (n < 1) return cudaSuccess;
+    if (a->d_index == tr::BLOCK && a->d_rope == tr::D_ROPE_MAX && (uintptr_t)a->q % 16 == 0 &&
+        (uintptr_t)a->out % 8 == 0 && (uintptr_t)a->rope % 16 == 0)
+        return tr::early::launch(tr::index_query_rows, 1,
+                                 dim3((unsigned)((n + tr::QUERY_ROWS - 1) / tr::QUERY_ROWS)),
+                                 tr::WARPS * 32, 0, stream, *a, *a->rows);
     return tr::early::launch(tr::index_query_kernel, 1,
                              dim3((unsigned)((n + tr::WARPS - 1) / tr::WARPS)), tr::WARPS * 32, 0,
                              stream, *a, *a->rows);
