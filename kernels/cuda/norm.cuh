@@ -31,31 +31,42 @@ __device__ __forceinline__ float norm_squares(const float4 v[NORM_ROUNDS])
     return sum;
 }
 
-/* Row r of out, and of q and q_scale where they are wanted. sum: of all squares. Whole warps. */
+__device__ __forceinline__ float norm_inverse(const tr_norm_args &a, float sum)
+{
+    return 1.0f / sqrtf(sum / (float)a.d + a.eps);
+}
+
+/* Numbers [j, j + 4) of row r of out, and of q and q_scale where they are wanted. Whole warps, each with a block of 128. */
+__device__ __forceinline__ void norm_four(const tr_norm_args &a, int ld_scale, int r, int j,
+                                          float4 v, float4 w, float inverse)
+{
+    const float4 y = make_float4(round_bf16(v.x * inverse * w.x), round_bf16(v.y * inverse * w.y),
+                                 round_bf16(v.z * inverse * w.z), round_bf16(v.w * inverse * w.w));
+    write_four(act(a.out) + (size_t)r * a.ld_out + j, y);
+    if (!a.q) return;
+    float most = fmaxf(fmaxf(fabsf(y.x), fabsf(y.y)), fmaxf(fabsf(y.z), fabsf(y.w)));
+    most = warp_reduce<float, larger<float>>(most);
+    const float scale = block_scale(most, a.scale_pow2), inv = 1.0f / scale;
+    *(uint32_t *)(a.q + (size_t)r * (size_t)a.d + (size_t)j) =
+        to_e4m3x2(block_divide(y.x, scale, inv, a.scale_pow2),
+                  block_divide(y.y, scale, inv, a.scale_pow2)) |
+        to_e4m3x2(block_divide(y.z, scale, inv, a.scale_pow2),
+                  block_divide(y.w, scale, inv, a.scale_pow2))
+            << 16;
+    if (threadIdx.x % 32 == 0) a.q_scale[(size_t)(j / 128) * (size_t)ld_scale + (size_t)r] = scale;
+}
+
+/* Row r of thread t of NORM_THREADS. sum: of all squares. */
 __device__ __forceinline__ void norm_store(const tr_norm_args &a, int ld_scale, int r, int t,
                                            const float4 v[NORM_ROUNDS], const float4 w[NORM_ROUNDS],
                                            float sum)
 {
-    const float inverse = 1.0f / sqrtf(sum / (float)a.d + a.eps);
+    const float inverse = norm_inverse(a, sum);
 #pragma unroll
     for (int i = 0; i < NORM_ROUNDS; i++) {
         const int j = norm_at(i, t);
         if (j >= a.d) break; /* a whole warp at a time */
-        const float4 y = make_float4(
-            round_bf16(v[i].x * inverse * w[i].x), round_bf16(v[i].y * inverse * w[i].y),
-            round_bf16(v[i].z * inverse * w[i].z), round_bf16(v[i].w * inverse * w[i].w));
-        write_four(act(a.out) + (size_t)r * a.ld_out + j, y);
-        if (!a.q) continue;
-        float most = fmaxf(fmaxf(fabsf(y.x), fabsf(y.y)), fmaxf(fabsf(y.z), fabsf(y.w)));
-        most = warp_reduce<float, larger<float>>(most);
-        const float scale = block_scale(most, a.scale_pow2), inv = 1.0f / scale;
-        *(uint32_t *)(a.q + (size_t)r * (size_t)a.d + (size_t)j) =
-            to_e4m3x2(block_divide(y.x, scale, inv, a.scale_pow2),
-                      block_divide(y.y, scale, inv, a.scale_pow2)) |
-            to_e4m3x2(block_divide(y.z, scale, inv, a.scale_pow2),
-                      block_divide(y.w, scale, inv, a.scale_pow2))
-                << 16;
-        if (t % 32 == 0) a.q_scale[(size_t)(j / 128) * (size_t)ld_scale + (size_t)r] = scale;
+        norm_four(a, ld_scale, r, j, v[i], w[i], inverse);
     }
 }
 

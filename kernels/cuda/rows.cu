@@ -6,7 +6,7 @@
 namespace
 {
 
-enum { THREADS = 256 };
+enum { THREADS = 256, MANY_ROWS = 256 };
 
 __global__ void embed(const __grid_constant__ tr_embed_args a, const __grid_constant__ tr_rows rows)
 {
@@ -81,6 +81,64 @@ __global__ void __launch_bounds__(tr::NORM_THREADS)
     tr::norm_store(a, ld_scale, r, t, v, w, sum);
 }
 
+/* The same of many rows: a block of 256 threads has what four of norm_blocks' warps have in each of its own, and as many blocks
+ * fit an SM as keep the memory busy while others add up. Partial sums are those of norm_blocks, added in its order: the same bits.
+ * R: rounds of 256 fours, d <= 1024 R. */
+enum { ROW_THREADS = 256, VIRTUAL = tr::NORM_THREADS / ROW_THREADS };
+
+template <int R>
+__global__ void __launch_bounds__(ROW_THREADS, R > 4 ? 4 : 8)
+    norm_rows(const __grid_constant__ tr_norm_args a, int ld_scale)
+{
+    __shared__ float4 part[tr::NORM_THREADS / 32 / 4];
+    const int r = (int)blockIdx.x, t = (int)threadIdx.x;
+    tr::early::follow();
+    if (r >= tr::live_rows(a.n, a.n_max)) return;
+    float *residual = a.residual + (size_t)r * a.ld_residual;
+    const __nv_bfloat16 *add = a.add ? tr::act(a.add) + (size_t)r * a.ld_add : nullptr;
+    float4 v[R];
+    uint2 more[R];
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+        const int j = (i * ROW_THREADS + t) * 4;
+        v[i] = j < a.d ? *(const float4 *)(residual + j) : make_float4(0, 0, 0, 0);
+        if (add) more[i] = j < a.d ? *(const uint2 *)(add + j) : make_uint2(0, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+        const int j = (i * ROW_THREADS + t) * 4;
+        if (!add || j >= a.d) continue;
+        const float4 x = tr::four_of(more[i]);
+        v[i] = make_float4(v[i].x + x.x, v[i].y + x.y, v[i].z + x.z, v[i].w + x.w);
+        *(float4 *)(residual + j) = v[i];
+    }
+#pragma unroll
+    for (int i = 0; i < VIRTUAL; i++) {
+        float4 of[tr::NORM_ROUNDS];
+#pragma unroll
+        for (int k = 0; k < tr::NORM_ROUNDS; k++)
+            of[k] = i + k * VIRTUAL < R ? v[i + k * VIRTUAL] : make_float4(0, 0, 0, 0);
+        const float sum = tr::warp_reduce<float, tr::add<float>>(tr::norm_squares(of));
+        if (t % 32 == 0) ((float *)part)[i * (ROW_THREADS / 32) + t / 32] = sum;
+    }
+    __syncthreads();
+    float sum = part[0].x;
+#pragma unroll
+    for (int i = 0; i < tr::NORM_THREADS / 32 / 4; i++) { /* warps ascending, as block_reduce */
+        if (i > 0) sum += part[i].x;
+        sum += part[i].y;
+        sum += part[i].z;
+        sum += part[i].w;
+    }
+    const float inverse = tr::norm_inverse(a, sum);
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+        const int j = (i * ROW_THREADS + t) * 4;
+        if (j >= a.d) break; /* a whole warp at a time */
+        tr::norm_four(a, ld_scale, r, j, v[i], __ldg((const float4 *)(a.weight + j)), inverse);
+    }
+}
+
 __global__ void rows_gather(const __grid_constant__ tr_rows_gather_args a)
 {
     tr::early::follow();
@@ -127,7 +185,13 @@ cudaError_t tr_cuda_norm(const struct tr_norm_args *a, cudaStream_t stream)
     const bool blocks = tr::norm_fits(*a);
     if (!blocks && a->q && a->d % 128 == 0) return cudaErrorInvalidValue;
     if (!blocks) return tr::early::launch(norm, 1, dim3(n), THREADS, 0, stream, *a);
-    return tr::early::launch(norm_blocks, 1, dim3(n), tr::NORM_THREADS, 0, stream, *a, ld_scale);
+    if (a->n_max < MANY_ROWS)
+        return tr::early::launch(norm_blocks, 1, dim3(n), tr::NORM_THREADS, 0, stream, *a,
+                                 ld_scale);
+    return tr::early::launch(a->d <= 2048   ? norm_rows<2>
+                             : a->d <= 7168 ? norm_rows<7>
+                                            : norm_rows<8>,
+                             1, dim3(n), ROW_THREADS, 0, stream, *a, ld_scale);
 }
 
 cudaError_t tr_cuda_rows_gather(const struct tr_rows_gather_args *a, cudaStream_t stream)
