@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/gemm_bf16_few.cuh"
+#include "kernels/cuda/gemm_bf16_tile.cuh"
 
 namespace
 {
@@ -152,6 +153,41 @@ template <int OUTS> cudaError_t open_few()
 
 enum { MANY_OUTPUTS = 4096 }; /* from here on smaller tiles would not occupy more SMs */
 
+/* Tiles by what keeps the GPU busy without asking the L2 for the same too often: of the language head's weights as few passes over
+ * the rows as registers allow; of few outputs and rows an eighth of the columns a block, else whole sums. */
+enum { HEAD_ROWS = 32, SPLIT_MOST = 1 << 18, NARROW = 64 };
+
+cudaError_t launch_tile(const product &p, cudaStream_t stream)
+{
+    using namespace tr::tile;
+    const tr::tile::product t = {.x = p.x,
+                                 .w = p.w,
+                                 .ld_x = p.ld_x,
+                                 .ld_y = p.ld_y,
+                                 .y = p.y,
+                                 .y_f32 = p.y_f32,
+                                 .n_max = p.n_max,
+                                 .n_out = p.n_out,
+                                 .n_in = p.n_in,
+                                 .n = p.n};
+    if (p.n_out >= MANY_OUTPUTS)
+        return p.n_max <= HEAD_ROWS ? launch<2, 1, 4, 5, false>(t, stream)  /* 32 x 128 */
+                                    : launch<2, 2, 8, 5, false>(t, stream); /* 64 x 256 */
+    if ((size_t)p.n_max * (size_t)p.n_out < SPLIT_MOST)
+        return launch<2, 1, 1, 7, true>(t, stream);                  /* 32 x 32 */
+    return p.n_out <= NARROW ? launch<4, 1, 2, 6, false>(t, stream)  /* 64 x 32 */
+                             : launch<4, 2, 4, 6, false>(t, stream); /* 128 x 64 */
+}
+
+cudaError_t open_tiles()
+{
+    cudaError_t e = tr::tile::open<2, 1, 4, 5, false>();
+    if (e == cudaSuccess) e = tr::tile::open<2, 2, 8, 5, false>();
+    if (e == cudaSuccess) e = tr::tile::open<2, 1, 1, 7, true>();
+    if (e == cudaSuccess) e = tr::tile::open<4, 1, 2, 6, false>();
+    return e == cudaSuccess ? tr::tile::open<4, 2, 4, 6, false>() : e;
+}
+
 } // namespace
 
 int tr_gemm_bf16_fits(int n_in, size_t ld_x)
@@ -164,7 +200,8 @@ cudaError_t tr_gemm_bf16_open(void)
     cudaError_t e = cudaFuncSetAttribute(
         multiply_rows<4, 8>, cudaFuncAttributeMaxDynamicSharedMemorySize, part_bytes<4, 8>());
     if (e == cudaSuccess) e = open_few<8>();
-    return e == cudaSuccess ? open_few<16>() : e;
+    if (e == cudaSuccess) e = open_few<16>();
+    return e == cudaSuccess ? open_tiles() : e;
 }
 
 cudaError_t tr_gemm_bf16(const tr_bf16_product *a, cudaStream_t stream)
@@ -184,6 +221,7 @@ cudaError_t tr_gemm_bf16(const tr_bf16_product *a, cudaStream_t stream)
     if (!tr_gemm_bf16_fits(a->n_in, a->ld_x) || a->n_out <= 0) return cudaErrorInvalidValue;
     if (a->n_max <= 0) return cudaSuccess;
     if (a->n_max <= tr::few::ROWS && a->n_in == FEW_N_IN) return launch_few(a, stream);
+    if (tr::tile::fits(a->n_in)) return launch_tile(p, stream);
     const bool many = a->n_out >= MANY_OUTPUTS;
     if (a->n_max <= 16)
         return many && a->n_max > 4 ? launch<1, 4>(p, stream) : launch<1, 1>(p, stream);

@@ -1,0 +1,252 @@
+/* gemm_bf16.cu for more rows than a few: tiles whose rows and weights come through rings of shared memory, so that each is asked of
+ * the L2 once a tile. All warps of a block work on the same columns; a warp's sum of an eighth of them is added to its total where
+ * the eighth ends. The same columns meet in the same order as in multiply_rows, and eighths ascending: the same bits. */
+#ifndef TR_CUDA_GEMM_BF16_TILE_CUH
+#define TR_CUDA_GEMM_BF16_TILE_CUH
+
+#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/launch.cuh"
+
+namespace tr
+{
+namespace tile
+{
+
+enum { WARPS = 8, THREADS = WARPS * 32, PARTS = 8, COLUMNS = 64, ROW_BYTES = COLUMNS * 2 };
+
+struct product {
+    const __nv_bfloat16 *x, *w;
+    size_t ld_x, ld_y;
+    void *y;
+    int y_f32, n_max, n_out, n_in;
+    const int32_t *n;
+};
+
+/* WR x 8 / WR warps, of 16 M rows by 8 N outputs each; DEEP: stages of the ring. SPLIT: a cluster of 8 blocks makes a tile, each an
+ * eighth of the columns, where there are too few tiles for the GPU. */
+template <int WR, int M, int N, int DEEP, bool SPLIT> struct shape {
+    enum {
+        ROWS = WR * 16 * M,
+        OUTS = WARPS / WR * 8 * N,
+        STAGES = DEEP,
+        STAGE_BYTES = (ROWS + OUTS) * ROW_BYTES,
+        BYTES = STAGES * STAGE_BYTES,
+        BLOCKS_SM = BYTES <= 100 << 10 ? 2 : 1
+    };
+};
+
+/* 16 bytes of row r of a stage: 64 columns are 8 of them. Two rows that a quarter of a warp reads together meet no bank twice. */
+__device__ __forceinline__ uint32_t place(int r, int at)
+{
+    return (uint32_t)(r * ROW_BYTES + (at ^ (r & 1) * 4) * 16);
+}
+
+/* The cluster's eighths of a tile, ascending; each block writes an eighth of the outputs. put: this block's sums. */
+template <int ROWS, int OUTS, class F>
+__device__ __forceinline__ void join(const product &p, uint8_t *memory, int row0, int out0, int n,
+                                     const F &put)
+{
+    float *part = (float *)memory;
+    const int me = (int)cluster_rank();
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
+    put(part);
+    cluster_arrive();
+    cluster_wait();
+    for (int u = me * (ROWS * OUTS / PARTS) + (int)threadIdx.x;
+         u < (me + 1) * (ROWS * OUTS / PARTS); u += THREADS) {
+        const int r = row0 + u / OUTS, o = out0 + u % OUTS;
+        float v[PARTS], sum = 0;
+#pragma unroll
+        for (int i = 0; i < PARTS; i++)
+            asm volatile("ld.shared::cluster.f32 %0, [%1];"
+                         : "=f"(v[i])
+                         : "r"(cluster_address(smem_address(part + u), (uint32_t)i)));
+        sum = v[0];
+#pragma unroll
+        for (int i = 1; i < PARTS; i++)
+            sum += v[i];
+        if (r < n && o < p.n_out) write_number(p.y, (size_t)r * p.ld_y + (size_t)o, p.y_f32, sum);
+    }
+    cluster_arrive(); /* nobody's sums go before all have read them */
+    cluster_wait();
+}
+
+template <int WR, int M, int N, int DEEP, bool SPLIT>
+__global__ void __launch_bounds__(THREADS, shape<WR, M, N, DEEP, SPLIT>::BLOCKS_SM)
+    multiply_tile(const __grid_constant__ product p)
+{
+    typedef shape<WR, M, N, DEEP, SPLIT> S;
+    extern __shared__ __align__(128) uint8_t memory[];
+    const int tid = (int)threadIdx.x, lane = tid % 32, warp = tid / 32;
+    const int row0 = (int)blockIdx.y * S::ROWS,
+              n_tiles = (p.n_out + S::OUTS - 1) / S::OUTS, /* tiles first, first + every, .. */
+        first = (int)(SPLIT ? blockIdx.x / PARTS : blockIdx.x),
+              every = (int)(SPLIT ? gridDim.x / PARTS : gridDim.x);
+    const uint32_t ring = smem_address(memory);
+    const int steps_part = p.n_in / COLUMNS / PARTS,
+              n_steps = SPLIT ? steps_part : PARTS * steps_part,
+              total_steps = first < n_tiles ? (n_tiles - first + every - 1) / every * n_steps : 0;
+    enum { EACH_X = S::ROWS * 8 / THREADS, EACH_W = S::OUTS * 8 / THREADS, DOWN = THREADS / 8 };
+    static_assert(EACH_X * THREADS == S::ROWS * 8 || S::ROWS * 8 < THREADS, "whole rounds of rows");
+    static_assert(EACH_W * THREADS == S::OUTS * 8, "whole rounds of outputs");
+
+    /* What is to be loaded next: a step of a tile, into a stage. Rows and outputs past the last one are zeros. */
+    const int at = tid % 8, r0 = tid / 8,
+              first_column = SPLIT ? (int)(blockIdx.x % PARTS) * steps_part * COLUMNS : 0;
+    const __nv_bfloat16 *w = p.w + first_column + at * 8, *x = p.x + first_column + at * 8;
+    const auto load_w = [&](int i) {
+        const int out = (first + i / n_steps * every) * S::OUTS + r0;
+        const uint32_t stage =
+            ring + (uint32_t)(i % S::STAGES * S::STAGE_BYTES + S::ROWS * ROW_BYTES);
+        const __nv_bfloat16 *from = w + (size_t)out * (size_t)p.n_in + i % n_steps * COLUMNS;
+#pragma unroll
+        for (int j = 0; j < EACH_W; j++) {
+            const bool there = out + j * DOWN < p.n_out;
+            async_copy16(stage + place(r0 + j * DOWN, at),
+                         there ? from + (size_t)(j * DOWN) * (size_t)p.n_in : w, there ? 16 : 0);
+        }
+    };
+#pragma unroll
+    for (int i = 0; i < S::STAGES - 1; i++)
+        if (i < total_steps) load_w(i); /* beside the kernel in front */
+    early::follow();
+    const int n = live_rows(p.n, p.n_max);
+    if (row0 >= n || total_steps == 0) {
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        return;
+    }
+    const auto load_x = [&](int i) {
+        const uint32_t stage = ring + (uint32_t)(i % S::STAGES * S::STAGE_BYTES);
+        const __nv_bfloat16 *from = x + (size_t)(row0 + r0) * p.ld_x + i % n_steps * COLUMNS;
+#pragma unroll
+        for (int j = 0; j < (EACH_X ? EACH_X : 1); j++) {
+            const bool there = row0 + r0 + j * DOWN < n;
+            if (EACH_X || r0 < S::ROWS)
+                async_copy16(stage + place(r0 + j * DOWN, at),
+                             there ? from + (size_t)(j * DOWN) * p.ld_x : x, there ? 16 : 0);
+        }
+    };
+#pragma unroll
+    for (int i = 0; i < S::STAGES - 1; i++) {
+        if (i < total_steps) load_x(i);
+        asm volatile("cp.async.commit_group;" ::
+                         : "memory"); /* the first takes all weights so far */
+    }
+
+    float sum[M][N][4] = {}, total[M][N][4] = {};
+    const int g = lane / 4, q = lane % 4, row_w = warp / (WARPS / WR) * 16 * M,
+              out_w = warp % (WARPS / WR) * 8 * N;
+    int left = steps_part, parts = 0, out0 = first * S::OUTS;
+#pragma unroll 1
+    for (int step = 0; step < total_steps; step++) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(S::STAGES - 2) : "memory");
+        __syncthreads();
+        if (step + S::STAGES - 1 < total_steps) {
+            load_w(step + S::STAGES - 1);
+            load_x(step + S::STAGES - 1);
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+        const uint8_t *rows = memory + step % S::STAGES * S::STAGE_BYTES,
+                      *outs = rows + S::ROWS * ROW_BYTES;
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            uint4 a[M][2], b[N];
+#pragma unroll
+            for (int j = 0; j < N; j++)
+                b[j] = *(const uint4 *)(outs + place(out_w + 8 * j + g, 4 * k + q));
+#pragma unroll
+            for (int i = 0; i < M; i++)
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+                    a[i][h] = *(const uint4 *)(rows + place(row_w + 16 * i + 8 * h + g, 4 * k + q));
+#pragma unroll
+            for (int i = 0; i < M; i++)
+#pragma unroll
+                for (int j = 0; j < N; j++) {
+                    const uint4 lo = a[i][0], hi = a[i][1], y = b[j];
+                    const uint32_t a0[4] = {lo.x, hi.x, lo.y, hi.y},
+                                   a1[4] = {lo.z, hi.z, lo.w, hi.w}, b0[2] = {y.x, y.y},
+                                   b1[2] = {y.z, y.w};
+                    multiply(sum[i][j], a0, b0, __nv_bfloat16());
+                    multiply(sum[i][j], a1, b1, __nv_bfloat16());
+                }
+        }
+        if (--left) continue;
+        left = steps_part;
+#pragma unroll
+        for (int i = 0; i < M; i++)
+#pragma unroll
+            for (int j = 0; j < N; j++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) {
+                    total[i][j][c] = parts == 0 ? sum[i][j][c] : total[i][j][c] + sum[i][j][c];
+                    sum[i][j][c] = 0;
+                }
+        if (SPLIT) break;
+        if (++parts < PARTS) continue;
+#pragma unroll
+        for (int i = 0; i < M; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int r = row0 + row_w + 16 * i + 8 * h + g;
+                if (r >= n) continue;
+#pragma unroll
+                for (int j = 0; j < N; j++)
+#pragma unroll
+                    for (int c = 0; c < 2; c++) {
+                        const int o = out0 + out_w + 8 * j + 2 * q + c;
+                        if (o < p.n_out)
+                            write_number(p.y, (size_t)r * p.ld_y + (size_t)o, p.y_f32,
+                                         total[i][j][2 * h + c]);
+                    }
+            }
+        parts = 0;
+        out0 += every * S::OUTS;
+    }
+    if (SPLIT)
+        join<S::ROWS, S::OUTS>(p, memory, row0, out0, n, [&](float *part) {
+#pragma unroll
+            for (int i = 0; i < M; i++)
+#pragma unroll
+                for (int j = 0; j < N; j++)
+#pragma unroll
+                    for (int c = 0; c < 4; c++)
+                        part[(row_w + 16 * i + c / 2 * 8 + g) * S::OUTS + out_w + 8 * j + 2 * q +
+                             c % 2] = total[i][j][c];
+        });
+}
+
+/* Whether the eighths of these columns are whole steps. */
+inline bool fits(int n_in)
+{
+    return n_in % (PARTS * COLUMNS) == 0;
+}
+
+template <int WR, int M, int N, int DEEP, bool SPLIT> cudaError_t open()
+{
+    return cudaFuncSetAttribute(multiply_tile<WR, M, N, DEEP, SPLIT>,
+                                cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                shape<WR, M, N, DEEP, SPLIT>::BYTES);
+}
+
+template <int WR, int M, int N, int DEEP, bool SPLIT>
+cudaError_t launch(const product &p, cudaStream_t stream)
+{
+    typedef shape<WR, M, N, DEEP, SPLIT> S;
+    int device = 0, n_sm = 0;
+    cudaError_t e = cudaGetDevice(&device);
+    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&n_sm, cudaDevAttrMultiProcessorCount, device);
+    if (e != cudaSuccess) return e;
+    const unsigned tiles = blocks_for((size_t)p.n_out, S::OUTS);
+    const dim3 grid(SPLIT ? tiles * PARTS : at_most(tiles, (unsigned)(n_sm * S::BLOCKS_SM)),
+                    blocks_for((size_t)p.n_max, S::ROWS));
+    return early::launch(multiply_tile<WR, M, N, DEEP, SPLIT>, SPLIT ? PARTS : 1, grid, THREADS,
+                         S::BYTES, stream, p);
+}
+
+} // namespace tile
+} // namespace tr
+
+#endif
