@@ -93,21 +93,28 @@ __device__ int32_t draw(const list &l, choice best, const tr_slot_open &s, int32
 }
 
 /* A row's best id is looked for by PARTS blocks, each in its part of the ids. */
-enum { PARTS = 128, PART_THREADS = 256, NOT_FINITE = -1 };
+enum { PARTS = 128, PARTS_MANY = 32, MANY_ROWS = 16, PART_THREADS = 256, NOT_FINITE = -1 };
 
-/* part[row][PARTS]: the best of each as the logits are, without the plan's changes; 0 where no id has a token, all ones where a
+/* Of many rows fewer parts occupy the GPU, and one wave of blocks is enough. */
+int parts_of(int n_rows)
+{
+    return n_rows < MANY_ROWS ? PARTS : PARTS_MANY;
+}
+
+/* part[row][parts]: the best of each as the logits are, without the plan's changes; 0 where no id has a token, all ones where a
  * logit is not finite. */
 __global__ void __launch_bounds__(PART_THREADS)
     best_of_parts(const __grid_constant__ tr_sample_args a, const __grid_constant__ tr_rows rows,
                   choice *part)
 {
     __shared__ choice scratch[tr::SAMPLE_SCRATCH];
-    const int r = (int)blockIdx.y, each = (a.n_vocab + PARTS - 1) / PARTS,
+    const int r = (int)blockIdx.y, parts = (int)gridDim.x, each = (a.n_vocab + parts - 1) / parts,
               begin = (int)blockIdx.x * each, end = min(begin + each, a.n_vocab);
     tr::early::follow();
     if (r >= tr::chunk_rows(rows, a.i_head, a.n_rows)) return;
     const float *logits = a.logits + (size_t)r * a.ld;
     choice mine = 0;
+#pragma unroll 4
     for (int i = begin + (int)threadIdx.x; i < end; i += PART_THREADS) {
         const float x = logits[i];
         const bool finite = (__float_as_uint(x) & 0x7fffffffu) < 0x7f800000u;
@@ -116,12 +123,12 @@ __global__ void __launch_bounds__(PART_THREADS)
         mine = c > mine ? c : mine;
     }
     const choice best = tr::block_best(mine, scratch);
-    if (threadIdx.x == 0) part[r * PARTS + (int)blockIdx.x] = best;
+    if (threadIdx.x == 0) part[r * parts + (int)blockIdx.x] = best;
 }
 
 __global__ void __launch_bounds__(tr::SAMPLE_THREADS)
     sample(const __grid_constant__ tr_sample_args a, const __grid_constant__ tr_rows rows,
-           const choice *part)
+           const choice *part, int n_parts)
 {
     __shared__ choice keys_scratch[tr::SAMPLE_SCRATCH];
     __shared__ double scratch[tr::SAMPLE_SCRATCH];
@@ -135,8 +142,8 @@ __global__ void __launch_bounds__(tr::SAMPLE_THREADS)
         const float *logits = a.logits + (size_t)r * a.ld;
         const tr_slot_open &s = a.slots.sampling[rows.slot[row]];
         const tr::changes changes = tr::changes_of(a.plan, h);
-        choice best = tr::block_best(threadIdx.x < PARTS ? part[r * PARTS + (int)threadIdx.x] : 0,
-                                     keys_scratch);
+        choice best = tr::block_best(
+            (int)threadIdx.x < n_parts ? part[r * n_parts + (int)threadIdx.x] : 0, keys_scratch);
         int32_t token = -1;
         if (best == (choice)NOT_FINITE) {
             token = -2;
@@ -238,11 +245,13 @@ cudaError_t tr_cuda_sample(const struct tr_sample_args *a, cudaStream_t stream)
     const size_t slices = (a->workspace_bytes - parts) / each,
                  grid = (size_t)a->n_rows < slices ? (size_t)a->n_rows : slices;
     choice *part = (choice *)((char *)a->workspace + a->workspace_bytes / 8 * 8 - parts);
-    cudaError_t e = tr::early::launch(best_of_parts, 1, dim3(PARTS, (unsigned)a->n_rows),
-                                      PART_THREADS, 0, stream, *a, *a->rows, part);
+    const int n_parts = parts_of(a->n_rows);
+    cudaError_t e =
+        tr::early::launch(best_of_parts, 1, dim3((unsigned)n_parts, (unsigned)a->n_rows),
+                          PART_THREADS, 0, stream, *a, *a->rows, part);
     if (e != cudaSuccess) return e;
     e = tr::early::launch(sample, 1, dim3(tr::at_most(grid, 1024)), tr::SAMPLE_THREADS, 0, stream,
-                          *a, *a->rows, part);
+                          *a, *a->rows, part, n_parts);
     return e == cudaSuccess
                ? tr_cuda_last_tokens(a->rows, &a->slots, a->token_out, a->i_head, a->n_rows, stream)
                : e;
