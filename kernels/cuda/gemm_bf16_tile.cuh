@@ -81,56 +81,54 @@ __global__ void __launch_bounds__(THREADS, shape<WR, M, N, DEEP, SPLIT>::BLOCKS_
     extern __shared__ __align__(128) uint8_t memory[];
     const int tid = (int)threadIdx.x, lane = tid % 32, warp = tid / 32;
     const int row0 = (int)blockIdx.y * S::ROWS,
-              n_tiles = (p.n_out + S::OUTS - 1) / S::OUTS, /* tiles first, first + every, .. */
-        first = (int)(SPLIT ? blockIdx.x / PARTS : blockIdx.x),
-              every = (int)(SPLIT ? gridDim.x / PARTS : gridDim.x);
+              out0 = (int)(SPLIT ? blockIdx.x / PARTS : blockIdx.x) * S::OUTS;
     const uint32_t ring = smem_address(memory);
     const int steps_part = p.n_in / COLUMNS / PARTS,
               n_steps = SPLIT ? steps_part : PARTS * steps_part,
-              total_steps = first < n_tiles ? (n_tiles - first + every - 1) / every * n_steps : 0;
-    enum { EACH_X = S::ROWS * 8 / THREADS, EACH_W = S::OUTS * 8 / THREADS, DOWN = THREADS / 8 };
+              first_column = SPLIT ? (int)(blockIdx.x % PARTS) * steps_part * COLUMNS : 0;
+    enum { EACH_X = S::ROWS * 8 / THREADS, EACH_W = S::OUTS * 8 / THREADS };
     static_assert(EACH_X * THREADS == S::ROWS * 8 || S::ROWS * 8 < THREADS, "whole rounds of rows");
     static_assert(EACH_W * THREADS == S::OUTS * 8, "whole rounds of outputs");
 
-    /* What is to be loaded next: a step of a tile, into a stage. Rows and outputs past the last one are zeros. */
-    const int at = tid % 8, r0 = tid / 8,
-              first_column = SPLIT ? (int)(blockIdx.x % PARTS) * steps_part * COLUMNS : 0;
-    const __nv_bfloat16 *w = p.w + first_column + at * 8, *x = p.x + first_column + at * 8;
-    const auto load_w = [&](int i) {
-        const int out = (first + i / n_steps * every) * S::OUTS + r0;
-        const uint32_t stage =
-            ring + (uint32_t)(i % S::STAGES * S::STAGE_BYTES + S::ROWS * ROW_BYTES);
-        const __nv_bfloat16 *from = w + (size_t)out * (size_t)p.n_in + i % n_steps * COLUMNS;
+    /* Rows and outputs past the last one are the last one again. */
+    const int at = tid % 8, r0 = tid / 8;
+    const __nv_bfloat16 *w[EACH_W];
 #pragma unroll
-        for (int j = 0; j < EACH_W; j++) {
-            const bool there = out + j * DOWN < p.n_out;
-            async_copy16(stage + place(r0 + j * DOWN, at),
-                         there ? from + (size_t)(j * DOWN) * (size_t)p.n_in : w, there ? 16 : 0);
-        }
+    for (int i = 0; i < EACH_W; i++)
+        w[i] = p.w + (size_t)min(out0 + r0 + i * (THREADS / 8), p.n_out - 1) * (size_t)p.n_in +
+               first_column + at * 8;
+    const auto load_w = [&](int step) {
+        const uint32_t stage =
+            ring + (uint32_t)(step % S::STAGES * S::STAGE_BYTES + S::ROWS * ROW_BYTES);
+#pragma unroll
+        for (int i = 0; i < EACH_W; i++)
+            async_copy16(stage + place(r0 + i * (THREADS / 8), at), w[i] + step * COLUMNS, 16);
     };
 #pragma unroll
     for (int i = 0; i < S::STAGES - 1; i++)
-        if (i < total_steps) load_w(i); /* beside the kernel in front */
+        if (i < n_steps) load_w(i); /* beside the kernel in front */
     early::follow();
     const int n = live_rows(p.n, p.n_max);
-    if (row0 >= n || total_steps == 0) {
+    if (row0 >= n) {
         asm volatile("cp.async.wait_all;" ::: "memory");
         return;
     }
-    const auto load_x = [&](int i) {
-        const uint32_t stage = ring + (uint32_t)(i % S::STAGES * S::STAGE_BYTES);
-        const __nv_bfloat16 *from = x + (size_t)(row0 + r0) * p.ld_x + i % n_steps * COLUMNS;
+    enum { ROUNDS_X = EACH_X ? EACH_X : 1 };
+    const __nv_bfloat16 *x[ROUNDS_X];
 #pragma unroll
-        for (int j = 0; j < (EACH_X ? EACH_X : 1); j++) {
-            const bool there = row0 + r0 + j * DOWN < n;
+    for (int i = 0; i < ROUNDS_X; i++)
+        x[i] = p.x + (size_t)min(row0 + r0 + i * (THREADS / 8), n - 1) * p.ld_x + first_column +
+               at * 8;
+    const auto load_x = [&](int step) {
+        const uint32_t stage = ring + (uint32_t)(step % S::STAGES * S::STAGE_BYTES);
+#pragma unroll
+        for (int i = 0; i < ROUNDS_X; i++)
             if (EACH_X || r0 < S::ROWS)
-                async_copy16(stage + place(r0 + j * DOWN, at),
-                             there ? from + (size_t)(j * DOWN) * p.ld_x : x, there ? 16 : 0);
-        }
+                async_copy16(stage + place(r0 + i * (THREADS / 8), at), x[i] + step * COLUMNS, 16);
     };
 #pragma unroll
     for (int i = 0; i < S::STAGES - 1; i++) {
-        if (i < total_steps) load_x(i);
+        if (i < n_steps) load_x(i);
         asm volatile("cp.async.commit_group;" ::
                          : "memory"); /* the first takes all weights so far */
     }
@@ -138,12 +136,12 @@ __global__ void __launch_bounds__(THREADS, shape<WR, M, N, DEEP, SPLIT>::BLOCKS_
     float sum[M][N][4] = {}, total[M][N][4] = {};
     const int g = lane / 4, q = lane % 4, row_w = warp / (WARPS / WR) * 16 * M,
               out_w = warp % (WARPS / WR) * 8 * N;
-    int left = steps_part, parts = 0, out0 = first * S::OUTS;
+    int left = steps_part;
 #pragma unroll 1
-    for (int step = 0; step < total_steps; step++) {
+    for (int step = 0; step < n_steps; step++) {
         asm volatile("cp.async.wait_group %0;" ::"n"(S::STAGES - 2) : "memory");
         __syncthreads();
-        if (step + S::STAGES - 1 < total_steps) {
+        if (step + S::STAGES - 1 < n_steps) {
             load_w(step + S::STAGES - 1);
             load_x(step + S::STAGES - 1);
         }
@@ -175,37 +173,18 @@ __global__ void __launch_bounds__(THREADS, shape<WR, M, N, DEEP, SPLIT>::BLOCKS_
         }
         if (--left) continue;
         left = steps_part;
+        const bool first = step + 1 == steps_part;
 #pragma unroll
         for (int i = 0; i < M; i++)
 #pragma unroll
             for (int j = 0; j < N; j++)
 #pragma unroll
                 for (int c = 0; c < 4; c++) {
-                    total[i][j][c] = parts == 0 ? sum[i][j][c] : total[i][j][c] + sum[i][j][c];
+                    total[i][j][c] = first ? sum[i][j][c] : total[i][j][c] + sum[i][j][c];
                     sum[i][j][c] = 0;
                 }
-        if (SPLIT) break;
-        if (++parts < PARTS) continue;
-#pragma unroll
-        for (int i = 0; i < M; i++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const int r = row0 + row_w + 16 * i + 8 * h + g;
-                if (r >= n) continue;
-#pragma unroll
-                for (int j = 0; j < N; j++)
-#pragma unroll
-                    for (int c = 0; c < 2; c++) {
-                        const int o = out0 + out_w + 8 * j + 2 * q + c;
-                        if (o < p.n_out)
-                            write_number(p.y, (size_t)r * p.ld_y + (size_t)o, p.y_f32,
-                                         total[i][j][2 * h + c]);
-                    }
-            }
-        parts = 0;
-        out0 += every * S::OUTS;
     }
-    if (SPLIT)
+    if (SPLIT) {
         join<S::ROWS, S::OUTS>(p, memory, row0, out0, n, [&](float *part) {
 #pragma unroll
             for (int i = 0; i < M; i++)
@@ -216,6 +195,24 @@ __global__ void __launch_bounds__(THREADS, shape<WR, M, N, DEEP, SPLIT>::BLOCKS_
                         part[(row_w + 16 * i + c / 2 * 8 + g) * S::OUTS + out_w + 8 * j + 2 * q +
                              c % 2] = total[i][j][c];
         });
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int r = row0 + row_w + 16 * i + 8 * h + g;
+            if (r >= n) continue;
+#pragma unroll
+            for (int j = 0; j < N; j++)
+#pragma unroll
+                for (int c = 0; c < 2; c++) {
+                    const int o = out0 + out_w + 8 * j + 2 * q + c;
+                    if (o < p.n_out)
+                        write_number(p.y, (size_t)r * p.ld_y + (size_t)o, p.y_f32,
+                                     total[i][j][2 * h + c]);
+                }
+        }
 }
 
 /* Whether the eighths of these columns are whole steps. */
@@ -235,12 +232,7 @@ template <int WR, int M, int N, int DEEP, bool SPLIT>
 cudaError_t launch(const product &p, cudaStream_t stream)
 {
     typedef shape<WR, M, N, DEEP, SPLIT> S;
-    int device = 0, n_sm = 0;
-    cudaError_t e = cudaGetDevice(&device);
-    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&n_sm, cudaDevAttrMultiProcessorCount, device);
-    if (e != cudaSuccess) return e;
-    const unsigned tiles = blocks_for((size_t)p.n_out, S::OUTS);
-    const dim3 grid(SPLIT ? tiles * PARTS : at_most(tiles, (unsigned)(n_sm * S::BLOCKS_SM)),
+    const dim3 grid(blocks_for((size_t)p.n_out, S::OUTS) * (SPLIT ? PARTS : 1),
                     blocks_for((size_t)p.n_max, S::ROWS));
     return early::launch(multiply_tile<WR, M, N, DEEP, SPLIT>, SPLIT ? PARTS : 1, grid, THREADS,
                          S::BYTES, stream, p);
