@@ -262,6 +262,71 @@ static void full_tables_keep_the_sums(void **state)
     assert_false(tr_regions_grow(&r, "other", 0));
 }
 
+/* Ends and begins that join are one moment, in totals, in the tree and for who hears of them; others are not. */
+static void hear(void *ctx, int node, uint64_t begun_ns, uint64_t ended_ns, double bytes)
+{
+    uint64_t(*heard)[2] = ctx;
+    (void)node;
+    heard[(int)bytes][0] = begun_ns;
+    heard[(int)bytes][1] = ended_ns;
+}
+
+static void joined_regions_share_a_moment(void **state)
+{
+    enum { A, B, OUT, C, N };
+    uint64_t heard[N][2] = {{0}};
+    tr_regions r = {.sink = {heard, hear}};
+    tr_region_node node[NODES];
+
+    (void)state;
+    for (int grown = 0; grown < 2; grown++) {
+        if (grown) assert_true(tr_regions_grow(&r, "main", NODES));
+        const int out = tr_region_id(&r, "out"), in = tr_region_id(&r, "in");
+        tr_regions_reset(&r);
+        tr_region_begin(&r, out);
+        tr_region_joins(&r);
+        spin(20000); /* such callers are wrong by it */
+        tr_region_begin(&r, in);
+        spin(20000);
+        tr_region_end(&r, A, 0);
+        tr_region_joins(&r);
+        tr_region_begin(&r, in);
+        spin(20000);
+        tr_region_end(&r, B, 0);
+        tr_region_joins(&r);
+        tr_region_end(&r, OUT, 0);
+        spin(20000);
+        tr_region_begin(&r, in);
+        tr_region_end(&r, C, 0);
+        assert_int_equal(heard[OUT][0], heard[A][0]);
+        assert_int_equal(heard[A][1], heard[B][0]);
+        assert_int_equal(heard[B][1], heard[OUT][1]);
+        assert_true(heard[C][0] >= heard[OUT][1] + 15000);
+        assert_true(heard[A][1] >= heard[A][0] + 35000);
+        assert_int_equal(r.total[out].exclusive_ns, 0);
+        assert_int_equal(r.total[out].inclusive_ns, heard[OUT][1] - heard[OUT][0]);
+    }
+    const int n = tr_regions_look(&r, node, NODES);
+    assert_int_equal(sum_excl(node, n), node[0].in[TR_PHASE_NONE].incl_ns);
+    /* What is not kept joins nothing, nor does what is too deep. */
+    tr_regions_keep(&r, TR_KEEP_NOTHING);
+    tr_region_joins(&r);
+    spin(20000);
+    tr_regions_keep(&r, TR_KEEP_TOTALS);
+    tr_region_begin(&r, tr_region_id(&r, "in"));
+    tr_region_end(&r, A, 0);
+    assert_true(heard[A][0] >= heard[C][1] + 15000);
+    for (int i = 0; i <= TR_REGION_DEPTH; i++)
+        tr_region_begin(&r, 0);
+    tr_region_joins(&r);
+    tr_region_end(&r, B, 0);
+    spin(20000);
+    tr_region_end(&r, B, 0);
+    assert_true(heard[B][1] >= heard[B][0] + 15000);
+    tr_regions_prune(&r);
+    tr_region_joins(NULL);
+}
+
 static void *look_often(void *arg)
 {
     tr_regions *r = ((void **)arg)[0];
@@ -359,6 +424,7 @@ int main(void)
         cmocka_unit_test(less_may_be_kept),
         cmocka_unit_test(open_regions_count_as_far_as_they_have_come),
         cmocka_unit_test(full_tables_keep_the_sums),
+        cmocka_unit_test(joined_regions_share_a_moment),
         cmocka_unit_test(another_thread_may_look),
         cmocka_unit_test(another_thread_may_look_at_deep_stacks),
         cmocka_unit_test(a_sink_hears_of_every_end),

@@ -42,6 +42,7 @@ typedef struct tr_region_tree {
     int busy; /* the lock of all that others look at; the stream's thread alone reads it without */
     int n, n_max;
     uint64_t n_lost;
+    uint64_t ended_ns;    /* the last end */
     bool aside;           /* nothing goes into it now: its open frames are */
     tr_region_frame root; /* this one */
     spot *spot;           /* [n_max] */
@@ -208,7 +209,7 @@ bool tr_regions_grow(tr_regions *r, const char *stream, int nodes_max)
                                    .phase = TR_PHASE_NONE,
                                    .mark = -1,
                                    .counted = true,
-                                   .begun_ns = tr_now_ns()};
+                                   .begun_ns = tr_ticks_now(&r->ticks)};
     r->depth = 1;
     r->tree = r->grows = t;
     return true;
@@ -239,6 +240,7 @@ void tr_regions_keep(tr_regions *r, tr_region_keep what)
     const bool aside = what != TR_KEEP_ALL;
 
     r->keep = what;
+    r->joins = false;
     if (!t || aside == t->aside) return;
     lock(t);
     if (aside) {
@@ -279,6 +281,17 @@ static void show_node(const tree *t, int i, tr_region_node *node)
         node->in[p] = numbers(sums_of(t, p, i), &t->gpu[(size_t)p * (size_t)t->n_max + (size_t)i]);
 }
 
+/* Now, and not before what is seen here: the stream has a clock of its own, which may be a little ahead. Locked. */
+static uint64_t latest(const tr_regions *r, const tree *t, int n_open)
+{
+    uint64_t now = tr_now_ns();
+
+    if (t->ended_ns > now) now = t->ended_ns;
+    if (!t->aside && n_open > 0 && r->open[n_open - 1].begun_ns > now)
+        now = r->open[n_open - 1].begun_ns;
+    return now;
+}
+
 int tr_regions_look(tr_regions *r, tr_region_node *node, int n_max)
 {
     if (!r || !r->tree) return 0;
@@ -287,7 +300,7 @@ int tr_regions_look(tr_regions *r, tr_region_node *node, int n_max)
     lock(t);
     /* While this has the lock no region ends; one that begins meanwhile comes above those that are seen here. */
     const int n_open = t->aside ? 1 : __atomic_load_n(&r->depth, __ATOMIC_ACQUIRE);
-    const uint64_t now = tr_now_ns();
+    const uint64_t now = latest(r, t, n_open);
     const int n = t->n < n_max ? t->n : n_max;
     for (int i = 0; i < n; i++)
         show_node(t, i, &node[i]);
@@ -329,6 +342,14 @@ uint64_t tr_regions_lost(tr_regions *r)
 
 /* ---- begin and end -------------------------------------------------------------------------------- */
 
+static uint64_t read_clock(tr_regions *r)
+{
+    const bool joins = r->joins;
+
+    r->joins = false;
+    return joins ? r->ticks.last_ns : tr_ticks_now(&r->ticks);
+}
+
 void tr_regions_phase(tr_regions *r, tr_phase phase)
 {
     if (!r) return;
@@ -343,6 +364,7 @@ void tr_region_begin_layer(tr_regions *r, int id, int layer)
      * others look at, goes down under the lock only. */
     if (r->depth == TR_REGION_DEPTH) {
         r->deeper++;
+        r->joins = false;
         return;
     }
     tr_region_frame *f = &r->open[r->depth]; /* nobody looks at it yet */
@@ -355,7 +377,7 @@ void tr_region_begin_layer(tr_regions *r, int id, int layer)
     if (r->clock.begin && r->grows && id >= 0)
         f->mark = r->clock.begin(r->clock.ctx, r->total[id].kind);
     if (r->grows && r->depth > 0) place(r, f, layer);
-    f->begun_ns = tr_now_ns();
+    f->begun_ns = read_clock(r);
     __atomic_store_n(&r->depth, r->depth + 1, __ATOMIC_RELEASE); /* for tr_regions_look */
 }
 
@@ -380,10 +402,12 @@ void tr_region_end(tr_regions *r, double bytes, double flops)
     if (!r || r->depth == 0 || r->keep == TR_KEEP_NOTHING) return;
     if (r->deeper > 0) {
         r->deeper--;
+        r->joins = false;
         return;
     }
     lock(r->grows);
-    const uint64_t now = tr_now_ns();
+    const uint64_t now = read_clock(r);
+    if (r->grows) r->grows->ended_ns = now;
     const tr_region_frame *f = &r->open[r->depth - 1];
     __atomic_store_n(&r->depth, r->depth - 1, __ATOMIC_RELAXED);
     tr_region_frame *up = r->depth > 0 ? &r->open[r->depth - 1] : NULL;

@@ -13,6 +13,8 @@
 #include <stdint.h>
 #include <stdio.h>
 
+#include "base/ticks.h"
+
 enum {
     TR_REGIONS_MAX = 192, /* names of one stream */
     TR_REGION_DEPTH = 16, /* regions open at a time; deeper ones count as time of the deepest */
@@ -94,18 +96,21 @@ typedef struct tr_region_frame { /* an open region; regions.c's own */
     uint64_t begun_ns, child_ns, tree_child_ns;
 } tr_region_frame;
 
-/* Zeroed: empty, not grown. */
+/* Zeroed: empty, not grown. What every begin and end touches comes first: a step's operations leave little of it in the caches. */
 typedef struct tr_regions {
-    int n;
     int depth; /* open regions that are timed, at most TR_REGION_DEPTH; others may look: goes down under the tree's lock */
-    int deeper; /* open regions beyond those: the stream's thread's alone */
-    tr_region_total total[TR_REGIONS_MAX];
-    tr_region_frame open[TR_REGION_DEPTH];
-    tr_region_sink sink;   /* end may be NULL */
-    tr_region_clock clock; /* begin may be NULL */
-    tr_phase phase;        /* set by tr_regions_phase; counted in trees only */
+    int deeper;     /* open regions beyond those: the stream's thread's alone */
+    tr_phase phase; /* set by tr_regions_phase; counted in trees only */
     tr_region_keep keep;
-    struct tr_region_tree *tree, *grows; /* grows: the tree, where regions that begin go into it */
+    struct tr_region_tree *grows; /* the tree, where regions that begin go into it */
+    tr_region_clock clock;        /* begin may be NULL */
+    tr_region_sink sink;          /* end may be NULL */
+    tr_ticks ticks;
+    bool joins; /* tr_region_joins */
+    int n;
+    struct tr_region_tree *tree;
+    tr_region_frame open[TR_REGION_DEPTH];
+    tr_region_total total[TR_REGIONS_MAX];
 } tr_regions;
 
 /* The id of a region with this name (compared as strings), made on first use; -1 when the table is full. tr_region_id:
@@ -117,6 +122,13 @@ int tr_region_id_of(tr_regions *r, const char *name, tr_region_kind kind, int gr
 void tr_region_begin(tr_regions *r, int id);
 void tr_region_begin_layer(tr_regions *r, int id, int layer);
 void tr_region_end(tr_regions *r, double bytes, double flops);
+
+/* Behind a begin or an end: nothing that takes time comes before the next begin or end of this stream, which happens at the same
+ * moment then and needs no reading of the clock. r may be NULL. */
+static inline void tr_region_joins(tr_regions *r)
+{
+    if (r) r->joins = true;
+}
 
 /* Regions that begin from now on belong to a phase; TR_PHASE_NONE: to none. */
 void tr_regions_phase(tr_regions *r, tr_phase phase);
