@@ -53,6 +53,7 @@ tr_status tr_layer_forward(tr_model *m, const tr_pass *p, int i_layer, int layer
     if (st != TR_OK) return st;
 
     tr_region_begin(m->regions, m->region_attention);
+    tr_model_joins(m);
     tr_watchdog_enter(m->watch, "attention", layer);
     note_gathers(m, i_layer, -1);
     st = tr_attention_forward(m, p, &w->attention, tr_cache_layer(m->cache, i_layer), layer, err);
@@ -61,16 +62,19 @@ tr_status tr_layer_forward(tr_model *m, const tr_pass *p, int i_layer, int layer
         st = tr_model_owe(m, p, m->groups.attn_tp, err);
     tr_watchdog_leave(m->watch);
     tr_region_end(m->regions, 0, 0);
+    tr_model_joins(m);
     if (st != TR_OK) return st;
 
     st = norm(m, p, m->ws.block_out, w->post_norm, err);
     if (st != TR_OK) return st;
 
     tr_region_begin(m->regions, w->is_moe ? m->region_moe : m->region_dense);
+    tr_model_joins(m);
     tr_watchdog_enter(m->watch, w->is_moe ? "experts" : "dense", layer);
     st = w->is_moe ? tr_moe_forward(m, p, &w->moe, layer, err)
                    : tr_dense_forward(m, p, &w->mlp, err);
     tr_watchdog_leave(m->watch);
     tr_region_end(m->regions, 0, 0);
+    tr_model_joins(m);
     return st;
 }

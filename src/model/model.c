@@ -26,6 +26,7 @@ tr_status tr_model_ran(tr_model *m, const char *op, tr_status st, tr_err *err)
 {
     if (st == TR_OK && m->sync_check) st = settle(m);
     tr_region_end(m->regions, m->note_bytes, m->note_flops);
+    tr_model_joins(m);
     m->note_bytes = m->note_flops = 0;
     tr_comm_progress(m->moving);
     return st == TR_OK ? TR_OK : tr_fail(err, st, "%s: %s", op, m->ops->error(m->device));
@@ -285,9 +286,15 @@ void tr_model_waited(const tr_model *m, uint64_t *all_ns, uint64_t *stages_ns)
     *all_ns = *stages_ns + waited_ns(g->attn_tp) + waited_ns(g->attn_cp) + waited_ns(g->moe);
 }
 
+static void set_moving(tr_model *m, tr_comm *comm)
+{
+    m->moving = comm;
+    m->joins = (m->ops->caps & TR_CAP_HOST) && tr_comm_size(comm) == 1;
+}
+
 void tr_model_advance(tr_model *m, tr_comm *comm)
 {
-    if (tr_comm_size(m->moving) == 1) m->moving = comm;
+    if (tr_comm_size(m->moving) == 1) set_moving(m, comm);
 }
 
 tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weights *weights,
@@ -310,7 +317,7 @@ tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weig
     m->device = device;
     m->ops = ops;
     m->groups = *groups;
-    m->moving = some_group(groups);
+    set_moving(m, some_group(groups));
     m->regions = regions;
     m->lane = TR_LANE_MAIN;
     m->max_rows = options->max_rows;
@@ -627,6 +634,7 @@ static tr_status network_end(tr_model *m, const tr_pass *p, tr_step *step, bool 
         return st == TR_OK ? tr_finite_send(m, p, err) : st;
     }
     tr_region_begin(m->regions, m->region_head);
+    tr_model_joins(m);
     tr_status st = last_norm(m, p, m->weights->norm, err);
     if (st == TR_OK) {
         tr_model_show(m, "hidden", last, 0, p->n, d, (size_t)d, m->ws.hidden);
@@ -657,9 +665,11 @@ tr_status tr_model_network(tr_model *m, tr_pass *p, tr_step *step, bool with_hea
     for (int i = 0; i < slice->layers.n && st == TR_OK; i++) {
         m->i_layer = i;
         tr_region_begin_layer(m->regions, m->region_layer, slice->layers.begin + i);
+        tr_model_joins(m);
         st =
             tr_layer_forward(m, p, i, slice->layers.begin + i, i > 0 ? m->ws.block_out : NULL, err);
         tr_region_end(m->regions, 0, 0);
+        tr_model_joins(m);
         if (st != TR_OK) return tr_within(err, "layer %d", slice->layers.begin + i);
     }
     return st == TR_OK ? network_end(m, p, step, with_head, err) : st;

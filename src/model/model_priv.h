@@ -91,6 +91,7 @@ struct tr_model {
     tr_groups groups;
     tr_comm *moving; /* a group with members, if there is one: whoever advances it advances all */
     tr_regions *regions;
+    bool joins; /* the host computes, and for itself alone */
     const tr_probe *probe;
     tr_watchdog *watch;
 
@@ -158,6 +159,12 @@ typedef struct tr_pass {
                                          &(const struct tr_##op##_args){__VA_ARGS__}),             \
                   err))
 tr_status tr_model_ran(tr_model *m, const char *op, tr_status st, tr_err *err);
+/* Between a region's begin or end and the next one there are arguments to be put together and no more: one reading of the clock
+ * serves both. Not so where launches, communicators or a probe take their time in between. */
+static inline void tr_model_joins(tr_model *m)
+{
+    if (m->joins && !m->probe) tr_region_joins(m->regions);
+}
 
 /* out = in w^T for all rows of the pass; tr_model_scores: into fp32. */
 tr_status tr_model_linear(tr_model *m, const tr_pass *p, const tr_linear *w, const tr_act *in,
