@@ -6,6 +6,12 @@
 #include <stdio.h>
 #include <string.h>
 
+#ifdef HAVE_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+#include "kernels/toolkit.h"
+
 tr_status tr_device_fail(tr_device *d, tr_status status, const char *fmt, ...)
 {
     tr_device_head *head = (tr_device_head *)(void *)d;
@@ -48,6 +54,15 @@ int tr_device_choose(int n_devices, int i, int n_ranks)
     if (n_devices < 1 || i < 0 || i >= n_ranks) return -1;
     if (n_devices == 1) return 0;
     return n_ranks <= n_devices ? i : -1;
+}
+
+void tr_device_toolkit(char *text, size_t n)
+{
+#ifdef HAVE_CUDA
+    snprintf(text, n, "%d.%d", CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+#else
+    snprintf(text, n, "%s", "");
+#endif
 }
 
 tr_status tr_ops_check(const tr_ops *ops, tr_err *err)

@@ -12,6 +12,10 @@ file, ranks, part = sys.argv[1], int(sys.argv[2]), "part" in sys.argv[3:]
 f = h5py.File(file, "r")
 assert f.attrs["schema"] == "trireme-profile" and f.attrs["version"] == "1.0"
 assert f.attrs["complete"] == (0 if part else 1), dict(f.attrs)
+for name in ("model weights_dtype kv_dtype config_json command_line git_commit build_flags cuda driver nccl mpi hdf5 "
+             "hostname_first").split():
+    assert name in f["run"].attrs, name
+assert "." in f["run"].attrs["hdf5"]
 config = json.loads(f["run"].attrs["config_json"])
 region, steps = f["regions"][:], f["steps"][:]
 names = [n.decode() for n in region["name"]]

@@ -480,6 +480,7 @@ tr_status tr_run_profile_begin(tr_run_profile *r, const char *model_name, const 
     tr_profile_stream(r->profile, &r->write_regions);
     if (may_use_gpu(r)) r->nvml = tr_nvml_open(r->world->local_rank);
     tr_nvml_identity(r->nvml, r->gpu.uuid, r->gpu.pci);
+    tr_nvml_driver(r->nvml, r->gpu.driver);
     const tr_profile_about about = {.run_id = r->began.run,
                                     .unix_ns = r->began.unix_ns,
                                     .clock = r->clock,

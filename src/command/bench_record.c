@@ -129,6 +129,7 @@ tr_status tr_bench_record_begin(tr_bench_record **out, const tr_bench_record_opt
     tr_profile_stream(r->profile, &opened->regions);
     if (!(opened->ops->caps & TR_CAP_HOST)) r->nvml = tr_nvml_open(0);
     tr_nvml_identity(r->nvml, r->gpu.uuid, r->gpu.pci);
+    tr_nvml_driver(r->nvml, r->gpu.driver);
     describe(r);
     count(r);
     st = tr_model_time(opened->model, TR_TIME_EVERY, err);

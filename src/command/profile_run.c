@@ -9,6 +9,10 @@
 #include <unistd.h>
 
 #include "base/size.h"
+#include "kernels/toolkit.h"
+#ifdef HAVE_NCCL
+#include "mpi/comm_nccl.h"
+#endif
 #include "mpi/grid.h"
 
 enum { FILE_MAX = 1 << 20, GROUPS_MAX = 65536 };
@@ -79,15 +83,23 @@ static void describe_slurm(tr_profile *p)
     }
 }
 
-static void describe_build(tr_profile *p)
+/* What the build has none of, and a driver that no GPU is used by, is "". */
+static void describe_build(tr_profile *p, const tr_profile_gpu *gpu)
 {
-    char mpi[256], hdf5[32];
+    char mpi[256], hdf5[32], toolkit[32], nccl[32] = "";
     unsigned major = 0, minor = 0, release = 0;
 
     tr_mpi_version(mpi, sizeof mpi);
     H5get_libversion(&major, &minor, &release);
     snprintf(hdf5, sizeof hdf5, "%u.%u.%u", major, minor, release);
     tr_profile_text(p, "/run", "trireme", PACKAGE_VERSION);
+    tr_device_toolkit(toolkit, sizeof toolkit);
+#ifdef HAVE_NCCL
+    tr_nccl_version(nccl, sizeof nccl);
+#endif
+    tr_profile_text(p, "/run", "cuda", toolkit);
+    tr_profile_text(p, "/run", "driver", gpu->driver);
+    tr_profile_text(p, "/run", "nccl", nccl);
     tr_profile_text(p, "/run", "mpi", mpi);
     tr_profile_text(p, "/run", "hdf5", hdf5);
     tr_profile_text(p, "/run", "build_flags", TR_BUILD_FLAGS);
@@ -261,7 +273,7 @@ void tr_profile_describe(tr_profile *p, const tr_profile_about *a)
     free(config);
     describe_command(p);
     describe_slurm(p);
-    describe_build(p);
+    describe_build(p, a->gpu);
     tr_profile_describe_rank(p, a->world, a->opened, a->gpu, &a->clock, 0);
     if (a->world->rank != 0) return;
     describe_environment(p);

@@ -9,7 +9,7 @@
 #include "profile/profile.h"
 
 typedef struct tr_profile_gpu { /* empty: the rank computes on the CPU */
-    char uuid[41], pci[16];
+    char uuid[41], pci[16], driver[80];
 } tr_profile_gpu;
 
 typedef struct tr_profile_about { /* all borrowed */

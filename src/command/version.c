@@ -14,6 +14,10 @@
 #include "base/json.h"
 #include "command/command.h"
 #include "kernels/kernels.h"
+#include "kernels/toolkit.h"
+#ifdef HAVE_NCCL
+#include "mpi/comm_nccl.h"
+#endif
 #include "mpi/start.h"
 
 static void print_device(FILE *out)
@@ -34,7 +38,7 @@ static void print_device(FILE *out)
 tr_status tr_command_version(int argc, char **argv, tr_err *err)
 {
     FILE *out = stdout;
-    char mpi[256] = "", pcre2[64] = "";
+    char mpi[256] = "", pcre2[64] = "", toolkit[32], nccl[32] = "none";
     unsigned major = 0, minor = 0, release = 0, hwloc = hwloc_get_api_version();
 
     (void)argv;
@@ -43,8 +47,14 @@ tr_status tr_command_version(int argc, char **argv, tr_err *err)
     mpi[strcspn(mpi, "\n")] = 0;
     H5get_libversion(&major, &minor, &release);
     pcre2_config(PCRE2_CONFIG_VERSION, pcre2);
+    tr_device_toolkit(toolkit, sizeof toolkit);
+#ifdef HAVE_NCCL
+    tr_nccl_version(nccl, sizeof nccl);
+#endif
     fprintf(out, "trireme   %s\n", PACKAGE_VERSION);
     fprintf(out, "MPI       %s\n", mpi);
+    fprintf(out, "CUDA      %s\n", toolkit[0] ? toolkit : "none");
+    fprintf(out, "NCCL      %s\n", nccl);
     fprintf(out, "HDF5      %u.%u.%u\n", major, minor, release);
     fprintf(out, "jansson   %s\n", jansson_version_str());
     fprintf(out, "PCRE2     %s\n", pcre2);

@@ -43,6 +43,7 @@ struct tr_nvml {
     int (*temperature)(device_t, unsigned, unsigned *);
     int (*uuid)(device_t, char *, unsigned);
     int (*pci)(device_t, nvml_pci *);
+    int (*driver)(char *, unsigned);
     char why[COUNTERS][96];
     const char *absent[COUNTERS];
 };
@@ -141,6 +142,7 @@ static void find_functions(tr_nvml *n)
     find(n, "nvmlDeviceGetTemperature", &n->temperature);
     find(n, "nvmlDeviceGetUUID", &n->uuid);
     find(n, "nvmlDeviceGetPciInfo_v3", &n->pci);
+    find(n, "nvmlSystemGetDriverVersion", &n->driver);
 }
 
 tr_nvml *tr_nvml_open(int i_device)
@@ -182,6 +184,13 @@ void tr_nvml_identity(const tr_nvml *n, char *uuid, char *pci)
     if (n->pci && n->pci(n->device, &info) == 0)
         snprintf(pci, 16, "%04x:%02x:%02x.0", info.domain & 0xffff, info.bus & 0xff,
                  info.device & 0xff);
+}
+
+void tr_nvml_driver(const tr_nvml *n, char *driver)
+{
+    enum { BYTES = 80 }; /* NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE */
+
+    if (!n || !n->driver || n->driver(driver, BYTES) != 0) driver[0] = '\0';
 }
 
 tr_profile_counters tr_nvml_counters(tr_nvml *n)

@@ -12,6 +12,8 @@ typedef struct tr_nvml tr_nvml;
 tr_nvml *tr_nvml_open(int i_device);
 /* uuid[41], pci[16] as /grid/ranks has them. */
 void tr_nvml_identity(const tr_nvml *nvml, char *uuid, char *pci);
+/* driver[80]: the driver's version, "580.65.06"; "" where it is not told. nvml may be NULL. */
+void tr_nvml_driver(const tr_nvml *nvml, char *driver);
 /* Valid until close. What the driver does not tell is absent, with its reason. */
 tr_profile_counters tr_nvml_counters(tr_nvml *nvml);
 void tr_nvml_close(tr_nvml *nvml);
