@@ -62,6 +62,15 @@ if not part:
         if place["dp"].max() == 0:
             assert all(count[r, layers[l]] == (n_steps[r]) for l in mine), (mine, n_steps)
 
+# What a trace says belongs to a step happened in it. The clocks of regions and of steps agree within a microsecond.
+if "trace/main" in f and not part:
+    trace = f["trace/main"][:]
+    for r in range(ranks):
+        for e in trace[r][(region["kind"][trace[r]["region"]] == region["kind"][step]) & (trace[r]["dur"] > 0)]:
+            row = steps[r][e["step"] - 1]
+            assert row["step"] == e["step"] and e["t0"] > row["t0"] - 10000, (r, e, row)
+            assert int(e["t0"]) + int(e["dur"]) < row["t1"] + 10000, (r, e, row)
+
 # Experts: every row of every step goes to k experts of every MoE layer; the members of a context-parallel group have a part of
 # the prompts' rows each, but all of the generated ones. Where they share the experts and nobody has a prompt, generated rows are
 # computed once (src/model/exchange.c).

@@ -12,14 +12,14 @@
 
 #include <cmocka.h>
 
-#include "base/clock.h"
 #include "base/region.h"
 
 enum { NODES = 64 };
 
-static void spin(uint64_t ns)
+/* By the stream's own clock. */
+static void spin(tr_regions *r, uint64_t ns)
 {
-    for (const uint64_t from = tr_now_ns(); tr_now_ns() - from < ns;)
+    for (const uint64_t from = tr_ticks_now(&r->ticks); tr_ticks_now(&r->ticks) - from < ns;)
         ;
 }
 
@@ -51,7 +51,7 @@ static void totals_without_a_tree(void **state)
     for (int i = 0; i < 3; i++) {
         tr_region_begin(&r, a);
         tr_region_begin(&r, b);
-        spin(20000);
+        spin(&r, 20000);
         tr_region_end(&r, 8, 2);
         tr_region_end(&r, 0, 0);
     }
@@ -213,9 +213,9 @@ static void open_regions_count_as_far_as_they_have_come(void **state)
     (void)state;
     assert_true(tr_regions_grow(&r, "main", NODES));
     tr_region_begin(&r, tr_region_id(&r, "a"));
-    spin(50000);
+    spin(&r, 50000);
     tr_region_begin(&r, tr_region_id(&r, "b"));
-    spin(50000);
+    spin(&r, 50000);
     const int n = tr_regions_look(&r, node, NODES);
     assert_int_equal(n, 3);
     for (int i = 0; i < n; i++)
@@ -242,13 +242,13 @@ static void full_tables_keep_the_sums(void **state)
         assert_true((id >= 0) == (i < TR_REGIONS_MAX - 1)); /* one is the root */
         tr_region_begin(&r, id);
         tr_region_begin(&r, 1); /* below what has no node: a child of the root */
-        spin(1000);
+        spin(&r, 1000);
         tr_region_end(&r, 0, 0);
         tr_region_end(&r, 0, 0);
     }
     for (int i = 0; i < 3 * TR_REGION_DEPTH; i++)
         tr_region_begin(&r, 1);
-    spin(10000);
+    spin(&r, 10000);
     int n = tr_regions_look(&r, node, 8);
     assert_int_equal(sum_excl(node, n), node[0].in[TR_PHASE_NONE].incl_ns);
     for (int i = 0; i < 3 * TR_REGION_DEPTH; i++)
@@ -285,24 +285,24 @@ static void joined_regions_share_a_moment(void **state)
         tr_regions_reset(&r);
         tr_region_begin(&r, out);
         tr_region_joins(&r);
-        spin(20000); /* such callers are wrong by it */
+        spin(&r, 20000); /* such callers are wrong by it */
         tr_region_begin(&r, in);
-        spin(20000);
+        spin(&r, 20000);
         tr_region_end(&r, A, 0);
         tr_region_joins(&r);
         tr_region_begin(&r, in);
-        spin(20000);
+        spin(&r, 20000);
         tr_region_end(&r, B, 0);
         tr_region_joins(&r);
         tr_region_end(&r, OUT, 0);
-        spin(20000);
+        spin(&r, 20000);
         tr_region_begin(&r, in);
         tr_region_end(&r, C, 0);
         assert_int_equal(heard[OUT][0], heard[A][0]);
         assert_int_equal(heard[A][1], heard[B][0]);
         assert_int_equal(heard[B][1], heard[OUT][1]);
-        assert_true(heard[C][0] >= heard[OUT][1] + 15000);
-        assert_true(heard[A][1] >= heard[A][0] + 35000);
+        assert_true(heard[C][0] >= heard[OUT][1] + 20000);
+        assert_true(heard[A][1] >= heard[A][0] + 40000);
         assert_int_equal(r.total[out].exclusive_ns, 0);
         assert_int_equal(r.total[out].inclusive_ns, heard[OUT][1] - heard[OUT][0]);
     }
@@ -311,18 +311,18 @@ static void joined_regions_share_a_moment(void **state)
     /* What is not kept joins nothing, nor does what is too deep. */
     tr_regions_keep(&r, TR_KEEP_NOTHING);
     tr_region_joins(&r);
-    spin(20000);
+    spin(&r, 20000);
     tr_regions_keep(&r, TR_KEEP_TOTALS);
     tr_region_begin(&r, tr_region_id(&r, "in"));
     tr_region_end(&r, A, 0);
-    assert_true(heard[A][0] >= heard[C][1] + 15000);
+    assert_true(heard[A][0] >= heard[C][1] + 20000);
     for (int i = 0; i <= TR_REGION_DEPTH; i++)
         tr_region_begin(&r, 0);
     tr_region_joins(&r);
     tr_region_end(&r, B, 0);
-    spin(20000);
+    spin(&r, 20000);
     tr_region_end(&r, B, 0);
-    assert_true(heard[B][1] >= heard[B][0] + 15000);
+    assert_true(heard[B][1] >= heard[B][0] + 20000);
     tr_regions_prune(&r);
     tr_region_joins(NULL);
 }

@@ -344,10 +344,9 @@ uint64_t tr_regions_lost(tr_regions *r)
 
 static uint64_t read_clock(tr_regions *r)
 {
-    const bool joins = r->joins;
-
+    if (!r->joins) r->moment_ns = tr_ticks_now(&r->ticks);
     r->joins = false;
-    return joins ? r->ticks.last_ns : tr_ticks_now(&r->ticks);
+    return r->moment_ns;
 }
 
 void tr_regions_phase(tr_regions *r, tr_phase phase)

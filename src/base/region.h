@@ -106,7 +106,8 @@ typedef struct tr_regions {
     tr_region_clock clock;        /* begin may be NULL */
     tr_region_sink sink;          /* end may be NULL */
     tr_ticks ticks;
-    bool joins; /* tr_region_joins */
+    uint64_t moment_ns; /* of the last begin or end */
+    bool joins;         /* the next one is at that moment: tr_region_joins */
     int n;
     struct tr_region_tree *tree;
     tr_region_frame open[TR_REGION_DEPTH];

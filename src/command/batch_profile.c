@@ -176,9 +176,10 @@ static void count_bytes(const tr_run_profile *r, uint64_t *bytes)
     }
 }
 
-static void see_begin(void *ctx, const tr_plan *plan, uint64_t t0_ns)
+static void see_begin(void *ctx, uint64_t step, const tr_plan *plan, uint64_t t0_ns)
 {
     const tr_run_profile *r = ctx;
+    tr_profile_begin_step(r->profile, step);
     tr_papi_begin(r->papi, tr_plan_phase(plan), t0_ns);
 }
 

@@ -145,7 +145,9 @@ done:
 
 void tr_bench_record_plan(tr_bench_record *r, const tr_plan *plan, uint64_t t0_ns)
 {
-    if (r) tr_papi_begin(r->o.papi, tr_plan_phase(plan), t0_ns);
+    if (!r) return;
+    tr_profile_begin_step(r->profile, r->n_steps + 1);
+    tr_papi_begin(r->o.papi, tr_plan_phase(plan), t0_ns);
 }
 
 void tr_bench_record_step(tr_bench_record *r, const tr_plan *plan, uint64_t t0_ns, uint64_t t1_ns)

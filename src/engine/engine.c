@@ -422,7 +422,7 @@ static tr_status run_plan(tr_engine *e, tr_engine_slot *s, tr_err *err)
     s->t0_ns = tr_now_ns();
     tr_model_waited(e->model, &waited_ns, &rows_ns);
     tr_pace_begin(e->pace, waited_ns, rows_ns);
-    if (e->observer.begin) e->observer.begin(e->observer.ctx, s->step.plan, s->t0_ns);
+    if (e->observer.begin) e->observer.begin(e->observer.ctx, s->number, s->step.plan, s->t0_ns);
     st = tr_model_forward(e->model, &s->step, err);
     e->broken = st != TR_OK;
     if (st) return tr_within(err, "step %llu", (unsigned long long)e->n_steps);

@@ -75,7 +75,7 @@ typedef struct tr_engine_seen {
  * the next ones. Must not wait; any call may be NULL. */
 typedef struct tr_engine_observer {
     void *ctx;
-    void (*begin)(void *ctx, const tr_plan *plan, uint64_t t0_ns);
+    void (*begin)(void *ctx, uint64_t step, const tr_plan *plan, uint64_t t0_ns);
     void (*step)(void *ctx, const tr_engine_seen *seen);
 } tr_engine_observer;
 

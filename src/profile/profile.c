@@ -154,7 +154,6 @@ tr_status tr_profile_create(tr_profile **out, const tr_profile_options *options,
     tr_profile *p = calloc(1, sizeof *p);
     if (!p) return tr_fail(err, TR_E_MEMORY, "out of memory for the profile");
     p->o = *options;
-    atomic_store(&p->step, 1); /* steps are numbered from 1 */
     make_locks(p);
     for (int i = 0; i < options->n_matrices; i++)
         snprintf(p->matrix[i], sizeof p->matrix[i], "%s", options->matrix[i]);
@@ -296,12 +295,16 @@ static void end_window(tr_profile *p, uint64_t step)
     p->window_steps *= 2;
 }
 
+void tr_profile_begin_step(tr_profile *p, uint64_t step)
+{
+    if (tr_profile_well(p)) atomic_store(&p->step, (uint32_t)step);
+}
+
 void tr_profile_step(tr_profile *p, const tr_prof_step *step)
 {
     if (!tr_profile_well(p)) return;
     pthread_mutex_lock(&p->lock);
     push(&p->steps, step);
-    atomic_store(&p->step, (uint32_t)step->step + 1);
     if (p->o.rank_tokens && step->step >= p->window_begun + p->window_steps) {
         p->o.rank_tokens(p->o.ctx, p->tokens);
         end_window(p, step->step);
@@ -549,7 +552,7 @@ void tr_profile_stop(tr_profile *p)
     if (p->o.tables) p->o.tables(p->o.ctx, &p->now);
     if (p->o.rank_tokens && p->n_windows < TR_PROFILE_WINDOWS) {
         p->o.rank_tokens(p->o.ctx, p->tokens);
-        end_window(p, p->step ? p->step - 1 : 0);
+        end_window(p, p->window_begun);
     }
     tr_status st = collect(p, &err);
     if (st == TR_OK) st = flush(p, &err);

@@ -85,6 +85,8 @@ void tr_profile_start(tr_profile *p);
 /* Moments of tr_now_ns as the file has them. */
 int64_t tr_profile_time(const tr_profile *p, uint64_t now_ns);
 
+/* Main thread, before a step's regions: they are this step's in /trace. It may begin before those before it are done. */
+void tr_profile_begin_step(tr_profile *p, uint64_t step);
 /* Main thread, when a step is done. Times as tr_profile_time gives them. */
 void tr_profile_step(tr_profile *p, const tr_prof_step *step);
 /* Any thread. id is set here. */

@@ -72,7 +72,7 @@ struct tr_profile {
     double *values; /* [the most counters of a source] */
     int n_sources;
     tr_profile_costs costs;
-    _Atomic uint32_t step; /* the main thread is in or before it */
+    _Atomic uint32_t step; /* that the main thread began last */
 };
 
 /* The first failure: a warning, and nothing is recorded any more. Returns whether st is TR_OK. */
