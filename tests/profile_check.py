@@ -4,6 +4,7 @@ not installed."""
 import ast
 import collections
 import csv
+import itertools
 import json
 import os
 import re
@@ -100,6 +101,14 @@ def check_chrome():
     pairs = check_pairs(events)
     assert pairs["step"] == 2 * N_RANKS * N_STEPS, pairs  # once by /steps, once by /trace
     assert pairs["layer"] == N_RANKS * N_STEPS * N_LAYERS, pairs
+    assert pairs["main"] == N_RANKS, pairs
+    for rank in range(N_RANKS):  # longer than its row can say, and still around everything
+        mine = [e for e in events if e["pid"] == rank and e["ph"] in "BE"]
+        line = next(e["tid"] for e in mine if e.get("name") == "main")
+        mine = [e for e in mine if e["tid"] == line]
+        assert mine[0]["name"] == "main" and mine[0]["args"] == {}, mine[0]
+        depth = list(itertools.accumulate(1 if e["ph"] == "B" else -1 for e in mine))
+        assert min(depth[:-1]) > 0 and depth[-1] == 0, "the stream's root ends before what is in it"
     named = {e["pid"] for e in events if e["ph"] == "M" and e["name"] == "process_name"}
     assert named == set(range(N_RANKS + 1)), "one process per rank, one of requests"
 
@@ -187,7 +196,7 @@ def check_csv():
         "overlap": (N_RANKS * N_LAYERS, "rank layer gatherK_ns exposedK_ns"),
         "experts": (N_LAYERS * N_EXPERTS, "layer expert tokens"),
         "rank_tokens": (N_RANKS * N_LAYERS, "rank layer tokens"),
-        "trace": (N_RANKS * N_STEPS * (N_LAYERS + 1), "stream rank region step t0_ns dur_ns bytes"),
+        "trace": (N_RANKS * (N_STEPS * (N_LAYERS + 1) + 1), "stream rank region step t0_ns dur_ns bytes"),
         "log": (1, "line text"),
         "groups": (2, "id name size members"),
         "memory": (N_RANKS * 5, "rank t_ns weights kv free"),

@@ -346,19 +346,22 @@ static void put_samples(writer *w)
     free(load);
 }
 
-/* Every step and its layers, in the order of their ends. */
+/* Every step and its layers, in the order of their ends, and the stream's root, which is longer than a duration can say. */
 static void put_trace(writer *w)
 {
-    const int per_step = w->s->n_layers + 1, n = w->s->n_steps * per_step;
+    const int per_step = w->s->n_layers + 1, n = w->s->n_steps * per_step + 1;
     tr_prof_trace *t = calloc((size_t)(w->n * n), sizeof *t);
     for (int i = 0; i < w->n * n; i++) {
-        const int step = i % n / per_step, k = i % per_step;
+        const int step = i % n / per_step, k = i % n % per_step;
         const int64_t t0 = LOAD_NS + (int64_t)step * TR_SYNTHETIC_PERIOD_NS;
         const uint32_t each = TR_SYNTHETIC_STEP_NS / (uint32_t)per_step;
         t[i] = (tr_prof_trace){.step = (uint32_t)step + 1, .bytes = 10};
         t[i].region = k < w->s->n_layers ? (uint32_t)(N_HEAD + N_PER_LAYER * k) : 3;
         t[i].t0 = k < w->s->n_layers ? t0 + k * (int64_t)each : t0;
         t[i].dur = k < w->s->n_layers ? each : TR_SYNTHETIC_STEP_NS;
+        if (i % n == n - 1)
+            t[i] = (tr_prof_trace){
+                .t0 = -2 * (int64_t)UINT32_MAX, .dur = UINT32_MAX, .step = UINT32_MAX};
     }
     put(w, TR_D_TRACE, "/trace/main", (hsize_t)w->n, (hsize_t)n, 1, t);
     free(t);

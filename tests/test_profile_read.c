@@ -385,8 +385,9 @@ static void trees_are_merged(void **state)
         assert_int_equal(tr_reader_read(r, TR_D_TRACE, "/trace/main", rank, &data, NULL), TR_OK);
         const tr_prof_trace *t = data.at;
         for (size_t i = 0; i < data.n; i++)
-            assert_true(g[t[i].region].kind == TR_KIND_LAYER ||
-                        g[t[i].region].kind == TR_KIND_STEP);
+            assert_true(i + 1 == data.n ? g[t[i].region].kind == TR_KIND_PHASE
+                                        : g[t[i].region].kind == TR_KIND_LAYER ||
+                                              g[t[i].region].kind == TR_KIND_STEP);
         free(data.at);
     }
     free(read_all(r));

@@ -198,10 +198,14 @@ static tr_status put_stream(chrome *c, int rank, int tid, const char *path, tr_e
         st = tr_fail(err, TR_E_MEMORY, "%s: out of memory", path);
         goto done;
     }
+    int64_t ended = -TIME_MAX;
     for (size_t i = 0; i < data.n; i++) {
         const bool filler = t[i].dur == 0 && t[i].t0 == 0; /* of a joined table */
         if (filler || t[i].t0 < -TIME_MAX || t[i].t0 > TIME_MAX) continue;
-        s[n++] = (span){t[i].t0, t[i].t0 + t[i].dur, i, t[i].region, t[i].step, t[i].bytes};
+        /* A duration ends at 4.29 s, which is less than a run takes: the region before has ended by then, too. */
+        const int64_t t1 = t[i].t0 + t[i].dur;
+        ended = t[i].dur == UINT32_MAX && ended > t1 ? ended : t1;
+        s[n++] = (span){t[i].t0, ended, i, t[i].region, t[i].step, t[i].bytes};
     }
     if (n > 0) name_it(c, "thread_name", rank, tid, strrchr(path, '/') + 1);
     put_spans(c, rank, tid, s, n, open);
