@@ -276,6 +276,7 @@ struct tr_sparse_mla_args {
     int n_heads;
     float scale;
     const int32_t *cache_row; /* [n, k] */
+    const int32_t *position;  /* [n, k] of the same keys; NULL: a backend does without */
     int k;
     tr_kv_layer kv;
     tr_await latents;

@@ -507,6 +507,58 @@ static void test_attention(void **state)
             }
 }
 
+/* Rows of prompts, enough of them that their keys are made ready first: all of a step's slots, pads and dense rows between. */
+static void test_prompts(void **state)
+{
+    static const geometry g = {64, 128, 64, 128, 512, 4, 128, 40, {200, 180, 220}};
+    pair *p = *state;
+
+    for (int form = 0; form < 3; form += 2) {
+        world w;
+        make_world(p, &w, &g, TR_E4M3, form);
+        write_keys(p, &w);
+        const size_t n = (size_t)w.rows.n_max, numbers = n * (size_t)g.heads * (size_t)g.d_latent,
+                     bytes = p->g->sparse_mla_workspace((int)n, g.heads, g.d_latent);
+        int32_t *position = array(p, n * (size_t)g.k * 4),
+                *cache_row = array(p, n * (size_t)g.k * 4);
+        for (size_t i = 0; i < n * (size_t)g.k; i++) {
+            const int row = (int)i / g.k, at = (int)i % g.k, here = w.rows.position[row] + 1;
+            const int n_keys = row >= w.n || w.rows.write[row] < 0 ? 0 : here < g.k ? here : g.k;
+            position[i] = at < n_keys ? at * here / n_keys : -1;
+            cache_row[i] =
+                at < n_keys
+                    ? w.rows.page_table[w.rows.slot[row] * PAGES_EACH + position[i] / 64] * 64 +
+                          position[i] % 64
+                    : -1;
+        }
+        float *q = acts(p, n * (size_t)(g.heads * (g.d_latent + g.d_rope)), 0.3f),
+              *u = acts(p, numbers, 1);
+        struct tr_sparse_mla_args c = {.rows = &w.rows,
+                                       .q = q,
+                                       .n_heads = g.heads,
+                                       .scale = 0.1f,
+                                       .cache_row = cache_row,
+                                       .position = position,
+                                       .k = g.k,
+                                       .kv = w.kv,
+                                       .out = u},
+                                  d = c;
+        push(p);
+        d.rows = &w.dev_rows;
+        d.kv = w.dev_kv;
+        d.workspace = twin(p, array(p, bytes));
+        d.workspace_bytes = bytes;
+        TWIN(p, d.q);
+        TWIN(p, d.cache_row);
+        TWIN(p, d.position);
+        TWIN(p, d.out);
+        assert_int_equal(p->c->sparse_mla(p->cpu, TR_LANE_MAIN, &c), TR_OK);
+        pair_ok(p, "sparse_mla", p->g->sparse_mla(p->gpu, TR_LANE_MAIN, &d));
+        near_rows(p, "sparse_mla of prompts", u, (int)n * g.heads, g.d_latent, bf16_error);
+        pair_clear(p);
+    }
+}
+
 /* What cannot be done says so. */
 static void test_refused(void **state)
 {
@@ -546,6 +598,7 @@ int main(int argc, char **argv)
     show_gpus();
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_attention, pair_open, pair_close),
+        cmocka_unit_test_setup_teardown(test_prompts, pair_open, pair_close),
         cmocka_unit_test_setup_teardown(test_refused, pair_open, pair_close),
     };
     tr_device *device;

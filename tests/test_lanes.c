@@ -131,7 +131,7 @@ WATCHED(index_query, LIST(OF(rows->n), OF(q)), LIST(OF(w), OF(out)))
 WATCHED(index_logits, LIST(OF(rows->n), OF(q), OF(w), OF(kv.index)), LIST(OF(score)))
 WATCHED(topk, LIST(OF(rows->n), OF(score), OF(rows->page_table)),
         LIST(OF(position), OF(cache_row), OF(n_selected)))
-WATCHED(sparse_mla, LIST(OF(rows->n), OF(q), OF(cache_row), OF(kv.latent)),
+WATCHED(sparse_mla, LIST(OF(rows->n), OF(q), OF(cache_row), OF(position), OF(kv.latent)),
         LIST(OF(out), OF(workspace)))
 WATCHED(dense_mha, LIST(OF(rows->n), OF(q), OF(kv.latent), OF(rows->page_table)),
         LIST(OF(out), OF(workspace)))

@@ -9,23 +9,14 @@
 #include <initializer_list>
 
 #include "kernels/cuda/sparse_mla.h"
+#include "kernels/cuda/sparse_mla_expand.cuh"
 #include "kernels/cuda/sparse_mla_few.cuh"
-#include "kernels/cuda/sparse_mla_tile.cuh"
+#include "kernels/cuda/sparse_mla_walk.cuh"
 
 namespace tr
 {
 namespace mla
 {
-
-struct walk_shared { /* behind the tiles: queries, two blocks of keys */
-    struct ring ring;
-    float2 reference[2][128]; /* of the probabilities handed over */
-    float sum[2][2][HEADS];   /* [task & 1][warpgroup][head] */
-    volatile int kept
-        [8]
-        [3]; /* a computing warp's own: what it needs at the end of a task; registers are short */
-};
-enum { WALK_BYTES = 3 * BLOCK + (int)sizeof(walk_shared) + 1024 };
 
 /* Probabilities of a block in device memory, as the threads of a warpgroup hold them: 10 KB. */
 enum { PROBS_BYTES = 128 * 80 };
@@ -52,125 +43,6 @@ __device__ __forceinline__ void probs_load(const uint8_t *from, probs &b, int t)
     }
     float4 v = ((const float4 *)from)[4 * 128 + t];
     b.reference[0] = v.x, b.reference[1] = v.y, b.sum[0] = v.z, b.sum[1] = v.w;
-}
-
-/* Scores of 64 heads with the block in buffer b, in the order in which its tiles come. */
-__device__ __forceinline__ void block_scores(float (&s)[32], ring *ring, uint32_t queries,
-                                             uint32_t keys, int b, uint32_t parity)
-{
-    uint64_t q = matrix_descriptor(queries, 16, 1024, LAYOUT_SWIZZLE_128);
-    uint64_t k = matrix_descriptor(keys, 16, 1024, LAYOUT_SWIZZLE_128);
-    auto tiles = [&](int t, int n, bool first) {
-#pragma unroll
-        for (int i = 0; i < 4 * n; i++) {
-            uint32_t at = (uint32_t)((t + i / 4) * TILE + i % 4 * 32);
-            mma_scores(s, further(q, at), further(k, at), !first || i);
-        }
-    };
-
-    barrier_wait(&ring->full[b][b], parity);
-    wait_keys(&ring->rope_full[b], parity); /* comes with the first half: a fence less */
-    wgmma_fence();
-    tiles(4 * b, 4, true);
-    tiles(ROPE_TILE, 1, false);
-    wait_keys(&ring->full[b][1 - b], parity);
-    tiles(4 - 4 * b, 4, false);
-    wgmma_commit();
-    wgmma_wait<0>();
-}
-
-/* Hand the probabilities of buffer b to the other warpgroup, through the block's rope tile, which scores need no more. */
-__device__ __forceinline__ void give(walk_shared *sh, uint32_t keys, int b, const probs &p, int t)
-{
-    uint32_t to = keys + (uint32_t)(ROPE_TILE * TILE + 16 * t);
-
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        store16(to + (uint32_t)(2048 * i), p.p[4 * i], p.p[4 * i + 1], p.p[4 * i + 2],
-                p.p[4 * i + 3]);
-    sh->reference[b][t] = {p.reference[0], p.reference[1]};
-    warp_arrive(&sh->ring.given[b]);
-}
-__device__ __forceinline__ void receive(walk_shared *sh, uint32_t keys, int b, uint32_t parity,
-                                        probs &p, int t)
-{
-    uint32_t from = keys + (uint32_t)(ROPE_TILE * TILE + 16 * t);
-
-    barrier_wait(&sh->ring.given[b], parity);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if (i == 0) wgmma_wait<1>(); /* p was the operand of the instructions under way */
-        if (i == 2) wgmma_wait<0>();
-        uint4 v = load16_shared(from + (uint32_t)(2048 * i));
-        p.p[4 * i] = v.x, p.p[4 * i + 1] = v.y, p.p[4 * i + 2] = v.z, p.p[4 * i + 3] = v.w;
-    }
-    float2 r = sh->reference[b][t];
-    p.reference[0] = r.x, p.reference[1] = r.y;
-    warp_arrive(&sh->ring.rope_free[b]);
-}
-
-/* The values of a pair: the warpgroup's own block (p), then the other's, which arrives meanwhile. */
-__device__ __forceinline__ void take_pair(walk_shared *sh, uint32_t tiles, int wg, uint32_t parity,
-                                          probs &p, float (&o)[2][64], state<1> &s, int t)
-{
-    uint32_t own = tiles + (uint32_t)((1 + wg) * BLOCK),
-             other = tiles + (uint32_t)((2 - wg) * BLOCK);
-    uint32_t column = (uint32_t)(wg * 4 * TILE);
-    float keep[2];
-
-    give(sh, own, wg, p, t);
-    take_reference(s, p, 0, keep);
-    take_values(o, keep, p.p, own + column);
-    receive(sh, other, 1 - wg, parity, p, t);
-    warp_arrive(&sh->ring.free[wg][wg]);
-    take_reference(s, p, -1, keep);
-    take_values(o, keep, p.p, other + column);
-    wgmma_wait<0>();
-    warp_arrive(&sh->ring.free[1 - wg][wg]);
-}
-
-/* Sums of both warpgroups, out and lse of a row's 64 heads; o is warpgroup w's half of the columns. */
-template <bool FP8>
-__device__ __forceinline__ void finish(const job &j, const work &w, walk_shared *sh, int slot,
-                                       int wg, int t, const float (&o)[2][64], state<1> &s)
-{
-    int head = t / 32 * 16 + (t & 31) / 4;
-    float own[2], total[2];
-
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        own[r] = sum_of_four(s.sum[0][r]);
-        if ((t & 3) == 0) sh->sum[slot][wg][head + 8 * r] = own[r];
-    }
-    named_barrier(1, 256);
-#pragma unroll
-    for (int r = 0; r < 2; r++)
-        total[r] = own[r] + sh->sum[slot][1 - wg][head + 8 * r];
-    size_t at = (size_t)w.row * j.n_heads + (size_t)w.group * HEADS + head;
-    store_values<FP8>(j.out + (at * D_LATENT + (size_t)wg * 256) * 2, o, inverse(total[0]),
-                      inverse(total[1]));
-    if (j.lse && wg == 0 && (t & 3) == 0) {
-        j.lse[at] = (s.reference[0] + log2f(total[0])) * CUDART_LN2_F;
-        j.lse[at + 8] = (s.reference[1] + log2f(total[1])) * CUDART_LN2_F;
-    }
-}
-
-__device__ __forceinline__ void kept_store(volatile int *kept, int task, int slot, const work &w)
-{
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) {
-        kept[0] = task << 1 | slot;
-        kept[1] = w.row;
-        kept[2] = w.group;
-    }
-    __syncwarp();
-}
-__device__ __forceinline__ void kept_load(volatile int *kept, int &task, int &slot, work &w)
-{
-    slot = kept[0] & 1;
-    task = kept[0] >> 1;
-    w.row = kept[1];
-    w.group = kept[2];
 }
 
 /* Warpgroup wg of 0 and 1. SCORES: only the probabilities, into the workspace. */
@@ -547,7 +419,22 @@ template <bool FP8> cudaError_t launch(const job &j, int way, int n_sm, cudaStre
 {
     if (j.n_heads <= 32) return launch_few(j, FP8, way, n_sm, stream);
     if (way == TR_MLA_SPLIT) return launch_split<FP8>(j, n_sm, stream);
-    return launch_walk<FP8, false>(j, n_sm, stream);
+    if constexpr (FP8)
+        return launch_walk<true, false>(j, n_sm, stream);
+    else
+        return launch_rows(j, n_sm, stream);
+}
+
+/* Prompts of many rows: e's keys are expanded first; other rows of the step walk over records. */
+static cudaError_t launch_prompts(job j, const expansion &e, const struct tr_sparse_mla_args *a,
+                                  int n_sm, cudaStream_t stream)
+{
+    cudaError_t status = expansion_make(e, *a->rows, a->kv, n_sm, stream);
+    if (status == cudaSuccess) status = launch_expanded(j, e, a->position, n_sm, stream);
+    if (status != cudaSuccess) return status;
+    j.n = e.n + 1;
+    j.order = e.others;
+    return launch_walk<true, false>(j, n_sm, stream);
 }
 
 } // namespace mla
@@ -555,9 +442,19 @@ template <bool FP8> cudaError_t launch(const job &j, int way, int n_sm, cudaStre
 
 using namespace tr::mla;
 
+/* Whether the launch expands, and where. */
+static bool expands(const struct tr_sparse_mla_args *a, int way, expansion *e)
+{
+    if (way != TR_MLA_EXPAND && (way != TR_MLA_AUTO || a->rows->n_max < EXPAND_STEP_ROWS))
+        return false;
+    return a->kv.dtype == TR_E4M3 && a->n_heads >= HEADS && a->position && a->rows->slot &&
+           a->rows->position && a->rows->write && a->rows->page_table &&
+           expansion_place(e, a->workspace, a->workspace_bytes, a->rows->n_max);
+}
+
 static int way_of(int n_max, int n_heads, int k, int way)
 {
-    if (k > LIST_MAX) return TR_MLA_WALK;
+    if (k > LIST_MAX || way == TR_MLA_EXPAND) return TR_MLA_WALK;
     if (way != TR_MLA_AUTO) return way;
     if (n_heads <= 32) return n_max <= FEW_SPLIT_MAX ? TR_MLA_SPLIT : TR_MLA_WALK;
     return n_max * (n_heads / HEADS) <= SPLIT_MAX ? TR_MLA_SPLIT : TR_MLA_WALK;
@@ -565,6 +462,7 @@ static int way_of(int n_max, int n_heads, int k, int way)
 
 size_t tr_cuda_sparse_mla_workspace_way(int n_max, int n_heads, int way)
 {
+    if (way == TR_MLA_EXPAND) return expansion_bytes(n_max);
     if (way_of(n_max, n_heads, 0, way) == TR_MLA_WALK) return 256;
     if (n_heads <= 32) return few_workspace(n_max, n_heads);
     return (size_t)n_max * (size_t)(n_heads / HEADS) * (LIST_MAX / KEYS) * PROBS_BYTES;
@@ -577,12 +475,16 @@ size_t tr_cuda_sparse_mla_workspace(int n_max, int n_heads, int d_latent)
 
     (void)d_latent;
     if (n_max < 1 || n_heads < 1 || rows < 1) return 256; /* never split; other forms need none */
-    return tr_cuda_sparse_mla_workspace_way(n_max < rows ? n_max : rows, n_heads, TR_MLA_SPLIT);
+    const size_t split = tr_cuda_sparse_mla_workspace_way(n_max < rows ? n_max : rows, n_heads,
+                                                          TR_MLA_SPLIT),
+                 expand = groups > 0 && n_max >= EXPAND_STEP_ROWS ? expansion_bytes(n_max) : 0;
+    return split > expand ? split : expand;
 }
 
 cudaError_t tr_cuda_sparse_mla_way(const struct tr_sparse_mla_args *a, int way, cudaStream_t stream)
 {
     job j = {};
+    expansion made;
     int device = 0, n_sm = 0;
     cudaError_t e;
 
@@ -592,6 +494,7 @@ cudaError_t tr_cuda_sparse_mla_way(const struct tr_sparse_mla_args *a, int way, 
         return cudaErrorNotSupported;
     if (a->k < 1 || a->rows->n_max < 0 || a->kv.n_pages < 1) return cudaErrorInvalidValue;
     if (a->rows->n_max == 0) return cudaSuccess;
+    const bool expand = expands(a, way, &made);
     way = way_of(a->rows->n_max, a->n_heads, a->k, way);
     if (a->workspace_bytes < tr_cuda_sparse_mla_workspace_way(a->rows->n_max, a->n_heads, way))
         return cudaErrorInvalidValue;
@@ -615,6 +518,7 @@ cudaError_t tr_cuda_sparse_mla_way(const struct tr_sparse_mla_args *a, int way, 
     e = cudaGetDevice(&device);
     if (e == cudaSuccess) e = cudaDeviceGetAttribute(&n_sm, cudaDevAttrMultiProcessorCount, device);
     if (e != cudaSuccess) return e;
+    if (expand) return launch_prompts(j, made, a, n_sm, stream);
     return a->kv.dtype == TR_E4M3 ? launch<true>(j, way, n_sm, stream)
                                   : launch<false>(j, way, n_sm, stream);
 }

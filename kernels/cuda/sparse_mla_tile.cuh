@@ -80,6 +80,8 @@ struct job { /* a launch */
     int n_groups;        /* of 64 heads */
     int n_slices, pairs; /* a row's pairs of blocks are cut into slices of so many pairs */
     uint8_t *work;
+    const int32_t
+        *order; /* [n_max], the first *n: the rows of the launch; NULL: rows 0 .. *n - 1 */
 };
 
 struct work {
@@ -156,12 +158,12 @@ __device__ __forceinline__ bool next_work(const job &j, int n_live, int &task, w
 
 #pragma unroll 1
     while (task < n_tasks) {
-        int t = task / j.n_groups, slice = t % j.n_slices;
-        w.row = t / j.n_slices;
+        int t = task / j.n_groups, slice = t % j.n_slices, i = t / j.n_slices;
+        w.row = j.order && i < n_live ? j.order[i] : i;
         w.group = task - t * j.n_groups;
         task += gridDim.x;
         int dense = j.dense ? j.dense[w.row] : 0, n_pairs = (count_blocks(j, w.row) + 1) / 2;
-        if (w.row >= n_live) return false;
+        if (i >= n_live) return false;
         if (dense) continue;
         w.first = slice * j.pairs;
         w.last = w.first + j.pairs < n_pairs ? w.first + j.pairs : n_pairs;
@@ -317,21 +319,28 @@ template <int AT> __device__ __forceinline__ void store16_at(uint32_t smem, cons
                  : "memory");
 }
 
-/* 16 latents e4m3 -> chunks 2q and 2q + 1 of a tile row. */
+/* 16 latents e4m3 -> 8 and 8 bf16, in the order above. */
+__device__ __forceinline__ void expand_words(uint4 v, uint32_t factor, uint32_t (&even)[4],
+                                             uint32_t (&odd)[4])
+{
+    uint32_t w[4] = {v.x, v.y, v.z, v.w};
+
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        even[i] = multiply2(((w[i] << 4) & 0x07f007f0u) | ((w[i] << 8) & 0x80008000u), factor);
+        odd[i] = multiply2(((w[i] >> 4) & 0x07f007f0u) | (w[i] & 0x80008000u), factor);
+    }
+}
+/* -> chunks 2q and 2q + 1 of a tile row. */
 template <int AT>
 __device__ __forceinline__ void expand16(uint4 v, uint32_t factor, uint32_t smem_even,
                                          uint32_t smem_odd)
 {
-    uint32_t w[4] = {v.x, v.y, v.z, v.w}, x[4];
+    uint32_t even[4], odd[4];
 
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        x[i] = multiply2(((w[i] << 4) & 0x07f007f0u) | ((w[i] << 8) & 0x80008000u), factor);
-    store16_at<AT>(smem_even, x);
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        x[i] = multiply2(((w[i] >> 4) & 0x07f007f0u) | (w[i] & 0x80008000u), factor);
-    store16_at<AT>(smem_odd, x);
+    expand_words(v, factor, even, odd);
+    store16_at<AT>(smem_even, even);
+    store16_at<AT>(smem_odd, odd);
 }
 
 /* What a fetching thread of fp8 records has: four neighbours have one key of each block, and read 64 bytes of it at a time,
@@ -476,21 +485,17 @@ __device__ __forceinline__ void produce_bf16(const job &j, ring *ring, uint32_t 
             mine = chunk == i ? x[i / R][i % R] : mine;
         if (mine >= 0) prefetch_row<RECORD_BF16>(j.latent + (size_t)mine * RECORD_BF16);
     };
-    auto copy =
-        [&](int b, int t, int n,
-            const int32_t(&x)[R]) { /* tiles [t, t + n) */
+    auto copy = [&](int b, int t, int n, const int32_t(&x)[R]) {
 #pragma unroll
-                                    for (int r = 0; r < R; r++) {
-                                        int32_t key = x[r] < 0 ? 0 : x[r];
-                                        const uint8_t *p =
-                                            j.latent + (size_t)key * RECORD_BF16 + 16 * chunk;
-                                        uint32_t to = line + (uint32_t)(b * BLOCK + r * STEP * 128);
+        for (int r = 0; r < R; r++) {
+            int32_t key = x[r] < 0 ? 0 : x[r];
+            const uint8_t *p = j.latent + (size_t)key * RECORD_BF16 + 16 * chunk;
+            uint32_t to = line + (uint32_t)(b * BLOCK + r * STEP * 128);
 #pragma unroll
-                                        for (int i = t; i < t + n; i++)
-                                            async_copy16(to + (uint32_t)(i * TILE), p + 128 * i,
-                                                         x[r] < 0 ? 0 : 16);
-                                    }
-        };
+            for (int i = t; i < t + n; i++) /* tiles */
+                async_copy16(to + (uint32_t)(i * TILE), p + 128 * i, x[r] < 0 ? 0 : 16);
+        }
+    };
     auto validate = [&](int32_t(&x)[2][R]) {
 #pragma unroll
         for (int i = 0; i < 2 * R; i++)

@@ -262,8 +262,9 @@ static tr_status attend(tr_model *m, const tr_pass *p, const tr_attention_weight
     if (st == TR_OK && (p->plan->flags & TR_PLAN_HAS_ABSORBED)) {
         tr_note(m, tr_work_sparse_mla(sums.selected, heads, &kv));
         st = TR_RUN(m, sparse_mla, err, .rows = &p->rows, .q = m->ws.q_absorbed, .n_heads = heads,
-                    .scale = m->attention_scale, .cache_row = m->ws.top_row, .k = c->index_topk,
-                    .kv = kv, .latents = x->latents, .out = m->ws.u, .workspace = m->ws.scratch,
+                    .scale = m->attention_scale, .cache_row = m->ws.top_row,
+                    .position = m->ws.top_position, .k = c->index_topk, .kv = kv,
+                    .latents = x->latents, .out = m->ws.u, .workspace = m->ws.scratch,
                     .workspace_bytes = m->ws.scratch_bytes);
         tr_note(m, tr_work_heads(sums.n_absorbed, m->ops, &w->w_uv, 0));
         tr_quantised codes = {0}; /* of all rows' heads: dense rows bring theirs as numbers */

@@ -67,20 +67,43 @@ __global__ void fill_bf16(uint16_t *x, size_t n, float scale, unsigned long long
          i += (size_t)gridDim.x * blockDim.x)
         x[i] = to_bf16(scale * measure::uniform(seed, i));
 }
-/* count[row] ascending rows of the region of row / per_region, about evenly spread; -1 behind them. */
-__global__ void fill_lists(int32_t *list, const int32_t *count, int n, int per_region, int context,
-                           int n_regions, unsigned long long seed)
+/* count[row] ascending positions of the row's region (its slot; without, the rows take turns), about evenly spread, and their
+ * cache rows; -1 behind them. exchanged: a region's pages are, in pairs. */
+__host__ __device__ static int page_of(int region, int page, int context, int exchanged)
+{
+    int n = context / TR_PAGE_TOKENS;
+    return region * n + (exchanged && (page ^ 1) < n ? page ^ 1 : page);
+}
+__global__ void fill_lists(int32_t *list, int32_t *position, const int32_t *count,
+                           const int32_t *slot, int n, int context, int n_regions, int exchanged,
+                           unsigned long long seed)
 {
     int row = blockIdx.x;
     if (row >= n) return;
-    int c = count ? count[row] : K;
+    int c = count ? count[row] : K, region = slot ? slot[row] : row % n_regions;
     for (int i = (int)threadIdx.x; i < K; i += (int)blockDim.x) {
         double step = c ? (double)context / c : 0,
                u = 0.5 + 0.5 * measure::uniform(seed, (size_t)row * K + i);
         int at = step >= 1 ? (int)(step * (i + 0.999 * u))
                            : (int)(measure::mix(seed + i + row * K) % (unsigned)context);
-        list[(size_t)row * K + i] = i < c ? row / per_region % n_regions * context + at : -1;
+        list[(size_t)row * K + i] =
+            i < c ? page_of(region, at / TR_PAGE_TOKENS, context, exchanged) * TR_PAGE_TOKENS +
+                        at % TR_PAGE_TOKENS
+                  : -1;
+        if (position) position[(size_t)row * K + i] = i < c ? at : -1;
     }
+}
+/* Rows of a step, as far as a launch looks at them: row / per_region is the slot; it sees all of its region. */
+__global__ void fill_rows(tr_rows rows, int per_region, int context, int n_regions, int exchanged)
+{
+    int at = (int)(blockIdx.x * blockDim.x + threadIdx.x), n_pages = context / TR_PAGE_TOKENS;
+    if (at < rows.n_max) {
+        rows.slot[at] = at / per_region % n_regions;
+        rows.position[at] = context - 1;
+        rows.write[at] = 0;
+    }
+    for (int i = at; i < n_regions * n_pages; i += (int)(gridDim.x * blockDim.x))
+        ((int32_t *)rows.page_table)[i] = page_of(i / n_pages, i % n_pages, context, exchanged);
 }
 
 /* ---- fp64 reference, and the comparison: one block per (row, head) ---------------------------------------------------- */
@@ -189,7 +212,7 @@ struct setup {
     uint8_t *cache, *dense;
     uint16_t *q, *out;
     float *lse;
-    int32_t *n, *list, *count;
+    int32_t *n, *list, *position, *count;
     void *work;
     size_t work_bytes;
     tr_rows rows;
@@ -215,6 +238,7 @@ static void make(setup &s, int n, int n_heads, int fp8, int n_regions, int conte
     s.lse = allocate<float>((size_t)n * n_heads);
     s.n = allocate<int32_t>(1);
     s.list = allocate<int32_t>((size_t)n * K);
+    s.position = allocate<int32_t>((size_t)n * K);
     s.dense = allocate<uint8_t>((size_t)n);
     s.count = allocate<int32_t>((size_t)n);
     CHECK_CUDA(cudaMemset(s.dense, 0, (size_t)n));
@@ -222,7 +246,6 @@ static void make(setup &s, int n, int n_heads, int fp8, int n_regions, int conte
     if (counts)
         CHECK_CUDA(cudaMemcpy(s.count, counts->data(), 4 * (size_t)n, cudaMemcpyHostToDevice));
     fill_bf16<<<1024, 256>>>(s.q, (size_t)n * n_heads * D_KEY, q_scale, 77);
-    fill_lists<<<n, 256>>>(s.list, counts ? s.count : NULL, n, per_region, context, n_regions, 5);
     CHECK_CUDA(cudaGetLastError());
     s.work_bytes =
         std::max(tr_cuda_sparse_mla_workspace_way(n <= 64 ? n : 1, n_heads, TR_MLA_SPLIT),
@@ -231,11 +254,22 @@ static void make(setup &s, int n, int n_heads, int fp8, int n_regions, int conte
     s.rows.n_max = n;
     s.rows.n = s.n;
     s.rows.dense = s.dense;
+    s.rows.max_context = context;
+    s.rows.max_pages = context / TR_PAGE_TOKENS;
+    s.rows.slot = allocate<int32_t>((size_t)n);
+    s.rows.position = allocate<int32_t>((size_t)n);
+    s.rows.write = allocate<int64_t>((size_t)n);
+    s.rows.page_table = allocate<int32_t>((size_t)n_regions * (size_t)s.rows.max_pages);
+    fill_rows<<<(n + 255) / 256, 256>>>(s.rows, per_region, context, n_regions, 0);
+    fill_lists<<<n, 256>>>(s.list, s.position, counts ? s.count : NULL, s.rows.slot, n, context,
+                           n_regions, 0, 5);
+    CHECK_CUDA(cudaGetLastError());
     s.args.rows = &s.rows;
     s.args.q = (const float *)(const void *)s.q;
     s.args.n_heads = n_heads;
     s.args.scale = 0.13523378f;
     s.args.cache_row = s.list;
+    s.args.position = s.position;
     s.args.k = K;
     s.args.kv.latent = s.cache;
     s.args.kv.dtype = fp8 ? TR_E4M3 : TR_BF16;
@@ -251,7 +285,9 @@ static void make(setup &s, int n, int n_heads, int fp8, int n_regions, int conte
 static void unmake(setup &s)
 {
     cudaFree(s.q), cudaFree(s.out), cudaFree(s.lse), cudaFree(s.n), cudaFree(s.list);
-    cudaFree(s.dense), cudaFree(s.count), cudaFree(s.work);
+    cudaFree(s.dense), cudaFree(s.count), cudaFree(s.work), cudaFree(s.position);
+    cudaFree(s.rows.slot), cudaFree(s.rows.position), cudaFree(s.rows.write);
+    cudaFree((void *)s.rows.page_table);
 }
 
 static uint8_t *make_cache(size_t n_rows, int fp8)
@@ -412,6 +448,55 @@ static void check_among(int n_heads, int fp8, uint8_t *cache, int n_regions, int
     unmake(s);
 }
 
+/* A step of prompts and single rows, where the prompts' keys are expanded first: the bits of the walk over records. Some rows
+ * are dense, some pads, the last ones not live; `keys`: how many rows of bf16 there is room for. */
+static void check_expanded(int n_heads, uint8_t *cache, int n_regions, int context, size_t keys)
+{
+    enum { N = 700, LIVE = 690 };
+    setup s;
+    std::vector<int32_t> counts(N), slot(N);
+    std::vector<uint8_t> dense(N);
+    std::vector<int64_t> write(N, 1);
+    std::vector<float> lse[2];
+    std::vector<uint16_t> out[2];
+    int live = LIVE;
+    size_t fixed = tr_cuda_sparse_mla_workspace_way(N, n_heads, TR_MLA_EXPAND) -
+                   (size_t)N * 32 / TR_PAGE_TOKENS * TR_PAGE_TOKENS * RECORD_BF16;
+
+    for (int i = 0; i < N; i++) { /* 150 rows, 20 runs of one, 200, 110, the rest */
+        slot[(size_t)i] = i < 150 ? 3 : i < 170 ? i % 2 : i < 370 ? 2 : i < 480 ? 1 : 5;
+        counts[(size_t)i] = i % 5 ? K : (int)(measure::mix((unsigned)i) % (K + 1));
+        dense[(size_t)i] = i / 11 % 13 == 12;
+        if (i % 97 == 50) write[(size_t)i] = -1;
+    }
+    make(s, N, n_heads, 1, n_regions, context, 1, &counts, 0.25f, cache);
+    fill_rows<<<(N + 255) / 256, 256>>>(s.rows, 1, context, n_regions, 1);
+    CHECK_CUDA(cudaMemcpy(s.rows.slot, slot.data(), 4 * N, cudaMemcpyHostToDevice));
+    fill_lists<<<N, 256>>>(s.list, s.position, s.count, s.rows.slot, N, context, n_regions, 1, 11);
+    CHECK_CUDA(cudaGetLastError());
+    CHECK_CUDA(cudaMemcpy(s.rows.write, write.data(), 8 * N, cudaMemcpyHostToDevice));
+    CHECK_CUDA(cudaMemcpy(s.dense, dense.data(), N, cudaMemcpyHostToDevice));
+    CHECK_CUDA(cudaMemcpy(s.n, &live, 4, cudaMemcpyHostToDevice));
+    cudaFree(s.work);
+    s.work_bytes = fixed + keys * RECORD_BF16;
+    s.work = allocate<uint8_t>(s.work_bytes);
+    s.args.workspace = s.work;
+    s.args.workspace_bytes = s.work_bytes;
+    for (int way = 0; way < 2; way++) {
+        poison(s);
+        launch(s, way ? TR_MLA_EXPAND : TR_MLA_WALK);
+        out[way] = fetch(s);
+        lse[way].resize((size_t)N * n_heads);
+        CHECK_CUDA(cudaMemcpy(lse[way].data(), s.lse, 4 * lse[way].size(), cudaMemcpyDeviceToHost));
+    }
+    if (out[0] != out[1] ||
+        memcmp(lse[0].data(), lse[1].data(), 4 * lse[0].size())) /* NaN where poisoned */
+        fail("bit equality: rows whose keys are expanded differ, h=" + std::to_string(n_heads) +
+             ", room for " + std::to_string(keys) + " keys");
+    printf("checked bit equality of expanded rows, h=%d, room for %zu keys\n", n_heads, keys);
+    unmake(s);
+}
+
 /* ---- timing ------------------------------------------------------------------------------------------------------------ */
 
 /* What the memory gives for this pattern: rows of a list, read once, 8 lanes... whole warps on a row. */
@@ -473,7 +558,7 @@ static void time_ceilings(measure::cold_timer &timer, uint8_t *cache, int fp8, i
     int32_t *list = allocate<int32_t>((size_t)n);
     uint4 *sink = allocate<uint4>(1);
 
-    fill_lists<<<128, 256>>>(list, NULL, 128, 1, context, n_regions, 9);
+    fill_lists<<<128, 256>>>(list, NULL, NULL, NULL, 128, context, n_regions, 0, 9);
     double read =
         timer.median_us([&] { read_all<<<132 * 8, 512>>>((uint4 *)cache, bytes / 16, sink); }, 5);
     double gather =
@@ -574,6 +659,8 @@ int main(int argc, char **argv)
         uint8_t *cache = make_cache((size_t)n_regions * context, fp8);
         for (int h : {128, 64, 32, 16, 8, 4}) {
             if (small && h != 128 && h != 16) continue;
+            for (int contexts = 0; fp8 && h >= 64 && contexts < 4; contexts++)
+                check_expanded(h, cache, n_regions, context, (size_t)(contexts * context));
             check_shape(h, fp8, cache, n_regions, context, 0.25f, counts, "random");
             if (small) continue;
             check_among(h, fp8, cache, n_regions, context);
