@@ -2,7 +2,7 @@
  *
  * walk (many rows): a block of threads takes 64 heads of a row through all of the row's keys. Two warpgroups each own half of
  * the 512 output columns, in registers; warpgroup w makes the probabilities of the blocks w, w + 2, ... and hands them
- * to the other; of each pair of blocks it takes its own first, so that they work side by side.
+ * to the other; both take the blocks' values in order.
  *
  * split (few rows): the probabilities of all blocks are made side by side (a block's depend on nothing else), then groups of
  * columns walk over all keys side by side, in the same order. No sum is ever cut, so nothing needs combining. */
@@ -141,13 +141,6 @@ template <int T> __host__ __device__ constexpr int stage_bytes()
     return T * TILE + PROBS_BYTES;
 }
 
-/* The i-th block for a column: the right half takes the odd one of a pair first, as `walk` does. */
-__device__ __forceinline__ int column_block(int i, int tile, int n_blocks)
-{
-    int other = i ^ 1;
-    return tile >= 4 && other < n_blocks ? other : i;
-}
-
 /* 256 threads bring [64 keys, 64 T latents] of one block after another. */
 template <bool FP8, int T>
 __device__ __forceinline__ void column_fetch(const job &j, column_shared *sh, uint32_t stages,
@@ -160,9 +153,7 @@ __device__ __forceinline__ void column_fetch(const job &j, column_shared *sh, ui
     float scale[AHEAD];
     ring_position<COLUMN_STAGES> at;
 
-    auto key = [&](int i, int u) {
-        return sh->list[column_block(i, tile, n_blocks) * KEYS + row + (FP8 ? 0 : 32 * (u & 1))];
-    };
+    auto key = [&](int i, int u) { return sh->list[i * KEYS + row + (FP8 ? 0 : 32 * (u & 1))]; };
     auto load = [&](int slot, int i) {
 #pragma unroll
         for (int u = 0; u < UNITS; u++) {
@@ -218,16 +209,13 @@ __device__ __forceinline__ void column_probs(const job &j, column_shared *sh, ui
     for (int i = 0; i < n_blocks; i++, at.next()) {
         barrier_wait(&sh->free[at.stage], at.parity ^ 1);
         barrier_expect(&sh->full[at.stage], PROBS_BYTES);
-        bulk_load(stages + at.stage * stage_bytes<T>() + T * TILE,
-                  probs_at(j, row, group, column_block(i, tile, n_blocks)), PROBS_BYTES,
-                  &sh->full[at.stage]);
+        bulk_load(stages + at.stage * stage_bytes<T>() + T * TILE, probs_at(j, row, group, i),
+                  PROBS_BYTES, &sh->full[at.stage]);
     }
 }
 
-/* Change the state to a reference that suits it and two blocks, as two calls of take_reference would. a is of the sum `series`,
- * b of the other. */
-__device__ __forceinline__ void take_two(state<2> &s, probs &a, probs &b, int series,
-                                         float (&keep)[2])
+/* Change the state to a reference that suits it and two blocks, an even and an odd one, as two calls of take_reference would. */
+__device__ __forceinline__ void take_two(state<2> &s, probs &a, probs &b, float (&keep)[2])
 {
     uint32_t of_a[2], of_b[2];
 
@@ -239,10 +227,8 @@ __device__ __forceinline__ void take_two(state<2> &s, probs &a, probs &b, int se
         of_a[r] = twice_bf16(fa);
         of_b[r] = twice_bf16(fb);
         s.reference[r] = top;
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-            s.sum[i][r] = __fmaf_rn(i == series ? a.sum[r] : b.sum[r], i == series ? fa : fb,
-                                    s.sum[i][r] * keep[r]);
+        s.sum[0][r] = __fmaf_rn(a.sum[r], fa, s.sum[0][r] * keep[r]);
+        s.sum[1][r] = __fmaf_rn(b.sum[r], fb, s.sum[1][r] * keep[r]);
     }
 #pragma unroll
     for (int i = 0; i < 16; i++) {
@@ -277,7 +263,7 @@ __device__ __forceinline__ void column_math(const job &j, column_shared *sh, uin
             p[e][1].reference[0] = p[e][1].reference[1] = -CUDART_INF_F;
             p[e][1].sum[0] = p[e][1].sum[1] = 0.0f;
         }
-        take_two(s, p[e][0], p[e][1], column_block(i, tile, n_blocks) & 1, keep[e]);
+        take_two(s, p[e][0], p[e][1], keep[e]);
         ahead.next();
         ahead.next();
     };

@@ -101,13 +101,13 @@ __device__ __forceinline__ void few_scores(float (&s)[N / 2], ring *ring, const 
                      further(q, (uint32_t)((t + i / 4) * N * 128 + i % 4 * 32)), !first || i);
     };
 
-    barrier_wait(&ring->full[wg][wg], parity);
+    barrier_wait(&ring->full[wg][0], parity);
     wait_keys(&ring->rope_full[wg], parity); /* comes with the first half: a fence less */
     wgmma_fence();
-    tiles(4 * wg, 4, true);
+    tiles(0, 4, true);
     tiles(ROPE_TILE, 1, false);
-    wait_keys(&ring->full[wg][1 - wg], parity);
-    tiles(4 - 4 * wg, 4, false);
+    wait_keys(&ring->full[wg][1], parity);
+    tiles(4, 4, false);
     wgmma_commit();
     wgmma_wait<0>();
 #pragma unroll

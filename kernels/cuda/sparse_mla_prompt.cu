@@ -16,6 +16,7 @@ enum {
     PROMPT_THREADS = 256 + COPIERS,
     PROMPT_MATH_REGISTERS = 216,
     PROMPT_COPY_REGISTERS = 72,
+    SCORES_TURN = 3, /* a named barrier */
 };
 
 struct prompt {
@@ -81,7 +82,7 @@ __device__ __forceinline__ void copy_keys(const prompt &p, ring *ring, uint32_t 
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             int b = half_block(i), h = half_side(i);
-            bool first = i < 2;
+            bool first = h == 0;
             barrier_wait(&ring->free[b][h], parity);
             if (first) {
 #pragma unroll
@@ -111,9 +112,46 @@ __device__ __forceinline__ void copy_keys(const prompt &p, ring *ring, uint32_t 
 
 /* ---- computing ------------------------------------------------------------------------------------------------------------ */
 
-template <bool PERMUTED>
+/* block_scores for block WG; those of block 1 when block 0's are done: what one warpgroup makes of its scores then hides
+ * behind the other's. */
+template <int WG>
+__device__ __forceinline__ void scores_in_turn(float (&s)[32], ring *ring, uint32_t tiles,
+                                               uint32_t parity)
+{
+    if (WG == 1) named_barrier(SCORES_TURN, 256);
+    block_scores(s, ring, tiles, tiles + (1 + WG) * BLOCK, WG, parity);
+    if (WG == 0) named_barrier_arrive(SCORES_TURN, 256);
+}
+
+/* A pair of blocks, as take_pair. Here the registers suffice for warpgroup 1 to make its probabilities beside block 0's
+ * values. */
+template <int WG>
+__device__ __forceinline__ void prompt_pair(const job &j, walk_shared *sh, uint32_t tiles,
+                                            uint32_t parity, float (&o)[2][64], state<1> &s, int t)
+{
+    ring *ring = &sh->ring;
+    float x[32], keep[2];
+    probs p, first;
+
+    scores_in_turn<WG>(x, ring, tiles, parity);
+    if (WG == 0) {
+        softmax(x, ring->valid[parity][0], j.scale, p);
+        take_pair(sh, tiles, 0, parity, p, o, s, t);
+        return;
+    }
+    receive(sh, tiles + BLOCK, 0, parity, first, t);
+    take_reference(s, first, -1, keep);
+    take_values(o, keep, first.p, tiles + BLOCK + 4 * TILE);
+    softmax(x, ring->valid[parity][1], j.scale, p);
+    give(sh, tiles + 2 * BLOCK, 1, p, t);
+    wgmma_wait<0>();
+    warp_arrive(&ring->free[0][1]);
+    take_block(sh, tiles, 1, 1, 0, p, o, s);
+}
+
+template <bool PERMUTED, int WG>
 __device__ __forceinline__ void prompt_math(const prompt &p, walk_shared *sh, uint32_t tiles,
-                                            int n_live, int wg)
+                                            int n_live)
 {
     const job &j = p.j;
     const int t = threadIdx.x % 128;
@@ -138,15 +176,10 @@ __device__ __forceinline__ void prompt_math(const prompt &p, walk_shared *sh, ui
 #pragma unroll
         for (int i = 0; i < 128; i++)
             o[i / 64][i % 64] = 0.0f;
-        for (int pair = w.first; pair < w.last; pair++, parity ^= 1) {
-            float x[32];
-            probs b;
-            block_scores(x, &sh->ring, tiles, tiles + (uint32_t)((1 + wg) * BLOCK), wg, parity);
-            softmax(x, sh->ring.valid[parity][wg], j.scale, b);
-            take_pair(sh, tiles, wg, parity, b, o, s, t);
-        }
+        for (int pair = w.first; pair < w.last; pair++, parity ^= 1)
+            prompt_pair<WG>(j, sh, tiles, parity, o, s, t);
         kept_load(kept, task, slot, w);
-        finish<PERMUTED>(j, w, sh, slot, wg, t, o, s);
+        finish<PERMUTED>(j, w, sh, slot, WG, t, o, s);
     }
 }
 
@@ -167,9 +200,12 @@ __global__ void __launch_bounds__(PROMPT_THREADS, 1)
     if (wg == 2) {
         registers_set<PROMPT_COPY_REGISTERS>();
         copy_keys<PERMUTED>(p, &sh->ring, tiles + BLOCK, n_live);
+    } else if (wg == 0) {
+        registers_set<PROMPT_MATH_REGISTERS>();
+        prompt_math<PERMUTED, 0>(p, sh, tiles, n_live);
     } else {
         registers_set<PROMPT_MATH_REGISTERS>();
-        prompt_math<PERMUTED>(p, sh, tiles, n_live, wg);
+        prompt_math<PERMUTED, 1>(p, sh, tiles, n_live);
     }
 }
 

@@ -53,15 +53,14 @@ template <int N> __device__ __forceinline__ void registers_set()
         registers_lower<N>();
 }
 
-/* The order in which the halves of a pair come: each warpgroup takes its own block's values first (sparse_mla.cu), so these
- * two halves are the first to fall free. */
+/* The order in which the halves of a pair come, and fall free. */
 __host__ __device__ constexpr int half_block(int i)
 {
-    return i & 1;
+    return i / 2;
 }
 __host__ __device__ constexpr int half_side(int i)
 {
-    return (i & 1) ^ (i >> 1);
+    return i & 1;
 }
 
 struct job { /* a launch */
@@ -105,7 +104,7 @@ template <bool FP8, int F> __device__ __forceinline__ void ring_init(ring *r)
 {
     for (int b = 0; b < 2; b++) {
         for (int h = 0; h < 2; h++) {
-            barrier_init(&r->full[b][h], !FP8 && h == b ? 2 * F : F);
+            barrier_init(&r->full[b][h], !FP8 && h == 0 ? 2 * F : F);
             barrier_init(&r->free[b][h], 4);
         }
         barrier_init(&r->rope_full[b], F);
@@ -410,7 +409,7 @@ template <int I> __device__ __forceinline__ void fetch_half(const job &j, fetch_
     if (I == 2) fetch_validate(j, f.soon);
     uint32_t f0 = factor_bf16(f.scale.x, f.now[B] >= 0);
     uint32_t f1 = factor_bf16(f.scale.y, f.now[B] >= 0);
-    if (I < 2) {
+    if (H == 0) {
         const uint8_t *p = record_fp8(j, f.now[B]) + ROPE_AT + 32 * fetch_quarter();
         wait_at<(int)offsetof(ring, rope_free) + 8 * B>(f.ring_at, f.parity);
         copy16_at<ROPE_TO>(f.even, p, f.now[B] < 0 ? 0 : 16);
@@ -418,7 +417,7 @@ template <int I> __device__ __forceinline__ void fetch_half(const job &j, fetch_
         copies_arrive_at<(int)offsetof(ring, rope_full) + 8 * B>(f.ring_at);
     }
     wait_at<FREE>(f.ring_at, f.parity);
-    if (I < 2 && fetch_quarter() == 0)
+    if (H == 0 && fetch_quarter() == 0)
         asm volatile("st.shared.u8 [%0 + %2], %1;" ::"r"(f.ring_at + (f.parity ^ 1) * 2 * KEYS +
                                                          (uint32_t)fetch_row()),
                      "r"(f.now[B] >= 0 ? 1 : 0), "n"((int)offsetof(ring, valid) + B * KEYS)
@@ -512,7 +511,7 @@ __device__ __forceinline__ void produce_bf16(const job &j, ring *ring, uint32_t 
         for (int i = 0; i < 4; i++) {
             int b = half_block(i), h = half_side(i);
             barrier_wait(&ring->free[b][h], parity);
-            if (i < 2) {
+            if (h == 0) {
 #pragma unroll
                 for (int r = 0; r < R; r++)
                     if (chunk == 0) ring->valid[parity ^ 1][b][g + r * STEP] = now[b][r] >= 0;
@@ -520,7 +519,7 @@ __device__ __forceinline__ void produce_bf16(const job &j, ring *ring, uint32_t 
             }
             copy(b, 4 * h, 4, now[b]);
             async_copy_arrive(&ring->full[b][h]);
-            if (i < 2) {
+            if (h == 0) {
                 barrier_wait(&ring->rope_free[b], parity);
                 copy(b, ROPE_TILE, 1, now[b]);
                 async_copy_arrive(&ring->rope_full[b]);

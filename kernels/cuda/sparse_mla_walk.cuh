@@ -34,13 +34,13 @@ __device__ __forceinline__ void block_scores(float (&s)[32], ring *ring, uint32_
         }
     };
 
-    barrier_wait(&ring->full[b][b], parity);
+    barrier_wait(&ring->full[b][0], parity);
     wait_keys(&ring->rope_full[b], parity); /* comes with the first half: a fence less */
     wgmma_fence();
-    tiles(4 * b, 4, true);
+    tiles(0, 4, true);
     tiles(ROPE_TILE, 1, false);
-    wait_keys(&ring->full[b][1 - b], parity);
-    tiles(4 - 4 * b, 4, false);
+    wait_keys(&ring->full[b][1], parity);
+    tiles(4, 4, false);
     wgmma_commit();
     wgmma_wait<0>();
 }
@@ -65,8 +65,6 @@ __device__ __forceinline__ void receive(walk_shared *sh, uint32_t keys, int b, u
     barrier_wait(&sh->ring.given[b], parity);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        if (i == 0) wgmma_wait<1>(); /* p was the operand of the instructions under way */
-        if (i == 2) wgmma_wait<0>();
         uint4 v = load16_shared(from + (uint32_t)(2048 * i));
         p.p[4 * i] = v.x, p.p[4 * i + 1] = v.y, p.p[4 * i + 2] = v.z, p.p[4 * i + 3] = v.w;
     }
@@ -75,24 +73,33 @@ __device__ __forceinline__ void receive(walk_shared *sh, uint32_t keys, int b, u
     warp_arrive(&sh->ring.rope_free[b]);
 }
 
-/* The values of a pair: the warpgroup's own block (p), then the other's, which arrives meanwhile. */
+/* The values of a block, and the warpgroup's half of it is free. series: as take_reference has it. */
+__device__ __forceinline__ void take_block(walk_shared *sh, uint32_t tiles, int wg, int block,
+                                           int series, probs &p, float (&o)[2][64], state<1> &s)
+{
+    float keep[2];
+
+    take_reference(s, p, series, keep);
+    take_values(o, keep, p.p, tiles + (uint32_t)((1 + block) * BLOCK + wg * 4 * TILE));
+    wgmma_wait<0>();
+    warp_arrive(&sh->ring.free[block][wg]);
+}
+
+/* The values of a pair, block 0's, then block 1's; p: of the warpgroup's own block, the other's arrives meanwhile. */
 __device__ __forceinline__ void take_pair(walk_shared *sh, uint32_t tiles, int wg, uint32_t parity,
                                           probs &p, float (&o)[2][64], state<1> &s, int t)
 {
-    uint32_t own = tiles + (uint32_t)((1 + wg) * BLOCK),
-             other = tiles + (uint32_t)((2 - wg) * BLOCK);
-    uint32_t column = (uint32_t)(wg * 4 * TILE);
-    float keep[2];
-
-    give(sh, own, wg, p, t);
-    take_reference(s, p, 0, keep);
-    take_values(o, keep, p.p, own + column);
-    receive(sh, other, 1 - wg, parity, p, t);
-    warp_arrive(&sh->ring.free[wg][wg]);
-    take_reference(s, p, -1, keep);
-    take_values(o, keep, p.p, other + column);
-    wgmma_wait<0>();
-    warp_arrive(&sh->ring.free[1 - wg][wg]);
+    give(sh, tiles + (uint32_t)((1 + wg) * BLOCK), wg, p, t);
+    if (wg == 0) {
+        take_block(sh, tiles, 0, 0, 0, p, o, s);
+        receive(sh, tiles + 2 * BLOCK, 1, parity, p, t);
+        take_block(sh, tiles, 0, 1, -1, p, o, s);
+    } else {
+        probs first;
+        receive(sh, tiles + BLOCK, 0, parity, first, t);
+        take_block(sh, tiles, 1, 0, -1, first, o, s);
+        take_block(sh, tiles, 1, 1, 0, p, o, s);
+    }
 }
 
 /* Sums of both warpgroups, out and lse of a row's 64 heads; o is warpgroup w's half of the columns. */
