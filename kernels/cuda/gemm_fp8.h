@@ -92,7 +92,10 @@ cudaError_t tr_gemm_fp8_gate_up(const tr_gemm_fp8 *g, const tr_fp8_weight *w, co
 cudaError_t tr_gemm_fp8_down(const tr_gemm_fp8 *g, const tr_fp8_weight *w, const tr_fp8_rows *x,
                              const int32_t *start_d, const int32_t *pair_d, void *out_d,
                              cudaStream_t stream);
-/* The same with a tile shape by number (0: few rows per expert; 1: many). */
+/* Their tile shapes by number, for bench_gemm_fp8: all give the same bits. The name, NULL past the last; which one those
+ * above take; and the same with a shape. */
+const char *tr_gemm_fp8_moe_shape_name(int shape);
+int tr_gemm_fp8_moe_pick(int n_mats, int n_pairs_max);
 cudaError_t tr_gemm_fp8_gate_up_as(const tr_gemm_fp8 *g, int shape, const tr_fp8_weight *w,
                                    const tr_fp8_rows *x, const int32_t *start_d, int ue8m0,
                                    uint8_t *q_d, float *scale_d, cudaStream_t stream);

@@ -20,34 +20,44 @@ const gemm_kernel down_kernels[] = {
 };
 enum { N_SHAPES = 2 };
 
-enum { GATHER_THREADS = 128 };
+enum { GATHER_WARPS = 4, GATHER_THREADS = 32 * GATHER_WARPS, GATHER_ROWS = 16, MANY_PAIRS = 8192 };
 
-/* One block per sorted row. */
+/* ROWS sorted rows a block, ROWS / 4 after each other by a warp; then their scales, which lie next to each other. */
+template <int ROWS>
 __global__ void __launch_bounds__(GATHER_THREADS)
     gather_rows(const uint8_t *x, const float *x_scale, int ld_x_scale, int d, int k,
                 const int32_t *end, const int32_t *pair, uint8_t *q, float *scale, int ld_scale)
 {
-    const int i = (int)blockIdx.x;
+    enum { AHEAD = 7 }; /* pieces of 16 bytes in flight per thread: 2 x 7 x 32 are a row of 7168 */
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    const int first = (int)blockIdx.x * ROWS;
     early::follow();
-    if (i >= *end) return;
-    const int row = pair[i] / k;
-    const uint4 *from = reinterpret_cast<const uint4 *>(x + (size_t)row * d);
-    uint4 *to = reinterpret_cast<uint4 *>(q + (size_t)i * d);
-    for (int j = (int)threadIdx.x; j < d / 16; j += GATHER_THREADS)
-        to[j] = from[j];
-    for (int j = (int)threadIdx.x; j < (d + 127) / 128; j += GATHER_THREADS)
-        scale[(size_t)j * ld_scale + i] = x_scale[(size_t)j * ld_x_scale + row];
+    const int n = min(ROWS, *end - first);
+    for (int r = warp; r < n; r += GATHER_WARPS) {
+        const size_t row = (size_t)(pair[first + r] / k);
+        const uint4 *from = reinterpret_cast<const uint4 *>(x + row * (size_t)d);
+        uint4 *to = reinterpret_cast<uint4 *>(q + (size_t)(first + r) * (size_t)d);
+        for (int j0 = lane; j0 < d / 16; j0 += 32 * AHEAD) {
+            uint4 v[AHEAD];
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++)
+                if (j0 + 32 * j < d / 16) v[j] = from[j0 + 32 * j];
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++)
+                if (j0 + 32 * j < d / 16) to[j0 + 32 * j] = v[j];
+        }
+    }
+    const int r = (int)threadIdx.x % ROWS;
+    if (r >= n) return;
+    const int row = pair[first + r] / k;
+    for (int j = (int)threadIdx.x / ROWS; j < (d + 127) / 128; j += GATHER_THREADS / ROWS)
+        scale[(size_t)j * ld_scale + first + r] = x_scale[(size_t)j * ld_x_scale + row];
 }
 
 /* By the most rows per expert on average that there may be: from how many on the wide form is the faster one. (One H200,
  * bench_gemm_fp8 moe, 32 experts. 128 rows: gate_up 404 us, wide 313; down 237, wide 185. 64 rows: 278 and 249, 148 and 140;
  * 32 rows: no difference.) */
 enum { WIDE_FROM = 64 };
-
-int pick(const tr_fp8_weight *w, const tr_fp8_rows *x)
-{
-    return x->n_max / w->n_mats >= WIDE_FROM;
-}
 
 /* Every expert may leave its last tile part empty. */
 long tiles_max(const gemm_kernel &k, const tr_fp8_weight *w, const tr_fp8_rows *x)
@@ -74,15 +84,28 @@ cudaError_t tr::gemm_prepare_moe()
     return cudaSuccess;
 }
 
+const char *tr_gemm_fp8_moe_shape_name(int shape)
+{
+    return shape >= 0 && shape < N_SHAPES ? gate_up_kernels[shape].name : nullptr;
+}
+
+int tr_gemm_fp8_moe_pick(int n_mats, int n_pairs_max)
+{
+    return n_pairs_max / n_mats >= WIDE_FROM;
+}
+
 cudaError_t tr_moe_gather_fp8(const tr_fp8_rows *x, int d, int k, int n_local,
                               const int32_t *start_d, const int32_t *pair_d, int n_pairs_max,
                               uint8_t *q_d, float *scale_d, cudaStream_t stream)
 {
     if (d <= 0 || d % 16 || k <= 0 || n_local <= 0) return cudaErrorInvalidValue;
     if (n_pairs_max <= 0) return cudaSuccess;
-    return early::launch(gather_rows, 1, dim3((unsigned)n_pairs_max), GATHER_THREADS, 0, stream,
-                         x->q_d, x->scale_d, (x->n_max + 3) / 4 * 4, d, k, start_d + n_local,
-                         pair_d, q_d, scale_d, (n_pairs_max + 3) / 4 * 4);
+    /* Few pairs: a warp each, so that as many as possible are on their way; many: scales in whole sectors. */
+    const int rows = n_pairs_max < MANY_PAIRS ? GATHER_WARPS : GATHER_ROWS;
+    return early::launch(rows == GATHER_ROWS ? gather_rows<GATHER_ROWS> : gather_rows<GATHER_WARPS>,
+                         1, dim3((unsigned)((n_pairs_max + rows - 1) / rows)), GATHER_THREADS, 0,
+                         stream, x->q_d, x->scale_d, (x->n_max + 3) / 4 * 4, d, k,
+                         start_d + n_local, pair_d, q_d, scale_d, (n_pairs_max + 3) / 4 * 4);
 }
 
 cudaError_t tr_gemm_fp8_gate_up_as(const tr_gemm_fp8 *g, int shape, const tr_fp8_weight *w,
@@ -124,12 +147,14 @@ cudaError_t tr_gemm_fp8_gate_up(const tr_gemm_fp8 *g, const tr_fp8_weight *w, co
                                 const int32_t *start_d, int ue8m0, uint8_t *q_d, float *scale_d,
                                 cudaStream_t stream)
 {
-    return tr_gemm_fp8_gate_up_as(g, pick(w, x), w, x, start_d, ue8m0, q_d, scale_d, stream);
+    return tr_gemm_fp8_gate_up_as(g, tr_gemm_fp8_moe_pick(w->n_mats, x->n_max), w, x, start_d,
+                                  ue8m0, q_d, scale_d, stream);
 }
 
 cudaError_t tr_gemm_fp8_down(const tr_gemm_fp8 *g, const tr_fp8_weight *w, const tr_fp8_rows *x,
                              const int32_t *start_d, const int32_t *pair_d, void *out_d,
                              cudaStream_t stream)
 {
-    return tr_gemm_fp8_down_as(g, pick(w, x), w, x, start_d, pair_d, out_d, stream);
+    return tr_gemm_fp8_down_as(g, tr_gemm_fp8_moe_pick(w->n_mats, x->n_max), w, x, start_d, pair_d,
+                               out_d, stream);
 }

@@ -1,6 +1,7 @@
 /* Checks and times the FP8 products (gemm_fp8.h, quantise.h) on one Hopper GPU: every tile shape against fp64 on random
  * and hostile sizes, bits equal between shapes and numbers of rows, then the shapes of the model beside cuBLASLt.
- * Arguments pick parts: quick (checks on small sizes; alone: for compute-sanitizer), dense, moe (timing); none: all.
+ * Arguments pick parts: quick (checks on small sizes; alone: for compute-sanitizer), dense, moe, all_experts
+ * (timing); none: all.
  * one ROWS SHAPE: one launch of gate_up and one of down, 32 experts of ROWS rows (for a profiler).
  * Exit 1 when a check fails. */
 #include <cmath>
@@ -401,9 +402,9 @@ void check_grouped(const tr_gemm_fp8 *g, const std::vector<int> &count, int d, i
     buffer<float> scale(t.inner.scale.n);
     buffer<__nv_bfloat16> out(t.out.n);
     check_gather(t);
-    for (int shape = 0; shape < 2; shape++) {
-        snprintf(name, sizeof name, "shape %d, %d rows of %d experts", shape, t.n,
-                 (int)count.size());
+    for (int shape = 0; tr_gemm_fp8_moe_shape_name(shape); shape++) {
+        snprintf(name, sizeof name, "%s, %d rows of %d experts", tr_gemm_fp8_moe_shape_name(shape),
+                 t.n, (int)count.size());
         t.run(g, shape);
         if (shape == 0) {
             buffer<double> worst(3);
@@ -444,6 +445,7 @@ void check_small(const tr_gemm_fp8 *g)
         check_dense(g, p.n_out, p.n_in, p.n_max, p.n, 0);
     check_dense(g, 72, 256, 33, 33, 1);
     check_grouped(g, {0, 1, 17, 130, 64, 0, 300, 33}, 256, 128);
+    check_grouped(g, {97, 288, 1, 289, 193, 96, 4, 577, 191, 257}, 896, 384);
     check_grouped(g, {3}, 384, 256);
     check_grouped(g, {0, 0, 5, 0}, 128, 384);
 }
@@ -550,31 +552,64 @@ void time_dense(const tr_gemm_fp8 *g, measure::cold_timer &timer, buffer<uint8_t
     }
 }
 
-void time_grouped(const tr_gemm_fp8 *g, measure::cold_timer &timer, int each, bool spread,
-                  double peer_up, double peer_down)
+/* Rows of 32 experts: alike, or up to 30% more or less. */
+std::vector<int> rows_each(int each, bool spread)
 {
     std::vector<int> count;
     for (int e = 0; e < 32; e++)
         count.push_back(spread ? (int)(each * (1 + 0.3 * measure::uniform(7, (unsigned)e)) + 0.5)
                                : each);
+    return count;
+}
+/* Of 256 experts of which every row takes 8 at random. */
+std::vector<int> rows_drawn(int n_rows)
+{
+    std::vector<int> count(256, 0);
+    unsigned long long draw = 0;
+    for (int r = 0; r < n_rows; r++) {
+        bool taken[256] = {};
+        for (int j = 0; j < 8;) {
+            const int e = (int)(measure::mix(0x51ull << 32 | draw++) % 256);
+            if (taken[e]) continue;
+            taken[e] = true;
+            count[(size_t)e]++;
+            j++;
+        }
+    }
+    return count;
+}
+
+void time_grouped(const tr_gemm_fp8 *g, measure::cold_timer &timer, const std::vector<int> &count,
+                  double peer_up, double peer_down)
+{
     grouped t(count, 7168, 2048);
     buffer<__nv_bfloat16> first(t.out.n);
+    buffer<uint8_t> first_q(t.inner.q.n);
+    const int n_experts = (int)count.size(), each = t.n / n_experts;
+    const int picked = tr_gemm_fp8_moe_pick(n_experts, t.n);
+    int hit = 0;
     bool have = false;
-    for (int shape = 0; shape < 2; shape++) {
+    for (int c : count)
+        hit += c > 0;
+    for (int shape = 0; tr_gemm_fp8_moe_shape_name(shape); shape++) {
         if (shape > 0 && each < 32) continue;
+        if (shape == 0 && each > 160) continue;
         char name[96];
         t.run(g, shape);
         const double e = relative_error(t.down.w, t.inner.x, t.n, t.start_d.p, t.pair_d.p, t.out.p,
                                         7168, 0, 8192);
         expect(e < 3e-3, "down: relative error", "timed", e);
         if (have) {
-            const double off = different(first.p, t.out.p, t.out.n * 2);
-            expect(off == 0, "grouped: bits by shape", "timed", off);
+            const double off = different(first.p, t.out.p, t.out.n * 2),
+                         off_q = different(first_q.p, t.inner.q.p, t.inner.q.n);
+            expect(off == 0, "down: bits by shape", "timed", off);
+            expect(off_q == 0, "gate_up: bits by shape", "timed", off_q);
         }
         have = true;
         CHECK_CUDA(cudaMemcpy(first.p, t.out.p, first.n * 2, cudaMemcpyDeviceToDevice));
-        snprintf(name, sizeof name, "gate_up %d x ~%d%s rows, shape %d", 32, each,
-                 spread ? "+-30%" : "", shape);
+        CHECK_CUDA(cudaMemcpy(first_q.p, t.inner.q.p, first_q.n, cudaMemcpyDeviceToDevice));
+        snprintf(name, sizeof name, "%c gate_up %d x ~%d rows, %s", shape == picked ? '*' : ' ',
+                 n_experts, each, tr_gemm_fp8_moe_shape_name(shape));
         line(name,
              timer.median_us(
                  [&] {
@@ -582,9 +617,9 @@ void time_grouped(const tr_gemm_fp8 *g, measure::cold_timer &timer, int each, bo
                                                        1, t.inner.q.p, t.inner.scale.p, 0));
                  },
                  15),
-             2.0 * t.n * 4096 * 7168, 32.0 * 4096 * 7168, peer_up, -1);
-        snprintf(name, sizeof name, "down    %d x ~%d%s rows, shape %d", 32, each,
-                 spread ? "+-30%" : "", shape);
+             2.0 * t.n * 4096 * 7168, (double)hit * 4096 * 7168, peer_up, -1);
+        snprintf(name, sizeof name, "%c down    %d x ~%d rows, %s", shape == picked ? '*' : ' ',
+                 n_experts, each, tr_gemm_fp8_moe_shape_name(shape));
         line(name,
              timer.median_us(
                  [&] {
@@ -592,8 +627,24 @@ void time_grouped(const tr_gemm_fp8 *g, measure::cold_timer &timer, int each, bo
                                                     t.pair_d.p, t.out.p, 0));
                  },
                  15),
-             2.0 * t.n * 7168 * 2048, 32.0 * 7168 * 2048, peer_down, e);
+             2.0 * t.n * 7168 * 2048, (double)hit * 7168 * 2048, peer_down, e);
+        fflush(stdout);
     }
+}
+
+void time_gather(measure::cold_timer &timer, const std::vector<int> &count)
+{
+    grouped t(count, 7168, 128);
+    const int n_rows = (t.n + t.k - 1) / t.k, n_experts = (int)count.size();
+    rows x(n_rows, n_rows, t.d, 29);
+    char name[64];
+    check_gather(t);
+    const double us = timer.median_us([&] {
+        CHECK_CUDA(tr_moe_gather_fp8(&x.x, t.d, t.k, n_experts, t.start_d.p, t.pair_d.p, t.n,
+                                     t.sorted.q.p, t.sorted.scale.p, 0));
+    });
+    snprintf(name, sizeof name, "gather %d of %d rows", t.n, n_rows);
+    line(name, us, 0, 1.03125 * (t.n + n_rows) * t.d, 0, -1);
 }
 
 void time_quantise(measure::cold_timer &timer, int n, int d)
@@ -656,13 +707,18 @@ int main(int argc, char **argv)
     }
     if (wanted("moe")) {
         const double up = 2.0 * 32768 * 4096 * 7168 * 1e-6, down = 2.0 * 32768 * 7168 * 2048 * 1e-6;
-        time_grouped(&g, timer, 8, true, 241.7, 132.9);
-        time_grouped(&g, timer, 32, true, 241.3, 133.9);
-        time_grouped(&g, timer, 64, true, 0, 0);
-        time_grouped(&g, timer, 128, true, 311.5, 171.5);
-        time_grouped(&g, timer, 1024, false, up / 1429, down / 1349);
-        time_grouped(&g, timer, 1024, true, 0, 0);
+        time_grouped(&g, timer, rows_each(8, true), 241.7, 132.9);
+        time_grouped(&g, timer, rows_each(32, true), 241.3, 133.9);
+        time_grouped(&g, timer, rows_each(64, true), 0, 0);
+        time_grouped(&g, timer, rows_each(128, true), 311.5, 171.5);
+        time_grouped(&g, timer, rows_each(1024, false), up / 1429, down / 1349);
+        time_grouped(&g, timer, rows_each(1024, true), 0, 0);
     }
+    if (wanted("all_experts"))
+        for (int n : {4096, 8192, 2048, 64}) {
+            time_gather(timer, rows_drawn(n));
+            time_grouped(&g, timer, rows_drawn(n), 0, 0);
+        }
     printf("%d checks failed\n", n_failed);
     return n_failed ? 1 : 0;
 }
