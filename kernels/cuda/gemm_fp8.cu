@@ -61,14 +61,16 @@ cudaError_t gemm_launch(const ::tr_gemm_fp8 *g, const gemm_kernel &k, gemm_args 
         !encode_map(g, &a.x, x->q_d, 1, (size_t)w->n_in, (size_t)x->n_max, (size_t)w->n_in, 128,
                     k.x_box) ||
         !encode_map(g, &a.x_scale, x->scale_d, 4, (size_t)x->n_max, (size_t)n_k,
-                    (size_t)ld_scale * 4, k.nb, 1))
+                    (size_t)ld_scale * 4, k.nb, 1) ||
+        (k.x_tail && !encode_map(g, &a.x_tail, x->q_d, 1, (size_t)w->n_in, (size_t)x->n_max,
+                                 (size_t)w->n_in, 128, k.x_tail)))
         return cudaErrorInvalidValue;
     a.has_out_map = a.out && !a.out_f32 && !a.scatter && !a.start && a.ld_out % 8 == 0 &&
                     (uintptr_t)a.out % 16 == 0 &&
                     encode_map(g, &a.out_map, a.out, 2, (size_t)w->n_out, (size_t)x->n_max,
                                a.ld_out * 2, 64, 16);
-    a.copy_rows = a.out && !a.out_f32 && a.ld_out % 8 == 0 && w->n_out % 8 == 0 &&
-                  (uintptr_t)a.out % 16 == 0;
+    a.copy_rows =
+        a.out && !a.out_f32 && a.ld_out % 8 == 0 && w->n_out % 8 == 0 && (uintptr_t)a.out % 16 == 0;
     a.w_scale = w->scale_d;
     a.w_scale_pitch = w->scale_pitch ? w->scale_pitch : tr_fp8_scale_pitch(w->n_in);
     a.w_scale_rows = (w->n_out + 127) / 128;

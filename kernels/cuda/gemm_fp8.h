@@ -9,7 +9,7 @@
  * 32): few tokens waste nothing (gemm_fp8_kernel.cuh). From 33 on tokens are M and weights N: a promotion is then one
  * multiply-add per output (gemm_fp8_wide.cuh). Both orientations give the same bits too. Blocks in a cluster share loads:
  * the tokens (up to 128 rows, and experts) or the weights (many rows). Experts with few rows get a tile as wide as their
- * rows need.
+ * rows need, those with about 128 one tile of up to 192 (gemm_fp8_tall.cuh).
  *
  * Everything is enqueued on the stream and reads row counts from device memory. Nothing is allocated. */
 #ifndef TR_CUDA_GEMM_FP8_H

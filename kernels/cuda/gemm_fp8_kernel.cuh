@@ -18,7 +18,7 @@ namespace tr
 {
 
 struct gemm_args {
-    CUtensorMap w, x, x_scale,
+    CUtensorMap w, x, x_tail, x_scale,
         out_map; /* out_map: 16 x 64 bf16 in 128-byte swizzle, where has_out_map */
     const float *w_scale;
     int w_scale_pitch, w_scale_rows, w_scale_matrix; /* rows: of one matrix; from one to the next */
@@ -32,7 +32,7 @@ struct gemm_args {
     size_t ld_out;
     int out_f32, has_out_map;
     int copy_rows; /* rows of `out` can be copied to: 16-byte aligned, in pieces of 16 bytes */
-    uint8_t *q; /* gate_up: e4m3 [n_max, n_out / 2] and scales */
+    uint8_t *q;    /* gate_up: e4m3 [n_max, n_out / 2] and scales */
     float *q_scale;
     int ld_q_scale, ue8m0;
     int stream_w; /* weights are read once: leave L2 to the others */
@@ -51,7 +51,8 @@ template <int WGS_, int SUBS_, int NB_, bool GROUPED_, bool GATE_UP_> struct gem
     static constexpr int CLUSTER = 1, THREADS = 128 * (WGS + 1);
     static constexpr int W_ROWS = 64 * WGS * SUBS;
     static constexpr bool ADAPTIVE = GROUPED; /* the width follows the rows of the expert */
-    static constexpr int X_BOX = ADAPTIVE ? 16 : NB;
+    static constexpr bool EVEN = false, SWAPS = false; /* gemm_fp8_tall.cuh */
+    static constexpr int X_BOX = ADAPTIVE ? 16 : NB, X_TAIL = 0;
     static constexpr int W_BYTES = W_ROWS * 128, X_BYTES = NB * 128, S_BYTES = NB * 4;
     static constexpr int S_PITCH = NB < 32 ? 32 : NB; /* copies land on multiples of 128 bytes */
     static constexpr int W_BLOCKS = W_ROWS > 128 ? 2 : 1;
@@ -92,7 +93,7 @@ template <class S> struct gemm_walk {
     int index;
     int group = -1, begin = 0, end = 0; /* an expert and its rows */
     int total = 0;                      /* tiles up to and with it */
-    int live = 0;
+    int live = 0, step = 0;             /* EVEN: rows from one tile to the next */
 
     /* before: the kernel in front may not have ended. */
     __device__ gemm_walk(const gemm_args &args, bool before = false) : a(args)
@@ -130,6 +131,7 @@ template <class S> struct gemm_walk {
     __device__ void limits(gemm_tile &t) const
     {
         t.n_rows = (S::GROUPED ? end : live) - t.row0;
+        if (S::EVEN) t.n_rows = min(t.n_rows, step);
         t.skip = S::GROUPED ? begin - t.row0 : 0;
     }
     /* Tiles of tokens of rows [first, last) of an expert. */
@@ -191,7 +193,13 @@ template <class S> struct gemm_walk {
             w = i / tiles;
             m = i % tiles;
             t.matrix = group;
-            t.row0 = (begin & ~3) + (m * S::CT + part_t()) * S::NB;
+            if constexpr (S::EVEN) { /* tiles of equal height instead of full ones and a rest */
+                const int from = begin & ~3;
+                step = S::step((end - from + tiles - 1) / tiles);
+                t.row0 = from + m * step;
+            } else {
+                t.row0 = (begin & ~3) + (m * S::CT + part_t()) * S::NB;
+            }
         } else {
             if (index >= total) return false;
             const int tiles = token_tiles(), wide = 16 * w_tiles();
@@ -214,6 +222,16 @@ __device__ __forceinline__ int adaptive_width(int n_rows, int most)
     while (nb < n_rows && nb < most)
         nb *= 2;
     return nb;
+}
+/* Tokens of a tile that are loaded and multiplied. */
+template <class S> __device__ __forceinline__ int tile_width(const gemm_tile &t)
+{
+    if constexpr (S::EVEN)
+        return S::width(t.n_rows);
+    else if constexpr (S::ADAPTIVE)
+        return adaptive_width(t.n_rows, S::NB);
+    else
+        return S::NB;
 }
 
 /* ---- shared memory -------------------------------------------------------------------------------------------------- */
@@ -274,7 +292,16 @@ __device__ __forceinline__ void load_tokens(const gemm_args &a, const gemm_smem<
 {
     constexpr int PART = S::NB / S::CW;
     uint8_t *x = m.x + stage * S::X_BYTES;
-    if (S::ADAPTIVE) {
+    if constexpr (S::EVEN) {
+        /* The width in boxes, the wide ones first; which block loads which turns with every stage. */
+        const int wide = nb / S::X_BOX, boxes = wide + nb % S::X_BOX / S::X_TAIL;
+        for (int i = (pw + kb) % S::CW; i < boxes; i += S::CW) {
+            const bool tail = i >= wide;
+            const int r = tail ? wide * S::X_BOX + (i - wide) * S::X_TAIL : i * S::X_BOX;
+            tensor_load_multicast(x + r * 128, tail ? &a.x_tail : &a.x, kb * 128, t.row0 + r,
+                                  m.full + stage, (uint16_t)((1 << S::CW) - 1));
+        }
+    } else if (S::ADAPTIVE) {
         for (int r = 0; r < nb; r += S::X_BOX)
             tensor_load(x + r * 128, &a.x, kb * 128, t.row0 + r, m.full + stage);
     } else if (S::CW == 1) {
@@ -299,7 +326,7 @@ template <class S, int KIND> __device__ void load_tiles(const gemm_args &a, cons
     ring_position<S::STAGES> at;
     const uint64_t policy = policy_evict_first();
     while (walk.next(t)) {
-        const int nb = S::ADAPTIVE ? adaptive_width(t.n_rows, S::NB) : S::NB;
+        const int nb = tile_width<S>(t);
         for (int kb = 0; kb < a.n_k; kb++) {
             barrier_wait(m.empty + at.stage, at.parity ^ 1);
             if (elect_one()) {
@@ -672,7 +699,7 @@ template <class S> struct math_group {
         gemm_tile t;
         while (walk.next(t)) {
             if constexpr (S::ADAPTIVE) {
-                const int nb = adaptive_width(t.n_rows, S::NB);
+                const int nb = tile_width<S>(t);
                 if (nb == 16)
                     tile<16>(t);
                 else if (nb == 32)
@@ -704,6 +731,7 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS_PER_SM)
             barrier_init(m.full + i, LOAD_WARPS);
             barrier_init(m.empty + i, S::WGS * 4 * S::CLUSTER);
         }
+        if constexpr (S::SWAPS) S::math::prepare(m);
         barrier_init_fence();
     }
     __syncthreads();
@@ -742,12 +770,12 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS_PER_SM)
 struct gemm_kernel {
     const char *name;
     void (*kernel)(gemm_args);
-    int w_rows, nb, cw, ct, w_box, x_box, threads, smem_bytes;
+    int w_rows, nb, cw, ct, w_box, x_box, x_tail, threads, smem_bytes;
 };
 template <class S> constexpr gemm_kernel describe(const char *name)
 {
-    return {name,  gemm_fp8_kernel<S>, S::W_ROWS, S::NB,      S::CW,
-            S::CT, S::W_ROWS / S::CT,  S::X_BOX,  S::THREADS, S::SMEM_BYTES};
+    return {name,     gemm_fp8_kernel<S>, S::W_ROWS,  S::NB,        S::CW, S::CT, S::W_ROWS / S::CT,
+            S::X_BOX, S::X_TAIL,          S::THREADS, S::SMEM_BYTES};
 }
 
 /* gemm_fp8.cu: maps and weights into a; launch with as many blocks as fit or as there may be tiles. */

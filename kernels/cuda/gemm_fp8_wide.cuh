@@ -16,8 +16,9 @@ template <int WGS_, int W_ROWS_, int CW_, int CT_, bool GROUPED_, bool GATE_UP_>
     using math = math_group_wide<wide_shape>;
     static constexpr int WGS = WGS_, W_ROWS = W_ROWS_, NB = 64 * WGS, CW = CW_, CT = CT_;
     static constexpr bool GROUPED = GROUPED_, GATE_UP = GATE_UP_, ADAPTIVE = false;
+    static constexpr bool EVEN = false, SWAPS = false;
     static constexpr int CLUSTER = CW * CT, THREADS = 128 * (WGS + 1);
-    static constexpr int X_BOX = NB / CW;
+    static constexpr int X_BOX = NB / CW, X_TAIL = 0;
     static constexpr int BLOCKS_PER_SM = 1;
     static constexpr int W_BYTES = W_ROWS * 128, X_BYTES = NB * 128, S_BYTES = NB * 4, S_PITCH = NB;
     static constexpr int W_BLOCKS = W_ROWS > 128 ? 2 : 1;
