@@ -16,8 +16,9 @@
 #include "tests/published_model.h"
 
 typedef enum build {
-    TODAY,  /* kernels that come in beside the one in front of them, sums over peer memory */
-    EARLIER /* before those */
+    TODAY,   /* prompts expand their keys once, products per head and of bf16 rows in tiles */
+    MORNING, /* kernels that come in beside the one in front of them, sums over peer memory */
+    EARLIER, /* before those */
 } build;
 
 typedef struct measured {
@@ -37,26 +38,70 @@ typedef struct measured {
 #define TP4 {1, 1, 1, 4, 1, 4, 1}
 #define TP2_SLICED {1, 1, 1, 2, 1, 1, 2}
 #define TP4_SLICED {1, 1, 1, 4, 1, 1, 4}
+#define DP2 {1, 2, 1, 1, 1, 2, 1}
+#define CP2 {1, 1, 2, 1, 1, 2, 1}
 #define DP4 {1, 4, 1, 1, 1, 4, 1}
 #define CP4 {1, 1, 4, 1, 1, 4, 1}
 
 /* 2026-11-22, H200s of one host, CUDA 13.0, NCCL 2.28.3: trireme bench step --device cuda --load-format dummy --override
  * num_hidden_layers=N --override first_k_dense_replace=1 (BENCHMARKS.md has the whole commands). */
 static const measured table[] = {
-    {TODAY, true,  ONE, 3, false,  1,   4096,  1.163},
-    {TODAY, true,  ONE, 3, false,  1,   8192,  1.164},
-    {TODAY, false, ONE, 3, false,  1, 131072,  1.192},
-    {TODAY, false, ONE, 3, false,  8,   1024,  2.150},
-    {TODAY, false, ONE, 3, false, 32,   1024,  4.955},
-    {TODAY, false, ONE, 3, false, 64,   1024,  6.396},
-    {TODAY, false, ONE, 3, false,  8,  32768,  2.322},
-    {TODAY, false, ONE, 3, false, 32,  32768,  5.260},
-    {TODAY, true,  ONE, 3, false, 64,  32768,  6.916},
-    {TODAY, false, ONE, 3, true,  512,     0,  7.636},
-    {TODAY, false, ONE, 3, true, 2048,     0, 13.496},
-    {TODAY, false, ONE, 3, true,  512, 32768, 11.090},
-    {TODAY, false, ONE, 3, true, 2048, 32768, 26.992},
-    {TODAY, true,  ONE, 3, true, 4096, 32768, 49.485},
+    {TODAY, true,  ONE, 3, false,  1,   4096,  1.151},
+    {TODAY, true,  ONE, 3, false,  1,   8192,  1.144},
+    {TODAY, false, ONE, 3, false,  1, 131072,  1.174},
+    {TODAY, false, ONE, 3, false,  8,   1024,  2.112},
+    {TODAY, false, ONE, 3, false, 32,   1024,  4.497},
+    {TODAY, false, ONE, 3, false, 64,   1024,  5.813},
+    {TODAY, false, ONE, 3, false,  8,   8192,  2.262},
+    {TODAY, false, ONE, 3, false, 16,   8192,  3.275},
+    {TODAY, false, ONE, 3, false, 32,   8192,  4.786},
+    {TODAY, false, ONE, 3, false, 64,   8192,  6.124},
+    {TODAY, false, ONE, 3, false,  8,  32768,  2.291},
+    {TODAY, false, ONE, 3, false, 32,  32768,  4.878},
+    {TODAY, true,  ONE, 3, false, 64,  32768,  6.305},
+    {TODAY, false, ONE, 5, false,  1,   8192,  1.603},
+    {TODAY, false, ONE, 5, false, 16,   8192,  5.793},
+    {TODAY, false, ONE, 5, false, 64,   8192, 11.172},
+    {TODAY, false, ONE, 3, true,  512,     0,  7.595},
+    {TODAY, false, ONE, 3, true, 2048,     0, 13.870},
+    {TODAY, false, ONE, 3, true, 8192,     0, 67.128},
+    {TODAY, true,  ONE, 3, true, 4096, 32768, 42.854},
+    {TODAY, false, ONE, 5, true, 4096, 32768, 72.014},
+    {TODAY, false, TP2_SLICED, 3, false,  1, 8192, 0.851},
+    {TODAY, false, TP2_SLICED, 5, false,  1, 8192, 1.234},
+    {TODAY, false, TP2_SLICED, 3, false, 16, 8192, 2.160},
+    {TODAY, false, TP2_SLICED, 5, false, 16, 8192, 3.757},
+    {TODAY, false, TP2_SLICED, 3, false, 64, 8192, 3.785},
+    {TODAY, false, TP2_SLICED, 5, false, 64, 8192, 6.808},
+    {TODAY, false, TP2_SLICED, 3, true, 4096, 32768, 25.783},
+    {TODAY, false, TP2_SLICED, 5, true, 4096, 32768, 44.361},
+    {TODAY, false, DP2, 3, false,  1, 8192, 1.287},
+    {TODAY, false, DP2, 5, false,  1, 8192, 1.882},
+    {TODAY, false, DP2, 3, false, 16, 8192, 3.035},
+    {TODAY, false, DP2, 5, false, 16, 8192, 5.248},
+    {TODAY, false, DP2, 3, false, 64, 8192, 4.234},
+    {TODAY, false, DP2, 5, false, 64, 8192, 7.562},
+    {TODAY, false, DP2, 3, true, 4096, 32768, 46.422},
+    {TODAY, false, DP2, 5, true, 4096, 32768, 80.541},
+    {TODAY, false, CP2, 3, false,  1, 8192, 1.143},
+    {TODAY, false, CP2, 5, false,  1, 8192, 1.609},
+    {TODAY, false, CP2, 3, true, 8192, 32768, 45.201},
+    {TODAY, false, CP2, 5, true, 8192, 32768, 77.282},
+
+    {MORNING, true,  ONE, 3, false,  1,   4096,  1.163},
+    {MORNING, true,  ONE, 3, false,  1,   8192,  1.164},
+    {MORNING, false, ONE, 3, false,  1, 131072,  1.192},
+    {MORNING, false, ONE, 3, false,  8,   1024,  2.150},
+    {MORNING, false, ONE, 3, false, 32,   1024,  4.955},
+    {MORNING, false, ONE, 3, false, 64,   1024,  6.396},
+    {MORNING, false, ONE, 3, false,  8,  32768,  2.322},
+    {MORNING, false, ONE, 3, false, 32,  32768,  5.260},
+    {MORNING, true,  ONE, 3, false, 64,  32768,  6.916},
+    {MORNING, false, ONE, 3, true,  512,     0,  7.636},
+    {MORNING, false, ONE, 3, true, 2048,     0, 13.496},
+    {MORNING, false, ONE, 3, true,  512, 32768, 11.090},
+    {MORNING, false, ONE, 3, true, 2048, 32768, 26.992},
+    {MORNING, true,  ONE, 3, true, 4096, 32768, 49.485},
 
     {EARLIER, true,  ONE, 3, false,  1, 8192,  1.582},
     {EARLIER, true,  ONE, 5, false,  1, 8192,  2.269},
@@ -94,12 +139,19 @@ static const measured table[] = {
 /* clang-format on */
 enum { N_TABLE = sizeof table / sizeof *table };
 
-/* Of the earlier build one GPU tells what a kernel and a step cost beside bytes and flops (the fitted rows); what several GPUs make of
+/* What the kernels of the morning differ in (BENCHMARKS.md). Of the earlier build one GPU tells what a kernel and a step cost beside bytes and flops (the fitted rows); what several GPUs make of
  * the same kernels is not fitted. */
 static tr_rates rates_of(build b)
 {
     tr_rates r = *tr_rates_find("h200");
     if (b == TODAY) return r;
+    r.stream = 4.0e12;
+    r.rows = 1.3e12;
+    r.heads = 190e12;
+    r.plain = 120e12;
+    r.plain_latency = 36e-6;
+    r.mla_prefill = 385e12;
+    if (b == MORNING) return r;
     r.kernel_latency = 8.2e-6;
     r.step_latency = 100e-6;
     r.peer_rows = 0;
@@ -129,9 +181,11 @@ static void print_row(const measured *m, double ms)
     printf(
         "%-8s%s tp %d dp %d cp %d ep %d moe-tp %d, %d layers, %s %5d at %6jd: %8.3f ms measured, "
         "%8.3f estimated, %.2f\n",
-        m->build == TODAY ? "today" : "earlier", m->fitted ? "*" : " ", g->tp, g->dp, g->cp, g->ep,
-        g->xt, m->layers, m->prefill ? "prefill" : "decode ", m->rows, (intmax_t)m->context, m->ms,
-        ms, ms / m->ms);
+        m->build == TODAY     ? "today"
+        : m->build == MORNING ? "morning"
+                              : "earlier",
+        m->fitted ? "*" : " ", g->tp, g->dp, g->cp, g->ep, g->xt, m->layers,
+        m->prefill ? "prefill" : "decode ", m->rows, (intmax_t)m->context, m->ms, ms, ms / m->ms);
 }
 
 /* "Predictions of plan within 20% of what was measured." */

@@ -18,22 +18,22 @@ static const tr_rates rates_h200 = {
     /* Step: the head of one row, 1.853 GB in 420 us. */
     .read = 4.40e12,
     /* Alone: 7168 x 16384 of 16 rows 32.9 us, 32 experts' gate_up of 8 rows 228.5 (4.11 TB/s); step: the same of 256 experts and
-     * 64 rows 3.8, of one row beside the shared expert 3.9. */
-    .stream = 4.0e12,
+     * 64 rows 4.3 (the experts' half of a layer, 2.32 ms), of one row beside the shared expert 3.9. */
+    .stream = 4.2e12,
     .gather = 2.02e12, /* alone, rows of 656 bytes */
-    /* Step, 4,096 rows: a norm moves 235 MB in 200 us, quantisation of heads 201 MB in 150; experts' rows gathered 470 MB in 155,
-     * combined 470 MB in 200. */
-    .rows = 1.3e12,
+    /* Alone, 4,096 rows: a norm moves 235 MB in 110 us, quantisation of heads 201 MB in 60, in steps about half as fast; experts' rows
+     * gathered 470 MB in 108, combined 470 MB in 150. */
+    .rows = 1.6e12,
     .move = 2.7e12,
-    /* Step, 4,096 rows: all fp8 products 8.5 Tflop in 7.95 ms; W_UK and W_UV 68.7 Gflop each in 357 and 372 us; router 15 Gflop in
-     * 157 us, and of 64 rows the head 118 Gflop in 998 us. */
+    /* Step, 4,096 rows: all fp8 products 8.5 Tflop in 7.95 ms. Alone: W_UK and W_UV 68.7 Gflop each in 282 and 226 us; router 15 Gflop
+     * in 92 us, and of 64 rows the head 118 Gflop in 555 us. */
     .fp8 = 1.1e15,
-    .heads = 190e12,
-    .plain = 120e12,
-    /* Step, 4,096 rows at 32K: scores 2.34 Tflop in 2.34 ms, sparse attention over the fp8 cache 2.34 Tflop in 6.1 ms. Decode, alone:
-     * 128 rows 73 Gflop in 205 us, of which 18 us are there for one row too. */
+    .heads = 250e12,
+    .plain = 190e12,
+    /* Step, 4,096 rows at 32K: scores 2.34 Tflop in 2.34 ms; alone, sparse attention over the fp8 cache 2.34 Tflop in 4.05 ms. Decode,
+     * alone: 128 rows 73 Gflop in 205 us, of which 18 us are there for one row too. */
     .index = 1.0e15,
-    .mla_prefill = 385e12,
+    .mla_prefill = 540e12,
     .mla = 390e12,
     .mla_latency = 18e-6,
     /* Alone, bench_dense_mha: 1 x 512 and 1 x 2,048 tokens in 96 and 466 us. */
@@ -46,9 +46,9 @@ static const tr_rates rates_h200 = {
     .topk_row = 0.05e-6,
     .topk_latency = 8e-6,
     /* Step, one row: gaps and ramps between kernels that overlap their launches, 20 in a row of a MoE layer of 232 us; more than
-     * 8 rows of the router's product 23-28 us and of its choice 21-28 us, 11 in all of fewer. */
+     * 8 rows of the router's product 13-15 us and of its choice 15 us, 11 in all of fewer. */
     .kernel_latency = 2.7e-6,
-    .plain_latency = 36e-6,
+    .plain_latency = 20e-6,
     .step_latency = 45e-6, /* 1,164 us of a step less its layers and head */
     /* NCCL 2.28.3, NVLS off, in graphs, less the norm behind the sum (bench comm --device cuda): 1 row of 7168 on 2 and 4 GPUs 11.8 and
      * 15.8 us, 64 rows 22.0, 256 rows 42.7; 8 GPUs: kernels.md 5, 20 to 24. Between nodes: one 400 Gb/s adapter a GPU, an assumption. */
