@@ -73,6 +73,24 @@ static inline int pair_close(void **state)
     return 0;
 }
 
+/* Of main: 77 where there is no GPU; an argument names the tests to run. */
+static inline int run_on_gpu(int argc, char **argv, const struct CMUnitTest *tests, size_t n)
+{
+    tr_device *device;
+    const tr_ops *ops;
+    tr_err err;
+
+    show_gpus();
+    if (tr_device_open(&device, &ops, &(tr_device_options){.name = "cuda"}, &err) != TR_OK) {
+        printf("skipped: %s\n", err.text);
+        return 77;
+    }
+    printf("%s\n", tr_device_describe(device));
+    ops->close(device);
+    if (argc > 1) cmocka_set_test_filter(argv[1]);
+    return _cmocka_run_group_tests("tests", tests, n, NULL, NULL);
+}
+
 /* An operation of the GPU went well. */
 static inline void pair_ok(pair *p, const char *what, tr_status st)
 {

@@ -154,20 +154,11 @@ static void test_tables(void **state)
     tr_dummy_free(d);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_weights, pair_open, pair_close),
         cmocka_unit_test_setup_teardown(test_tables, pair_open, pair_close),
     };
-    tr_device *device;
-    const tr_ops *ops;
-    tr_err err;
-    show_gpus();
-    if (tr_device_open(&device, &ops, &(tr_device_options){.name = "cuda"}, &err) != TR_OK) {
-        printf("skipped: %s\n", err.text);
-        return 77;
-    }
-    ops->close(device);
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return run_on_gpu(argc, argv, tests, sizeof tests / sizeof *tests);
 }

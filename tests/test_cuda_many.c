@@ -187,14 +187,5 @@ int main(int argc, char **argv)
         cmocka_unit_test_setup_teardown(test_alone, pair_open, pair_close),
         cmocka_unit_test_setup_teardown(test_swiglu, pair_open, pair_close),
     };
-    tr_device *device;
-    const tr_ops *ops;
-    tr_err err;
-    if (tr_device_open(&device, &ops, &(tr_device_options){.name = "cuda"}, &err) != TR_OK) {
-        printf("skipped: %s\n", err.text);
-        return 77;
-    }
-    ops->close(device);
-    if (argc > 1) cmocka_set_test_filter(argv[1]);
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return run_on_gpu(argc, argv, tests, sizeof tests / sizeof *tests);
 }
