@@ -19,7 +19,8 @@ enum {
                      * lie far apart and come from beyond L2 */
 };
 
-typedef struct run { /* rows [begin, end) of one slot at consecutive positions */
+/* Rows [begin, end) of one slot at rising positions: neighbours, or every so many where several ranks share a prompt. */
+typedef struct run {
     int begin, end;
 } run;
 
@@ -49,7 +50,7 @@ static int next_run(const tr_rows *rows, run *r)
     r->begin = i;
     if (i == n) return 0;
     for (i++; i < n && is_live(rows, i) && rows->slot[i] == rows->slot[i - 1] &&
-              rows->position[i] == rows->position[i - 1] + 1;)
+              rows->position[i] > rows->position[i - 1];)
         i++;
     r->end = i;
     return 1;
@@ -80,9 +81,9 @@ static void block_make(const tr_device *d, const struct tr_dense_mha_args *a, in
     d->k.gemm(&g, 0, tr_n_panels(a->d_v));
 }
 
-/* Up to TR_ROW_BLOCK rows from row i on against a block; the first row sees n_first of its keys, each next one more. */
+/* Up to TR_ROW_BLOCK rows from row i on against a block whose first key is at position `first`; all see that one. */
 static void rows_step(const tr_device *d, const struct tr_dense_mha_args *a, int h, int i, int n,
-                      int n_first, const block *b, float *max, float *sum)
+                      int first, const block *b, float *max, float *sum)
 {
     const struct tr_attention_kernels *k = tr_attention_of(d);
     size_t d_q = (size_t)a->d_nope + (size_t)a->d_rope, at = (size_t)i * a->n_heads + h;
@@ -93,7 +94,8 @@ static void rows_step(const tr_device *d, const struct tr_dense_mha_args *a, int
 
     k->scores(p, q, b->turned, (int)d_q);
     for (int r = 0; r < n; r++) {
-        n_keys[r] = n_first + r < b->n ? n_first + r : b->n;
+        int seen = a->rows->position[i + r] + 1 - first;
+        n_keys[r] = seen < b->n ? seen : b->n;
         keep[r] = tr_softmax_step(d, p + r * TR_KEY_BLOCK, n_keys[r], a->scale, max + r, sum + r);
     }
     k->accumulate(a->out + at * a->d_v, (size_t)a->n_heads * a->d_v, p, keep, n_keys, n, b->value,
@@ -106,11 +108,12 @@ static void group_attention(const tr_device *d, const struct tr_dense_mha_args *
 {
     const tr_rows *rows = a->rows;
     const int32_t *pages = rows->page_table + (size_t)rows->slot[r.begin] * rows->max_pages;
-    int position = rows->position[r.begin], last = position + r.end - r.begin - 1;
+    const int32_t *position = rows->position + r.begin;
+    int n_rows = r.end - r.begin, last = position[n_rows - 1], past = 0;
     TR_SCRATCH float max[GROUP_ROWS];
     TR_SCRATCH float sum[GROUP_ROWS];
 
-    for (int i = 0; i < r.end - r.begin; i++) {
+    for (int i = 0; i < n_rows; i++) {
         max[i] = -INFINITY;
         sum[i] = 0.0f;
     }
@@ -121,17 +124,20 @@ static void group_attention(const tr_device *d, const struct tr_dense_mha_args *
             to->page[p].n = last + 1 - at < TR_KEY_BLOCK ? last + 1 - at : TR_KEY_BLOCK;
             block_make(d, a, h, pages[at / TR_KEY_BLOCK], to, &to->page[p]);
         }
-        for (int i = s > position ? s - position : 0; i < r.end - r.begin; i += TR_ROW_BLOCK) {
-            int n = r.end - r.begin - i < TR_ROW_BLOCK ? r.end - r.begin - i : TR_ROW_BLOCK;
-            for (int p = 0, at = s; p < n_pages; p++, at += TR_KEY_BLOCK) {
-                int skip = at > position + i ? at - position - i : 0; /* rows before this page */
+        while (position[past] < s) /* rows before these pages */
+            past++;
+        for (int i = past; i < n_rows; i += TR_ROW_BLOCK) {
+            int n = n_rows - i < TR_ROW_BLOCK ? n_rows - i : TR_ROW_BLOCK;
+            for (int p = 0, skip = 0, at = s; p < n_pages; p++, at += TR_KEY_BLOCK) {
+                while (skip < n && position[i + skip] < at)
+                    skip++;
                 if (skip < n)
-                    rows_step(d, a, h, r.begin + i + skip, n - skip, position + i + skip + 1 - at,
-                              &to->page[p], max + i + skip, sum + i + skip);
+                    rows_step(d, a, h, r.begin + i + skip, n - skip, at, &to->page[p],
+                              max + i + skip, sum + i + skip);
             }
         }
     }
-    for (int i = 0; i < r.end - r.begin; i++) {
+    for (int i = 0; i < n_rows; i++) {
         float *out = a->out + ((size_t)(r.begin + i) * a->n_heads + h) * a->d_v;
         float factor = sum[i] == 0.0f ? 0.0f : 1.0f / sum[i];
         for (int j = 0; j < a->d_v; j++)
