@@ -133,6 +133,7 @@ struct tr_plan_apply_args {
     const tr_plan *plan; /* device copy of the block */
     tr_slots slots;
     tr_rows rows;
+    int n_dense; /* rows of a TR_SPAN_DENSE span at positions below it are dense, its others absorbed: index_topk */
     int rows_only; /* another call of this step has changed the slots already (its spans may be parts of these): fill *rows */
 };
 /* Half-filled pages of forked sequences: every copy of the plan, for one layer, latents and index keys. */

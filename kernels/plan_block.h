@@ -17,9 +17,10 @@ typedef enum tr_span_kind {
 } tr_span_kind;
 
 enum { /* tr_span.flags */
-       /* Multi-head form of MLA over all keys up to each row's own position, no selection (model.md 3.4, 4.6). Allowed
-     * only where every row's position < index_topk. A row keeps its form when it is computed again after a
-     * preemption: the two forms agree in exact arithmetic, not in bits. */
+       /* A prompt's rows, from a position < index_topk on. Those at positions < index_topk take the multi-head form of MLA over all
+     * keys up to their own position, no selection (model.md 3.4, 4.6); those behind them the absorbed form, as rows of other
+     * spans do. A row keeps its form when it is computed again after a preemption: the two forms agree in exact arithmetic,
+     * not in bits. */
        TR_SPAN_DENSE = 1,
        /* What one member of a context-parallel group computes of a span (model/part.h); never in a plan that travels.
      * Neighbouring rows lie 1 + skip positions apart (their tokens too), and there may be none at all. */
@@ -68,8 +69,8 @@ typedef struct tr_logit_change {
 enum {                           /* tr_plan.flags */
        TR_PLAN_STOP = 1,         /* last plan: nothing is computed, everybody leaves */
        TR_PLAN_IDLE = 2,         /* no rows: collectives only */
-       TR_PLAN_HAS_DENSE = 4,    /* some span is TR_SPAN_DENSE */
-       TR_PLAN_HAS_ABSORBED = 8, /* some span is not */
+       TR_PLAN_HAS_DENSE = 4,    /* some row takes the multi-head form */
+       TR_PLAN_HAS_ABSORBED = 8, /* some row does not */
        TR_PLAN_HAS_SELECTION =
            16, /* some absorbed row's position >= index_topk: the indexer must score */
        TR_PLAN_PROFILE = 32,

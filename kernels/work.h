@@ -20,9 +20,13 @@ typedef struct tr_row_sums {
     double scored_pairs, scored_keys; /* of rows that need scores */
 } tr_row_sums;
 
-/* Adds `rows` consecutive rows of a slot, the first at `position`. */
+/* Adds `rows` consecutive rows of a slot, the first at `position`; dense: those below k are. */
 static inline void tr_row_sums_add(tr_row_sums *s, int position, int rows, int dense, int k)
 {
+    if (dense && rows > k - position) {
+        tr_row_sums_add(s, k, rows - (k - position), 0, k);
+        rows = k - position;
+    }
     const double first = position + 1, last = (double)position + rows;
     const double pairs = (first + last) / 2 * rows;
 

@@ -112,21 +112,7 @@ int tr_fixture_run(tr_fixture *f, int slot, const int32_t *tokens, int position,
                    int n_logits, int form, const int32_t *targets, int32_t *token_out,
                    float *logprob_out)
 {
-    const int k = f->config.index_topk;
-    if (form == TR_FORM_AUTO && position < k && position + n > k) {
-        /* Rows of both forms: the dense ones first; their logits are asked for only as far as n_logits reaches. */
-        const int n_dense = k - position, n_late = n - n_dense;
-        const int late_logits = n_logits < n_late ? n_logits : n_late,
-                  early_logits = n_logits - late_logits;
-        if (tr_fixture_run(f, slot, tokens, position, n_dense, early_logits, form, targets,
-                           token_out, logprob_out))
-            return -1;
-        return tr_fixture_run(f, slot, tokens + n_dense, k, n_late, late_logits, form,
-                              targets ? targets + early_logits : NULL,
-                              token_out ? token_out + early_logits : NULL,
-                              logprob_out ? logprob_out + early_logits : NULL);
-    }
-    const int dense = form == TR_FORM_AUTO && position + n <= k;
+    const int dense = form == TR_FORM_AUTO && position < f->config.index_topk;
     tr_plan_begin(f->builder, f->n_steps++, f->flags);
     const int i_token = tr_plan_add_tokens(f->builder, tokens, n);
     const tr_span span = {.slot = slot,

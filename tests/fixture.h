@@ -53,7 +53,7 @@ enum {
     TR_FORM_ABSORBED
 }; /* auto: dense below index_topk, as the scheduler does for prompts */
 
-/* Rows [position, position + n) of a slot as one step (two when the forms differ); the last n_logits rows reach the head,
+/* Rows [position, position + n) of a slot as one step; the last n_logits rows reach the head,
  * where targets [n_logits] are scored (NULL: sampled). token_out and logprob_out [n_logits] may be NULL. */
 int tr_fixture_run(tr_fixture *f, int slot, const int32_t *tokens, int position, int n,
                    int n_logits, int form, const int32_t *targets, int32_t *token_out,

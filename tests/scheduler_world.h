@@ -319,7 +319,7 @@ static void device_run(device *d, const tr_plan *p)
             int position = first + r;
             int32_t token =
                 s->i_token < 0 ? d->last_token[s->slot] : tr_plan_tokens(p)[s->i_token + r];
-            bool dense = s->flags & TR_SPAN_DENSE;
+            bool dense = (s->flags & TR_SPAN_DENSE) && position < d->limits.index_topk;
             assert_true(position < p->max_context);
             cell *c = cell_at(d, s->slot, position);
             *c = (cell){.token = token, .dense = dense, .written = 1};

@@ -79,10 +79,12 @@ static void apply(pair *p, frame *f, const tr_plan *plan, int rows_only)
     struct tr_plan_apply_args c = {.plan = (const tr_plan *)(const void *)f->plan,
                                    .slots = f->slots,
                                    .rows = f->rows,
+                                   .n_dense = limits.index_topk,
                                    .rows_only = rows_only},
                               g = {.plan = twin(p, f->plan),
                                    .slots = f->dev_slots,
                                    .rows = f->dev_rows,
+                                   .n_dense = limits.index_topk,
                                    .rows_only = rows_only};
     push(p);
     assert_int_equal(p->c->plan_apply(p->cpu, TR_LANE_MAIN, &c), TR_OK);

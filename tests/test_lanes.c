@@ -352,7 +352,7 @@ static void lanes_do_not_meet(void **state)
 
     assert_int_equal(tr_fixture_slot(&w->f, 0, 2), 0);
     assert_int_equal(tr_fixture_slot(&w->f, 1, -1), 0);
-    run(w, 0, 0, PROMPT, TR_SPAN_PREFILL); /* dense rows, then rows that select */
+    run(w, 0, 0, PROMPT, TR_SPAN_PREFILL); /* dense rows and rows that select */
     assert_true(PROMPT > w->f.config.index_topk);
     run(w, 1, 0, 5, TR_SPAN_PREFILL);
     run(w, 0, PROMPT, 3, TR_SPAN_PREFILL);

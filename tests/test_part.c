@@ -89,8 +89,11 @@ static void clear(state *s)
 
 static void apply(const world *w, state *s, const tr_plan *plan, int rows_only)
 {
-    const struct tr_plan_apply_args a = {
-        .plan = plan, .slots = s->slots, .rows = s->rows, .rows_only = rows_only};
+    const struct tr_plan_apply_args a = {.plan = plan,
+                                         .slots = s->slots,
+                                         .rows = s->rows,
+                                         .n_dense = limits.index_topk,
+                                         .rows_only = rows_only};
     if (w->cpu.ops->plan_apply(w->cpu.d, TR_LANE_MAIN, &a) != TR_OK)
         fail_msg("%s", w->cpu.ops->error(w->cpu.d));
 }
@@ -118,15 +121,15 @@ static void add_span(world *w, int slot, int n, int n_logits, bool decode, bool 
 
     for (int i = 0; i < n; i++)
         token[i] = below(w, VOCAB);
-    const tr_span span = {
-        .slot = slot,
-        .n_rows = n,
-        .position = in_flight ? -1 : w->length[slot],
-        .i_token = in_flight ? -1 : tr_plan_add_tokens(w->builder, token, n),
-        .kind = decode ? TR_SPAN_DECODE : TR_SPAN_PREFILL,
-        .owner = -1,
-        .n_logits = n_logits,
-        .flags = !decode && w->length[slot] + n <= limits.index_topk ? TR_SPAN_DENSE : 0};
+    const tr_span span = {.slot = slot,
+                          .n_rows = n,
+                          .position = in_flight ? -1 : w->length[slot],
+                          .i_token = in_flight ? -1 : tr_plan_add_tokens(w->builder, token, n),
+                          .kind = decode ? TR_SPAN_DECODE : TR_SPAN_PREFILL,
+                          .owner = -1,
+                          .n_logits = n_logits,
+                          .flags =
+                              !decode && w->length[slot] < limits.index_topk ? TR_SPAN_DENSE : 0};
     assert_true(tr_plan_add_span(w->builder, span) >= 0);
     for (int i = 0; i < n_logits; i++) {
         const int32_t target = n_logits > 1 || below(w, 4) == 0 ? below(w, VOCAB) : -1;

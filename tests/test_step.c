@@ -6,7 +6,7 @@
 
 /* Plans are written by hand here; model/plan.c has tests of its own. */
 
-enum { SLOTS = 3, PAGES_PER_SLOT = 4, ROWS = 12, HEADS = 8 };
+enum { SLOTS = 3, PAGES_PER_SLOT = 4, ROWS = 12, HEADS = 8, N_DENSE = 1 };
 
 typedef struct hand_plan {
     union {
@@ -55,7 +55,7 @@ static void clear(device_state *s)
 
 static tr_status apply_as(const test_cpu *cpu, device_state *s, const hand_plan *p, int rows_only)
 {
-    struct tr_plan_apply_args a = {.plan = &p->u.plan, .rows_only = rows_only};
+    struct tr_plan_apply_args a = {.plan = &p->u.plan, .n_dense = N_DENSE, .rows_only = rows_only};
     a.slots =
         (tr_slots){SLOTS, PAGES_PER_SLOT, s->length, s->last_token, s->page_table, s->sampling};
     a.rows = (tr_rows){.n_max = ROWS, .n_head_max = HEADS, .n = &s->n, .n_head = &s->n_head};
@@ -157,7 +157,7 @@ static void steps(void **state)
     assert_memory_equal(s.token, tokens, sizeof tokens);
     const int32_t slot[] = {2, 2, 2, 2, 0, 0}, position[] = {62, 63, 64, 65, 0, 1};
     const int64_t write[] = {5 * 64 + 62, 5 * 64 + 63, 9 * 64, 9 * 64 + 1, 4 * 64, 4 * 64 + 1};
-    const uint8_t dense[] = {0, 0, 0, 0, 1, 1};
+    const uint8_t dense[] = {0, 0, 0, 0, 1, 0}; /* the last is behind N_DENSE */
     const int32_t head_row[] = {3, 4, 5};
     assert_memory_equal(s.slot, slot, sizeof slot);
     assert_memory_equal(s.position, position, sizeof position);

@@ -75,7 +75,7 @@ static tr_status span_rows(tr_device *d, const struct tr_plan_apply_args *a, int
         rows->position[n] = position;
         rows->begin[n] = begin;
         rows->write[n] = page * TR_PAGE_TOKENS + position % TR_PAGE_TOKENS;
-        rows->dense[n] = (s.flags & TR_SPAN_DENSE) != 0;
+        rows->dense[n] = (s.flags & TR_SPAN_DENSE) && position < a->n_dense;
         if (r < s.n_rows - s.n_logits) continue;
         rows->head_row[n_head] = n;
         rows->target[n_head] = tr_plan_targets(a->plan)[n_head];

@@ -90,7 +90,7 @@ __device__ void write_row(const tr_plan_apply_args &a, const span_rows &s, int i
     rows.position[n] = position;
     rows.begin[n] = s.begin;
     rows.write[n] = (int64_t)page * TR_PAGE_TOKENS + position % TR_PAGE_TOKENS;
-    rows.dense[n] = s.dense != 0;
+    rows.dense[n] = s.dense && position < a.n_dense;
     const int h = i - (s.n_rows - s.n_logits);
     if (h < 0) return;
     rows.head_row[s.head + h] = n;

@@ -96,6 +96,7 @@ tr_status tr_bench_plan_apply(tr_kbench *b, tr_err *err)
     if (st == TR_OK) st = tr_bench_frame(b, &args.slots, &args.rows, err);
     if (st != TR_OK) return st;
     args.plan = plan.d;
+    args.n_dense = b->config.index_topk;
     /* Lengths grow by a token a run, and stay inside the pages: no more runs than a page has rows. */
     tr_line line = TR_LINE(plan_apply, tr_work_plan_apply((double)plan.bytes));
     snprintf(line.shape, sizeof line.shape, "decode, %d sequences", TR_BENCH_SLOTS);

@@ -181,8 +181,7 @@ static tr_status prefill(bench *b, int slot, int from, int n, double *seconds, t
     tr_status st = TR_OK;
     *seconds = 0;
     for (int at = from; at < from + n && st == TR_OK;) {
-        int rows = from + n - at < chunk ? from + n - at : chunk;
-        if (at < k && at + rows > k) rows = k - at; /* one form of attention in a span */
+        const int rows = from + n - at < chunk ? from + n - at : chunk;
         const int32_t sample = -1;
         const int last = at + rows == from + n;
         double one = 0;
@@ -424,11 +423,8 @@ static tr_status bench_prefill(bench *b, int n, int before, tr_err *err)
         if (i == 0) tr_regions_reset(&b->opened.regions);
         st = prefill(b, 0, before, n, i < 0 ? &unused : &b->seconds[i], err);
     }
-    const int dense = before >= k ? 0 : n < k - before ? n : k - before;
-    for (int i = 0; i < b->options->steps; i++) {
-        if (dense > 0) tr_row_sums_add(&sums, before, dense, 1, k);
-        if (n > dense) tr_row_sums_add(&sums, before + dense, n - dense, 0, k);
-    }
+    for (int i = 0; i < b->options->steps; i++)
+        tr_row_sums_add(&sums, before, n, before < k, k);
     sums.dense_pairs /= sizes->cp; /* rows are dealt out */
     sums.selected /= sizes->cp;
     sums.n_dense /= sizes->cp;

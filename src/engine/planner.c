@@ -28,8 +28,8 @@ static bool is_decode(const tr_sequence *q)
     return q->length >= q->group->n_prompt && q->length + 1 == tr_sequence_end(q);
 }
 
-/* How far one span of q may go: one form, one kind, all rows scored or none. */
-static int span_end(const tr_scheduler *s, const tr_sequence *q)
+/* How far one span of q may go: one kind, all rows scored or none. */
+static int span_end(const tr_sequence *q)
 {
     const tr_group *g = q->group;
     int end = tr_sequence_end(q);
@@ -38,8 +38,6 @@ static int span_end(const tr_scheduler *s, const tr_sequence *q)
         return q->length; /* its last token is in flight */
     if (q->length >= g->n_prompt) return end;
     if (end > g->n_prompt) end = g->n_prompt;
-    int topk = s->options.limits.index_topk;
-    if (q->length < topk && end > topk) end = topk;
     /* Other choices wait for these rows and run the last prompt token themselves. */
     if (g->n_unborn && q->length < g->n_prompt - 1 && end > g->n_prompt - 1) end = g->n_prompt - 1;
     if (q->i_choice == 0 && q->length < g->n_scores_planned && end > g->n_scores_planned)
@@ -50,7 +48,7 @@ static int span_end(const tr_scheduler *s, const tr_sequence *q)
 /* The end of q's rows in this step as far as rows, head rows and logit changes go. */
 static int budget_end(const tr_scheduler *s, const tr_sequence *q)
 {
-    int n = span_end(s, q) - q->length;
+    int n = span_end(q) - q->length;
 
     if (!is_decode(q) && n > s->batch_left) n = s->batch_left;
     if (n > 1 + s->rows_left) n = 1 + s->rows_left;

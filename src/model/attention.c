@@ -234,9 +234,10 @@ static int dense_step(const tr_pass *p)
     return step ? step : 1;
 }
 
-/* Keys of all dense spans, each rounded up to 128; 0: the host does not know. */
-static int64_t dense_keys(const tr_pass *p)
+/* Keys of all spans' dense rows, each rounded up to 128; 0: the host does not know. */
+static int64_t dense_keys(const tr_model *m, const tr_pass *p)
 {
+    const int most = m->config->index_topk;
     const tr_span *span = tr_plan_spans(p->plan);
     int64_t sum = 0;
     for (int i = 0; i < p->plan->n_spans; i++) {
@@ -244,7 +245,7 @@ static int64_t dense_keys(const tr_pass *p)
         if (span[i].position < 0) return 0;
         const int skip = span[i].flags & TR_SPAN_PART ? span[i].skip : 0,
                   last = span[i].position + (span[i].n_rows - 1) * (1 + skip);
-        sum += (last + 128) / 128 * 128;
+        sum += ((last < most ? last + 1 : most) + 127) / 128 * 128;
     }
     return p->n == p->n_max ? sum : 0; /* a record serves others */
 }
@@ -284,7 +285,7 @@ static tr_status attend(tr_model *m, const tr_pass *p, const tr_attention_weight
                     .n_spans = p->plan->n_spans + p->n_max - p->n,
                     .max_context =
                         p->rows.max_context < c->index_topk ? p->rows.max_context : c->index_topk,
-                    .row_step = step, .n_keys = dense_keys(p),
+                    .row_step = step, .n_keys = dense_keys(m, p),
                     .workspace = step ? m->ws.scratch : NULL,
                     .workspace_bytes = step ? m->ws.scratch_bytes : 0);
     return st;

@@ -561,11 +561,12 @@ static tr_status make_rows(tr_model *m, tr_step *step, tr_pass *p, tr_err *err)
                    .split = split};
     p->rows.n_max = p->n_max;
     tr_note(m, tr_work_plan_apply(plan->bytes));
-    st = TR_RUN(m, plan_apply, err, .plan = s->plan, .slots = m->slots, .rows = s->rows);
+    st = TR_RUN(m, plan_apply, err, .plan = s->plan, .slots = m->slots, .rows = s->rows,
+                .n_dense = m->config->index_topk);
     tr_note(m, tr_work_plan_apply(plan->bytes));
     if (split && st == TR_OK)
         st = TR_RUN(m, plan_apply, err, .plan = s->head_plan, .slots = m->slots,
-                    .rows = s->head_rows, .rows_only = 1);
+                    .rows = s->head_rows, .n_dense = m->config->index_topk, .rows_only = 1);
     for (int i = 0; i < m->weights->slice.layers.n && plan->n_copies > 0 && st == TR_OK; i++) {
         const tr_kv_layer kv = tr_cache_layer(m->cache, i);
         tr_note(m, tr_work_pages_copy((double)plan->n_copies * TR_PAGE_TOKENS, &kv));

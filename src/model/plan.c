@@ -188,13 +188,17 @@ int tr_plan_add_change(tr_plan_builder *b, tr_logit_change change)
 }
 
 /* What the spans say about the kernels a step needs. Dense rows end below index_topk, so a context beyond it is an absorbed
- * row's: max_context alone decides about selection. */
+ * row's: max_context alone decides about selection. A prompt's chunk may have rows of both forms. */
 static uint32_t has_flags(const tr_span *span, int n_spans, int max_context, int index_topk)
 {
     uint32_t flags = 0;
 
-    for (int i = 0; i < n_spans; i++)
-        flags |= span[i].flags & TR_SPAN_DENSE ? TR_PLAN_HAS_DENSE : TR_PLAN_HAS_ABSORBED;
+    for (int i = 0; i < n_spans; i++) {
+        const bool dense = span[i].flags & TR_SPAN_DENSE;
+        if (dense) flags |= TR_PLAN_HAS_DENSE;
+        if (!dense || (int64_t)span[i].position + span[i].n_rows > index_topk)
+            flags |= TR_PLAN_HAS_ABSORBED;
+    }
     if ((flags & TR_PLAN_HAS_ABSORBED) && max_context > index_topk) flags |= TR_PLAN_HAS_SELECTION;
     return flags;
 }
@@ -317,10 +321,9 @@ static tr_status check_span(const tr_plan *p, int i, const tr_plan_limits *l, tr
                          : !within(s->i_token, 0, (int64_t)p->n_tokens - s->n_rows + 1))
         return REFUSE("span %d: %d rows of token %d of %d", i, (int)s->n_rows, (int)s->i_token,
                       (int)p->n_tokens);
-    if ((s->flags & TR_SPAN_DENSE) &&
-        (s->position < 0 || (int64_t)s->position + s->n_rows > l->index_topk))
-        return REFUSE("span %d: %d dense rows at position %d, index_topk %d", i, (int)s->n_rows,
-                      (int)s->position, l->index_topk);
+    if ((s->flags & TR_SPAN_DENSE) && !within(s->position, 0, l->index_topk))
+        return REFUSE("span %d: dense rows from position %d on, index_topk %d", i, (int)s->position,
+                      l->index_topk);
     if (!within(s->n_logits, 0, (int64_t)s->n_rows + 1))
         return REFUSE("span %d: %d logits of %d rows", i, (int)s->n_logits, (int)s->n_rows);
     return TR_OK;
