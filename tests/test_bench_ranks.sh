@@ -15,7 +15,8 @@ step() { # NAME RANKS OPTION...
     name=$1 n=$2
     shift 2
     timeout "$patience_s" "$mpiexec" -n "$n" "$TRIREME" bench step -m "$model" --device cpu --isa plain --context 140 \
-        --sequences 2,4 --prefill 130 --chunk 200 --steps 3 "$@" >"$dir/$name" 2>"$dir/log" || { cat "$dir/log"; exit 1; }
+        --sequences 2,4 --prefill 130 --chunk 200 --steps 3 "$@" >"$dir/$name" 2>"$dir/log" ||
+        { echo "bench step $*: exit status $? (124: after $patience_s s)"; cat "$dir/log"; exit 1; }
 }
 step one 1
 step tp2 2 --tp 2
@@ -48,7 +49,7 @@ refused '10000 are too many' 2 watchdog --tp 2 --pairs 10000 --steps 10000
 
 # What the watchdog costs: blocks with one and without, in turn.
 timeout "$patience_s" "$mpiexec" -n 2 "$TRIREME" bench watchdog -m "$model" --tp 2 --context 70 --sequences 1,2 --pairs 3 --steps 5 \
-    >"$dir/watchdog" || exit 1
+    >"$dir/watchdog" || { echo "bench watchdog: exit status $? (124: after $patience_s s)"; exit 1; }
 
 "$python" - "$dir" <<'PY'
 import json, sys
