@@ -27,9 +27,8 @@ struct topk_params {
 /* Floats in ascending order as unsigned integers in ascending order. */
 __device__ __forceinline__ uint32_t topk_key(float x)
 {
-    uint32_t u = __float_as_uint(x + 0.0f); /* -0 + +0 is +0 */
-    u ^= (uint32_t)((int32_t)u >> 31) | 0x80000000u;
-    return x == x ? u : KEY_OF_MINUS_INF;
+    uint32_t u = __float_as_uint(fmaxf(x, -INFINITY) + 0.0f); /* no NaN; -0 + +0 is +0 */
+    return u ^ ((uint32_t)((int32_t)u >> 31) | 0x80000000u);
 }
 __device__ __forceinline__ float topk_float(uint32_t key)
 {
