@@ -189,8 +189,12 @@ __global__ void __launch_bounds__(EXPAND_THREADS)
                 }
                 uint32_t even[4], odd[4];
                 expand_words(raw[i], factor_bf16(scale[i], true), even, odd);
-                to[2 * c] = {even[0], even[1], even[2], even[3]};
-                to[2 * c + 1] = {odd[0], odd[1], odd[2], odd[3]};
+                to[2 * c] = {
+                    __byte_perm(even[0], odd[0], 0x5410), __byte_perm(even[0], odd[0], 0x7632),
+                    __byte_perm(even[1], odd[1], 0x5410), __byte_perm(even[1], odd[1], 0x7632)};
+                to[2 * c + 1] = {
+                    __byte_perm(even[2], odd[2], 0x5410), __byte_perm(even[2], odd[2], 0x7632),
+                    __byte_perm(even[3], odd[3], 0x5410), __byte_perm(even[3], odd[3], 0x7632)};
             }
         }
     }

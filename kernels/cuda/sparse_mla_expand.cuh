@@ -33,7 +33,7 @@ struct expansion {
     int32_t *expanded, *others; /* [n_max] each: the absorbed rows of the step, ascending */
     int32_t *base;    /* [n_max]: of a row in `expanded`, its slot's position 0 in `rows` */
     expand_run *runs; /* [EXPAND_RUNS] */
-    uint8_t *rows;    /* bf16 [64 pages_max, 576], latents in the order of sparse_mla_tile.cuh */
+    uint8_t *rows;    /* bf16 [64 pages_max, 576], as a bf16 cache has them */
     int pages_max;
 };
 

@@ -1,6 +1,6 @@
 /* The matrix instructions of sparse MLA, bf16 into fp32, 16 of the inner dimension each. An element's sum depends neither
- * on the number of columns of its instruction nor on whether A comes from registers or from shared memory: the row tests
- * of tests/cuda/bench_sparse_mla.cu, "bit equality", stand on that and would show it. */
+ * on the number of columns of its instruction, nor on the order of the 16, nor on whether A comes from registers or from
+ * shared memory: the row tests of tests/cuda/bench_sparse_mla.cu, "bit equality", stand on that and would show it. */
 #ifndef TR_CUDA_SPARSE_MLA_MMA_CUH
 #define TR_CUDA_SPARSE_MLA_MMA_CUH
 
