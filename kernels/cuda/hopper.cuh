@@ -64,6 +64,12 @@ __device__ __forceinline__ void barrier_arrive(uint64_t *b)
 {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(b)) : "memory");
 }
+/* As many arrivals as `count` threads would make. */
+__device__ __forceinline__ void barrier_arrive(uint64_t *b, uint32_t count)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(b)), "r"(count)
+                 : "memory");
+}
 __device__ __forceinline__ void barrier_arrive_cluster(uint64_t *b, uint32_t cta_rank)
 {
     asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
@@ -117,6 +123,12 @@ __device__ __forceinline__ uint64_t policy_evict_first()
 {
     uint64_t p;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p));
+    return p;
+}
+__device__ __forceinline__ uint64_t policy_evict_normal()
+{
+    uint64_t p;
+    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(p));
     return p;
 }
 __device__ __forceinline__ uint64_t policy_evict_last()
@@ -190,6 +202,15 @@ __device__ __forceinline__ void tensor_load(void *smem, const CUtensorMap *map, 
                  "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(smem_address(smem)),
                  "l"(map), "r"(smem_address(done)), "r"(x), "r"(y), "r"(z)
                  : "memory");
+}
+__device__ __forceinline__ void tensor_load(void *smem, const CUtensorMap *map, int x, int y, int z,
+                                            uint64_t *done, uint64_t policy)
+{
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(smem_address(smem)),
+        "l"(map), "r"(smem_address(done)), "r"(x), "r"(y), "r"(z), "l"(policy)
+        : "memory");
 }
 /* The same box into every CTA of `mask`, at the same shared offset, completing on each one's barrier. */
 __device__ __forceinline__ void tensor_load_multicast(void *smem, const CUtensorMap *map, int x,

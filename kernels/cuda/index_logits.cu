@@ -1,5 +1,5 @@
-/* Scores of the lightning indexer. Keys are the 64 rows of a matrix instruction, (query, head) pairs its columns: 2 queries
- * x 64 heads make 128. One CTA per SM: a warp that copies (queries once per group, keys through a ring of pages) and four
+/* Scores of the lightning indexer. Keys are the 64 rows of a matrix instruction, (query, head) pairs its columns: 64 heads of
+ * 1 or 2 queries. One CTA per SM: a warpgroup that copies (queries once per group, keys through a ring of pages) and four
  * math warpgroups, so that some reduce over heads while another multiplies. A group of 8 rows gives each warpgroup 2
  * queries and all the same keys; smaller groups (decode: one row) spread the pages over the warpgroups instead. A row's
  * scores are the same sums in the same order whatever its group. */
@@ -10,23 +10,29 @@
 #include "kernels/cuda/hopper.cuh"
 #include "kernels/cuda/index_logits_mma.cuh"
 #include "kernels/cuda/index_logits_rows.cuh"
+#include "kernels/cuda/launch.cuh"
 
 namespace tr
 {
 namespace
 {
 
-constexpr int D_INDEX = 128, HEADS = 64, STAGES = 11, THREADS = 640, MATH_WARPS = 16;
-constexpr int MATH_GROUPS = 4, MATH_REGISTERS = 112, COPY_REGISTERS = 32;
+constexpr int D_INDEX = 128, HEADS = 64, STAGES = 8, THREADS = 640, MATH_WARPS = 16;
+constexpr int MATH_GROUPS = 4, MATH_REGISTERS = 112, COPY_REGISTERS = 32, COPY_WARPS = 4;
+constexpr int COPY_BARRIER = 1;
 constexpr uint32_t KEY_BYTES = TR_PAGE_TOKENS * D_INDEX, SCALE_BYTES = TR_PAGE_TOKENS * 4;
+static_assert(STAGES % MATH_GROUPS == 0 && STAGES % COPY_WARPS == 0,
+              "a stage has the same warps all the time");
 
-struct index_group { /* what the copying warp tells the math warps; n_rows 0: the end */
+struct index_group { /* what the copying warps tell the math warps; n_rows 0: the end */
     int row, n_rows, page, n_pages, low;
     int high[GROUP_ROWS];
 };
 
-struct
-    index_shared { /* at an address that is a multiple of 1024: the tiles are swizzled by 128 bytes */
+/* At an address that is a multiple of 1024: the tiles are swizzled by 128 bytes. Page number i that the CTA has seen is in
+ * stage i % STAGES. `parts` warpgroups work on it, the same ones for all pages of a stage until a group with another
+ * number of parts comes; no other warpgroup looks at its barriers. */
+struct index_shared {
     uint8_t q[2][GROUP_ROWS][HEADS * D_INDEX];
     uint8_t key[STAGES][KEY_BYTES];
     float w[2][GROUP_ROWS][HEADS];
@@ -39,33 +45,54 @@ constexpr int SHARED_BYTES = (int)sizeof(index_shared);
 static_assert(LAUNCH_ROWS * sizeof(index_row) <= sizeof index_shared::q + sizeof index_shared::key,
               "views of a launch's rows lie where queries and keys come later");
 
-/* n_pages pages of a group, from entry `at` of the page tables on, one after the other into the ring. One warp. */
-__device__ __forceinline__ void load_pages(const index_params &p, const CUtensorMap *keys,
-                                           index_shared *s, int at, int n_pages,
-                                           ring_position<STAGES> &ring)
+/* One thread. */
+__device__ __forceinline__ void init_barriers(index_shared *s)
 {
-    int lane = threadIdx.x & 31;
-    int now = 0, next = lane < n_pages ? p.rows.page_table[at + lane] : 0;
+#pragma unroll 1
+    for (int i = 0; i < STAGES; i++) {
+        barrier_init(&s->full[i], 1);
+        barrier_init(&s->empty[i], MATH_WARPS);
+    }
+    for (int i = 0; i < 2; i++) {
+        barrier_init(&s->q_full[i], 1);
+        barrier_init(&s->q_empty[i], MATH_WARPS);
+    }
+    barrier_init_fence();
+}
+
+__device__ __forceinline__ void wait_empty(index_shared *s, unsigned ring)
+{
+    barrier_wait(&s->empty[ring % STAGES], ring / STAGES % 2 ^ 1);
+}
+
+/* This warp's pages of a group: of n_pages, page numbers `ring` on that the CTA sees, in the page table from entry `at` on,
+ * every COPY_WARPS'th. next: the table's entry that this lane has read already. */
+__device__ __forceinline__ void load_pages(const index_params &p, const CUtensorMap *keys,
+                                           index_shared *s, int at, int n_pages, unsigned ring,
+                                           int next, uint64_t policy)
+{
+    int lane = threadIdx.x & 31, now = 0;
 
 #pragma unroll 1
-    for (int i = 0; i < n_pages; i++) {
+    for (int i = 0; n_pages > 0; i++, n_pages -= COPY_WARPS, ring += COPY_WARPS) {
         if (i % 32 == 0) {
             now = next;
-            at += 32;
-            next = i + 32 + lane < n_pages ? p.rows.page_table[at + lane] : 0;
+            at += 32 * COPY_WARPS;
+            next =
+                (32 + lane) * COPY_WARPS < n_pages ? p.rows.page_table[at + lane * COPY_WARPS] : 0;
         }
         int i_page = __shfl_sync(0xffffffffu, now, i % 32);
+        unsigned stage = ring % STAGES;
         if (lane == 0) {
-            uint64_t *full = &s->full[ring.stage];
-            barrier_wait(&s->empty[ring.stage], ring.parity ^ 1);
+            uint64_t *full = &s->full[stage];
+            wait_empty(s, ring);
             barrier_expect(full, KEY_BYTES + SCALE_BYTES);
-            tensor_load(s->key[ring.stage], keys, 0, 0, i_page, full);
-            bulk_load(s->key_scale[ring.stage],
+            tensor_load(s->key[stage], keys, 0, 0, i_page, full, policy);
+            bulk_load(s->key_scale[stage],
                       p.index + (size_t)i_page * (KEY_BYTES + SCALE_BYTES) + KEY_BYTES, SCALE_BYTES,
-                      full);
+                      full, policy);
         }
         __syncwarp();
-        ring.next();
     }
 }
 
@@ -100,30 +127,35 @@ __device__ __forceinline__ void load_group(const index_params &p, const CUtensor
     __syncwarp();
 }
 
-__device__ __forceinline__ int ceil_div(int a, int b)
+/* a / parts, rounded up: parts is 1, 2 or 4. */
+__device__ __forceinline__ int parts_of(int a, int parts)
 {
-    return a <= 0 ? 0 : (a + b - 1) / b;
+    return max(0, a + parts - 1) >> parts / 2;
 }
 
-/* Group after group of this CTA's share; one warp. */
+/* Group after group of this CTA's share; each of the copying warps. The first of them loads the groups. few: the launch's
+ * rows, a lane each, if they are few. */
 __device__ __forceinline__ void copy_warp(const index_params &p, const CUtensorMap *queries,
-                                          const CUtensorMap *keys, index_shared *s)
+                                          const CUtensorMap *keys, index_shared *s,
+                                          const index_row &few)
 {
-    int lane = threadIdx.x & 31, row = s->scan.share.row, i_group = 0;
-    int begin = s->scan.share.begin - s->scan.share.before; /* work in front of the share, and up */
-    int end = s->scan.share.end - s->scan.share.before;     /* to its end, from `row` on */
-    ring_position<STAGES> ring;
+    bool is_few = p.row_end - p.i_row <= FEW_ROWS;
+    int lane = threadIdx.x & 31, i_warp = (threadIdx.x >> 5) - MATH_WARPS;
+    index_share share = is_few ? index_find_share_few(p, few) : s->scan.share;
+    int row = share.row, i_group = 0, parts_before = 0;
+    unsigned ring = 0;
+    int begin = share.begin - share.before; /* work in front of the share, and up */
+    int end = share.end - share.before;     /* to its end, from `row` on */
 
     while (end > 0 && row < p.row_end) {
-        index_row v = index_row_at(p, row + lane, s->scan.n);
+        index_row v = is_few ? index_row_shuffle(few, row - p.i_row + lane)
+                             : index_row_at(p, row + lane, s->scan.n);
         unsigned asks = __ballot_sync(0xffffffffu, v.slot >= 0);
         if (!(asks & 1)) {
             row += asks ? __ffs(asks) - 1 : 32;
             continue;
         }
-        index_row up = {__shfl_up_sync(0xffffffffu, v.slot, 1),
-                        __shfl_up_sync(0xffffffffu, v.low, 1),
-                        __shfl_up_sync(0xffffffffu, v.high, 1)};
+        index_row up = index_row_shuffle(v, lane - 1);
         unsigned breaks = __ballot_sync(0xffffffffu, lane > 0 && !index_row_continues(up, v));
         int count = min(GROUP_ROWS, breaks ? __ffs(breaks) - 1 : 32);
         int low_page = __shfl_sync(0xffffffffu, v.low, 0) / TR_PAGE_TOKENS;
@@ -131,17 +163,35 @@ __device__ __forceinline__ void copy_warp(const index_params &p, const CUtensorM
             (__shfl_sync(0xffffffffu, v.high, count - 1) - 1) / TR_PAGE_TOKENS + 1 - low_page;
         int parts =
             index_parts(count); /* the first page's worth of work is changing to the group */
-        int page = max(0, ceil_div(begin, parts) - 1);
-        int n_pages = min(pages, ceil_div(end, parts) - 1) - page;
+        int page = max(0, parts_of(begin, parts) - 1);
+        int n_pages = min(pages, parts_of(end, parts) - 1) - page;
         begin -= index_work(pages, parts);
         end -= index_work(pages, parts);
         row += count;
         if (n_pages <= 0) continue;
-        load_group(p, queries, s, i_group++, row - count, count, v, low_page + page, n_pages);
-        int at = __shfl_sync(0xffffffffu, v.slot, 0) * p.rows.max_pages + low_page + page;
-        load_pages(p, keys, s, at, n_pages, ring);
+        page += low_page;
+
+        int first = (int)(i_warp - ring) & (COPY_WARPS - 1); /* page of the group for this warp */
+        int at = __shfl_sync(0xffffffffu, v.slot, 0) * p.rows.max_pages + page + first;
+        int i_page =
+            first + lane * COPY_WARPS < n_pages ? p.rows.page_table[at + lane * COPY_WARPS] : 0;
+        if (parts_before && parts != parts_before) {
+            /* Other warpgroups take over stages: who has not seen a stage's last page would take the one before it for
+             * the next. So all pages are through first; each of these warps can tell of its own stages only. */
+#pragma unroll 1
+            for (int i = 0; i < STAGES; i += COPY_WARPS)
+                wait_empty(s, ring + first + i);
+            named_barrier(COPY_BARRIER, COPY_WARPS * 32);
+        }
+        if (i_warp == 0) load_group(p, queries, s, i_group, row - count, count, v, page, n_pages);
+        /* A decode row's keys are read once; a prompt's, by every group of it. */
+        load_pages(p, keys, s, at, n_pages - first, ring + first, i_page,
+                   parts == 1 ? policy_evict_first() : policy_evict_normal());
+        parts_before = parts;
+        ring += n_pages;
+        i_group++;
     }
-    if (lane == 0) {
+    if (i_warp == 0 && lane == 0) {
         barrier_wait(&s->q_empty[i_group & 1], i_group / 2 % 2 ^ 1);
         s->group[i_group & 1].n_rows = 0;
         barrier_arrive(&s->q_full[i_group & 1]);
@@ -153,36 +203,45 @@ __device__ __forceinline__ float add_other(float keep, float send, int lane_mask
     return keep + __shfl_xor_sync(0xffffffffu, send, lane_mask);
 }
 
-/* One term: x + |x| is 2 max(x, 0) exactly, keeps a NaN, and needs no other pipe than the sum; half_w are weights / 2. */
-__device__ __forceinline__ void add_head(const float (&acc)[64], const float (&half_w)[32],
-                                         int query, int half, int head, float &sum)
+/* One term: x + |x| is 2 max(x, 0) exactly, keeps a NaN, and needs no other pipe than the sum. */
+__device__ __forceinline__ void add_head(float x, float half_w, float &sum)
 {
-    float x = acc[query * 32 + head / 2 * 4 + half * 2 + head % 2];
-    sum = fmaf(half_w[query * 16 + head], x + fabsf(x), sum);
+    sum = fmaf(half_w, x + fabsf(x), sum);
 }
 
 /* One page against 2 queries: the score of this thread's key and query. A thread has two keys (its row of the warp and the
  * one 8 below: halves) and, of both queries, 16 heads; four lanes have all 64. The sum over the lanes leaves a lane half
- * lane >> 1 & 1 of query lane & 1. single: the second query is not there. */
+ * lane >> 1 & 1 of query lane & 1. half_w are weights / 2. */
 __device__ __forceinline__ float sum_heads(const float (&acc)[64], const float (&half_w)[32],
-                                           int lane, bool single)
+                                           int lane)
 {
     float v[2][2];
     bool odd = lane & 1, high = lane & 2;
 
     v[0][0] = v[0][1] = v[1][0] = v[1][1] = 0.0f;
-    if (single) {
 #pragma unroll
-        for (int j = 0; j < 32; j++) /* halves one after the other: they share a weight */
-            add_head(acc, half_w, 0, j % 2, j / 2, v[0][j % 2]);
-    } else {
-#pragma unroll
-        for (int j = 0; j < 64; j++)
-            add_head(acc, half_w, j / 32, j % 2, j / 2 % 16, v[j / 32][j % 2]);
+    for (int j = 0; j < 64; j++) {
+        int query = j / 32, half = j % 2, head = j / 2 % 16;
+        add_head(acc[query * 32 + head / 2 * 4 + half * 2 + head % 2], half_w[query * 16 + head],
+                 v[query][half]);
     }
     float u0 = add_other(high ? v[0][1] : v[0][0], high ? v[0][0] : v[0][1], 2);
     float u1 = add_other(high ? v[1][1] : v[1][0], high ? v[1][0] : v[1][1], 2);
     return add_other(odd ? u1 : u0, odd ? u0 : u1, 1);
+}
+
+/* The same sums for 1 query; odd lanes have the score of the even lane before. */
+__device__ __forceinline__ float sum_heads(const float (&acc)[32], const float (&half_w)[16],
+                                           int lane)
+{
+    float v[2] = {0.0f, 0.0f};
+    bool high = lane & 2;
+
+#pragma unroll
+    for (int j = 0; j < 32; j++) /* halves one after the other: they share a weight */
+        add_head(acc[j / 4 * 4 + j % 2 * 2 + j / 2 % 2], half_w[j / 2], v[j % 2]);
+    float u = add_other(high ? v[1] : v[0], high ? v[0] : v[1], 2);
+    return add_other(u, u, 1);
 }
 
 /* threadIdx.x, read anew each time: kept, it would cost a register, and there is none left. */
@@ -199,42 +258,40 @@ __device__ __forceinline__ int thread_key(int thread)
     return (thread >> 5 & 3) * 16 + (thread >> 2 & 7) + 8 * (thread >> 1 & 1);
 }
 
-/* The whole group for one math warpgroup, 2 queries of it. `parts` warpgroups work on the same page. */
-__device__ __forceinline__ void math_group(const index_params &p, index_shared *s, int stage,
-                                           int parts, ring_position<STAGES> &ring)
+/* The whole group for one math warpgroup, QUERIES queries of it; ring: number of the group's first page. Returns the number
+ * of the next group's. */
+template <int QUERIES>
+__device__ __forceinline__ unsigned math_group(const index_params &p, index_shared *s, int stage,
+                                               unsigned ring)
 {
     const index_group &g = s->group[stage];
-    int lane = threadIdx.x & 31, i_wg = threadIdx.x >> 7, i_query = i_wg % parts * 2;
-    int my_query = i_query + (lane & 1);
-    int low = g.low, at = g.page * TR_PAGE_TOKENS + thread_key(threadIdx.x);
-    float *out = p.score + (size_t)(g.row - p.i_row + my_query) * p.ld + at;
+    int parts = QUERIES == 1 ? 1 : index_parts(g.n_rows), step = MATH_GROUPS / parts;
+    int lane = threadIdx.x & 31, i_wg = threadIdx.x >> 7;
+    int i_query = QUERIES == 1 ? 0 : (i_wg & (parts - 1)) * 2, my_query = i_query + (lane & 1);
+    int first = (int)(i_wg * step / MATH_GROUPS - ring) & (step - 1); /* page of the group for us */
+    int low = g.low, left = g.n_pages - first;
+    int at = (g.page + first) * TR_PAGE_TOKENS + thread_key(threadIdx.x) - low;
+    float *out = p.score + (size_t)(g.row - p.i_row + my_query) * p.ld + low;
     uint32_t n_keys = (uint32_t)max(0, g.high[my_query] - low); /* 0: a query that is not there */
     uint64_t b_matrix =
         matrix_descriptor(smem_address(s->q[stage][i_query]), 16, 1024, LAYOUT_SWIZZLE_128);
-    /* In one register, taken apart anew for every page (registers are short): whose pages, whether the group is one row (then
-     * the other half of the sums goes nowhere; two forms of the product would have to wait for each instruction of
-     * theirs), and how many pages are left. */
-    int state =
-        i_wg / parts | (MATH_GROUPS / parts - 1) << 4 | (g.n_rows == 1) << 8 | g.n_pages << 9;
-    float acc[64], half_w[32];
+    float acc[32 * QUERIES], half_w[16 * QUERIES];
 
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
+    for (int i = 0; i < 8 * QUERIES; i++) {
         int head = i % 8 * 8 + (lane & 3) * 2;
         float2 x = *(const float2 *)&s->w[stage][i_query + i / 8][head];
         half_w[2 * i] = head < p.n_heads ? 0.5f * x.x : 0.0f;
         half_w[2 * i + 1] = head < p.n_heads ? 0.5f * x.y : 0.0f;
     }
-    at -= low; /* key at is seen if it is one of the n_keys from low on */
+#pragma unroll
+    for (int k = 0; k < 32 * QUERIES; k++)
+        acc[k] = 0.0f; /* no product reads it, but the compiler would keep what was there before */
+    ring += first;
 #pragma unroll 1
-    for (; state >> 9; state -= 1 << 9, at += TR_PAGE_TOKENS, out += TR_PAGE_TOKENS, ring.next()) {
-        int i = ring.stage;
-        barrier_wait(&s->full[i], ring.parity & 1);
-        asm volatile("" : "+r"(state));
-        if ((i & state >> 4 & 15) != (state & 15)) {
-            if (thread_now() % 32 == 0) barrier_arrive(&s->empty[i]);
-            continue;
-        }
+    for (; left > 0; left -= step, ring += step, at += step * TR_PAGE_TOKENS) {
+        unsigned i = ring % STAGES;
+        barrier_wait(&s->full[i], ring / STAGES % 2);
         uint64_t a_matrix =
             matrix_descriptor(smem_address(s->key[i]), 16, 1024, LAYOUT_SWIZZLE_128);
         wgmma_fence();
@@ -244,31 +301,30 @@ __device__ __forceinline__ void math_group(const index_params &p, index_shared *
         wgmma_commit();
         wgmma_wait<0>();
 #pragma unroll
-        for (int k = 0; k < 64; k++)
+        for (int k = 0; k < 32 * QUERIES; k++)
             wgmma_touch(acc[k]);
         int thread = thread_now();
         float scale = s->key_scale[i][thread_key(thread)];
         __syncwarp();
-        if (thread % 32 == 0) barrier_arrive(&s->empty[i]);
+        if (thread % 32 == 0) barrier_arrive(&s->empty[i], (uint32_t)step);
 
-        float x = fmaf(sum_heads(acc, half_w, thread % 32, state & 1 << 8), scale,
-                       0.0f); /* -0 + +0 is +0 */
-        if ((uint32_t)at < n_keys) *out = x == x ? x : -INFINITY;
+        float x = fmaf(sum_heads(acc, half_w, thread % 32), scale, 0.0f); /* -0 + +0 is +0 */
+        if ((uint32_t)at < n_keys) out[at] = x == x ? x : -INFINITY;
     }
+    return ring + left;
 }
 
 __device__ __forceinline__ void math_warpgroup(const index_params &p, index_shared *s)
 {
-    ring_position<STAGES> ring;
+    unsigned ring = 0;
 
-    for (;; ring.parity += 2) { /* bit 0 is the ring's; the bits above count groups */
-        int i = (int)(ring.parity >> 1);
+    for (int i = 0;; i++) {
         barrier_wait(&s->q_full[i & 1], i / 2 % 2);
         int n_rows = s->group[i & 1].n_rows;
         if (n_rows == 0) break;
-        math_group(p, s, i & 1, index_parts(n_rows), ring);
+        ring = n_rows == 1 ? math_group<1>(p, s, i & 1, ring) : math_group<2>(p, s, i & 1, ring);
         __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(&s->q_empty[ring.parity >> 1 & 1]);
+        if (thread_now() % 32 == 0) barrier_arrive(&s->q_empty[i & 1]);
     }
 }
 
@@ -279,21 +335,19 @@ __global__ void __launch_bounds__(THREADS, 1)
 {
     extern __shared__ __align__(1024) uint8_t memory[];
     index_shared *s = (index_shared *)memory;
-    int n = *p.rows.n;
+    int n_rows = p.row_end - p.i_row;
+    index_row v = {-1, 0, 0};
 
-    if (threadIdx.x == 0) {
-#pragma unroll 1
-        for (int i = 0; i < STAGES; i++) {
-            barrier_init(&s->full[i], 1);
-            barrier_init(&s->empty[i], MATH_WARPS);
-        }
-        for (int i = 0; i < 2; i++) {
-            barrier_init(&s->q_full[i], 1);
-            barrier_init(&s->q_empty[i], MATH_WARPS);
-        }
-        barrier_init_fence();
+    if (threadIdx.x == 0) init_barriers(s);
+    if (threadIdx.x == MATH_WARPS * 32) {
+        tensor_prefetch(&queries);
+        tensor_prefetch(&keys);
     }
-    index_find_share<THREADS>(p, n, (index_row *)s->q, &s->scan);
+    early::follow();
+    if (n_rows > FEW_ROWS)
+        index_find_share<THREADS>(p, *p.rows.n, (index_row *)s->q, &s->scan);
+    else if (threadIdx.x >= MATH_WARPS * 32)
+        v = index_row_at(p, p.i_row + (int)(threadIdx.x & 31), *p.rows.n);
     if (p.n_heads <
         HEADS) /* heads that are not there: no NaN may stand where their queries would be */
 #pragma unroll 1
@@ -303,7 +357,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     __syncthreads();
     if (threadIdx.x >= MATH_WARPS * 32) {
         registers_lower<COPY_REGISTERS>();
-        if (threadIdx.x < MATH_WARPS * 32 + 32) copy_warp(p, &queries, &keys, s);
+        copy_warp(p, &queries, &keys, s, v);
     } else {
         registers_raise<MATH_REGISTERS>();
         math_warpgroup(p, s);
@@ -358,8 +412,8 @@ cudaError_t make_map(CUtensorMap *map, const void *base, int n, int rows, uint64
     cuuint32_t box[3] = {D_INDEX, (cuuint32_t)rows, 1}, steps[3] = {1, 1, 1};
     CUresult r = ((decltype(&cuTensorMapEncodeTiled))encode)(
         map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void *>(base), dims, strides, box, steps,
-        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -389,7 +443,9 @@ cudaError_t launch(const struct tr_index_logits_args *a, const index_params &p, 
         if (part.i_row >= p.row_end) break;
         part.row_end = min(p.row_end, part.i_row + LAUNCH_ROWS);
         part.score = p.score + (size_t)i * p.ld;
-        index_logits_kernel<<<n_sms, THREADS, SHARED_BYTES, stream>>>(part, queries, keys);
+        st = early::launch(index_logits_kernel, 1, dim3((unsigned)n_sms), THREADS, SHARED_BYTES,
+                           stream, part, queries, keys);
+        if (st != cudaSuccess) return st;
     }
     return cudaGetLastError();
 }

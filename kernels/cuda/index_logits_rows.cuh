@@ -13,6 +13,7 @@ namespace tr
 {
 
 constexpr int GROUP_ROWS = 8;
+constexpr int FEW_ROWS = 32;       /* of a launch: a lane of a warp holds each */
 constexpr int LAUNCH_ROWS = 16384; /* rows of a launch at most: what a CTA has room to look at */
 
 struct index_params {
@@ -44,6 +45,16 @@ __device__ __forceinline__ index_row index_row_at(const index_params &p, int r, 
     bool asks = !skip & (r < n) & (position >= p.k) & (v.low < v.high);
     v.slot = asks ? slot : -1;
     return v;
+}
+
+/* Lane from's row, of a warp whose lanes hold one each; no such lane: one that asks for nothing. */
+__device__ __forceinline__ index_row index_row_shuffle(const index_row &v, int from)
+{
+    constexpr unsigned ALL_LANES = 0xffffffffu;
+    index_row a = {__shfl_sync(ALL_LANES, v.slot, from), __shfl_sync(ALL_LANES, v.low, from),
+                   __shfl_sync(ALL_LANES, v.high, from)};
+    if (from < 0 || from > 31) a.slot = -1;
+    return a;
 }
 
 /* Row b follows row a in one run: the same keys, b seeing at least as far. */
@@ -111,20 +122,15 @@ __device__ __forceinline__ int block_scan(int x, int *warp, int *total)
     return MAX ? max(before, up) : before + up;
 }
 
-/* The same for up to 32 rows, by one warp: a decode step would wait for the block's scans longer than for its keys. */
-__device__ __forceinline__ void index_find_share_few(const index_params &p, int n,
-                                                     index_share *share)
+/* The share, for up to FEW_ROWS rows, by one warp whose lanes hold them: a decode step would wait for the block's scans
+ * longer than for its keys. */
+__device__ __forceinline__ index_share index_find_share_few(const index_params &p,
+                                                            const index_row &v)
 {
     constexpr unsigned ALL_LANES = 0xffffffffu;
     int lane = threadIdx.x & 31;
-    index_row v = index_row_at(p, p.i_row + lane, n), before, next;
+    index_row before = index_row_shuffle(v, lane - 1), next = index_row_shuffle(v, lane + 1);
 
-    before.slot = __shfl_up_sync(ALL_LANES, v.slot, 1);
-    before.low = __shfl_up_sync(ALL_LANES, v.low, 1);
-    before.high = __shfl_up_sync(ALL_LANES, v.high, 1);
-    next.slot = __shfl_down_sync(ALL_LANES, v.slot, 1);
-    next.low = __shfl_down_sync(ALL_LANES, v.low, 1);
-    next.high = __shfl_down_sync(ALL_LANES, v.high, 1);
     unsigned runs = __ballot_sync(ALL_LANES, lane == 0 || !index_row_continues(before, v));
     int run = 31 - __clz((int)(runs & (ALL_LANES >> (31 - lane)))), j = (lane - run) % GROUP_ROWS;
     bool goes_on = lane < 31 && j < GROUP_ROWS - 1 && index_row_continues(v, next);
@@ -138,13 +144,15 @@ __device__ __forceinline__ void index_find_share_few(const index_params &p, int 
     int total = __shfl_sync(ALL_LANES, sum, 31);
     int each = total / (int)gridDim.x, more = total % (int)gridDim.x, i = (int)blockIdx.x;
     int begin = each * i + min(i, more), end = each * (i + 1) + min(i + 1, more);
-    if (begin == end ? lane == 0 : sum - cost <= begin && begin < sum)
-        *share = begin == end ? index_share{begin, end, p.row_end, 0}
-                              : index_share{begin, end, p.i_row + lane - j, sum - cost};
+    unsigned holds = __ballot_sync(ALL_LANES, sum - cost <= begin && begin < sum);
+    if (begin == end) return {begin, end, p.row_end, 0};
+    int at = __ffs((int)holds) - 1;
+    return {begin, end, p.i_row + __shfl_sync(ALL_LANES, lane - j, at),
+            __shfl_sync(ALL_LANES, sum - cost, at)};
 }
 
-/* All threads of the block; view: space for all the rows of the launch, free again afterwards. The result is in s->share,
- * visible to all. */
+/* The share, for any number of rows. All threads of the block; view: space for all the rows of the launch, free again
+ * afterwards. The result is in s->share, visible to all. */
 template <int THREADS>
 __device__ __forceinline__ void index_find_share(const index_params &p, int n, index_row *view,
                                                  index_scan_space<THREADS> *s)
@@ -155,11 +163,6 @@ __device__ __forceinline__ void index_find_share(const index_params &p, int n, i
     const index_row none = {-1, 0, 0};
 
     if (threadIdx.x == 0) s->n = n;
-    if (n_rows <= 32) {
-        if (threadIdx.x < 32) index_find_share_few(p, n, &s->share);
-        __syncthreads();
-        return;
-    }
     if (n_rows <= THREADS) {
         if ((int)threadIdx.x < n_rows)
             view[threadIdx.x] = index_row_at(p, p.i_row + (int)threadIdx.x, n);

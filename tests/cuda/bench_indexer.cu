@@ -346,6 +346,17 @@ void check_all_logits()
     for (int i = 0; i < 500; i++)
         many.push_back({i, (i * 37) % 800, 0, 0});
     check_logits("500 decode rows", many, 500, 800, 64, D, 0, false);
+
+    /* A CTA sees groups of several sizes one after the other, of more pages than it has room for. */
+    std::vector<row> sizes;
+    for (int i = 0; i < 120; i++)
+        for (const row &r : span(i, 1000 + i * 613 % 3000, 1 + i * 7 % 17))
+            sizes.push_back(r);
+    check_logits("groups of all sizes", sizes, 120, 4096, 64, D, 0, false);
+    check_logits("long groups",
+                 join({span(0, 40000, 1), span(1, 50000, 8), span(2, 30000, 1), span(3, 45000, 3),
+                       span(4, 60000, 2), span(5, 20000, 12)}),
+                 6, 61440, 64, D, 0, false);
 }
 
 /* ---- top-k ------------------------------------------------------------------------------------------------------------- */
