@@ -413,10 +413,11 @@ struct tr_moe_receive_args {
     float *q_scale;
     int ld_scale;
 };
-/* out[origin[i]] += y[i], i ascending: what the experts made of the rows, in the order in which they were dispatched. */
+/* out[origin[i]] += y[i], i ascending: what the experts made of the rows, in the order in which they were dispatched, with the
+ * dispatch's count (of n_members, of the n_rows records in all) and origin. */
 struct tr_moe_return_args {
-    int n_rows, d;
-    const int32_t *origin;
+    int n_rows, d, n_members;
+    const int32_t *count, *origin;
     const tr_act *y; /* [n_rows, d] */
     tr_act *out;     /* [n, d] */
 };

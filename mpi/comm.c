@@ -116,6 +116,16 @@ tr_status tr_comm_reduce_norm(tr_comm *c, const struct tr_norm_args *a, tr_err *
     return begun(c, c->impl->reduce_norm(c, a, &ticket, err));
 }
 
+tr_status tr_comm_reach(tr_comm *c, void *memory, size_t bytes, tr_err *err)
+{
+    return c->impl->reach ? c->impl->reach(c, memory, bytes, err) : TR_OK;
+}
+
+void tr_comm_leave_alone(tr_comm *c, const void *memory)
+{
+    if (c->impl->leave_alone) c->impl->leave_alone(c, memory);
+}
+
 tr_status tr_comm_all_gather(tr_comm *c, const void *send, void *recv, const size_t *bytes,
                              tr_ticket *ticket, tr_err *err)
 {

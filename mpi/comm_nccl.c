@@ -276,12 +276,15 @@ static tr_status reduce_scatter(tr_comm *base, const void *send, void *recv, siz
 static tr_status all_gather(tr_comm *base, const void *send, void *recv, const size_t *bytes,
                             tr_ticket *ticket, tr_err *err)
 {
+    const size_t all = tr_nccl_sum(bytes, base->size);
+
     (void)ticket;
-    if (!tr_nccl_sum(bytes, base->size)) return TR_OK;
+    if (!all) return TR_OK;
     give_all(of(base), bytes[base->rank]);
     return run(base,
                &(tr_nccl_call){.op = TR_COMM_ALL_GATHER,
-                               .issue = tr_nccl_issue_gather,
+                               .issue = tr_nccl_swaps(of(base), recv, all) ? tr_nccl_issue_swap
+                                                                           : tr_nccl_issue_gather,
                                .send = send,
                                .recv = recv,
                                .n_recv = bytes,
@@ -295,15 +298,18 @@ static tr_status all_to_all(tr_comm *base, const void *send, const size_t *n_sen
     (void)ticket;
     for (int i = 0; i < base->size; i++)
         if (i != base->rank) tr_comm_gave(base, i, n_send[i]);
-    return run(base,
-               &(tr_nccl_call){.op = TR_COMM_ALL_TO_ALL,
-                               .issue = tr_nccl_issue_exchange,
-                               .send = send,
-                               .n_send = n_send,
-                               .recv = recv,
-                               .n_recv = n_recv,
-                               .bytes = tr_nccl_sum(n_send, base->size)},
-               err);
+    return run(
+        base,
+        &(tr_nccl_call){.op = TR_COMM_ALL_TO_ALL,
+                        .issue = tr_nccl_swaps(of(base), recv, tr_nccl_sum(n_recv, base->size))
+                                     ? tr_nccl_issue_swap
+                                     : tr_nccl_issue_exchange,
+                        .send = send,
+                        .n_send = n_send,
+                        .recv = recv,
+                        .n_recv = n_recv,
+                        .bytes = tr_nccl_sum(n_send, base->size)},
+        err);
 }
 
 static tr_status letter_send(tr_comm *base, int to, const void *buf, size_t bytes,

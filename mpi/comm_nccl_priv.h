@@ -85,7 +85,7 @@ static inline size_t tr_nccl_sum(const size_t *n, int count)
 typedef tr_status tr_nccl_issue(tr_comm_nccl *, const tr_nccl_call *, tr_err *);
 tr_nccl_issue tr_nccl_issue_sum_two, tr_nccl_issue_sum, tr_nccl_issue_scatter, tr_nccl_issue_max,
     tr_nccl_issue_gather, tr_nccl_issue_exchange, tr_nccl_issue_broadcast, tr_nccl_issue_letter,
-    tr_nccl_issue_share, tr_nccl_issue_norm, tr_nccl_issue_push;
+    tr_nccl_issue_share, tr_nccl_issue_norm, tr_nccl_issue_push, tr_nccl_issue_swap;
 
 /* comm_nccl_norm.c: which form so many rows take; -1: none. */
 int tr_nccl_norm_form(const tr_comm_nccl *c, int n_max, int d);
@@ -98,5 +98,7 @@ tr_status tr_nccl_reach(tr_comm *base, void *memory, size_t bytes, tr_err *err);
 void tr_nccl_leave_alone(tr_comm *base, const void *memory);
 cudaStream_t tr_nccl_push_stream(const tr_comm_nccl *c, const tr_share_move *m);
 void tr_nccl_push_close(tr_comm_nccl *c);
+/* These `bytes` lie in memory that is reached: a gather or an all-to-all into them is tr_nccl_issue_swap. */
+bool tr_nccl_swaps(const tr_comm_nccl *c, const void *recv, size_t bytes);
 
 #endif

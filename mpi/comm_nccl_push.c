@@ -1,6 +1,9 @@
 /* Exchanges of cache rows by kernels that store them where they belong in the other members' caches (kernels/cuda/push.h), in
  * place of packing, gathering and putting back. They go to streams of their own: what computes on the main lane goes on beside
- * them, and whoever reads the rows waits for the event behind them. */
+ * them, and whoever reads the rows waits for the event behind them.
+ *
+ * Gathers and all-to-alls into memory that is reached, by kernels that store into the other members' receive buffers
+ * (kernels/cuda/swap.h); on the communicator's stream, as NCCL's are. */
 #include <config.h>
 
 #include <stdio.h>
@@ -9,6 +12,7 @@
 
 #include "base/size.h"
 #include "kernels/cuda/push.h"
+#include "kernels/cuda/swap.h"
 #include "mpi/comm_nccl_priv.h"
 
 enum { REACHED_MAX = 4 };
@@ -26,6 +30,7 @@ typedef struct reached {
 struct tr_nccl_pusher {
     tr_peers *peers;
     reached reached[REACHED_MAX];
+    tr_cuda_swap_group swap; /* of all of them: swaps are on one stream */
 };
 
 /* ---- opening ------------------------------------------------------------------------------------------------------- */
@@ -67,6 +72,24 @@ static void close_streams(tr_nccl_pusher *p)
         if (p->reached[i].stream) cudaStreamDestroy(p->reached[i].stream);
 }
 
+static tr_status take_swap(tr_comm_nccl *c, tr_nccl_pusher *p, tr_err *err)
+{
+    tr_peer_place flags, words;
+    tr_cuda_swap_group *g = &p->swap;
+
+    tr_status st = tr_peers_take(p->peers, TR_CUDA_SWAP_FLAGS * sizeof **g->flags, &flags, err);
+    if (st == TR_OK)
+        st = tr_peers_take(p->peers, TR_CUDA_SWAP_WORDS * sizeof *g->words, &words, err);
+    if (st != TR_OK) return st;
+    *g = (tr_cuda_swap_group){.rank = c->base.rank,
+                              .n_members = c->base.size,
+                              .words = (uint32_t *)(void *)words.at[c->base.rank],
+                              .abort = tr_peers_abort(p->peers)};
+    for (int m = 0; m < c->base.size; m++)
+        g->flags[m] = (uint64_t *)(void *)flags.at[m];
+    return TR_OK;
+}
+
 /* What moves is short beside what computes: its blocks go first where there is a choice. */
 static tr_status open_streams(tr_nccl_pusher *p, tr_err *err)
 {
@@ -78,6 +101,7 @@ static tr_status open_streams(tr_nccl_pusher *p, tr_err *err)
         TR_CUDA(
             cudaStreamCreateWithPriority(&p->reached[i].stream, cudaStreamNonBlocking, greatest));
     TR_CUDA(tr_cuda_push_load());
+    TR_CUDA(tr_cuda_swap_load());
 
 done:
     return st;
@@ -86,7 +110,9 @@ done:
 /* *why: there is no window. */
 static tr_status open_window(tr_comm_nccl *c, char *why, size_t n_why, tr_err *err)
 {
-    const size_t each = (TR_CUDA_PUSH_FLAGS + TR_CUDA_PUSH_WORDS) * sizeof(uint32_t) + 2 * 256;
+    const size_t each = (TR_CUDA_PUSH_FLAGS + TR_CUDA_PUSH_WORDS) * sizeof(uint32_t) + 2 * 256,
+                 swap = TR_CUDA_SWAP_FLAGS * sizeof(uint64_t) +
+                        TR_CUDA_SWAP_WORDS * sizeof(uint32_t) + 2 * 256;
     tr_err local = {.status = TR_OK};
 
     tr_nccl_pusher *p = calloc(1, sizeof *p);
@@ -100,9 +126,10 @@ static tr_status open_window(tr_comm_nccl *c, char *why, size_t n_why, tr_err *e
         st = local.status != TR_OK ? tr_fail(err, local.status, "%s", local.text)
                                    : tr_fail(err, TR_E_COMM, "another member has failed");
     if (st == TR_OK)
-        st =
-            tr_peers_open(&p->peers, c->nccl, c->base.host, REACHED_MAX * each, 0, why, n_why, err);
+        st = tr_peers_open(&p->peers, c->nccl, c->base.host, REACHED_MAX * each + swap, 0, why,
+                           n_why, err);
     if (st == TR_OK && p->peers) st = take_groups(c, p, err);
+    if (st == TR_OK && p->peers) st = take_swap(c, p, err);
     if (st == TR_OK && p->peers) {
         c->push = p;
         return TR_OK;
@@ -129,6 +156,10 @@ static void close_window(tr_comm_nccl *c)
             (void)cudaGetLastError();
             quiet = false;
         }
+    if (cudaStreamQuery(c->stream) != cudaSuccess) {
+        (void)cudaGetLastError();
+        quiet = false;
+    }
     tr_peers_close(p->peers, quiet);
     close_streams(p);
     free(p);
@@ -314,4 +345,43 @@ tr_status tr_nccl_issue_push(tr_comm_nccl *c, const tr_nccl_call *k, tr_err *err
     for (int i = 0; i < c->base.size; i++)
         a.offset[i] = to->place.at[i] - to->place.at[c->base.rank];
     return tr_nccl_cuda("push", tr_cuda_push(&to->group, &a, to->stream), err);
+}
+
+/* ---- gathers and all-to-alls --------------------------------------------------------------------------------------------- */
+
+/* The memory that a whole receive buffer lies in; NULL: none that is reached. The same answer on all members. */
+static const reached *receiver(const tr_comm_nccl *c, const void *recv, size_t bytes)
+{
+    const char *to = recv;
+
+    for (int i = 0; c->push && i < REACHED_MAX; i++) {
+        const reached *r = &c->push->reached[i];
+        if (!r->memory || to < r->memory || (size_t)(to - r->memory) > r->bytes) continue;
+        if (bytes <= r->bytes - (size_t)(to - r->memory)) return r;
+    }
+    return NULL;
+}
+
+bool tr_nccl_swaps(const tr_comm_nccl *c, const void *recv, size_t bytes)
+{
+    return receiver(c, recv, bytes) != NULL;
+}
+
+tr_status tr_nccl_issue_swap(tr_comm_nccl *c, const tr_nccl_call *k, tr_err *err)
+{
+    const reached *r = receiver(c, k->recv, tr_nccl_sum(k->n_recv, c->base.size));
+    const char *from = k->send;
+    char *to = k->recv;
+    tr_cuda_swap_args a = {.memory = {NULL}};
+
+    for (int i = 0; i < c->base.size; i++) {
+        a.memory[i] = r->place.at[i];
+        a.from[i] = from;
+        a.n_send[i] = k->n_send ? k->n_send[i] : k->n_recv[c->base.rank];
+        a.to[i] = to;
+        a.n_recv[i] = k->n_recv[i];
+        to += k->n_recv[i];
+        if (k->n_send) from += k->n_send[i]; /* a gather gives all the same */
+    }
+    return tr_nccl_cuda("swap", tr_cuda_swap(&c->push->swap, &a, c->stream), err);
 }

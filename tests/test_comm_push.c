@@ -252,6 +252,74 @@ static void test_two(void **state)
         close_cache(p, &c[k]);
 }
 
+/* ---- gathers and all-to-alls into memory that is reached --------------------------------------------------------------- */
+
+enum { SWAP_MOST = 60000 }; /* bytes of a pair */
+
+/* What a member gives another one in a step: nothing, a few bytes, or whole lines. */
+static size_t swap_bytes(int step, int from, int to)
+{
+    const uint32_t h = noise((uint32_t)(from * 8 + to), (size_t)step);
+    const size_t n = h / 4 % SWAP_MOST;
+    return h % 4 == 0 ? 0 : h % 4 == 1 ? n % 40 : n / 16 * 16;
+}
+
+static char swap_byte(int step, int from, int to, size_t i)
+{
+    return (char)noise((uint32_t)(step * 64 + from * 8 + to), i);
+}
+
+/* All-to-alls in even steps, in odd ones gathers, which give all the same. */
+static void swap(place *p, int step, char *send_d, char *memory)
+{
+    const bool gathers = step % 2;
+    const int n = p->at.size, me = p->at.me;
+    char *recv = memory + (size_t)(step % 7) * 16 + (step % 5 == 4);
+    size_t n_send[RANKS_MAX], n_recv[RANKS_MAX], at = 0;
+    tr_err err = {0};
+    tr_ticket t;
+
+    for (int m = 0; m < n; m++) {
+        n_send[m] = swap_bytes(step, me, gathers ? 0 : m);
+        n_recv[m] = swap_bytes(step, m, gathers ? 0 : me);
+        for (size_t i = 0; i < n_send[m] && (!gathers || m == 0); i++)
+            p->cache_h[at++] = swap_byte(step, me, m, i);
+    }
+    up(&p->at, send_d, p->cache_h, at ? at : 1);
+    dawdle(p, step, 0);
+    if (gathers)
+        well(tr_comm_all_gather(p->gpu, send_d, recv, n_recv, &t, &err), &err);
+    else
+        well(tr_comm_all_to_all(p->gpu, send_d, n_send, recv, n_recv, &t, &err), &err);
+    dawdle(p, step, 1);
+    well(tr_comm_wait(p->gpu, TR_LANE_MAIN, t, &err), &err);
+    down(&p->at, p->got_h, recv, MOST / 2, NULL);
+    at = 0;
+    for (int m = 0; m < n; m++)
+        for (size_t i = 0; i < n_recv[m]; i++, at++)
+            if (p->got_h[at] != swap_byte(step, m, gathers ? 0 : me, i))
+                fail_msg("step %d, member %d: byte %zu of member %d is wrong", step, me, i, m);
+}
+
+static void test_swap(void **state)
+{
+    place *p = *state;
+    char *send_d, *memory;
+    tr_err err = {0};
+
+    device_well(&p->at, p->at.ops->alloc(p->at.device, MOST, TR_MEMORY_DEVICE, (void **)&send_d));
+    device_well(&p->at,
+                p->at.ops->alloc(p->at.device, MOST, TR_MEMORY_SYMMETRIC, (void **)&memory));
+    well(tr_comm_reach(p->gpu, memory, MOST, &err), &err);
+    assert_int_equal(tr_nccl_reaches(p->gpu, memory), p->reached);
+    for (int step = 0; step < STEPS; step++)
+        swap(p, step, send_d, memory);
+    tr_comm_leave_alone(p->gpu, memory);
+    meet(p);
+    p->at.ops->release(p->at.device, memory);
+    p->at.ops->release(p->at.device, send_d);
+}
+
 /* ---- refusals ----------------------------------------------------------------------------------------------------------- */
 
 /* Memory that is not alike is not reached, nor any where that is switched off; rows travel all the same. */
@@ -351,9 +419,9 @@ int main(void)
 {
     place p = {.gpu = NULL};
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_prestate(test_records, &p), cmocka_unit_test_prestate(test_late, &p),
-        cmocka_unit_test_prestate(test_two, &p),     cmocka_unit_test_prestate(test_not_alike, &p),
-        cmocka_unit_test_prestate(test_abort, &p),
+        cmocka_unit_test_prestate(test_records, &p),   cmocka_unit_test_prestate(test_late, &p),
+        cmocka_unit_test_prestate(test_two, &p),       cmocka_unit_test_prestate(test_swap, &p),
+        cmocka_unit_test_prestate(test_not_alike, &p), cmocka_unit_test_prestate(test_abort, &p),
     };
     const int how = device_rank_begin(&p, "test_comm_push", RANKS_MAX, open_place);
 

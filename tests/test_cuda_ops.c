@@ -534,9 +534,14 @@ static void check_exchange(pair *p, int d)
             same_bytes(p, "received weights", in_weight, ROWS * 3 * XT * K * 4);
             same_bytes(p, "received rows", n_out, 4);
             BOTH(p, moe_return,
-                 ((struct tr_moe_return_args){
-                     .n_rows = total, .d = D, .origin = origin, .y = back, .out = out}),
-                 (TWIN(p, g.origin), TWIN(p, g.y), TWIN(p, g.out)));
+                 ((struct tr_moe_return_args){.n_rows = total,
+                                              .d = D,
+                                              .n_members = EP * XT,
+                                              .count = count,
+                                              .origin = origin,
+                                              .y = back,
+                                              .out = out}),
+                 (TWIN(p, g.count), TWIN(p, g.origin), TWIN(p, g.y), TWIN(p, g.out)));
             near(p, "returned", out, N * D, 1e-30, act_error);
             for (int i = 0; i < N * D; i++)
                 out[i] = tr_round_bf16(out[i]);

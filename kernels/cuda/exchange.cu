@@ -5,7 +5,7 @@
 namespace
 {
 
-enum { THREADS = 256 };
+enum { THREADS = 256, MEMBERS_MAX = 1024 };
 
 /* tr_dispatch_choices and tr_dispatch_bytes. */
 __device__ __forceinline__ size_t choices_at(int d, bool codes)
@@ -65,40 +65,68 @@ __device__ __forceinline__ void put_row(const A &a, size_t r, char *to)
         copy_row(tr::act(a.x) + r * (size_t)a.d, to, a.d);
 }
 
-__device__ __forceinline__ bool holds(const tr_moe_dispatch_args &a, int r, int ep)
-{
-    const int low = ep * a.n_local;
-    for (int j = 0; j < a.k; j++) {
-        const int32_t e = a.expert[(size_t)r * (size_t)a.k + (size_t)j];
-        if (e >= low && e < low + a.n_local) return true;
-    }
-    return false;
-}
-
 __device__ __forceinline__ int dispatch_rows(const tr_moe_dispatch_args &a)
 {
     const int left = *a.n - a.first;
     return left <= 0 ? 0 : min(a.n_rows, (left + a.step - 1) / a.step);
 }
 
-/* One block: which rows go where, in the order of destinations. */
-__global__ void __launch_bounds__(THREADS)
+/* Which of the members [low, low + 64) hold experts of row r. */
+__device__ __forceinline__ uint64_t holders(const tr_moe_dispatch_args &a, int r, int low)
+{
+    uint64_t mask = 0;
+#pragma unroll 8
+    for (int j = 0; j < a.k; j++) {
+        const int e = a.expert[(size_t)r * (size_t)a.k + (size_t)j] - low * a.n_local;
+        if (e >= 0 && e < 64 * a.n_local) mask |= (uint64_t)1 << (e / a.n_local);
+    }
+    return mask;
+}
+
+enum { LISTERS = 1024, LIST_WARPS = LISTERS / 32 };
+
+/* Of a warp's rows [begin, end): those that go to ep, and how often they go to members below it. */
+__device__ __forceinline__ int2 count_rows(const tr_moe_dispatch_args &a, int ep, int begin,
+                                           int end)
+{
+    int hits = 0, below = 0;
+    for (int low = 0; low <= ep; low += 64) {
+        const bool mine = ep < low + 64;
+        const uint64_t less = mine ? ((uint64_t)1 << (ep - low)) - 1 : ~(uint64_t)0;
+        for (int i = begin + (int)threadIdx.x % 32; i < end; i += 32) {
+            const uint64_t m = holders(a, a.first + i * a.step, low);
+            below += __popcll(m & less);
+            if (mine) hits += (int)(m >> (ep - low) & 1);
+        }
+    }
+    return make_int2(__reduce_add_sync(0xffffffffu, hits), __reduce_add_sync(0xffffffffu, below));
+}
+
+/* A block takes a destination: which rows go there, behind those of the destinations below it. Warps have stretches of the rows. */
+__global__ void __launch_bounds__(LISTERS)
     dispatch_list(const __grid_constant__ tr_moe_dispatch_args a)
 {
-    __shared__ int scratch[THREADS / 32 + 1];
-    const int n = dispatch_rows(a);
-    int at = 0;
-    for (int dest = 0; dest < a.n_ep * a.n_xt; dest++) {
-        const int begin = at;
-        for (int i0 = 0; i0 < n; i0 += THREADS) {
-            const int i = i0 + (int)threadIdx.x, r = a.first + i * a.step;
-            const int hit = i < n && holds(a, r, dest / a.n_xt);
-            int total;
-            const int to = at + tr::block_scan(hit, scratch, &total);
-            if (hit) a.origin[to] = r;
-            at += total;
-        }
-        if (threadIdx.x == 0) a.count[dest] = at - begin;
+    __shared__ int2 part[LIST_WARPS];
+    const int n = dispatch_rows(a), dest = (int)blockIdx.x, ep = dest / a.n_xt,
+              warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    const int each = (n + LISTERS - 1) / LISTERS * 32, begin = min(n, warp * each),
+              end = min(n, begin + each), low = ep / 64 * 64;
+
+    const int2 c = count_rows(a, ep, begin, end);
+    if (lane == 0) part[warp] = c;
+    __syncthreads();
+    const int2 other = part[lane]; /* LIST_WARPS is 32 */
+    const int hits = __reduce_add_sync(0xffffffffu, other.x),
+              below = __reduce_add_sync(0xffffffffu, other.y),
+              before = __reduce_add_sync(0xffffffffu, lane < warp ? other.x : 0);
+    if (threadIdx.x == 0) a.count[dest] = hits;
+    int at = below * a.n_xt + dest % a.n_xt * hits + before;
+    for (int i0 = begin; i0 < end; i0 += 32) {
+        const int i = i0 + lane, r = a.first + i * a.step;
+        const bool hit = i < end && holders(a, r, low) >> (ep - low) & 1;
+        const unsigned all = __ballot_sync(0xffffffffu, hit);
+        if (hit) a.origin[at + __popc(all & ((1u << lane) - 1))] = r;
+        at += __popc(all);
     }
 }
 
@@ -160,36 +188,100 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-/* Block i: if i is the first of its row, all of that row's sums, i ascending. */
-__global__ void __launch_bounds__(THREADS) moe_return(const __grid_constant__ tr_moe_return_args a)
+/* Where row stands among the ascending ones [begin, end) of origin; -1: nowhere. */
+__device__ __forceinline__ int find(const int32_t *origin, int begin, int end, int row)
 {
-    enum { MOST = 1024 };
-    __shared__ int scratch[THREADS / 32 + 1];
-    __shared__ int list[MOST];
-    const int first = (int)blockIdx.x, row = a.origin[first];
-    int n = 0;
-    for (int i0 = 0; i0 < first; i0 += THREADS) {
-        const int i = i0 + (int)threadIdx.x;
-        n |= i < first && a.origin[i] == row;
+    while (begin < end) {
+        const int i = (begin + end) / 2, r = origin[i];
+        if (r == row) return i;
+        if (r < row)
+            begin = i + 1;
+        else
+            end = i;
     }
-    if (__syncthreads_or(n)) return;
-    n = 0;
-    for (int i0 = first; i0 < a.n_rows; i0 += THREADS) {
-        const int i = i0 + (int)threadIdx.x;
-        const int hit = i < a.n_rows && a.origin[i] == row;
-        int total;
-        const int at = n + tr::block_scan(hit, scratch, &total);
-        if (hit && at < MOST) list[at] = i;
-        n = min(n + total, (int)MOST); /* a row goes once to a member; there are fewer */
+    return -1;
+}
+
+/* A row's records: a thread looks among a member's. */
+__device__ __forceinline__ int find_all(const tr_moe_return_args &a, int row, int *list, int *begin)
+{
+    __shared__ int n_list;
+    if (threadIdx.x == 0) {
+        int at = 0;
+        for (int m = 0; m < a.n_members; m++) {
+            begin[m] = at;
+            at += a.count[m];
+        }
+        begin[a.n_members] = at;
     }
     __syncthreads();
-    __nv_bfloat16 *out = tr::act(a.out) + (size_t)row * (size_t)a.d;
-    for (int j = (int)threadIdx.x; j < a.d; j += THREADS) {
-        float sum = __bfloat162float(out[j]);
-        for (int i = 0; i < n; i++)
-            sum += __bfloat162float(tr::act(a.y)[(size_t)list[i] * (size_t)a.d + (size_t)j]);
-        out[j] = __float2bfloat16_rn(sum);
+    for (int m = (int)threadIdx.x; m < a.n_members; m += THREADS)
+        list[m] = find(a.origin, begin[m], begin[m + 1], row);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int n = 0;
+        for (int m = 0; m < a.n_members; m++)
+            if (list[m] >= 0) list[n++] = list[m];
+        n_list = n;
     }
+    __syncthreads();
+    return n_list;
+}
+
+union line { /* of a row */
+    uint4 v;
+    __nv_bfloat162 x[4];
+};
+
+/* out += y[0] + y[1] + .., one after the other. at: in numbers; 8 of them. */
+template <class Y> __device__ __forceinline__ void add_line(__nv_bfloat16 *out, int n, const Y &y)
+{
+    line o;
+    float2 sum[4];
+    o.v = *(const uint4 *)(const void *)out;
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        sum[j] = __bfloat1622float2(o.x[j]);
+#pragma unroll 4
+    for (int i = 0; i < n; i++) {
+        line l;
+        l.v = *(const uint4 *)(const void *)y(i);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float2 t = __bfloat1622float2(l.x[j]);
+            sum[j].x += t.x;
+            sum[j].y += t.y;
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        o.x[j] = __floats2bfloat162_rn(sum[j].x, sum[j].y);
+    *(uint4 *)(void *)out = o.v;
+}
+
+template <class Y> __device__ __forceinline__ void add_number(__nv_bfloat16 *out, int n, const Y &y)
+{
+    float sum = __bfloat162float(*out);
+    for (int i = 0; i < n; i++)
+        sum += __bfloat162float(*y(i));
+    *out = __float2bfloat16_rn(sum);
+}
+
+/* Block i: if record i is the first of its row, all of that row's sums, members ascending. */
+__global__ void __launch_bounds__(THREADS) moe_return(const __grid_constant__ tr_moe_return_args a)
+{
+    __shared__ int list[MEMBERS_MAX], begin[MEMBERS_MAX + 1];
+    const size_t d = (size_t)a.d;
+    const int first = (int)blockIdx.x, row = a.origin[first], n = find_all(a, row, list, begin);
+    if (list[0] != first) return;
+    __nv_bfloat16 *out = tr::act(a.out) + (size_t)row * d;
+    if (a.d % 8 == 0) {
+        for (int j = (int)threadIdx.x * 8; j < a.d; j += THREADS * 8)
+            add_line(out + j, n, [&](int i) { return tr::act(a.y) + (size_t)list[i] * d + j; });
+        return;
+    }
+    for (int j = (int)threadIdx.x; j < a.d; j += THREADS)
+        add_number(out + j, n, [&](int i) { return tr::act(a.y) + (size_t)list[i] * d + j; });
 }
 
 /* A block takes a row. */
@@ -215,34 +307,20 @@ __global__ void __launch_bounds__(THREADS) moe_offer(const __grid_constant__ tr_
     }
 }
 
-enum { ADD_EACH = 4 }; /* numbers of a thread: 1024 of a row are a block's */
+enum { ADDERS = 128 };
 
 /* Rows down, stretches of them across: one row is 7 blocks of loads that do not wait for each other. */
-__global__ void __launch_bounds__(THREADS) moe_add(const __grid_constant__ tr_moe_add_args a)
+__global__ void __launch_bounds__(ADDERS) moe_add(const __grid_constant__ tr_moe_add_args a)
 {
-    const int r = (int)blockIdx.y, d = a.d;
-    if (r >= *a.n) return;
-    const size_t w = (size_t)d, row = (size_t)r * w;
-    const int i0 = (int)blockIdx.x * ADD_EACH * THREADS + (int)threadIdx.x;
-    float sum[ADD_EACH];
-#pragma unroll
-    for (int i = 0; i < ADD_EACH; i++) {
-        const int at = i0 + i * THREADS;
-        sum[i] = at < d ? __bfloat162float(tr::act(a.out)[row + (size_t)at]) : 0.0f;
-    }
-    for (int m = 0; m < a.n_members; m++) {
-        const __nv_bfloat16 *y = tr::act(a.y) + (size_t)m * a.ld * w + row;
-#pragma unroll
-        for (int i = 0; i < ADD_EACH; i++) {
-            const int at = i0 + i * THREADS;
-            if (at < d) sum[i] += __bfloat162float(y[at]);
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < ADD_EACH; i++) {
-        const int at = i0 + i * THREADS;
-        if (at < d) tr::act(a.out)[row + (size_t)at] = __float2bfloat16_rn(sum[i]);
-    }
+    const int r = (int)blockIdx.y, each = a.d % 8 ? 1 : 8,
+              j = ((int)blockIdx.x * ADDERS + (int)threadIdx.x) * each;
+    const size_t at = (size_t)r * (size_t)a.d + (size_t)j, member = a.ld * (size_t)a.d;
+    if (r >= *a.n || j >= a.d) return;
+    const auto y = [&](int i) { return tr::act(a.y) + (size_t)i * member + at; };
+    if (each == 8)
+        add_line(tr::act(a.out) + at, a.n_members, y);
+    else
+        add_number(tr::act(a.out) + at, a.n_members, y);
 }
 
 } // namespace
@@ -252,7 +330,7 @@ cudaError_t tr_cuda_moe_dispatch(const struct tr_moe_dispatch_args *a, cudaStrea
     if (a->step < 1 || a->first < 0 || a->n_local < 1 || a->k < 1 || a->n_ep < 1 || a->n_xt < 1 ||
         (a->q && a->d % 128))
         return cudaErrorInvalidValue;
-    dispatch_list<<<1, THREADS, 0, stream>>>(*a);
+    dispatch_list<<<(unsigned)(a->n_ep * a->n_xt), LISTERS, 0, stream>>>(*a);
     const cudaError_t e = cudaGetLastError();
     if (e != cudaSuccess || a->n_rows <= 0) return e;
     const size_t records =
@@ -280,6 +358,7 @@ cudaError_t tr_cuda_moe_receive(const struct tr_moe_receive_args *a, cudaStream_
 cudaError_t tr_cuda_moe_return(const struct tr_moe_return_args *a, cudaStream_t stream)
 {
     if (a->n_rows <= 0) return cudaSuccess;
+    if (a->n_members < 1 || a->n_members > MEMBERS_MAX) return cudaErrorInvalidValue;
     moe_return<<<(unsigned)a->n_rows, THREADS, 0, stream>>>(*a);
     return cudaGetLastError();
 }
@@ -299,7 +378,8 @@ cudaError_t tr_cuda_moe_add(const struct tr_moe_add_args *a, cudaStream_t stream
 {
     if (a->n_max <= 0 || a->n_members <= 0) return cudaSuccess;
     if (a->n_max > 65535) return cudaErrorInvalidValue;
-    const unsigned across = (unsigned)((a->d + ADD_EACH * THREADS - 1) / (ADD_EACH * THREADS));
-    moe_add<<<dim3(across, (unsigned)a->n_max), THREADS, 0, stream>>>(*a);
+    const int each = ADDERS * (a->d % 8 ? 1 : 8);
+    const unsigned across = (unsigned)((a->d + each - 1) / each);
+    moe_add<<<dim3(across, (unsigned)a->n_max), ADDERS, 0, stream>>>(*a);
     return cudaGetLastError();
 }

@@ -39,8 +39,8 @@ typedef struct place { /* one member's */
     void *x, *out; /* [most, width] */
     float
         *q_scale; /* [width / 128, most]: rows travel as codes, any bytes of x; NULL: as they are */
-    void *send, *recv;        /* records */
-    void *y, *back;           /* sums, as they leave the experts and as they come */
+    void *send, *y;           /* records; sums, as they leave the experts */
+    void *recv, *back;        /* the same as they come */
     int32_t *n_send, *n_recv; /* [members] of the last dispatch */
     size_t *to, *from;        /* [members] */
     double *seconds;
@@ -54,6 +54,32 @@ static tr_status take(place *p, size_t n, size_t each, void *out, tr_err *err)
 
     if (!tr_mul(&bytes, n, each)) return tr_fail(err, TR_E_USAGE, "--experts: too many rows");
     return tr_bench_device_take(&p->on, bytes, TR_MEMORY_DEVICE, out, err);
+}
+
+/* What members receive into. */
+static tr_status take_receiver(place *p, size_t n, size_t each, void *out, tr_err *err)
+{
+    size_t bytes;
+
+    if (!tr_mul(&bytes, n, each)) return tr_fail(err, TR_E_USAGE, "--experts: too many rows");
+    return tr_bench_device_take(&p->on, bytes, TR_MEMORY_SYMMETRIC, out, err);
+}
+
+/* Each other's receivers; all members have theirs. */
+static tr_status reach(place *p, tr_err *err)
+{
+    const size_t all = (size_t)p->most * (size_t)p->members + 1;
+    const tr_status st = tr_comm_reach(p->comm, p->recv, all * p->record, err);
+
+    return st == TR_OK ? tr_comm_reach(p->comm, p->back, all * p->row, err) : st;
+}
+
+/* How it went on all members, none of which has the others' memory any more. */
+static tr_status leave_alone(place *p, tr_status st, tr_err *err)
+{
+    tr_comm_leave_alone(p->comm, p->recv);
+    tr_comm_leave_alone(p->comm, p->back);
+    return tr_comm_agree(tr_comm_host(p->comm), st, err);
 }
 
 static tr_status upload(place *p, void *to, const void *from, size_t bytes, tr_err *err)
@@ -113,9 +139,9 @@ static tr_status take_all(place *p, tr_err *err)
     if (st == TR_OK && tr_record_act(p->on.ops, p->b->width) == TR_CODES)
         st = take(p, most, (size_t)p->b->width / 128 * sizeof *p->q_scale, &p->q_scale, err);
     if (st == TR_OK) st = take(p, all, p->record, &p->send, err);
-    if (st == TR_OK) st = take(p, all, p->record, &p->recv, err);
+    if (st == TR_OK) st = take_receiver(p, all, p->record, &p->recv, err);
     if (st == TR_OK) st = take(p, all, p->row, &p->y, err);
-    if (st == TR_OK) st = take(p, all, p->row, &p->back, err);
+    if (st == TR_OK) st = take_receiver(p, all, p->row, &p->back, err);
     p->n_send = tr_calloc(members, sizeof *p->n_send);
     p->n_recv = tr_calloc(members, sizeof *p->n_recv);
     p->to = tr_calloc(members, sizeof *p->to);
@@ -246,6 +272,8 @@ static tr_status come_back(place *p, tr_err *err)
 {
     const struct tr_moe_return_args a = {.n_rows = sum(p->n_send, p->members),
                                          .d = p->b->width,
+                                         .n_members = p->members,
+                                         .count = p->count,
                                          .origin = p->origin,
                                          .y = p->back,
                                          .out = p->out};
@@ -399,6 +427,7 @@ tr_status tr_bench_experts(const tr_experts_bench *b, tr_err *err)
     st = take_all(&p, err);
     if (st == TR_OK) st = choose_experts(&p, err);
     st = tr_comm_agree(tr_comm_host(p.comm), st, err);
+    if (st == TR_OK) st = reach(&p, err);
     if (st == TR_OK && b->prints)
         printf("# rows of %d to their experts and back, us; GB/s: what a rank gives, itself too\n"
                "# %-12s %5s %6s %-17s %10s %10s %10s %10s %8s %8s\n",
@@ -406,6 +435,7 @@ tr_status tr_bench_experts(const tr_experts_bench *b, tr_err *err)
                "GB/s", "GB/s");
     for (int i = 0; i < b->n_rows && st == TR_OK; i++)
         st = one_size(&p, b->rows[i], err);
+    st = leave_alone(&p, st, err);
     tr_bench_device_release(&p.on);
     free(p.n_send);
     free(p.n_recv);

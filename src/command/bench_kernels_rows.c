@@ -491,17 +491,26 @@ tr_status tr_bench_moe_receive(tr_kbench *b, tr_err *err)
 tr_status tr_bench_moe_return(tr_kbench *b, tr_err *err)
 {
     const int d = b->config.hidden_size, each = 4, n = 128;
-    tr_operand origin, y, out;
+    tr_operand count, origin, y, out;
     tr_status st = tr_bench_zeros(b, (size_t)(n * each) * 4, &origin, err);
+    if (st == TR_OK) st = tr_bench_zeros(b, (size_t)each * 4, &count, err);
     if (st == TR_OK) st = tr_bench_floats(b, (size_t)(n * each) * (size_t)d, 1, &y, err);
     if (st == TR_OK) st = tr_bench_zeros(b, (size_t)n * (size_t)d * 4, &out, err);
     if (st != TR_OK) return st;
     for (int i = 0; i < n * each; i++) /* destination by destination, rows ascending in each */
         ((int32_t *)origin.h)[i] = i % n;
+    for (int i = 0; i < each; i++)
+        ((int32_t *)count.h)[i] = n;
     st = tr_bench_send(b, &origin, err);
+    if (st == TR_OK) st = tr_bench_send(b, &count, err);
     if (st != TR_OK) return st;
-    const struct tr_moe_return_args args = {
-        .n_rows = n * each, .d = d, .origin = origin.d, .y = y.d, .out = out.d};
+    const struct tr_moe_return_args args = {.n_rows = n * each,
+                                            .d = d,
+                                            .n_members = each,
+                                            .count = count.d,
+                                            .origin = origin.d,
+                                            .y = y.d,
+                                            .out = out.d};
     tr_line line = TR_LINE(moe_return, tr_work_moe_return(n * each, d));
     snprintf(line.shape, sizeof line.shape, "d %d, %d into %d rows", d, n * each, n);
     st = tr_bench_time(b, &line, &args, err);

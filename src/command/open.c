@@ -203,18 +203,34 @@ static tr_status open_peers(tr_comm *group, const tr_open_options *options, int 
     return st;
 }
 
-/* The context-parallel group exchanges rows of its caches in every layer. Over peer memory when told to alone: whole jobs have
- * not been timed on GPUs yet. */
-static tr_status open_push(tr_comm *group, const tr_open_options *options, tr_log *log, tr_err *err)
+/* Rows of a group over peer memory, or NCCL. */
+static tr_status open_push(tr_comm *group, tr_peer_use use, tr_log *log, tr_err *err)
 {
-    const tr_peer_use use = peer_use(options) == TR_PEER_ON ? TR_PEER_ON : TR_PEER_OFF;
     char why[256];
     const tr_status st = tr_nccl_push(group, use, why, sizeof why, err);
 
     if (st == TR_OK && log)
-        tr_log_debug(log, "%s: rows over %s", tr_comm_name(group),
-                     use == TR_PEER_ON ? "peer memory" : "NCCL");
+        tr_log_debug(log, "%s: rows over %s", tr_comm_name(group), why[0] ? "NCCL" : "peer memory");
     return st;
+}
+
+/* The context-parallel group exchanges rows of its caches in every layer: over peer memory when told to alone, as whole jobs have
+ * not been timed on GPUs yet. The MoE group exchanges rows and what the experts make of them: wherever it can. */
+static tr_status open_ways(tr_comm *comm, tr_grid_group group, const tr_open_options *options,
+                           int d, tr_log *log, tr_err *err)
+{
+    const tr_peer_use use = peer_use(options);
+
+    switch (group) {
+    case TR_GROUP_ATTN_TP:
+        return open_peers(comm, options, d, log, err);
+    case TR_GROUP_ATTN_CP:
+        return open_push(comm, use == TR_PEER_ON ? use : TR_PEER_OFF, log, err);
+    case TR_GROUP_MOE:
+        return open_push(comm, use == TR_PEER_ON ? TR_PEER_AUTO : use, log, err);
+    default:
+        return TR_OK;
+    }
 }
 
 /* For a GPU's memory every group gets a communicator beside the host's. Collective over the world, in one order on every rank;
@@ -235,10 +251,8 @@ static tr_status open_device_groups(tr_opened *o, const tr_open_options *options
     if (st == TR_OK) st = tr_agree(world, check_binding(o, world, log, err), err);
     for (int i = 0; i < 4 && st == TR_OK; i++) {
         if (o->group[i]) st = tr_nccl_comm(&o->device_group[i], o->nccl, o->group[i], 0, err);
-        if (st == TR_OK && o->group[i] && group[i] == TR_GROUP_ATTN_TP)
-            st = open_peers(o->device_group[i], options, o->config.hidden_size, log, err);
-        if (st == TR_OK && o->group[i] && group[i] == TR_GROUP_ATTN_CP)
-            st = open_push(o->device_group[i], options, log, err);
+        if (st == TR_OK && o->group[i])
+            st = open_ways(o->device_group[i], group[i], options, o->config.hidden_size, log, err);
         if (st == TR_OK && o->group[i]) {
             *to[i] = o->device_group[i];
             st = tr_comm_measure(o->device_group[i], &o->regions, group[i], err);
@@ -291,19 +305,24 @@ tr_status tr_open_weights(tr_opened *o, const tr_open_options *options, tr_log *
     return st == TR_OK ? TR_OK : tr_within(err, "cannot load model");
 }
 
-/* The caches of the context-parallel group to each other, where all its members have one. A member that has none says why
- * itself. */
-static tr_status join_caches(tr_opened *o, tr_status st, tr_err *err)
+/* The members of group i to each other's memory, where all of them have a model. One that has none says why itself. */
+static tr_status join(tr_opened *o, int i, tr_status (*reach)(tr_model *, tr_err *), tr_status st,
+                      tr_err *err)
 {
-    enum { ATTN_CP = 1 };
-    tr_comm *host = o->group[ATTN_CP];
     uint64_t failed = st != TR_OK;
     tr_err other;
 
-    if (!o->device_group[ATTN_CP]) return st;
-    const tr_status agreed = tr_comm_max_word(host, &failed, &other);
+    if (!o->device_group[i]) return st;
+    const tr_status agreed = tr_comm_max_word(o->group[i], &failed, &other);
     if (st == TR_OK && agreed != TR_OK) return tr_fail(err, agreed, "%s", other.text);
-    return failed ? st : tr_model_reach(o->model, err);
+    return failed ? st : reach(o->model, err);
+}
+
+static tr_status join_all(tr_opened *o, tr_status st, tr_err *err)
+{
+    enum { ATTN_CP = 1, MOE = 2 };
+    st = join(o, ATTN_CP, tr_model_reach, st, err);
+    return join(o, MOE, tr_model_reach_rows, st, err);
 }
 
 tr_status tr_open_model(tr_opened *o, const tr_model_options *options, const uint32_t *has_token,
@@ -320,7 +339,7 @@ tr_status tr_open_model(tr_opened *o, const tr_model_options *options, const uin
     tr_status st = tr_model_create(&o->model, &o->config, o->weights, o->device, o->ops, &o->groups,
                                    options, has_token, &o->regions, err);
     free(all);
-    return join_caches(o, st, err);
+    return join_all(o, st, err);
 }
 
 void tr_opened_close(tr_opened *o)

@@ -226,7 +226,8 @@ tr_status tr_moe_exchange(tr_model *m, const tr_pass *p, const tr_moe_weights *w
         tr_note(m, tr_work_moe_return(sum(n_send, members), c->hidden_size));
         if (st == TR_OK)
             st = TR_RUN(m, moe_return, err, .n_rows = sum(n_send, members), .d = c->hidden_size,
-                        .origin = m->ws.moe.origin, .y = m->ws.moe.back, .out = out);
+                        .n_members = members, .count = m->ws.moe.count, .origin = m->ws.moe.origin,
+                        .y = m->ws.moe.back, .out = out);
     }
     return st == TR_OK ? tell_own(m, p, out, err) : st;
 }

@@ -17,12 +17,12 @@ static int stripe_rows(const tr_ops *ops, size_t row_bytes, int least, int most)
     return n > (size_t)most ? most : (int)n;
 }
 
-tr_status tr_model_take(tr_model *m, size_t bytes, void *out, tr_err *err)
+static tr_status take_kind(tr_model *m, size_t bytes, int kind, void *out, tr_err *err)
 {
     void *p = NULL;
     if (m->n_owned == TR_MODEL_ALLOCATIONS)
         return tr_fail(err, TR_E_MEMORY, "too many allocations of one model");
-    tr_status st = m->ops->alloc(m->device, bytes ? bytes : 1, 0, &p);
+    tr_status st = m->ops->alloc(m->device, bytes ? bytes : 1, kind, &p);
     if (st != TR_OK)
         return tr_fail(err, st, "workspace of %.1f MB (%.1f MB before it): %s",
                        (double)bytes * 1e-6, (double)m->owned_bytes * 1e-6,
@@ -33,6 +33,11 @@ tr_status tr_model_take(tr_model *m, size_t bytes, void *out, tr_err *err)
     return TR_OK;
 }
 
+tr_status tr_model_take(tr_model *m, size_t bytes, void *out, tr_err *err)
+{
+    return take_kind(m, bytes, TR_MEMORY_DEVICE, out, err);
+}
+
 void tr_model_release(tr_model *m)
 {
     for (int i = 0; i < m->n_owned; i++)
@@ -41,14 +46,26 @@ void tr_model_release(tr_model *m)
 }
 
 /* rows x columns numbers of `size` bytes. */
-static tr_status take(tr_model *m, size_t rows, size_t columns, size_t size, void *out, tr_err *err)
+static tr_status take_of_kind(tr_model *m, size_t rows, size_t columns, size_t size, int kind,
+                              void *out, tr_err *err)
 {
     size_t n, bytes;
     if (!tr_mul(&n, rows, columns) || !tr_mul(&bytes, n, size))
         return tr_fail(err, TR_E_MEMORY,
                        "a workspace of %zu x %zu numbers does not fit an address space", rows,
                        columns);
-    return tr_model_take(m, bytes, out, err);
+    return take_kind(m, bytes, kind, out, err);
+}
+
+static tr_status take(tr_model *m, size_t rows, size_t columns, size_t size, void *out, tr_err *err)
+{
+    return take_of_kind(m, rows, columns, size, TR_MEMORY_DEVICE, out, err);
+}
+
+static tr_status take_reached(tr_model *m, size_t rows, size_t columns, size_t size, void *out,
+                              tr_err *err)
+{
+    return take_of_kind(m, rows, columns, size, TR_MEMORY_SYMMETRIC, out, err);
 }
 
 static tr_status take4(tr_model *m, size_t rows, size_t columns, void *out, tr_err *err)
@@ -133,7 +150,6 @@ static tr_status take_exchanges(tr_model *m, tr_err *err)
         size_t rows, columns, size;
     } list[] = {
         {m->moe_exchange, &ws->moe.out, n_out, record / 4, 4},
-        {m->moe_exchange && members > 1, &ws->moe.in, n_in, record / 4, 4},
         {m->moe_exchange, &ws->moe.count, (size_t)members, 1, 4},
         {m->moe_exchange, &ws->moe.origin, n_out, 1, 4},
         {m->moe_exchange, &ws->moe.expert, n_in, (size_t)k, 4},
@@ -142,7 +158,6 @@ static tr_status take_exchanges(tr_model *m, tr_err *err)
         {m->moe_exchange && codes, &ws->moe.q, n_in, hidden, 1},
         {m->moe_exchange && codes, &ws->moe.q_scale, tr_ceil_div(n_in, 4) * 4, hidden / 128, 4},
         {m->moe_exchange, &ws->moe.y, n_in, hidden, act},
-        {m->moe_exchange && members > 1, &ws->moe.back, n_out, hidden, act},
         {!slice->head, &ws->handoff, n, hidden, 4},
         {tr_comm_size(m->groups.attn_cp) > 1, &ws->head_own, n, hidden, act},
         {tr_comm_size(m->groups.attn_cp) > 1, &ws->head_all, n, hidden, act},
@@ -156,6 +171,12 @@ static tr_status take_exchanges(tr_model *m, tr_err *err)
     for (size_t i = 0; i < sizeof list / sizeof *list && st == TR_OK; i++)
         if (list[i].wanted)
             st = take(m, list[i].rows, list[i].columns, list[i].size, list[i].out, err);
+    if (m->moe_exchange && members > 1) { /* the others may store here */
+        if (st == TR_OK) st = take_reached(m, n_in, record / 4, 4, &ws->moe.in, err);
+        if (st == TR_OK) st = take_reached(m, n_out, hidden, act, &ws->moe.back, err);
+        ws->moe.in_bytes = n_in * (record / 4) * 4;
+        ws->moe.back_bytes = n_out * hidden * act;
+    }
     if (members == 1) { /* of --tp with --ep 1: rows are dealt out, and what goes is what comes */
         ws->moe.in = ws->moe.out;
         ws->moe.back = ws->moe.y;

@@ -369,9 +369,27 @@ tr_status tr_model_reach(tr_model *model, tr_err *err)
     return st == TR_OK ? tr_share_reach(model->share_latent, c.latent, c.latent_bytes, err) : st;
 }
 
+/* Of one member what comes is what goes. */
+static bool receives(const tr_model *m)
+{
+    return m->moe_exchange && tr_comm_size(m->groups.moe) > 1;
+}
+
+tr_status tr_model_reach_rows(tr_model *model, tr_err *err)
+{
+    if (!receives(model)) return TR_OK;
+    tr_comm *moe = model->groups.moe;
+    tr_status st = tr_comm_reach(moe, model->ws.moe.in, model->ws.moe.in_bytes, err);
+    return st == TR_OK ? tr_comm_reach(moe, model->ws.moe.back, model->ws.moe.back_bytes, err) : st;
+}
+
 void tr_model_free(tr_model *model)
 {
     if (!model) return;
+    if (receives(model)) {
+        tr_comm_leave_alone(model->groups.moe, model->ws.moe.in);
+        tr_comm_leave_alone(model->groups.moe, model->ws.moe.back);
+    }
     tr_share_close(model->share_key);
     tr_share_close(model->share_latent);
     tr_part_free(model->part);

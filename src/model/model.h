@@ -94,6 +94,8 @@ tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weig
 /* The members of the context-parallel group may store rows into each other's caches from now on, where their devices can
  * (tr_share_reach). Collective over that group, once, when all its members have their model. */
 tr_status tr_model_reach(tr_model *model, tr_err *err);
+/* The same of the members of the MoE group and what each receives of the others' rows and sums (tr_comm_reach). */
+tr_status tr_model_reach_rows(tr_model *model, tr_err *err);
 void tr_model_free(tr_model *model);
 void tr_model_set_probe(tr_model *model, const tr_probe *probe); /* kept; NULL: none */
 void tr_model_set_watch(tr_model *model, tr_watchdog *watch);    /* kept; NULL: none */

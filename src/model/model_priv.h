@@ -56,11 +56,12 @@ typedef struct tr_workspace {
     tr_act *expert_out;              /* [N * k, hidden] */
     struct {            /* rows to experts of other ranks (exchange.c); M rows may come at a time */
         void *out, *in; /* [n_out], [M] records */
-        int32_t *count, *origin; /* [members], [n_out] */
-        int32_t *expert, *n;     /* [M, k]; one word */
-        float *weight;           /* [M, k] */
-        tr_act *y, *back;        /* [M, hidden], [n_out, hidden] */
-        uint8_t *q;              /* [M, hidden] codes of what came, and */
+        int32_t *count, *origin;     /* [members], [n_out] */
+        int32_t *expert, *n;         /* [M, k]; one word */
+        float *weight;               /* [M, k] */
+        tr_act *y, *back;            /* [M, hidden], [n_out, hidden] */
+        size_t in_bytes, back_bytes; /* of in and back */
+        uint8_t *q;                  /* [M, hidden] codes of what came, and */
         float *q_scale; /* [hidden / 128, M rounded up to 4] their scales; where rows travel so */
     } moe;
     float

@@ -5,6 +5,7 @@
 #include <stdbool.h>
 
 #include "kernels/cuda/push.h"
+#include "kernels/cuda/swap.h"
 #include "kernels/kernels.h"
 
 /* The CPU's norm, at once. */
@@ -14,5 +15,6 @@ bool fake_w8a8(const tr_ops *cpu_ops, tr_ops *table);
 tr_status fake_w8a8_norm(tr_device *device, tr_lane lane, const struct tr_norm_args *a);
 /* The exchange, when its turn in the stream has come (fake_push.c). */
 void fake_push(const tr_cuda_push_group *g, const tr_cuda_push_args *a);
+void fake_swap(const tr_cuda_swap_group *g, const tr_cuda_swap_args *a);
 
 #endif

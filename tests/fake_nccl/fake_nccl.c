@@ -30,7 +30,7 @@ typedef struct item { /* of a group */
     size_t bytes;
 } item;
 
-typedef enum kind { REDUCE, SCATTER, GATHER, BROADCAST, GROUP, COPY, TERMS, ROWS, PUSH } kind;
+typedef enum kind { REDUCE, SCATTER, GATHER, BROADCAST, GROUP, COPY, TERMS, ROWS, PUSH, SWAP } kind;
 
 typedef struct work {
     struct work *next;
@@ -47,6 +47,8 @@ typedef struct work {
     tr_cuda_cache_rows_args rows;
     tr_cuda_push_group push_group;
     tr_cuda_push_args push;
+    tr_cuda_swap_group swap_group;
+    tr_cuda_swap_args swap;
 } work;
 
 struct fake_stream {
@@ -209,6 +211,9 @@ static void perform(const work *w)
         break;
     case PUSH:
         fake_push(&w->push_group, &w->push);
+        break;
+    case SWAP:
+        fake_swap(&w->swap_group, &w->swap);
         break;
     default:
         cache_rows(&w->rows);
@@ -616,6 +621,16 @@ cudaError_t tr_cuda_push(const tr_cuda_push_group *g, const tr_cuda_push_args *a
 
     w->push_group = *g;
     w->push = *a;
+    return cudaSuccess;
+}
+
+cudaError_t tr_cuda_swap(const tr_cuda_swap_group *g, const tr_cuda_swap_args *a,
+                         cudaStream_t stream)
+{
+    work *w = enqueue(stream, SWAP, NULL);
+
+    w->swap_group = *g;
+    w->swap = *a;
     return cudaSuccess;
 }
 
