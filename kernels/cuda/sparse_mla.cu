@@ -11,6 +11,7 @@
 #include "kernels/cuda/sparse_mla.h"
 #include "kernels/cuda/sparse_mla_expand.cuh"
 #include "kernels/cuda/sparse_mla_few.cuh"
+#include "kernels/cuda/sparse_mla_scores.cuh"
 #include "kernels/cuda/sparse_mla_walk.cuh"
 
 namespace tr
@@ -18,22 +19,6 @@ namespace tr
 namespace mla
 {
 
-/* Probabilities of a block in device memory, as the threads of a warpgroup hold them: 10 KB. */
-enum { PROBS_BYTES = 128 * 80 };
-
-__device__ __forceinline__ uint8_t *probs_at(const job &j, int row, int group, int block)
-{
-    int n_blocks = (j.k + 2 * KEYS - 1) / (2 * KEYS) * 2;
-    return j.work + (((size_t)row * j.n_groups + group) * n_blocks + block) * PROBS_BYTES;
-}
-
-__device__ __forceinline__ void probs_store(uint8_t *to, const probs &b, int t)
-{
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        ((uint4 *)to)[i * 128 + t] = {b.p[4 * i], b.p[4 * i + 1], b.p[4 * i + 2], b.p[4 * i + 3]};
-    ((float4 *)to)[4 * 128 + t] = {b.reference[0], b.reference[1], b.sum[0], b.sum[1]};
-}
 __device__ __forceinline__ void probs_load(const uint8_t *from, probs &b, int t)
 {
 #pragma unroll
@@ -45,8 +30,8 @@ __device__ __forceinline__ void probs_load(const uint8_t *from, probs &b, int t)
     b.reference[0] = v.x, b.reference[1] = v.y, b.sum[0] = v.z, b.sum[1] = v.w;
 }
 
-/* Warpgroup wg of 0 and 1. SCORES: only the probabilities, into the workspace. */
-template <bool FP8, bool SCORES>
+/* Warpgroup wg of 0 and 1. */
+template <bool FP8>
 __device__ __forceinline__ void math(const job &j, walk_shared *sh, uint32_t tiles, int n_live,
                                      int wg)
 {
@@ -57,10 +42,9 @@ __device__ __forceinline__ void math(const job &j, walk_shared *sh, uint32_t til
     work w;
 
     for (int slot = 0; next_work(j, n_live, task, w); slot ^= 1) {
-        float o[2][SCORES ? 2 : 64];
+        float o[2][64];
         state<1> s;
-        if (SCORES && w.first >= w.last) continue;
-        if (!SCORES) kept_store(kept, task, slot, w);
+        kept_store(kept, task, slot, w);
         if (w.first < w.last) {
             named_barrier(2, 256); /* both warpgroups are done with the queries before */
             load_queries<FP8, HEADS, 5>(
@@ -71,33 +55,23 @@ __device__ __forceinline__ void math(const job &j, walk_shared *sh, uint32_t til
         }
         state_clear(s);
 #pragma unroll
-        for (int i = 0; i < (SCORES ? 4 : 128); i++)
-            o[i / (SCORES ? 2 : 64)][i % (SCORES ? 2 : 64)] = 0.0f;
+        for (int i = 0; i < 128; i++)
+            o[i / 64][i % 64] = 0.0f;
         for (int pair = w.first; pair < w.last; pair++, parity ^= 1) {
             float x[32];
             probs p;
             block_scores(x, ring, tiles, tiles + (uint32_t)((1 + wg) * BLOCK), wg, parity);
-            if (SCORES) {
-                warp_arrive(&ring->free[wg][0]);
-                warp_arrive(&ring->free[wg][1]);
-                warp_arrive(&ring->rope_free[wg]);
-            }
             softmax(x, ring->valid[parity][wg], j.scale, p);
-            if constexpr (SCORES)
-                probs_store(probs_at(j, w.row, w.group, 2 * pair + wg), p, t);
-            else
-                take_pair(sh, tiles, wg, parity, p, o, s, t);
+            take_pair(sh, tiles, wg, parity, p, o, s, t);
         }
-        if constexpr (!SCORES) {
-            kept_load(kept, task, slot, w);
-            finish<FP8>(j, w, sh, slot, wg, t, o, s);
-        }
+        kept_load(kept, task, slot, w);
+        finish<FP8>(j, w, sh, slot, wg, t, o, s);
     }
 }
 
 /* Warpgroups 0 and 1 compute, the rest fetch. One block a SM, as many as there are SMs. */
-template <bool FP8, bool SCORES>
-__global__ void __launch_bounds__(256 + FETCHERS<FP8, !SCORES>, 1)
+template <bool FP8>
+__global__ void __launch_bounds__(256 + FETCHERS<FP8, true>, 1)
     sparse_mla_walk(const __grid_constant__ job j)
 {
     extern __shared__ uint8_t raw[];
@@ -107,15 +81,14 @@ __global__ void __launch_bounds__(256 + FETCHERS<FP8, !SCORES>, 1)
     int wg = (int)__shfl_sync(~0u, threadIdx.x / 128, 0), n_live = *j.n;
 
     prefetch_first(j);
-    if (SCORES) dependent_launch();
-    if (threadIdx.x == 0) ring_init<FP8, FETCHERS<FP8, !SCORES>>(&sh->ring);
+    if (threadIdx.x == 0) ring_init<FP8, FETCHERS<FP8, true>>(&sh->ring);
     __syncthreads();
     if (wg >= 2) {
-        registers_set<FETCH_REGISTERS<FP8, !SCORES>>();
-        produce<FP8, !SCORES>(j, &sh->ring, tiles + BLOCK, n_live);
+        registers_set<FETCH_REGISTERS<FP8, true>>();
+        produce<FP8, true>(j, &sh->ring, tiles + BLOCK, n_live);
     } else {
-        registers_set<MATH_REGISTERS<FP8, !SCORES>>();
-        math<FP8, SCORES>(j, sh, tiles, n_live, wg);
+        registers_set<MATH_REGISTERS<FP8, true>>();
+        math<FP8>(j, sh, tiles, n_live, wg);
     }
 }
 
@@ -352,19 +325,26 @@ __global__ void __launch_bounds__(COLUMN_THREADS, 1)
 
 /* ---- launches ------------------------------------------------------------------------------------------------------------ */
 
-/* Up to this many (row, 64 heads) the split way is the faster one. bench_sparse_mla on an H200, fp8: 16 of them take 37 us
- * split and 103 us walking, 32 take 55 and 101, 64 take 102 and 103. */
+/* Up to this many (row, heads that share the keys fetched) the split way is the faster one. bench_sparse_mla on an H200, fp8,
+ * split and walking: 128 heads, 16 rows 44 and 94 us, 32 rows 80 and 97, 64 rows 150 and 104; 64 heads, 16 rows 35 and
+ * 96 us, 48 rows 104 and 97. */
 enum { SPLIT_MAX = 32 };
 
-template <bool FP8, bool SCORES>
-cudaError_t launch_walk(const job &j, int n_sm, cudaStream_t stream)
+/* Of 64 heads; an even number of them goes two by two (sparse_mla_scores.cuh). */
+static int groups_apart(int n_heads)
+{
+    const int groups = n_heads / HEADS;
+    return groups % 2 ? groups : groups / 2;
+}
+
+template <bool FP8> cudaError_t launch_walk(const job &j, int n_sm, cudaStream_t stream)
 {
     int64_t tasks = (int64_t)j.n_max * j.n_groups * j.n_slices;
-    cudaError_t e = cudaFuncSetAttribute(sparse_mla_walk<FP8, SCORES>,
+    cudaError_t e = cudaFuncSetAttribute(sparse_mla_walk<FP8>,
                                          cudaFuncAttributeMaxDynamicSharedMemorySize, WALK_BYTES);
     if (e != cudaSuccess) return e;
-    sparse_mla_walk<FP8, SCORES><<<(unsigned)(tasks < n_sm ? tasks : n_sm),
-                                   256 + FETCHERS<FP8, !SCORES>, WALK_BYTES, stream>>>(j);
+    sparse_mla_walk<FP8><<<(unsigned)(tasks < n_sm ? tasks : n_sm), 256 + FETCHERS<FP8, true>,
+                           WALK_BYTES, stream>>>(j);
     return cudaGetLastError();
 }
 
@@ -391,11 +371,14 @@ template <bool FP8, int T> cudaError_t launch_columns(const job &j, cudaStream_t
 template <bool FP8> cudaError_t launch_split(job j, int n_sm, cudaStream_t stream)
 {
     int n_pairs = (j.k + 2 * KEYS - 1) / (2 * KEYS), tasks = j.n_max * j.n_groups;
+    /* two groups of heads share what is fetched, unless there is a block of threads for every pair of each */
+    bool two = j.n_groups % 2 == 0 && n_pairs * tasks > n_sm;
 
-    j.pairs = (n_pairs * tasks + n_sm - 1) / n_sm;
+    j.pairs = (n_pairs * (two ? tasks / 2 : tasks) + n_sm - 1) / n_sm;
     j.pairs = j.pairs < n_pairs ? j.pairs : n_pairs;
     j.n_slices = (n_pairs + j.pairs - 1) / j.pairs;
-    cudaError_t e = launch_walk<FP8, true>(j, n_sm, stream);
+    cudaError_t e =
+        two ? launch_scores<FP8, 2>(j, n_sm, stream) : launch_scores<FP8, 1>(j, n_sm, stream);
     if (e != cudaSuccess) return e;
     return tasks * 8 <= n_sm ? launch_columns<FP8, 1>(j, stream)
                              : launch_columns<FP8, 2>(j, stream);
@@ -406,7 +389,7 @@ template <bool FP8> cudaError_t launch(const job &j, int way, int n_sm, cudaStre
     if (j.n_heads <= 32) return launch_few(j, FP8, way, n_sm, stream);
     if (way == TR_MLA_SPLIT) return launch_split<FP8>(j, n_sm, stream);
     if constexpr (FP8)
-        return launch_walk<true, false>(j, n_sm, stream);
+        return launch_walk<true>(j, n_sm, stream);
     else
         return launch_rows(j, n_sm, stream);
 }
@@ -420,7 +403,7 @@ static cudaError_t launch_prompts(job j, const expansion &e, const struct tr_spa
     if (status != cudaSuccess) return status;
     j.n = e.n + 1;
     j.order = e.others;
-    return launch_walk<true, false>(j, n_sm, stream);
+    return launch_walk<true>(j, n_sm, stream);
 }
 
 } // namespace mla
@@ -443,7 +426,7 @@ static int way_of(int n_max, int n_heads, int k, int way)
     if (k > LIST_MAX || way == TR_MLA_EXPAND) return TR_MLA_WALK;
     if (way != TR_MLA_AUTO) return way;
     if (n_heads <= 32) return n_max <= FEW_SPLIT_MAX ? TR_MLA_SPLIT : TR_MLA_WALK;
-    return n_max * (n_heads / HEADS) <= SPLIT_MAX ? TR_MLA_SPLIT : TR_MLA_WALK;
+    return n_max * groups_apart(n_heads) <= SPLIT_MAX ? TR_MLA_SPLIT : TR_MLA_WALK;
 }
 
 size_t tr_cuda_sparse_mla_workspace_way(int n_max, int n_heads, int way)
@@ -456,7 +439,7 @@ size_t tr_cuda_sparse_mla_workspace_way(int n_max, int n_heads, int way)
 
 size_t tr_cuda_sparse_mla_workspace(int n_max, int n_heads, int d_latent)
 {
-    const int groups = n_heads / HEADS;
+    const int groups = groups_apart(n_heads);
     const int rows = n_heads <= 32 ? FEW_SPLIT_MAX : groups > 0 ? SPLIT_MAX / groups : 0;
 
     (void)d_latent;

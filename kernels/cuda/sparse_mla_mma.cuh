@@ -26,6 +26,19 @@ __device__ __forceinline__ void mma_scores(float (&d)[32], uint64_t a, uint64_t 
         : "l"(a), "l"(b), "r"(add));
 }
 
+/* Scores [64 heads, 64 keys]: queries in registers, keys in shared memory, the inner dimension contiguous. */
+__device__ __forceinline__ void mma_scores(float (&d)[32], const uint32_t *a, uint64_t b, int add)
+{
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
+        : TR_D16(0), TR_D16(16)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+
 /* Values [64 heads, 64 latents] += P V: P in registers, V in shared memory with the latents contiguous. */
 __device__ __forceinline__ void mma_values(float (&d)[32], const uint32_t *a, uint64_t b)
 {

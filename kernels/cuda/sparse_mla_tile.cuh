@@ -99,16 +99,17 @@ struct ring {
     uint8_t valid[2][2][KEYS]; /* [parity of the pair][buffer] */
 };
 
-/* An asynchronous copy's arrival says nothing about the flags in `valid`: they come with arrivals of their own. */
-template <bool FP8, int F> __device__ __forceinline__ void ring_init(ring *r)
+/* readers: warps that must free a half. An asynchronous copy's arrival says nothing about the flags in `valid`: they come
+ * with arrivals of their own. */
+template <bool FP8, int F> __device__ __forceinline__ void ring_init(ring *r, uint32_t readers = 4)
 {
     for (int b = 0; b < 2; b++) {
         for (int h = 0; h < 2; h++) {
             barrier_init(&r->full[b][h], !FP8 && h == 0 ? 2 * F : F);
-            barrier_init(&r->free[b][h], 4);
+            barrier_init(&r->free[b][h], readers);
         }
         barrier_init(&r->rope_full[b], F);
-        barrier_init(&r->rope_free[b], 4);
+        barrier_init(&r->rope_free[b], readers);
         barrier_init(&r->given[b], 4);
     }
     barrier_init_fence();
