@@ -9,8 +9,8 @@ namespace tr
 namespace mla
 {
 
-/* Rows up to which chunks side by side are faster (bench_sparse_mla on an H200, 16 heads: 32 rows take 46 us split and 92 us
- * walking, 64 take 81 and 97); chunks of 128 keys of a row that is split. */
+/* Rows up to which chunks side by side are faster (bench_sparse_mla on an H200, 16 heads: 32 rows take 40 us split and 94 us
+ * walking, 64 take 69 and 94); chunks of 128 keys of a row that is split. */
 enum { FEW_SPLIT_MAX = 64, FEW_CHUNKS = 16 };
 
 size_t few_workspace(int n_max, int n_heads);
