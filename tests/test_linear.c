@@ -323,6 +323,26 @@ static void many_rows(void **state)
     free(x);
 }
 
+/* More columns than are turned, or cut into parts, at a time; the last panel is not full, the last group neither. */
+static void many_columns(void **state)
+{
+    enum { OUT = 20, IN = 16384 + 131, N = 18 };
+    uint64_t seed = 12;
+    float *x = test_floats(&seed, N * IN);
+    (void)state;
+    for (int i = 0; i < TEST_N_ISAS; i++) {
+        test_cpu cpu;
+        if (!test_cpu_open(&cpu, i, 1)) continue;
+        stored s = make_stored(&seed, TR_W_E4M3_B128, OUT, IN, 0, 50);
+        tr_linear w = make_linear(&cpu, TR_W_E4M3_B128, 1, OUT, IN);
+        pack(&cpu, &w, &s, 0, 0, 0, OUT);
+        check_identity(&cpu, &w, x, N, test_isas[i]);
+        free_stored(&s);
+        cpu.ops->close(cpu.d);
+    }
+    free(x);
+}
+
 /* row_index and out_index, with threads that share rows (more threads than panels). */
 static void indexed_rows(void **state)
 {
@@ -625,12 +645,19 @@ static void devices(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(shapes),          cmocka_unit_test(offsets),
-        cmocka_unit_test(pieces),          cmocka_unit_test(rows_do_not_depend_on_each_other),
-        cmocka_unit_test(many_rows),       cmocka_unit_test(indexed_rows),
-        cmocka_unit_test(filled_matrices), cmocka_unit_test(many_pieces_filled_at_once),
-        cmocka_unit_test(small_products),  cmocka_unit_test(nan_codes),
-        cmocka_unit_test(refusals),        cmocka_unit_test(devices),
+        cmocka_unit_test(shapes),
+        cmocka_unit_test(offsets),
+        cmocka_unit_test(pieces),
+        cmocka_unit_test(rows_do_not_depend_on_each_other),
+        cmocka_unit_test(many_rows),
+        cmocka_unit_test(many_columns),
+        cmocka_unit_test(indexed_rows),
+        cmocka_unit_test(filled_matrices),
+        cmocka_unit_test(many_pieces_filled_at_once),
+        cmocka_unit_test(small_products),
+        cmocka_unit_test(nan_codes),
+        cmocka_unit_test(refusals),
+        cmocka_unit_test(devices),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

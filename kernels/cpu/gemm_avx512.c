@@ -248,8 +248,44 @@ static void transpose(uint8_t *out, const uint8_t *const row[TR_PANEL], int n_wo
     if (w < n_words) transpose_words(out + w * TR_PACK_ALIGN, row, w, n_words - w);
 }
 
+#include "kernels/cpu/gemm_turned.h"
+
+/* The rows behind the first n. */
+static tr_gemm rows_from(const tr_gemm *g, int n)
+{
+    tr_gemm rest = *g;
+
+    rest.n_rows -= n;
+    if (g->row_index)
+        rest.row_index += n;
+    else
+        rest.x += (size_t)n * g->ldx;
+    if (g->out_index)
+        rest.out_index += n;
+    else
+        rest.y += (size_t)n * g->ldy;
+    return rest;
+}
+
+/* Up to 32 rows in two parts: weights that are read twice take less time than those that pass through a buffer. */
+static void gemm_512(const tr_gemm *g, int panel_begin, int panel_end)
+{
+    const int first = g->n_rows > TURNED_MAX ? (g->n_rows + 1) / 2 : g->n_rows;
+    tr_gemm part = *g;
+
+    if (g->n_rows < TURNED_MIN || g->n_rows > 2 * TURNED_MAX) {
+        gemm(g, panel_begin, panel_end);
+        return;
+    }
+    part.n_rows = first;
+    gemm_turned(&part, panel_begin, panel_end);
+    if (first == g->n_rows) return;
+    part = rows_from(g, first);
+    gemm_turned(&part, panel_begin, panel_end);
+}
+
 const tr_cpu_kernels tr_cpu_avx512 = {
-    .gemm = gemm,
+    .gemm = gemm_512,
     .e4m3_order = order,
     .e4m3_arrange = e4m3_arrange,
     .transpose = transpose,
