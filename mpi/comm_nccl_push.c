@@ -312,7 +312,7 @@ static reached *reached_of(const tr_comm_nccl *c, const tr_share_move *m)
         return NULL;
     for (int i = 0; i < REACHED_MAX; i++) {
         reached *r = &p->reached[i];
-        if (!r->memory || m->cache < r->memory || (size_t)(m->cache - r->memory) > r->bytes)
+        if (!r->memory || m->cache < r->memory || (size_t)(m->cache - r->memory) >= r->bytes)
             continue;
         if (bytes <= r->bytes - (size_t)(m->cache - r->memory)) return r;
     }
@@ -356,7 +356,8 @@ static const reached *receiver(const tr_comm_nccl *c, const void *recv, size_t b
 
     for (int i = 0; c->push && i < REACHED_MAX; i++) {
         const reached *r = &c->push->reached[i];
-        if (!r->memory || to < r->memory || (size_t)(to - r->memory) > r->bytes) continue;
+        /* Nothing is received behind the memory's end, though the next one may begin there. */
+        if (!r->memory || to < r->memory || (size_t)(to - r->memory) >= r->bytes) continue;
         if (bytes <= r->bytes - (size_t)(to - r->memory)) return r;
     }
     return NULL;

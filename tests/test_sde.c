@@ -138,7 +138,11 @@ static void hostile_names_stay_apart(void **state)
         for (int k = 0; k < i; k++)
             assert_string_not_equal(c.name[i], c.name[k]);
     }
+#ifdef HAVE_PAPI
     assert_string_equal(c.absent[4], "this trireme: the event's name is too long");
+#else
+    assert_string_equal(c.absent[4], "this trireme: built without PAPI");
+#endif
     tr_papi_close(p);
     p = tr_papi_open(",,,");
     assert_non_null(p);

@@ -427,7 +427,7 @@ tr_status tr_bench_experts(const tr_experts_bench *b, tr_err *err)
     st = take_all(&p, err);
     if (st == TR_OK) st = choose_experts(&p, err);
     st = tr_comm_agree(tr_comm_host(p.comm), st, err);
-    if (st == TR_OK) st = reach(&p, err);
+    if (st == TR_OK) st = tr_comm_agree(tr_comm_host(p.comm), reach(&p, err), err);
     if (st == TR_OK && b->prints)
         printf("# rows of %d to their experts and back, us; GB/s: what a rank gives, itself too\n"
                "# %-12s %5s %6s %-17s %10s %10s %10s %10s %8s %8s\n",

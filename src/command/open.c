@@ -214,8 +214,8 @@ static tr_status open_push(tr_comm *group, tr_peer_use use, tr_log *log, tr_err 
     return st;
 }
 
-/* The context-parallel group exchanges rows of its caches in every layer: over peer memory when told to alone, as whole jobs have
- * not been timed on GPUs yet. The MoE group exchanges rows and what the experts make of them: wherever it can. */
+/* The context-parallel group exchanges rows of its caches in every layer, the MoE group rows and what the experts make of them:
+ * over peer memory when told to alone, as whole jobs have not been timed on GPUs yet. */
 static tr_status open_ways(tr_comm *comm, tr_grid_group group, const tr_open_options *options,
                            int d, tr_log *log, tr_err *err)
 {
@@ -227,7 +227,7 @@ static tr_status open_ways(tr_comm *comm, tr_grid_group group, const tr_open_opt
     case TR_GROUP_ATTN_CP:
         return open_push(comm, use == TR_PEER_ON ? use : TR_PEER_OFF, log, err);
     case TR_GROUP_MOE:
-        return open_push(comm, use == TR_PEER_ON ? TR_PEER_AUTO : use, log, err);
+        return open_push(comm, use == TR_PEER_ON ? TR_PEER_AUTO : TR_PEER_OFF, log, err);
     default:
         return TR_OK;
     }

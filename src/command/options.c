@@ -279,7 +279,7 @@ static const tr_option batch_table[] = {
     {"peer-kernels", 0, TR_OPTION_CHOICE, AT(peer_kernels), 0, 0, "WHEN", "auto|on|off",
      "sums over the ranks of a host by kernels that store into the other GPUs' memory: where they are "
      "faster than NCCL, as measured at the start (auto, the default), wherever they can, or never; "
-     "with on, context-parallel ranks' keys and latents too"},
+     "with on, context-parallel ranks' keys and latents and rows to other ranks' experts too"},
     {"check-agree", 0, TR_OPTION_ABSENT_FLAG, 0, 0, 0, NULL, NULL, NULL},
 };
 /* clang-format on */

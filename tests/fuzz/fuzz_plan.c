@@ -47,10 +47,10 @@ static void check_spans(const tr_plan *p, const tr_plan_limits *l)
         IN(s->slot, 0, l->n_slots);
         IN(s->n_rows, 1, l->n_rows_max + 1);
         IN(s->n_logits, 0, s->n_rows + 1);
+        if (s->flags & TR_SPAN_DENSE) IN(s->position, 0, l->index_topk);
         for (int r = 0; r < s->n_rows; r++) {
             if (s->position >= 0) IN((long long)s->position + r, 0, (long long)l->max_pages * PAGE);
             if (s->position >= 0) IN((long long)s->position + r, 0, p->max_context);
-            if (s->flags & TR_SPAN_DENSE) IN((long long)s->position + r, 0, l->index_topk);
             if (s->i_token >= 0) {
                 IN((long long)s->i_token + r, 0, p->n_tokens);
                 IN(tr_plan_tokens(p)[s->i_token + r], 0, l->n_vocab);
