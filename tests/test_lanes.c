@@ -39,6 +39,8 @@ static struct {
     int known[TR_N_LANES][TR_N_LANES]; /* of lane i: up to what time of lane j it has waited */
     int n_orders, drop;                /* the drop-th order of a step is left out; 0: none */
     int n_conflicts;
+    int n_dense_recorded, n_keys_recorded; /* dense_mha in a record, and with a number of keys */
+    bool recording;
     char first[160];
 } watch;
 
@@ -133,8 +135,15 @@ WATCHED(topk, LIST(OF(rows->n), OF(score), OF(rows->page_table)),
         LIST(OF(position), OF(cache_row), OF(n_selected)))
 WATCHED(sparse_mla, LIST(OF(rows->n), OF(q), OF(cache_row), OF(position), OF(kv.latent)),
         LIST(OF(out), OF(workspace)))
-WATCHED(dense_mha, LIST(OF(rows->n), OF(q), OF(kv.latent), OF(rows->page_table)),
-        LIST(OF(out), OF(workspace)))
+static tr_status lane_dense_mha(tr_device *d, tr_lane lane, const struct tr_dense_mha_args *a)
+{
+    note("dense_mha", lane,
+         (const void *const[]){OF(rows->n), OF(q), OF(kv.latent), OF(rows->page_table), NULL,
+                               OF(out), OF(workspace), NULL});
+    watch.n_dense_recorded += watch.recording;
+    watch.n_keys_recorded += watch.recording && a->n_keys;
+    return watch.cpu->dense_mha(d, lane, a);
+}
 WATCHED(mla_value, LIST(OF(rows->n), OF(u)), LIST(OF(out)))
 WATCHED(router, LIST(OF(n), OF(logits)), LIST(OF(expert), OF(weight)))
 WATCHED(moe_pack, LIST(OF(n), OF(expert)), LIST(OF(start), OF(pair), OF(rows)))
@@ -223,12 +232,14 @@ static tr_status lane_order(tr_device *d, tr_lane before, tr_lane after)
 static tr_status lane_graph_begin(tr_device *d, tr_lane lane)
 {
     (void)d, (void)lane;
+    watch.recording = true;
     return TR_OK;
 }
 
 static tr_status lane_graph_end(tr_device *d, tr_lane lane, tr_graph **out)
 {
     (void)d, (void)lane;
+    watch.recording = false;
     if (out) *out = (tr_graph *)(void *)&watch;
     return TR_OK;
 }
@@ -388,9 +399,24 @@ static void every_order_counts(void **state)
     nothing_meets();
 }
 
+/* A record serves steps with other keys: it must not be given this one's number. */
+static void records_know_no_keys(void **state)
+{
+    world *w = *state;
+
+    assert_int_equal(tr_fixture_slot(&w->f, 2, -1), 0);
+    watch.n_dense_recorded = watch.n_keys_recorded = 0;
+    run(w, 2, 0, 1,
+        TR_SPAN_PREFILL); /* a prompt of one row: as many rows as the record has room for */
+    assert_true(watch.n_dense_recorded > 0);
+    assert_int_equal(watch.n_keys_recorded, 0);
+    nothing_meets();
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(records_know_no_keys),
         cmocka_unit_test(lanes_do_not_meet),
         cmocka_unit_test(every_order_counts),
     };

@@ -181,6 +181,7 @@ __device__ __forceinline__ void copy_warp(const index_params &p, const CUtensorM
 #pragma unroll 1
             for (int i = 0; i < STAGES; i += COPY_WARPS)
                 wait_empty(s, ring + first + i);
+            __syncwarp();
             named_barrier(COPY_BARRIER, COPY_WARPS * 32);
         }
         if (i_warp == 0) load_group(p, queries, s, i_group, row - count, count, v, page, n_pages);

@@ -374,9 +374,7 @@ template <bool FP8> cudaError_t launch_split(job j, int n_sm, cudaStream_t strea
     /* two groups of heads share what is fetched, unless there is a block of threads for every pair of each */
     bool two = j.n_groups % 2 == 0 && n_pairs * tasks > n_sm;
 
-    j.pairs = (n_pairs * (two ? tasks / 2 : tasks) + n_sm - 1) / n_sm;
-    j.pairs = j.pairs < n_pairs ? j.pairs : n_pairs;
-    j.n_slices = (n_pairs + j.pairs - 1) / j.pairs;
+    slices_cut(j, two ? tasks / 2 : tasks, n_sm);
     cudaError_t e =
         two ? launch_scores<FP8, 2>(j, n_sm, stream) : launch_scores<FP8, 1>(j, n_sm, stream);
     if (e != cudaSuccess) return e;

@@ -158,7 +158,6 @@ __global__ void __launch_bounds__(512, 1) sparse_mla_few(const __grid_constant__
 
 enum { FOLD_THREADS = 128 };
 
-/* A chunk that is not there changes nothing: -inf, a sum of 0, and zeros. */
 /* Of all chunks: factors of their values, 1 / sum of each head. By N threads. */
 template <int N> struct fold_shared {
     alignas(16) float2 factors[FEW_CHUNKS][N];
@@ -172,6 +171,7 @@ __device__ __forceinline__ void fold_heads(const job &j, fold_shared<N> *sh, int
     float reference[FEW_CHUNKS], sum[FEW_CHUNKS];
     running r;
 
+    /* A chunk that is not there changes nothing: -inf, a sum of 0, and zeros. */
 #pragma unroll
     for (int c = 0; c < FEW_CHUNKS; c++) {
         const float *heads = chunk_heads<N>(chunk_at<N>(j, row, c));
@@ -241,12 +241,9 @@ template <bool FP8, int N> cudaError_t launch_few_way(job j, int way, int n_sm, 
 {
     cudaLaunchAttribute early = {};
     cudaLaunchConfig_t config = {};
-    int n_pairs = j.pairs;
 
     if (way != TR_MLA_SPLIT) return launch_few_main<FP8, N, false>(j, n_sm, stream);
-    j.pairs = (n_pairs * j.n_max + n_sm - 1) / n_sm;
-    j.pairs = j.pairs < n_pairs ? j.pairs : n_pairs;
-    j.n_slices = (n_pairs + j.pairs - 1) / j.pairs;
+    slices_cut(j, j.n_max, n_sm);
     cudaError_t e = launch_few_main<FP8, N, true>(j, n_sm, stream);
     if (e != cudaSuccess) return e;
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;

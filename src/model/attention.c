@@ -234,20 +234,22 @@ static int dense_step(const tr_pass *p)
     return step ? step : 1;
 }
 
-/* Keys of all spans' dense rows, each rounded up to 128; 0: the host does not know. */
+/* Keys of all spans' dense rows, each rounded up to 128; 0: the host does not know, or the step may be a record, which serves
+ * others with more of them. */
 static int64_t dense_keys(const tr_model *m, const tr_pass *p)
 {
     const int most = m->config->index_topk;
     const tr_span *span = tr_plan_spans(p->plan);
     int64_t sum = 0;
     for (int i = 0; i < p->plan->n_spans; i++) {
-        if (!(span[i].flags & TR_SPAN_DENSE)) continue;
+        if (!(span[i].flags & TR_SPAN_DENSE) || span[i].n_rows == 0) continue;
         if (span[i].position < 0) return 0;
+        if (span[i].position >= most) continue; /* a part behind the dense rows */
         const int skip = span[i].flags & TR_SPAN_PART ? span[i].skip : 0,
                   last = span[i].position + (span[i].n_rows - 1) * (1 + skip);
         sum += ((last < most ? last + 1 : most) + 127) / 128 * 128;
     }
-    return p->n == p->n_max ? sum : 0; /* a record serves others */
+    return p->n == p->n_max && !tr_graph_fits(m, p) ? sum : 0;
 }
 
 /* attended [n, heads, v]: absorbed rows over their selection, dense rows over all keys up to their own. */

@@ -23,6 +23,7 @@ static inline tr_row_sums tr_pass_sums(const tr_model *m, const tr_pass *p)
         const int position = span[i].position >= 0 ? span[i].position : p->plan->max_context - 1;
         const int k = m->config->index_topk, stride = 1 + span[i].skip; /* of a part's rows */
         int n_dense = span[i].flags & TR_SPAN_DENSE ? (k - position + stride - 1) / stride : 0;
+        if (n_dense < 0) n_dense = 0; /* a part that lies behind */
         if (n_dense > span[i].n_rows) n_dense = span[i].n_rows;
         if (n_dense > 0) tr_row_sums_add(&s, position, n_dense, 1, k);
         if (n_dense < span[i].n_rows)
