@@ -328,8 +328,8 @@ void tr_bench_print_line(const tr_kbench *b, const tr_line *l)
     else
         printf(" %9.1e\n", l->error);
     printf("{\"bench\": \"kernel\", \"op\": \"%s\", \"shape\": \"%s\", \"reps\": %d, \"median_s\": "
-           "%.9f, \"min_s\": %.9f, \"bytes\": %.0f, \"flops\": %.0f, \"read_fraction\": %.4f, "
-           "\"fma_fraction\": %.4f",
+           "%.9f, \"min_s\": %.9f, \"bytes\": %.0f, \"flops\": %.0f, \"read_fraction\": %.7f, "
+           "\"fma_fraction\": %.7f",
            op_name[l->op], l->shape, l->reps, l->median, l->low, l->work.bytes, l->work.flops,
            bytes / b->ceilings.read_bytes_per_s, flops / b->ceilings.fma_flops_per_s);
     if (sgemm > 0)

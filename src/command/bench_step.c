@@ -306,7 +306,7 @@ static void report(bench *b, const char *what, int sequences, int context, doubl
            "%d, "
            "\"median_s\": %.9f, \"min_s\": %.9f, \"max_s\": %.9f, \"tokens_per_s\": %.3f, "
            "\"experts_hit\": %.4f, \"max_over_mean_load\": %.3f, \"bytes\": %.0f, \"flops\": %.0f, "
-           "\"read_fraction\": %.4f, \"fma_fraction\": %.4f, \"roofline_s\": %.9f",
+           "\"read_fraction\": %.7f, \"fma_fraction\": %.7f, \"roofline_s\": %.9f",
            what, sequences, context, o->steps, median, low, high, tokens / median, hit, uneven,
            bytes, flops, bytes / median / b->ceilings.read_bytes_per_s,
            flops / median / b->ceilings.fma_flops_per_s, roof);
