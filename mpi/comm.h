@@ -65,8 +65,8 @@ tr_status tr_comm_reduce_scatter(tr_comm *, const void *send, void *recv, size_t
 /* Buffers that all_gather and all_to_all receive into lie in these `bytes` of ops->alloc's memory, from its first byte: members
  * whose GPUs reach each other's memory then store there what they give. Collective; without effect where it cannot be, and
  * over host memory. Memory of kind SYMMETRIC that holds nothing yet, as much on all members; what is received lies at any place
- * of it, on all members in it or on none. Until tr_comm_leave_alone (of all that was given; others: nothing), which comes before the memory
- * is released and before the communicator is freed. */
+ * of it, on all members in it or on none. Until tr_comm_leave_alone (of all that was given; others: nothing), which comes
+ * before the memory is released and before the communicator is freed. */
 tr_status tr_comm_reach(tr_comm *, void *memory, size_t bytes, tr_err *);
 void tr_comm_leave_alone(tr_comm *, const void *memory);
 /* n_send[size], n_recv[size] in bytes; both buffers in rank order, without gaps. */

@@ -300,23 +300,30 @@ bool tr_nccl_reaches(const tr_comm *comm, const void *memory)
 
 /* ---- the operation ------------------------------------------------------------------------------------------------------ */
 
-/* The memory that this storage lies in; NULL: none that is reached. The same answer on all members: their storage lies alike. */
-static reached *reached_of(const tr_comm_nccl *c, const tr_share_move *m)
+/* The memory that these bytes lie in; NULL: none that is reached. The same answer on all members: theirs lie alike. Nothing
+ * lies behind a memory's end, though the next one may begin there. */
+static reached *that_holds(tr_nccl_pusher *p, const void *memory, size_t bytes)
 {
-    tr_nccl_pusher *p = c->push;
-    size_t bytes;
+    const char *at = memory;
 
-    if (!p || m->record->n_rows < 0) return NULL;
-    if (!tr_mul(&bytes, tr_ceil_div((size_t)m->record->n_rows, TR_PAGE_TOKENS),
-                m->record->page_bytes))
-        return NULL;
-    for (int i = 0; i < REACHED_MAX; i++) {
+    for (int i = 0; p && i < REACHED_MAX; i++) {
         reached *r = &p->reached[i];
-        if (!r->memory || m->cache < r->memory || (size_t)(m->cache - r->memory) >= r->bytes)
-            continue;
-        if (bytes <= r->bytes - (size_t)(m->cache - r->memory)) return r;
+        if (!r->memory || at < r->memory || (size_t)(at - r->memory) >= r->bytes) continue;
+        if (bytes <= r->bytes - (size_t)(at - r->memory)) return r;
     }
     return NULL;
+}
+
+/* The memory that this storage lies in. */
+static reached *reached_of(const tr_comm_nccl *c, const tr_share_move *m)
+{
+    size_t bytes;
+
+    if (m->record->n_rows < 0 ||
+        !tr_mul(&bytes, tr_ceil_div((size_t)m->record->n_rows, TR_PAGE_TOKENS),
+                m->record->page_bytes))
+        return NULL;
+    return that_holds(c->push, m->cache, bytes);
 }
 
 cudaStream_t tr_nccl_push_stream(const tr_comm_nccl *c, const tr_share_move *m)
@@ -349,28 +356,14 @@ tr_status tr_nccl_issue_push(tr_comm_nccl *c, const tr_nccl_call *k, tr_err *err
 
 /* ---- gathers and all-to-alls --------------------------------------------------------------------------------------------- */
 
-/* The memory that a whole receive buffer lies in; NULL: none that is reached. The same answer on all members. */
-static const reached *receiver(const tr_comm_nccl *c, const void *recv, size_t bytes)
-{
-    const char *to = recv;
-
-    for (int i = 0; c->push && i < REACHED_MAX; i++) {
-        const reached *r = &c->push->reached[i];
-        /* Nothing is received behind the memory's end, though the next one may begin there. */
-        if (!r->memory || to < r->memory || (size_t)(to - r->memory) >= r->bytes) continue;
-        if (bytes <= r->bytes - (size_t)(to - r->memory)) return r;
-    }
-    return NULL;
-}
-
 bool tr_nccl_swaps(const tr_comm_nccl *c, const void *recv, size_t bytes)
 {
-    return receiver(c, recv, bytes) != NULL;
+    return that_holds(c->push, recv, bytes) != NULL;
 }
 
 tr_status tr_nccl_issue_swap(tr_comm_nccl *c, const tr_nccl_call *k, tr_err *err)
 {
-    const reached *r = receiver(c, k->recv, tr_nccl_sum(k->n_recv, c->base.size));
+    const reached *r = that_holds(c->push, k->recv, tr_nccl_sum(k->n_recv, c->base.size));
     const char *from = k->send;
     char *to = k->recv;
     tr_cuda_swap_args a = {.memory = {NULL}};

@@ -303,44 +303,35 @@ static void rows_do_not_depend_on_each_other(void **state)
     free(x);
 }
 
-/* More rows than one expansion of the weights serves. */
-static void many_rows(void **state)
+/* One size of fp8 weights on every instruction set. */
+static void check_size(int n_out, int n_in, int n, int n_threads, uint64_t seed, int col0)
 {
-    enum { OUT = 37, IN = 140, N = 200 };
-    uint64_t seed = 5;
-    float *x = test_floats(&seed, N * IN);
-    (void)state;
+    float *x = test_floats(&seed, (size_t)n * (size_t)n_in);
     for (int i = 0; i < TEST_N_ISAS; i++) {
         test_cpu cpu;
-        if (!test_cpu_open(&cpu, i, 3)) continue;
-        stored s = make_stored(&seed, TR_W_E4M3_B128, OUT, IN, 0, 0);
-        tr_linear w = make_linear(&cpu, TR_W_E4M3_B128, 1, OUT, IN);
-        pack(&cpu, &w, &s, 0, 0, 0, OUT);
-        check_identity(&cpu, &w, x, N, test_isas[i]);
+        if (!test_cpu_open(&cpu, i, n_threads)) continue;
+        stored s = make_stored(&seed, TR_W_E4M3_B128, n_out, n_in, 0, col0);
+        tr_linear w = make_linear(&cpu, TR_W_E4M3_B128, 1, n_out, n_in);
+        pack(&cpu, &w, &s, 0, 0, 0, n_out);
+        check_identity(&cpu, &w, x, n, test_isas[i]);
         free_stored(&s);
         cpu.ops->close(cpu.d);
     }
     free(x);
 }
 
+/* More rows than one expansion of the weights serves. */
+static void many_rows(void **state)
+{
+    (void)state;
+    check_size(37, 140, 200, 3, 5, 0);
+}
+
 /* More columns than are turned, or cut into parts, at a time; the last panel is not full, the last group neither. */
 static void many_columns(void **state)
 {
-    enum { OUT = 20, IN = 16384 + 131, N = 18 };
-    uint64_t seed = 12;
-    float *x = test_floats(&seed, N * IN);
     (void)state;
-    for (int i = 0; i < TEST_N_ISAS; i++) {
-        test_cpu cpu;
-        if (!test_cpu_open(&cpu, i, 1)) continue;
-        stored s = make_stored(&seed, TR_W_E4M3_B128, OUT, IN, 0, 50);
-        tr_linear w = make_linear(&cpu, TR_W_E4M3_B128, 1, OUT, IN);
-        pack(&cpu, &w, &s, 0, 0, 0, OUT);
-        check_identity(&cpu, &w, x, N, test_isas[i]);
-        free_stored(&s);
-        cpu.ops->close(cpu.d);
-    }
-    free(x);
+    check_size(20, 16384 + 131, 18, 1, 12, 50);
 }
 
 /* row_index and out_index, with threads that share rows (more threads than panels). */

@@ -129,7 +129,6 @@ static tr_status rows(look *l, int at, int n, tr_span_kind kind, tr_err *err)
 
 static tr_status steps(look *l, tr_err *err)
 {
-    const int k = l->o.config.index_topk;
     tr_status st = TR_OK;
     int at = 0;
 
@@ -141,7 +140,6 @@ static tr_status steps(look *l, tr_err *err)
     st = run(l, 0, false, err);
     for (int i = 0; at < N_PROMPT && st == TR_OK; i++) {
         int n = i % 2 ? FEW : MANY;
-        if (at < k && at + n > k) n = k - at; /* one form of attention in a span */
         if (n > N_PROMPT - at) n = N_PROMPT - at;
         st = rows(l, at, n, TR_SPAN_PREFILL, err);
         at += n;

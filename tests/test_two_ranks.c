@@ -24,7 +24,7 @@ enum {
     N_TOKENS = 150, /* of replica 0; each replica has 17 fewer than the one before */
     N_DECODE = 6,   /* the last ones, one at a time */
     CHUNK = 40,     /* prompt rows of a step */
-    TOPK = 16,      /* of both models: the first chunk is dense, the others select */
+    TOPK = 16,      /* of both models: the first rows are dense, the others select */
     MOST_LAYERS = 4,
     MOST_EXPERTS = 8,
 };

@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(GATHER_THREADS)
 /* By the most rows per expert on average that there may be: from how many on the wide form is the faster one. (One H200,
  * bench_gemm_fp8 moe, 32 experts. 128 rows: gate_up 404 us, wide 313; down 237, wide 185. 64 rows: 278 and 249, 148 and 140;
  * 32 rows: no difference.) Around 128 rows half of the experts have some more: in a chunk of 4,096 rows with all 256 experts a
- * layer's experts take 5.19 ms with the wide form, 4.61 with the tall one; 3 layers with prompts of 6,144 rows 47.0 and 46.0 ms, of 8,192 61.8
- * and 63.1 (one H200, bench step --halves). */
+ * layer's experts take 5.19 ms with the wide form, 4.61 with the tall one; 3 layers with prompts of 6,144 rows 47.0 and
+ * 46.0 ms, of 8,192 61.8 and 63.1 (one H200, bench step --halves). */
 enum { WIDE_FROM = 64, TALL_FROM = 96, TALL_TO = 200 };
 
 /* Every expert may leave its last tile part empty. */
