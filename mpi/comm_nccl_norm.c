@@ -403,9 +403,7 @@ static tr_status try_out(trial *t, tr_peer_report *report, tr_err *err)
         wrong = try_form(t, form, got, &ignored) != TR_OK || memcmp(got, want, bytes) != 0;
         st = tr_comm_max_number(t->c->base.host, &wrong, err);
     }
-    if (st == TR_OK && wrong > 0)
-        snprintf(report->why, sizeof report->why,
-                 "what one GPU stores into another's memory does not arrive as it was");
+    if (st == TR_OK && wrong > 0) snprintf(report->why, sizeof report->why, "%s", TR_NCCL_DAMAGED);
     free(want);
     free(got);
     return st;

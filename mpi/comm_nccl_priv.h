@@ -87,6 +87,9 @@ tr_nccl_issue tr_nccl_issue_sum_two, tr_nccl_issue_sum, tr_nccl_issue_scatter, t
     tr_nccl_issue_gather, tr_nccl_issue_exchange, tr_nccl_issue_broadcast, tr_nccl_issue_letter,
     tr_nccl_issue_share, tr_nccl_issue_norm, tr_nccl_issue_push, tr_nccl_issue_swap;
 
+/* Why there is no peer memory although it could be mapped: what was tried out first has shown it. */
+#define TR_NCCL_DAMAGED "what one GPU stores into another's memory does not arrive as it was"
+
 /* comm_nccl_norm.c: which form so many rows take; -1: none. */
 int tr_nccl_norm_form(const tr_comm_nccl *c, int n_max, int d);
 /* Bytes that such an operation sends to another member. */

@@ -10,12 +10,18 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/clock.h"
 #include "base/size.h"
 #include "kernels/cuda/push.h"
 #include "kernels/cuda/swap.h"
 #include "mpi/comm_nccl_priv.h"
 
-enum { REACHED_MAX = 4 };
+enum {
+    REACHED_MAX = 4,
+    TRIED = 4096, /* bytes from everybody to everybody, to see whether they arrive */
+    TRIES = 2,
+    LIMIT_S = 10, /* for what takes some 0.01 ms once everybody is there */
+};
 
 /* Exchanges of one piece of memory are one behind the other, those of different pieces are not: each has a stream, flags and
  * an epoch of its own. */
@@ -107,12 +113,85 @@ done:
     return st;
 }
 
+/* Byte i of what member `from` gives member `to`; another one in every try. */
+static unsigned char given(int try, int from, int to, size_t i)
+{
+    return (unsigned char)((size_t)(1 + try * 89 + from * 37 + to * 11) + i * (i >> 8 | 1));
+}
+
+/* True: the stream's work has ended well within the limit. */
+static bool ends(const tr_comm_nccl *c, double seconds)
+{
+    const uint64_t until_ns = tr_now_ns() + (uint64_t)(seconds * 1e9);
+    cudaError_t e;
+
+    while ((e = cudaStreamQuery(c->stream)) == cudaErrorNotReady && tr_now_ns() < until_ns)
+        tr_comm_progress(c->base.host);
+    (void)cudaGetLastError();
+    return e == cudaSuccess;
+}
+
+/* One swap. `place`: receive buffers, TRIED bytes of each member, and behind them what is given. False: not what was given. */
+static bool try_swap(const tr_comm_nccl *c, const tr_nccl_pusher *p, const tr_peer_place *place,
+                     char *host, int try)
+{
+    const int me = c->base.rank, n = c->base.size;
+    const size_t all = (size_t)n * TRIED;
+    char *const in = place->at[me], *const out = in + all;
+    tr_cuda_swap_args a = {.memory = {NULL}};
+    bool right = true;
+
+    for (int m = 0; m < n; m++) {
+        for (size_t i = 0; i < TRIED; i++)
+            host[(size_t)m * TRIED + i] = (char)given(try, me, m, i);
+        a.memory[m] = place->at[m];
+        a.from[m] = out + (size_t)m * TRIED;
+        a.to[m] = in + (size_t)m * TRIED;
+        a.n_send[m] = a.n_recv[m] = TRIED;
+    }
+    if (cudaMemcpy(out, host, all, cudaMemcpyHostToDevice) != cudaSuccess ||
+        cudaDeviceSynchronize() != cudaSuccess ||
+        tr_cuda_swap(&p->swap, &a, c->stream) != cudaSuccess)
+        return false;
+    if (!ends(c, LIMIT_S)) {
+        *c->nccl->abort_h = 1;
+        ends(c, 1); /* it leaves */
+        return false;
+    }
+    if (cudaMemcpy(host, in, all, cudaMemcpyDeviceToHost) != cudaSuccess) return false;
+    for (int m = 0; m < n; m++)
+        for (size_t i = 0; i < TRIED; i++)
+            right &= (unsigned char)host[(size_t)m * TRIED + i] == given(try, m, me, i);
+    return right;
+}
+
+/* There are machines whose GPUs say that they reach each other and lose what is stored that way (an IOMMU in between): on all
+ * members *why. */
+static tr_status try_out(tr_comm_nccl *c, tr_nccl_pusher *p, char *why, size_t n_why, tr_err *err)
+{
+    const size_t all = (size_t)c->base.size * TRIED;
+    tr_peer_place place;
+    tr_status st = tr_peers_take(p->peers, 2 * all, &place, err);
+    char *host = malloc(all);
+    uint64_t wrong = !host;
+
+    if (st == TR_OK) st = largest(c, &wrong, 1, err); /* all are here */
+    for (int i = 0; i < TRIES && st == TR_OK && !wrong; i++) {
+        wrong = !try_swap(c, p, &place, host, i);
+        st = largest(c, &wrong, 1, err);
+    }
+    free(host);
+    if (st == TR_OK && wrong) snprintf(why, n_why, "%s", TR_NCCL_DAMAGED);
+    return st;
+}
+
 /* *why: there is no window. */
 static tr_status open_window(tr_comm_nccl *c, char *why, size_t n_why, tr_err *err)
 {
     const size_t each = (TR_CUDA_PUSH_FLAGS + TR_CUDA_PUSH_WORDS) * sizeof(uint32_t) + 2 * 256,
                  swap = TR_CUDA_SWAP_FLAGS * sizeof(uint64_t) +
-                        TR_CUDA_SWAP_WORDS * sizeof(uint32_t) + 2 * 256;
+                        TR_CUDA_SWAP_WORDS * sizeof(uint32_t) + 2 * 256,
+                 tried = 2 * (size_t)c->base.size * TRIED + 256;
     tr_err local = {.status = TR_OK};
 
     tr_nccl_pusher *p = calloc(1, sizeof *p);
@@ -126,18 +205,20 @@ static tr_status open_window(tr_comm_nccl *c, char *why, size_t n_why, tr_err *e
         st = local.status != TR_OK ? tr_fail(err, local.status, "%s", local.text)
                                    : tr_fail(err, TR_E_COMM, "another member has failed");
     if (st == TR_OK)
-        st = tr_peers_open(&p->peers, c->nccl, c->base.host, REACHED_MAX * each + swap, 0, why,
-                           n_why, err);
+        st = tr_peers_open(&p->peers, c->nccl, c->base.host, REACHED_MAX * each + swap + tried, 0,
+                           why, n_why, err);
     if (st == TR_OK && p->peers) st = take_groups(c, p, err);
     if (st == TR_OK && p->peers) st = take_swap(c, p, err);
-    if (st == TR_OK && p->peers) {
+    if (st == TR_OK && p->peers) st = try_out(c, p, why, n_why, err);
+    if (st == TR_OK && p->peers && !why[0]) {
         c->push = p;
         return TR_OK;
     }
-    if (p) {
-        tr_peers_close(p->peers, true);
-        close_streams(p);
+    if (p && p->peers) {
+        *c->nccl->abort_h = 0;
+        tr_peers_close(p->peers, !why[0]); /* its memory may still be written */
     }
+    if (p) close_streams(p);
     free(p);
     return st;
 }

@@ -231,7 +231,8 @@ same() {
 if wanted same; then
     n=${ranks%% *}
     for what in "--tp $n --" "--tp $n -- --no-overlap" "--tp $n -- --sync-check" "--cp $n --max-sequences 1 -- --no-overlap" \
-        "--cp $n --max-sequences 1 -- --sync-check" "--tp $n -- --peer-kernels off" "--dp $n -- --no-overlap" "--dp $n -- --sync-check"; do
+        "--cp $n --max-sequences 1 -- --sync-check" "--tp $n -- --peer-kernels off" "--dp $n -- --no-overlap" "--dp $n -- --sync-check" \
+        "--dp $n -- --peer-kernels on" "--cp $n --max-sequences 1 -- --peer-kernels on"; do
         n_grids=$((n_grids + 1))
         # shellcheck disable=SC2086 # options
         at_a_time same "$what" $what

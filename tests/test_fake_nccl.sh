@@ -53,9 +53,9 @@ for peers in '' unreachable; do
     done
 done
 
-# Under context parallelism rows are pushed.
+# Rows are pushed and swapped; where they are dealt out as runs they go through NCCL.
 # shellcheck disable=SC2016 # the script's
-printf '#!/bin/sh\ncase "$*" in *--cp*) set -- "$@" --peer-kernels on ;; esac\nexec "%s" "$@" --device cuda\n' "$program" >"$dir/trireme"
+printf '#!/bin/sh\ncase "$*" in *in-seq-split*) set -- "$@" --peer-kernels off ;; esac\nexec "%s" "$@" --device cuda\n' "$program" >"$dir/trireme"
 chmod +x "$dir/trireme"
 "$TR_SRCDIR/tests/run_grids.sh" "$dir/trireme" "$TR_SRCDIR/models/tiny" "$TR_BUILDDIR/tests/compare_records" --quick || status=1
 
@@ -111,7 +111,11 @@ ends 0 'attn_tp: no sums over peer memory: member 0: cudaIpcGetMemHandle: ' FAKE
 ends 0 'attn_tp: no sums over peer memory: what one GPU stores .* does not arrive' FAKE_PEERS=damaged ARGUMENTS='--verbose'
 ends 2 'attn_tp.*member 1: cudaIpcOpenMemHandle: ' FAKE_PEERS=closed ARGUMENTS='--peer-kernels on'
 ends 0 'attn_cp: rows over peer memory' FAKE_GPU= ARGUMENTS='--tp 1 --cp 2 --peer-kernels on --verbose'
-ends 0 'attn_cp: rows over NCCL' FAKE_GPU= ARGUMENTS='--tp 1 --cp 2 --verbose'
+ends 0 'attn_cp: rows over peer memory' FAKE_GPU= ARGUMENTS='--tp 1 --cp 2 --verbose'
+ends 0 'attn_cp: rows over NCCL: switched off' FAKE_GPU= ARGUMENTS='--tp 1 --cp 2 --verbose --peer-kernels off'
+ends 0 'moe: rows over peer memory' FAKE_GPU= ARGUMENTS='--tp 1 --dp 2 --verbose'
+ends 0 'moe: rows over NCCL: member 0: GPU .* does not reach' FAKE_PEERS=unreachable ARGUMENTS='--tp 1 --dp 2 --verbose'
+ends 0 'moe: rows over NCCL: what one GPU stores .* does not arrive' FAKE_PEERS=damaged ARGUMENTS='--tp 1 --dp 2 --verbose'
 ends 2 'rows over peer memory of attn_cp: member 0: GPU .* does not reach' FAKE_PEERS=unreachable ARGUMENTS='--tp 1 --cp 2 --peer-kernels on'
 ends 2 'rows over peer memory of attn_cp: member 1: cudaIpcOpenMemHandle: ' FAKE_PEERS=closed ARGUMENTS='--tp 1 --cp 2 --peer-kernels on'
 ends 86 'attn_tp.*an error of the fake NCCL' FAKE_GPU= FAKE_NCCL_CALLS=40 ARGUMENTS='--peer-kernels off'

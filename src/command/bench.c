@@ -62,8 +62,8 @@ static const char help_text[] =
     "                            layer's attention and feed-forward network take by themselves\n"
     "      --sync-check          wait for every operation: --regions then tells its time on a\n"
     "                            GPU, and a failure names it\n"
-    "      --peer-kernels WHEN   auto, on or off: sums over the GPUs' peer memory, with on rows\n"
-    "                            under --cp too (default auto)\n"
+    "      --peer-kernels WHEN   auto, on or off: exchanges over the GPUs' peer memory, sums with\n"
+    "                            on even where NCCL's are faster (default auto)\n"
     "  -h, --help                this text\n";
 
 /* ---- options --------------------------------------------------------------------------------------------------------- */

@@ -210,12 +210,13 @@ static tr_status open_push(tr_comm *group, tr_peer_use use, tr_log *log, tr_err 
     const tr_status st = tr_nccl_push(group, use, why, sizeof why, err);
 
     if (st == TR_OK && log)
-        tr_log_debug(log, "%s: rows over %s", tr_comm_name(group), why[0] ? "NCCL" : "peer memory");
+        tr_log_debug(log, "%s: rows over %s%s%s", tr_comm_name(group),
+                     why[0] ? "NCCL" : "peer memory", why[0] ? ": " : "", why);
     return st;
 }
 
 /* The context-parallel group exchanges rows of its caches in every layer, the MoE group rows and what the experts make of them:
- * over peer memory when told to alone, as whole jobs have not been timed on GPUs yet. */
+ * over peer memory where that works. The MoE group may span hosts where the other does not, so it is never refused. */
 static tr_status open_ways(tr_comm *comm, tr_grid_group group, const tr_open_options *options,
                            int d, tr_log *log, tr_err *err)
 {
@@ -225,9 +226,9 @@ static tr_status open_ways(tr_comm *comm, tr_grid_group group, const tr_open_opt
     case TR_GROUP_ATTN_TP:
         return open_peers(comm, options, d, log, err);
     case TR_GROUP_ATTN_CP:
-        return open_push(comm, use == TR_PEER_ON ? use : TR_PEER_OFF, log, err);
+        return open_push(comm, use, log, err);
     case TR_GROUP_MOE:
-        return open_push(comm, use == TR_PEER_ON ? TR_PEER_AUTO : TR_PEER_OFF, log, err);
+        return open_push(comm, use == TR_PEER_OFF ? use : TR_PEER_AUTO, log, err);
     default:
         return TR_OK;
     }

@@ -277,9 +277,10 @@ static const tr_option batch_table[] = {
      "wait for every operation, so that a failure names the one that failed, and look at every row "
      "after every layer: a numerical_error says where its numbers were not finite first. Slow"},
     {"peer-kernels", 0, TR_OPTION_CHOICE, AT(peer_kernels), 0, 0, "WHEN", "auto|on|off",
-     "sums over the ranks of a host by kernels that store into the other GPUs' memory: where they are "
-     "faster than NCCL, as measured at the start (auto, the default), wherever they can, or never; "
-     "with on, context-parallel ranks' keys and latents and rows to other ranks' experts too"},
+     "exchanges between the ranks of a host by kernels that store into the other GPUs' memory: rows "
+     "to other ranks' experts, context-parallel ranks' keys and latents, and sums where they are "
+     "faster than NCCL, as measured at the start (auto, the default); sums wherever they can (on); "
+     "or never (off)"},
     {"check-agree", 0, TR_OPTION_ABSENT_FLAG, 0, 0, 0, NULL, NULL, NULL},
 };
 /* clang-format on */

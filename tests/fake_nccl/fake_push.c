@@ -108,6 +108,7 @@ static void swap_pair(const tr_cuda_swap_group *g, const tr_cuda_swap_args *a, i
     good = good && swap_hear(g, READY, m, epoch, &v);
     if (good) {
         memcpy(a->memory[m] + v, a->from[m], a->n_send[m]);
+        if (fake_told("damaged") && a->n_send[m]) a->memory[m][v] ^= 1;
         swap_tell(g, SENT, m, epoch, 0);
     }
     good = good && swap_hear(g, SENT, m, epoch, &v);
