@@ -46,17 +46,17 @@ static normed run_norm(pair *p, int n, int n_max, int d, const float *x, const f
 
 static void check_norm(pair *p, int d, int with_add)
 {
-    enum { FEW = 9, MANY = 301 };
+    enum { FEW = 9, MANY = 601, LD = (MANY + 3) / 4 * 4 };
     const size_t D = (size_t)d;
     const float *x = floats(p, MANY * D, 3), *add = with_add ? acts(p, MANY * D, 1) : NULL,
                 *factors = floats(p, D, 1);
     const normed many = run_norm(p, MANY - 1, MANY, d, x, add, factors);
     float *residual = test_alloc(MANY * D, 4), *out = test_alloc(MANY * D, 4),
-          *scale = test_alloc(304 * D / 128, 4);
+          *scale = test_alloc(LD * D / 128, 4);
     uint8_t *q = test_alloc(MANY * D, 1);
     memcpy(residual, pull(p, many.residual), MANY * D * 4);
     memcpy(out, pull(p, many.out), MANY * D * 4);
-    memcpy(scale, pull(p, many.scale), 304 * D / 128 * 4);
+    memcpy(scale, pull(p, many.scale), LD * D / 128 * 4);
     memcpy(q, pull(p, many.q), MANY * D);
     /* The last row is not live. */
     assert_memory_equal(residual + (MANY - 1) * D, many.residual + (MANY - 1) * D, D * 4);
@@ -72,7 +72,7 @@ static void check_norm(pair *p, int d, int with_add)
         const float *few_scale = pull(p, few.scale);
         for (size_t b = 0; b < D / 128; b++)
             for (int i = 0; i < FEW; i++)
-                assert_true(few_scale[b * 12 + (size_t)i] == scale[b * 304 + (size_t)(r + i)]);
+                assert_true(few_scale[b * 12 + (size_t)i] == scale[b * LD + (size_t)(r + i)]);
     }
     free(residual);
     free(out);
@@ -112,16 +112,17 @@ static float *run_linear(pair *p, weight *w, const float *x, int n, int n_max)
     return out;
 }
 
-static void check_alone(pair *p, int n_out, int n_in)
+/* Some of the first rows and all among `most`. */
+static void check_alone(pair *p, int n_out, int n_in, int most)
 {
-    enum { MOST = 300 };
-    static const int counts[][2] = {{1, 1}, {5, 8}, {16, 16}, {33, 64}, {250, 256}, {299, 300}};
+    const int counts[][2] = {{1, 1},     {5, 8},     {16, 16},        {33, 64},
+                             {250, 256}, {299, 300}, {most - 1, most}};
     const size_t d = (size_t)n_in, d_out = (size_t)n_out;
     weight w;
     weight_new(p, &w, TR_W_BF16, 1, n_out, n_in, 0, 0);
-    const float *x = acts(p, MOST * d, 2);
-    float *want = test_alloc(MOST * d_out, 4);
-    memcpy(want, pull(p, run_linear(p, &w, x, MOST, MOST)), MOST * d_out * 4);
+    const float *x = acts(p, (size_t)most * d, 2);
+    float *want = test_alloc((size_t)most * d_out, 4);
+    memcpy(want, pull(p, run_linear(p, &w, x, most, most)), (size_t)most * d_out * 4);
     for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
         const size_t n = (size_t)counts[i][0], n_max = (size_t)counts[i][1];
         const float *out = run_linear(p, &w, x, counts[i][0], counts[i][1]), *got = pull(p, out);
@@ -135,10 +136,13 @@ static void check_alone(pair *p, int n_out, int n_in)
 
 static void test_alone(void **state)
 {
-    check_alone(*state, 64, 7168);
-    check_alone(*state, 250, 7168);
-    check_alone(*state, 5000, 512);
-    check_alone(*state, 96, 544);
+    check_alone(*state, 64, 7168, 300);
+    check_alone(*state, 250, 7168, 300);
+    check_alone(*state, 5000, 512, 300);
+    check_alone(*state, 96, 544, 300);
+    check_alone(*state, 250, 1024, 4301); /* prompts: clusters with large tiles */
+    check_alone(*state, 64, 1024, 6211);
+    check_alone(*state, 5, 512, 80000);
 }
 
 /* ---- codes instead of numbers -------------------------------------------------------------------------------------- */

@@ -3,6 +3,7 @@
  * their keys, 128 at a time; one warp copies, two warpgroups of 64 rows compute, each working on the scores of the next block
  * while its values of the last are added up, and taking turns at the tensor cores. */
 #include "kernels/cuda/dense_mha_hopper.cuh"
+#include "kernels/cuda/row_words.cuh"
 
 namespace tr
 {
@@ -11,119 +12,161 @@ namespace dense
 
 /* ---- plan -------------------------------------------------------------------------------------------------------------- */
 
-enum { PLAN_THREADS = 1024, SORT_MAX = 4096 };
+enum { SPANS_NEAR = 256, SORT_MAX = 4096 };
 
-__device__ __forceinline__ bool is_live(const tr_rows &r, int i, int n)
+struct plan_shared {
+    span spans[SPANS_NEAR]; /* where there are no more */
+    int64_t order[SORT_MAX];
+    uint32_t pads[words::ROWS / 32], space[words::WARPS];
+    int n_tiles;
+};
+
+/* Spans that begin among the 8,192 rows from `first` on, and those that end before one of them; done: how many there are before. A
+ * span's n is the row behind it for now. Returns whether this warp has dense rows that are pads: bits in sh->pads. */
+__device__ bool find_spans(const job &j, int n, int first, plan_shared *sh, words::counts *done)
 {
-    return i >= 0 && i < n && r.dense[i] && r.write[i] >= 0;
-}
-/* Row i goes on with what row i - 1 began. */
-__device__ __forceinline__ bool follows(const job &j, int i, int n)
-{
+    enum { EACH = words::EACH };
     const tr_rows &r = j.rows;
-    return is_live(r, i - 1, n) && is_live(r, i, n) && r.slot[i] == r.slot[i - 1] &&
-           r.position[i] == r.position[i - 1] + j.step;
-}
+    const int lane = (int)threadIdx.x % 32, front = words::row_at(first, 0) - lane - 1;
+    uint32_t live[EACH], follows[EACH], pads = 0;
+    const words::batch my(r, n, first);
+    /* The row in front of the warp's. */
+    const int i_front = min(max(front, 0), n - 1), d_front = r.dense[i_front];
+    const int64_t w_front = r.write[i_front];
+    int s = r.slot[i_front], p = r.position[i_front];
+    const bool l_first = front == i_front && d_front && w_front >= 0;
+    bool l = l_first;
 
-/* Sum over the threads before this one; *total: over all. */
-__device__ int scan(int x, int *space, int *total)
-{
-    int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, sum = x;
-    __syncthreads();
 #pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-        int low = __shfl_up_sync(~0u, sum, d);
-        if (lane >= d) sum += low;
+    for (int k = 0; k < EACH; k++) {
+        const bool dense = words::row_at(first, k) < n && my.dense[k];
+        live[k] = __ballot_sync(~0u, dense && my.write[k] >= 0);
+        const uint32_t pad = __ballot_sync(~0u, dense && my.write[k] < 0);
+        pads |= pad;
+        if (lane == 0) sh->pads[threadIdx.x / 32 * EACH + k] = pad;
     }
-    if (lane == 31) space[warp] = sum;
-    __syncthreads();
-    if (warp == 0) {
-        int w = space[lane];
+    words::counts mine = {0, 0}, all;
 #pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-            int low = __shfl_up_sync(~0u, w, d);
-            if (lane >= d) w += low;
-        }
-        space[lane] = w;
+    for (int k = 0; k < EACH; k++) {
+        const int s_up = __shfl_up_sync(~0u, my.slot[k], 1),
+                  p_up = __shfl_up_sync(~0u, my.position[k], 1);
+        const bool goes_on =
+            (lane ? s_up : s) == my.slot[k] && (lane ? p_up : p) + j.step == my.position[k];
+        follows[k] = __ballot_sync(~0u, goes_on) & live[k] & (live[k] << 1 | l);
+        mine.a += __popc(live[k] & ~follows[k]);
+        mine.b += __popc((live[k] << 1 | l) & ~follows[k]);
+        l = live[k] >> 31;
+        s = __shfl_sync(~0u, my.slot[k], 31);
+        p = __shfl_sync(~0u, my.position[k], 31);
     }
-    __syncthreads();
-    *total = space[31];
-    return sum - x + (warp ? space[warp - 1] : 0);
-}
-
-/* The window's tiles, of which there are n_tiles, in their order. */
-__device__ void plan_sort(const job &j, int n_tiles)
-{
-    auto order = [&](const tile &t) { return tr_dense_tile_order(&j.spans[t.i_span], t.first); };
-    for (int i = (int)threadIdx.x; i < n_tiles; i += PLAN_THREADS) {
-        tile t = j.unsorted[i];
-        int64_t mine = order(t);
-        int rank = 0;
-        for (int k = 0; k < n_tiles && n_tiles <= SORT_MAX; k++) {
-            int64_t other = order(j.unsorted[k]);
-            rank += other < mine || (other == mine && k < i);
+    words::counts at = words::scan(mine, sh->space, &all);
+    at.a += done->a;
+    at.b += done->b;
+    l = l_first;
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+        const int i = words::row_at(first, k);
+        const uint32_t begins = live[k] & ~follows[k], ends = (live[k] << 1 | l) & ~follows[k];
+        const int b = at.a + __popc(begins & words::before()),
+                  e = at.b + __popc(ends & words::before());
+        if (begins >> lane & 1 && b < j.max_spans) {
+            j.spans[b].row = i;
+            j.spans[b].slot = my.slot[k];
+            j.spans[b].position = my.position[k];
+            j.spans[b].step = j.step;
         }
-        j.tiles[n_tiles <= SORT_MAX ? rank : i] = t;
+        if (ends >> lane & 1 && e < j.max_spans) j.spans[e].n = i;
+        at.a += __popc(begins);
+        at.b += __popc(ends);
+        l = live[k] >> 31;
     }
+    done->a += all.a;
+    done->b += all.b;
+    return pads != 0;
 }
 
 /* Pads among the dense rows see nothing: zeros. */
-__device__ void zero_pads(const job &j, int n)
+__device__ void zero_pads(const job &j, int first, const plan_shared *sh)
 {
-    for (int i = (int)threadIdx.x / 32; i < n; i += PLAN_THREADS / 32) {
-        if (!j.rows.dense[i] || j.rows.write[i] >= 0) continue;
-        uint4 *out = (uint4 *)(void *)(j.out + (size_t)i * j.n_heads * TR_DENSE_D_V * 2);
-        for (int k = (int)threadIdx.x % 32; k < j.n_heads * TR_DENSE_D_V / 8; k += 32)
+    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+
+    for (int w = 0; w < words::ROWS / 32; w++) { /* row `warp` of every word */
+        if (!(sh->pads[w] >> warp & 1)) continue;
+        const size_t i = (size_t)(first + 32 * w + warp);
+        uint4 *out = (uint4 *)(void *)(j.out + i * j.n_heads * TR_DENSE_D_V * 2);
+        for (int k = lane; k < j.n_heads * TR_DENSE_D_V / 8; k += 32)
             out[k] = {0, 0, 0, 0};
     }
 }
 
-__global__ void __launch_bounds__(PLAN_THREADS) dense_plan(const __grid_constant__ job j)
+/* Tiles and blocks of the window's spans, a warp a span at a time. */
+__device__ void list_tiles(const job &j, const span *spans, int n_spans, plan_shared *sh)
 {
-    __shared__ int space[32];
-    int n = min(max(*j.rows.n, 0), j.rows.n_max), total, unused;
-    int per = tr_dense_pieces(n, PLAN_THREADS);
-    int b = min((int)threadIdx.x * per, n), e = min(b + per, n), begins = 0, ends = 0;
+    const int lane = (int)threadIdx.x % 32;
 
-    for (int i = b; i < e; i++) {
-        begins += is_live(j.rows, i, n) && !follows(j, i, n);
-        ends += is_live(j.rows, i, n) && !follows(j, i + 1, n);
-    }
-    int i_begin = scan(begins, space, &total), i_end = scan(ends, space, &unused);
-    total = min(total, j.max_spans);
-    for (int i = b; i < e; i++) {
-        if (is_live(j.rows, i, n) && !follows(j, i, n)) {
-            if (i_begin < total) {
-                j.spans[i_begin].row = i;
-                j.spans[i_begin].slot = j.rows.slot[i];
-                j.spans[i_begin].position = j.rows.position[i];
-                j.spans[i_begin].step = j.step;
-            }
-            i_begin++;
-        }
-        if (is_live(j.rows, i, n) && !follows(j, i + 1, n)) {
-            if (i_end < total) j.spans[i_end].n = i + 1;
-            i_end++;
-        }
-    }
-    __syncthreads();
-    for (int i = (int)threadIdx.x; i < total; i += PLAN_THREADS)
-        j.spans[i].n -= j.spans[i].row;
-    __syncthreads();
-    if (threadIdx.x == 0) /* spans are few */
-        tr_dense_plan_window(j.spans, total, j.max_keys, j.first_round, j.n_rounds, j.plan);
-    __syncthreads();
-    for (int i = (int)threadIdx.x; i < total; i += PLAN_THREADS) {
-        span s = j.spans[i];
+    for (int i = (int)threadIdx.x / 32; i < n_spans; i += words::WARPS) {
+        const span s = spans[i];
         if (s.round < 0) continue;
-        for (int k = 0; k * TILE_ROWS < s.n; k++)
-            j.unsorted[s.i_tile + k] = {i, k * TILE_ROWS};
-        for (int k = 0; k * BLOCK_KEYS < tr_dense_seen(&s, s.n); k++)
+        for (int k = lane; k * TILE_ROWS < s.n; k += 32) {
+            const tile t = {i, k * TILE_ROWS};
+            j.unsorted[s.i_tile + k] = t;
+            if (s.i_tile + k < SORT_MAX) sh->order[s.i_tile + k] = tr_dense_tile_order(&s, t.first);
+        }
+        const int seen = tr_dense_seen(&s, s.n);
+        for (int k = lane; k * BLOCK_KEYS < seen; k += 32)
             j.blocks[s.i_block + k] = {i, k * BLOCK_KEYS};
     }
+}
+
+/* The window's tiles, of which there are n_tiles, in their order. */
+__device__ void plan_sort(const job &j, int n_tiles, const plan_shared *sh)
+{
+    const bool sorts = n_tiles <= SORT_MAX;
+
+    for (int i = (int)threadIdx.x; i < n_tiles; i += words::THREADS) {
+        const tile t = j.unsorted[i];
+        const int64_t mine = sorts ? sh->order[i] : 0;
+        int rank = 0;
+#pragma unroll 8
+        for (int k = 0; k < (sorts ? n_tiles : 0); k++)
+            rank += sh->order[k] < mine || (sh->order[k] == mine && k < i);
+        j.tiles[sorts ? rank : i] = t;
+    }
+}
+
+__global__ void __launch_bounds__(words::THREADS) dense_plan(const __grid_constant__ job j)
+{
+    __shared__ plan_shared sh;
+    const int n = min(max(*j.rows.n, 0), j.rows.n_max);
+    words::counts found = {0, 0};
+
+    for (int first = 0; first < n; first += words::ROWS) {
+        const bool pads = find_spans(j, n, first, &sh, &found);
+        if (__syncthreads_or(pads) && j.first_round == 0) zero_pads(j, first, &sh);
+        if (first + words::ROWS < n) __syncthreads(); /* the words are written anew */
+    }
+    /* Otherwise the row behind the last one is one of those that find_spans saw. */
+    if (threadIdx.x == 0 && n % words::ROWS == 0 && found.b < min(found.a, j.max_spans))
+        j.spans[found.b].n = n;
     __syncthreads();
-    plan_sort(j, j.plan->tile_begin[j.n_rounds]);
-    if (j.first_round == 0) zero_pads(j, n);
+    const int total = min(found.a, j.max_spans);
+    span *spans = total <= SPANS_NEAR ? sh.spans : j.spans;
+    for (int i = (int)threadIdx.x; i < total; i += words::THREADS) {
+        span s = j.spans[i];
+        s.n -= s.row;
+        spans[i] = s;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) { /* spans are few */
+        tr_dense_plan_window(spans, total, j.max_keys, j.first_round, j.n_rounds, j.plan);
+        sh.n_tiles = j.plan->tile_begin[j.n_rounds];
+    }
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < total && spans != j.spans; i += words::THREADS)
+        j.spans[i] = spans[i];
+    list_tiles(j, spans, total, &sh);
+    __syncthreads();
+    plan_sort(j, sh.n_tiles, &sh);
 }
 
 /* ---- attention --------------------------------------------------------------------------------------------------------- */
@@ -524,7 +567,7 @@ cudaError_t tr_cuda_dense_mha_hopper(const tr_cuda_dense_mha_hopper_args *a, cud
     j.group_heads = (int)(each < GROUP_HEADS ? each : GROUP_HEADS);
     for (; e == cudaSuccess && j.first_round < rounds; j.first_round += j.n_rounds) {
         j.n_rounds = (int)min(rounds - j.first_round, (int64_t)TR_DENSE_ROUNDS);
-        dense_plan<<<1, PLAN_THREADS, 0, stream>>>(j);
+        dense_plan<<<1, tr::words::THREADS, 0, stream>>>(j);
         e = cudaGetLastError();
         for (j.i_round = 0; e == cudaSuccess && j.i_round < j.n_rounds; j.i_round++) {
             e = launch_keys(j, a->w_kv, l.n_blocks, stream);

@@ -3,6 +3,7 @@
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/gemm_bf16_few.cuh"
 #include "kernels/cuda/gemm_bf16_tile.cuh"
+#include "kernels/cuda/gemm_bf16_wide.cuh"
 
 namespace
 {
@@ -154,8 +155,15 @@ template <int OUTS> cudaError_t open_few()
 enum { MANY_OUTPUTS = 4096 }; /* from here on smaller tiles would not occupy more SMs */
 
 /* Tiles by what keeps the GPU busy without asking the L2 for the same too often: of the language head's weights as few passes over
- * the rows as registers allow; of few outputs and rows an eighth of the columns a block, else whole sums. */
-enum { HEAD_ROWS = 32, SPLIT_MOST = 1 << 18, NARROW = 64 };
+ * the rows as registers allow; of few outputs and rows an eighth of the columns a block, else whole sums. Where those tiles would
+ * be more than the SMs at once, or nearly, clusters with larger ones. */
+enum {
+    HEAD_ROWS = 32,
+    SPLIT_MOST = 1 << 18,
+    NARROW = 64,
+    NARROW_LEAST = 3 << 17,
+    WIDE_LEAST = 1 << 20
+};
 
 cudaError_t launch_tile(const product &p, cudaStream_t stream)
 {
@@ -173,8 +181,12 @@ cudaError_t launch_tile(const product &p, cudaStream_t stream)
     if (p.n_out >= MANY_OUTPUTS)
         return p.n_max <= HEAD_ROWS ? launch<2, 1, 4, 5, false>(t, stream)  /* 32 x 128 */
                                     : launch<2, 2, 8, 5, false>(t, stream); /* 64 x 256 */
-    if ((size_t)p.n_max * (size_t)p.n_out < SPLIT_MOST)
-        return launch<2, 1, 1, 7, true>(t, stream);                  /* 32 x 32 */
+    const size_t n = (size_t)p.n_max * (size_t)p.n_out;
+    if (p.n_out > 128 && n > WIDE_LEAST)
+        return tr::wide::launch<2, 4, 4, 6, 1, 2>(t, stream); /* 128 x 256 */
+    if (p.n_out <= NARROW && n > NARROW_LEAST)
+        return tr::wide::launch<4, 1, 4, 12, 2, 1>(t, stream);       /* 128 x 64 */
+    if (n < SPLIT_MOST) return launch<2, 1, 1, 7, true>(t, stream);  /* 32 x 32 */
     return p.n_out <= NARROW ? launch<4, 1, 2, 6, false>(t, stream)  /* 64 x 32 */
                              : launch<4, 2, 4, 6, false>(t, stream); /* 128 x 64 */
 }
@@ -185,7 +197,9 @@ cudaError_t open_tiles()
     if (e == cudaSuccess) e = tr::tile::open<2, 2, 8, 5, false>();
     if (e == cudaSuccess) e = tr::tile::open<2, 1, 1, 7, true>();
     if (e == cudaSuccess) e = tr::tile::open<4, 1, 2, 6, false>();
-    return e == cudaSuccess ? tr::tile::open<4, 2, 4, 6, false>() : e;
+    if (e == cudaSuccess) e = tr::tile::open<4, 2, 4, 6, false>();
+    if (e == cudaSuccess) e = tr::wide::open<2, 4, 4, 6, 1, 2>();
+    return e == cudaSuccess ? tr::wide::open<4, 1, 4, 12, 2, 1>() : e;
 }
 
 } // namespace

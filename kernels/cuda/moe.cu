@@ -106,57 +106,93 @@ __global__ void __launch_bounds__(THREADS) swiglu(const __grid_constant__ tr_swi
 }
 
 /* V neighbouring numbers at once: 8 are 16 bytes. */
-template <int V> struct alignas(V * 2) few_numbers {
-    __nv_bfloat16 v[V];
+template <int V> struct piece_of;
+template <> struct piece_of<8> {
+    typedef uint4 raw;
 };
-
-/* A thread has V neighbouring columns of a row. The rows of AHEAD pairs are on their way at a time; they are added in the
- * order of the pairs. */
-template <int V>
-__global__ void __launch_bounds__(COMBINE_THREADS)
-    combine(const __grid_constant__ tr_moe_combine_args a)
+template <> struct piece_of<4> {
+    typedef uint2 raw;
+};
+template <> struct piece_of<1> {
+    typedef unsigned short raw;
+};
+__device__ __forceinline__ void spread(float (&v)[8], uint4 raw)
 {
-    enum { AHEAD = 4 };
-    typedef few_numbers<V> piece;
-    const int r = (int)blockIdx.x, i = ((int)blockIdx.y * COMBINE_THREADS + (int)threadIdx.x) * V;
+    tr::eight_of(v, raw);
+}
+__device__ __forceinline__ void spread(float (&v)[4], uint2 raw)
+{
+    const float4 f = tr::four_of(raw);
+    v[0] = f.x;
+    v[1] = f.y;
+    v[2] = f.z;
+    v[3] = f.w;
+}
+__device__ __forceinline__ void spread(float (&v)[1], unsigned short raw)
+{
+    v[0] = __uint_as_float((uint32_t)raw << 16);
+}
+
+__device__ __forceinline__ uint32_t two(float low, float high)
+{
+    const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+    return *(const uint32_t *)&x;
+}
+
+/* A thread has V neighbouring columns of a row, a block of threads one of the row's `across` parts. The rows of AHEAD pairs are on
+ * their way at a time; they are added in the order of the pairs. */
+template <int V>
+__global__ void __launch_bounds__(COMBINE_THREADS, 6)
+    combine(const __grid_constant__ tr_moe_combine_args a, int across)
+{
+    enum { AHEAD = 8 };
+    typedef typename piece_of<V>::raw piece;
+    const int r = (int)blockIdx.x / across,
+              i = ((int)blockIdx.x % across * COMBINE_THREADS + (int)threadIdx.x) * V;
     tr::early::follow();
-    if (r >= tr::live_rows(a.n, a.n_max) || i >= a.d) return;
+    if (i >= a.d) return;
     const size_t at = (size_t)r * (size_t)a.d + (size_t)i, pair = (size_t)r * (size_t)a.k;
     const __nv_bfloat16 *y = tr::act(a.y) + pair * (size_t)a.d + (size_t)i;
     const int32_t *expert = a.expert + pair;
     const float *weight = a.weight + pair;
+    const int n = tr::live_rows(a.n, a.n_max);
     float sum[V] = {};
-    if (a.shared) {
-        const piece x = *reinterpret_cast<const piece *>(tr::act(a.shared) + at);
-#pragma unroll
-        for (int v = 0; v < V; v++)
-            sum[v] = __bfloat162float(x.v[v]);
-    }
-    for (int j0 = 0; j0 < a.k; j0 += AHEAD) {
-        piece x[AHEAD];
+    piece x0 = {};
+    if (a.shared) x0 = *reinterpret_cast<const piece *>(tr::act(a.shared) + at);
+    for (int j0 = 0; j0 == 0 || j0 < a.k; j0 += AHEAD) {
+        piece x[AHEAD] = {};
         float w[AHEAD];
-        bool here[AHEAD];
+        uint32_t here = 0;
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
+        for (int j = 0; j < AHEAD; j++) { /* beside n: there is room for n_max rows of them */
             const int e = j0 + j < a.k ? expert[j0 + j] - a.e_first : -1;
-            here[j] = e >= 0 && e < a.n_local;
-            if (!here[j]) continue;
-            w[j] = weight[j0 + j];
-            x[j] = *reinterpret_cast<const piece *>(y + (size_t)(j0 + j) * (size_t)a.d);
+            w[j] = j0 + j < a.k ? weight[j0 + j] : 0;
+            here |= (uint32_t)(e >= 0 && e < a.n_local) << j;
         }
+        if (r >= n) return;
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++)
+            if (here >> j & 1) /* nobody reads it again */
+                x[j] = __ldcs(reinterpret_cast<const piece *>(y + (size_t)(j0 + j) * (size_t)a.d));
+        if (j0 == 0) spread(sum, x0);
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) {
-            if (!here[j]) continue;
+            if (!(here >> j & 1)) continue;
+            float f[V];
+            spread(f, x[j]);
 #pragma unroll
             for (int v = 0; v < V; v++)
-                sum[v] = __fmaf_rn(w[j], __bfloat162float(x[j].v[v]), sum[v]);
+                sum[v] = __fmaf_rn(w[j], f[v], sum[v]);
         }
     }
-    piece out;
-#pragma unroll
-    for (int v = 0; v < V; v++)
-        out.v[v] = __float2bfloat16_rn(sum[v]);
-    *reinterpret_cast<piece *>(tr::act(a.out) + at) = out;
+    __nv_bfloat16 *out = tr::act(a.out) + at;
+    if constexpr (V == 1)
+        *out = __float2bfloat16_rn(sum[0]);
+    else if constexpr (V == 4)
+        tr::write_four(out, make_float4(sum[0], sum[1], sum[2], sum[3]));
+    else
+        *(uint4 *)(void *)out = make_uint4(two(sum[0], sum[1]), two(sum[2], sum[3]),
+                                           two(sum[4], sum[5]), two(sum[6], sum[7]));
 }
 
 /* ---- the workspace of moe ------------------------------------------------------------------------------------------ */
@@ -289,8 +325,8 @@ cudaError_t tr_cuda_moe(const struct tr_moe_args *a, int shift_in, int shift_inn
 cudaError_t tr_cuda_swiglu(const struct tr_swiglu_args *a, cudaStream_t stream)
 {
     if (a->q && a->d % 8 == 0)
-        return tr_quantise_swiglu(a->gate_up, a->n, a->n_max, a->d, a->scale_pow2, a->q,
-                                  a->q_scale, stream);
+        return tr_quantise_swiglu(a->gate_up, a->n, a->n_max, a->d, a->scale_pow2, a->q, a->q_scale,
+                                  stream);
     const int v = a->d % 4 ? 1 : 4;
     const size_t total = a->n_max <= 0 ? 0 : (size_t)a->n_max * (size_t)(a->d / v);
     if (total == 0) return cudaSuccess;
@@ -304,10 +340,10 @@ cudaError_t tr_cuda_moe_combine(const struct tr_moe_combine_args *a, cudaStream_
     if (a->n_max <= 0) return cudaSuccess;
     const uintptr_t where = (uintptr_t)a->y | (uintptr_t)a->shared | (uintptr_t)a->out;
     const int v = a->d % 8 == 0 && where % 16 == 0 ? 8 : a->d % 4 == 0 && where % 8 == 0 ? 4 : 1;
-    const dim3 grid((unsigned)a->n_max,
-                    tr::blocks_for((size_t)a->d, (size_t)(COMBINE_THREADS * v)));
+    const unsigned across = tr::blocks_for((size_t)a->d, (size_t)(COMBINE_THREADS * v));
     return tr::early::launch(v == 8   ? combine<8>
                              : v == 4 ? combine<4>
                                       : combine<1>,
-                             1, grid, COMBINE_THREADS, 0, stream, *a);
+                             1, dim3((unsigned)a->n_max * across), COMBINE_THREADS, 0, stream, *a,
+                             (int)across);
 }

@@ -1,6 +1,7 @@
 /* Which rows of a step have their keys expanded, and expanding them (sparse_mla_expand.cuh). Both read on the device what the
  * step is: its rows, their slots, the slots' pages. */
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/row_words.cuh"
 #include "kernels/cuda/sparse_mla_expand.cuh"
 #include "kernels/cuda/sparse_mla_tile.cuh"
 
@@ -12,72 +13,80 @@ namespace mla
 namespace
 {
 
-enum { PLAN_THREADS = 1024, WARPS = PLAN_THREADS / 32, EXPAND_THREADS = 256 };
+enum { EXPAND_THREADS = 256 };
 /* Of a record: 16-byte pieces of latents and of rope. */
 enum { LATENT_PIECES = D_LATENT / 16, PIECES = LATENT_PIECES + (D_KEY - D_LATENT) / 8 };
 
 struct plan_shared {
     int32_t n_rows[EXPAND_RUNS], context[EXPAND_RUNS], slot[EXPAND_RUNS], base[EXPAND_RUNS];
-    int32_t warp[WARPS];
+    uint32_t space[words::WARPS];
 };
 
-/* Threads before this one that say yes; *all: how many do. By the whole block. */
-__device__ int place(bool yes, int32_t *warp, int *all)
-{
-    const int lane = (int)threadIdx.x % 32, i_warp = (int)threadIdx.x / 32;
-    const unsigned mask = __ballot_sync(~0u, yes);
-    int before = 0, sum = 0;
+/* What the rows of a run that count have together. By a whole warp, alike in its lanes. */
+struct run_sum {
+    int run, n_rows, context;
 
-    if (lane == 0) warp[i_warp] = __popc(mask);
-    __syncthreads();
-    for (int i = 0; i < WARPS; i++) {
-        if (i < i_warp) before += warp[i];
-        sum += warp[i];
-    }
-    __syncthreads();
-    *all = sum;
-    return before + __popc(mask & ((1u << lane) - 1));
-}
-
-/* Rows that want a list: absorbed ones; what a pad row's output is nobody asks, but it is written. */
-__device__ bool absorbed(const tr_rows &rows, int i)
-{
-    return !rows.dense || !rows.dense[i];
-}
-
-/* Number the runs: base[i] is the run of row i for now. Returns how many there are. */
-__device__ int find_runs(const tr_rows &rows, int n, plan_shared *sh, int32_t *base)
-{
-    const int lane = (int)threadIdx.x % 32;
-    int n_runs = 0;
-
-    for (int i = (int)threadIdx.x; i - (int)threadIdx.x < n; i += PLAN_THREADS) {
-        const bool live = i < n;
-        const int slot = live ? rows.slot[i] : -1;
-        const bool begins = live && (i == 0 || rows.slot[i - 1] != slot);
-        int all, run = n_runs + place(begins, sh->warp, &all) + begins - 1;
-        n_runs += all;
-        if (live)
-            base[i] = run;
-        else
-            run = -1;
-        const bool counts = live && absorbed(rows, i) && !is_pad(rows, i);
-        int count = counts, context = counts ? rows.position[i] + 1 : 0;
-        /* A run's lanes are neighbours: its last one gets all. */
-        for (int d = 1; d < 32; d *= 2) {
-            const int c = __shfl_up_sync(~0u, count, d), x = __shfl_up_sync(~0u, context, d),
-                      r = __shfl_up_sync(~0u, run, d);
-            if (lane < d || r != run) continue;
-            count += c;
-            context = max(context, x);
+    __device__ __forceinline__ void end(plan_shared *sh)
+    {
+        if (threadIdx.x % 32 == 0 && n_rows > 0 && run < EXPAND_RUNS) {
+            atomicAdd(&sh->n_rows[run], n_rows);
+            atomicMax(&sh->context[run], context);
         }
-        const int next = __shfl_down_sync(~0u, run, 1);
-        if (count == 0 || run >= EXPAND_RUNS || (lane < 31 && next == run)) continue;
-        atomicAdd(&sh->n_rows[run], count);
-        atomicMax(&sh->context[run], context);
-        sh->slot[run] = slot;
+        n_rows = context = 0;
+        run++;
     }
-    return n_runs;
+    /* The rows of a word: where runs begin, which rows count, and this lane's context. */
+    __device__ __forceinline__ void add(uint32_t begins, uint32_t count, int mine, plan_shared *sh)
+    {
+        uint32_t rest = ~0u; /* lanes behind the last run that ended */
+        for (;;) {
+            const uint32_t first = begins & -begins, here = rest & (first - 1) & count;
+            if (here) {
+                n_rows += __popc(here);
+                context =
+                    max(context, __reduce_max_sync(~0u, here >> threadIdx.x % 32 & 1 ? mine : 0));
+            }
+            if (!first) return;
+            end(sh);
+            rest = ~(first - 1);
+            begins ^= first;
+        }
+    }
+};
+
+/* Rows that want a list are the absorbed ones; what a pad row's output is nobody asks, but it is written.
+ *
+ * Number the runs of the 8,192 rows from `first` on; base[i] is the run of row i for now. Returns how many there are with the
+ * n_runs before. */
+__device__ int find_runs(const tr_rows &rows, int n, int first, int n_runs, plan_shared *sh,
+                         int32_t *base)
+{
+    enum { EACH = words::EACH };
+    const int lane = (int)threadIdx.x % 32, front = words::row_at(first, 0) - lane - 1;
+    const words::batch my(rows, n, first);
+    uint32_t begins[EACH], count[EACH];
+    words::counts mine = {0, 0}, all;
+    int s = front >= 0 && front < n ? rows.slot[front] : -1;
+
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+        const int i = words::row_at(first, k), s_up = __shfl_up_sync(~0u, my.slot[k], 1);
+        begins[k] = __ballot_sync(~0u, i < n && (i == 0 || (lane ? s_up : s) != my.slot[k]));
+        count[k] = __ballot_sync(~0u, i < n && !my.dense[k] && my.write[k] >= 0);
+        mine.a += __popc(begins[k]);
+        s = __shfl_sync(~0u, my.slot[k], 31);
+    }
+    run_sum sum = {n_runs + words::scan(mine, sh->space, &all).a - 1, 0, 0};
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+        const int i = words::row_at(first, k), bit = (int)(begins[k] >> lane & 1),
+                  run = sum.run + __popc(begins[k] & words::before()) + bit;
+        if (i < n) base[i] = run;
+        if (bit && run < EXPAND_RUNS) sh->slot[run] = my.slot[k];
+        sum.add(begins[k], count[k], my.position[k] + 1, sh);
+    }
+    sum.end(sh);
+    return n_runs + all.a;
 }
 
 /* Room for those that pay, in order. By one thread. */
@@ -99,36 +108,66 @@ __device__ void place_runs(plan_shared *sh, int n_runs, const expansion &e)
     e.n[3] = page;
 }
 
-__global__ void __launch_bounds__(PLAN_THREADS)
+/* Where the 8,192 rows from `first` on find their keys, and the lists they go to; done: how many are there before. */
+__device__ void list_rows(const tr_rows &rows, int n, int first, const expansion &e,
+                          plan_shared *sh, words::counts *done)
+{
+    enum { EACH = words::EACH };
+    const int lane = (int)threadIdx.x % 32;
+    const words::batch my(rows, n, first);
+    int run[EACH], base[EACH];
+    uint32_t yes[EACH], no[EACH];
+    words::counts mine = {0, 0}, all;
+
+#pragma unroll
+    for (int k = 0; k < EACH; k++)
+        run[k] = e.base[min(words::row_at(first, k), n - 1)];
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+        const bool wanted = words::row_at(first, k) < n && !my.dense[k];
+        base[k] = wanted && my.write[k] >= 0 && run[k] < EXPAND_RUNS ? sh->base[run[k]] : -1;
+        yes[k] = __ballot_sync(~0u, wanted && base[k] >= 0);
+        no[k] = __ballot_sync(~0u, wanted && base[k] < 0);
+        mine.a += __popc(yes[k]);
+        mine.b += __popc(no[k]);
+    }
+    words::counts at = words::scan(mine, sh->space, &all);
+    at.a += done->a;
+    at.b += done->b;
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+        const int i = words::row_at(first, k);
+        if (i < n) e.base[i] = base[k];
+        if (yes[k] >> lane & 1) e.expanded[at.a + __popc(yes[k] & words::before())] = i;
+        if (no[k] >> lane & 1) e.others[at.b + __popc(no[k] & words::before())] = i;
+        at.a += __popc(yes[k]);
+        at.b += __popc(no[k]);
+    }
+    done->a += all.a;
+    done->b += all.b;
+}
+
+__global__ void __launch_bounds__(words::THREADS)
     plan(const __grid_constant__ tr_rows rows, const __grid_constant__ expansion e)
 {
     __shared__ plan_shared sh;
     const int n = live_rows(rows.n, rows.n_max);
-    int n_expanded = 0, n_others = 0;
+    words::counts listed = {0, 0};
+    int n_runs = 0;
 
-    for (int r = (int)threadIdx.x; r < EXPAND_RUNS; r += PLAN_THREADS)
+    for (int r = (int)threadIdx.x; r < EXPAND_RUNS; r += words::THREADS)
         sh.n_rows[r] = sh.context[r] = 0;
     __syncthreads();
-    const int n_runs = find_runs(rows, n, &sh, e.base);
+    for (int first = 0; first < n; first += words::ROWS)
+        n_runs = find_runs(rows, n, first, n_runs, &sh, e.base);
     __syncthreads();
     if (threadIdx.x == 0) place_runs(&sh, n_runs, e);
     __syncthreads();
-    for (int i = (int)threadIdx.x; i - (int)threadIdx.x < n; i += PLAN_THREADS) {
-        const bool wanted = i < n && absorbed(rows, i);
-        const int run = i < n ? e.base[i] : 0;
-        const int base = wanted && run < EXPAND_RUNS && !is_pad(rows, i) ? sh.base[run] : -1;
-        int n_yes, n_no;
-        const int yes = place(wanted && base >= 0, sh.warp, &n_yes),
-                  no = place(wanted && base < 0, sh.warp, &n_no);
-        if (i < n) e.base[i] = base;
-        if (wanted && base >= 0) e.expanded[n_expanded + yes] = i;
-        if (wanted && base < 0) e.others[n_others + no] = i;
-        n_expanded += n_yes;
-        n_others += n_no;
-    }
+    for (int first = 0; first < n; first += words::ROWS)
+        list_rows(rows, n, first, e, &sh, &listed);
     if (threadIdx.x == 0) {
-        e.n[0] = n_expanded;
-        e.n[1] = n_others;
+        e.n[0] = listed.a;
+        e.n[1] = listed.b;
     }
 }
 
@@ -236,7 +275,7 @@ bool expansion_place(expansion *e, void *workspace, size_t bytes, int n_max)
 cudaError_t expansion_make(const expansion &e, const tr_rows &rows, const tr_kv_layer &kv, int n_sm,
                            cudaStream_t stream)
 {
-    plan<<<1, PLAN_THREADS, 0, stream>>>(rows, e);
+    plan<<<1, words::THREADS, 0, stream>>>(rows, e);
     expand<<<(unsigned)(4 * n_sm), EXPAND_THREADS, 0, stream>>>(rows, kv, e);
     return cudaGetLastError();
 }
