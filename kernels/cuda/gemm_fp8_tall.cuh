@@ -161,6 +161,17 @@ template <class S> struct math_group_tall : math_group_wide<S> {
         __syncwarp();
     }
 
+    /* Nothing to multiply: stages go by. */
+    __device__ __forceinline__ void rest()
+    {
+#pragma unroll 1
+        for (int k = 0; k < a.n_k; k++) {
+            barrier_wait(m.full + at.stage, at.parity);
+            this->release(at.stage);
+            at.next();
+        }
+    }
+
     __device__ __forceinline__ void all_tiles()
     {
         gemm_walk<S> walk(a);
@@ -182,7 +193,7 @@ template <class S> struct math_group_tall : math_group_wide<S> {
                 else
                     store_rows(acc, t, to);
             } else {
-                this->rest();
+                rest();
                 named_barrier(1, 128 * S::WGS);
                 if (S::GATE_UP) barrier_wait(swap_barriers(m) + swaps % 2, swaps / 2 % 2);
             }

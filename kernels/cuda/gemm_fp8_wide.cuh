@@ -323,27 +323,11 @@ template <class S> struct math_group_wide {
         __syncwarp();
     }
 
-    /* Nothing to multiply: stages go by. */
-    __device__ __forceinline__ void rest()
-    {
-#pragma unroll 1
-        for (int k = 0; k < a.n_k; k++) {
-            barrier_wait(m.full + at.stage, at.parity);
-            release(at.stage);
-            at.next();
-        }
-    }
-
     __device__ __forceinline__ void all_tiles()
     {
         gemm_walk<S> walk(a);
         gemm_tile t;
         while (walk.next(t)) {
-            /* An expert's last rows are often few: the other warpgroup has the tensor cores to itself. */
-            if (S::GROUPED && group * 64 >= t.n_rows) {
-                rest();
-                continue;
-            }
             odd = S::W_ROWS == 192 && t.w0 / 64 % 2;
             const int to = S::GATE_UP ? 0 : output_row(t);
             float acc[S::PARTS][S::PN / 2];
