@@ -81,33 +81,37 @@ __global__ void __launch_bounds__(tr::NORM_THREADS)
     tr::norm_store(a, ld_scale, r, t, v, w, sum);
 }
 
-/* The same of many rows: a block of 256 threads has what four of norm_blocks' warps have in each of its own. Blocks stay, with the
- * factors in shared memory, and ask for their next row before they reduce this one, so that reading never pauses. Partial sums are
- * those of norm_blocks, added in its order: the same bits. R: rounds of 256 fours, d <= 1024 R. ADD: whether something is added. */
+/* The same of many rows: a block of 256 threads has what four of norm_blocks' warps have in each of its own, and as many blocks
+ * fit an SM as keep the memory busy while others add up. Partial sums are those of norm_blocks, added in its order: the same bits.
+ * R: rounds of 256 fours, d <= 1024 R. */
 enum { ROW_THREADS = 256, VIRTUAL = tr::NORM_THREADS / ROW_THREADS };
 
-template <int R, bool ADD> struct row_numbers {
+template <int R>
+__global__ void __launch_bounds__(ROW_THREADS, R > 4 ? 4 : 8)
+    norm_rows(const __grid_constant__ tr_norm_args a, int ld_scale)
+{
+    __shared__ float4 part[tr::NORM_THREADS / 32 / 4];
+    const int r = (int)blockIdx.x, t = (int)threadIdx.x;
+    tr::early::follow();
+    if (r >= tr::live_rows(a.n, a.n_max)) return;
+    float *residual = a.residual + (size_t)r * a.ld_residual;
+    const __nv_bfloat16 *add = a.add ? tr::act(a.add) + (size_t)r * a.ld_add : nullptr;
     float4 v[R];
     uint2 more[R];
-
-    /* Once through the L2: rows of a prompt are more than it keeps until they are wanted again. */
-    __device__ __forceinline__ void load(const tr_norm_args &a, int r)
-    {
-        const float *residual = a.residual + (size_t)r * a.ld_residual;
-        const __nv_bfloat16 *add = ADD ? tr::act(a.add) + (size_t)r * a.ld_add : nullptr;
 #pragma unroll
-        for (int i = 0; i < R; i++) {
-            const int j = (i * ROW_THREADS + (int)threadIdx.x) * 4;
-            v[i] = j < a.d ? __ldcs((const float4 *)(residual + j)) : make_float4(0, 0, 0, 0);
-            if (ADD) more[i] = j < a.d ? __ldcs((const uint2 *)(add + j)) : make_uint2(0, 0);
-        }
+    for (int i = 0; i < R; i++) {
+        const int j = (i * ROW_THREADS + t) * 4;
+        v[i] = j < a.d ? *(const float4 *)(residual + j) : make_float4(0, 0, 0, 0);
+        if (add) more[i] = j < a.d ? *(const uint2 *)(add + j) : make_uint2(0, 0);
     }
-};
-
-/* The sum of all threads' squares, as norm_blocks has it. part: a word for each of its warps; the next call wants another. */
-template <int R> __device__ __forceinline__ float row_squares(const float4 (&v)[R], float4 *part)
-{
-    const int t = (int)threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+        const int j = (i * ROW_THREADS + t) * 4;
+        if (!add || j >= a.d) continue;
+        const float4 x = tr::four_of(more[i]);
+        v[i] = make_float4(v[i].x + x.x, v[i].y + x.y, v[i].z + x.z, v[i].w + x.w);
+        *(float4 *)(residual + j) = v[i];
+    }
 #pragma unroll
     for (int i = 0; i < VIRTUAL; i++) {
         float4 of[tr::NORM_ROUNDS];
@@ -126,62 +130,13 @@ template <int R> __device__ __forceinline__ float row_squares(const float4 (&v)[
         sum += part[i].z;
         sum += part[i].w;
     }
-    return sum;
-}
-
-/* Blocks of an SM. */
-template <int R> constexpr int row_blocks()
-{
-    return R > 4 ? 2 : 4;
-}
-
-template <int R, bool ADD>
-__global__ void __launch_bounds__(ROW_THREADS, row_blocks<R>())
-    norm_rows(const __grid_constant__ tr_norm_args a, int ld_scale)
-{
-    __shared__ float4 part[2][tr::NORM_THREADS / 32 / 4], factor[R][ROW_THREADS];
-    const int t = (int)threadIdx.x, step = (int)gridDim.x;
-    row_numbers<R, ADD> next;
+    const float inverse = tr::norm_inverse(a, sum);
 #pragma unroll
-    for (int i = 0; i < R; i++) { /* each thread those that it wants itself */
+    for (int i = 0; i < R; i++) {
         const int j = (i * ROW_THREADS + t) * 4;
-        if (j < a.d) factor[i][t] = __ldg((const float4 *)(a.weight + j));
+        if (j >= a.d) break; /* a whole warp at a time */
+        tr::norm_four(a, ld_scale, r, j, v[i], __ldg((const float4 *)(a.weight + j)), inverse);
     }
-    tr::early::follow();
-    const int n = tr::live_rows(a.n, a.n_max);
-    if ((int)blockIdx.x < n) next.load(a, (int)blockIdx.x);
-    for (int r = (int)blockIdx.x, k = 0; r < n; r += step, k ^= 1) {
-        float *residual = a.residual + (size_t)r * a.ld_residual;
-        float4 v[R];
-#pragma unroll
-        for (int i = 0; i < R; i++) {
-            const int j = (i * ROW_THREADS + t) * 4;
-            v[i] = next.v[i];
-            if (!ADD || j >= a.d) continue;
-            const float4 x = tr::four_of(next.more[i]);
-            v[i] = make_float4(v[i].x + x.x, v[i].y + x.y, v[i].z + x.z, v[i].w + x.w);
-            __stcs((float4 *)(residual + j), v[i]);
-        }
-        if (r + step < n) next.load(a, r + step);
-        const float inverse = tr::norm_inverse(a, row_squares(v, part[k]));
-#pragma unroll
-        for (int i = 0; i < R; i++) {
-            const int j = (i * ROW_THREADS + t) * 4;
-            if (j >= a.d) break; /* a whole warp at a time */
-            tr::norm_four(a, ld_scale, r, j, v[i], factor[i][t], inverse);
-        }
-    }
-}
-
-template <int R> cudaError_t launch_rows(const tr_norm_args &a, int ld_scale, cudaStream_t stream)
-{
-    int device = 0, n_sm = 0;
-    cudaError_t e = cudaGetDevice(&device);
-    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&n_sm, cudaDevAttrMultiProcessorCount, device);
-    if (e != cudaSuccess) return e;
-    const unsigned blocks = tr::at_most((size_t)a.n_max, (unsigned)(n_sm * row_blocks<R>()));
-    return tr::early::launch(a.add ? norm_rows<R, true> : norm_rows<R, false>, 1, dim3(blocks),
-                             ROW_THREADS, 0, stream, a, ld_scale);
 }
 
 __global__ void rows_gather(const __grid_constant__ tr_rows_gather_args a)
@@ -233,9 +188,10 @@ cudaError_t tr_cuda_norm(const struct tr_norm_args *a, cudaStream_t stream)
     if (a->n_max < MANY_ROWS)
         return tr::early::launch(norm_blocks, 1, dim3(n), tr::NORM_THREADS, 0, stream, *a,
                                  ld_scale);
-    return a->d <= 2048   ? launch_rows<2>(*a, ld_scale, stream)
-           : a->d <= 7168 ? launch_rows<7>(*a, ld_scale, stream)
-                          : launch_rows<8>(*a, ld_scale, stream);
+    return tr::early::launch(a->d <= 2048   ? norm_rows<2>
+                             : a->d <= 7168 ? norm_rows<7>
+                                            : norm_rows<8>,
+                             1, dim3(n), ROW_THREADS, 0, stream, *a, ld_scale);
 }
 
 cudaError_t tr_cuda_rows_gather(const struct tr_rows_gather_args *a, cudaStream_t stream)
