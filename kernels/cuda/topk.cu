@@ -266,10 +266,10 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
 
 /* ---- launches --------------------------------------------------------------------------------------------------------- */
 
-template <int THREADS, int QUADS, bool HELD>
+template <int THREADS, int QUADS>
 cudaError_t launch_cluster_as(const topk_params &p, int n_rows, int n_ctas, cudaStream_t stream)
 {
-    size_t bytes = sizeof(cluster_shared) + (HELD ? 0 : (size_t)p.span * 4);
+    size_t bytes = sizeof(cluster_shared);
     cudaLaunchAttribute cluster;
     cudaLaunchConfig_t config = {};
 
@@ -281,14 +281,13 @@ cudaError_t launch_cluster_as(const topk_params &p, int n_rows, int n_ctas, cuda
     config.stream = stream;
     config.attrs = &cluster;
     config.numAttrs = 1;
-    cudaError_t st = cudaFuncSetAttribute(topk_cluster<THREADS, QUADS, HELD>,
+    cudaError_t st = cudaFuncSetAttribute(topk_cluster<THREADS, QUADS>,
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
     if (st == cudaSuccess && n_ctas > 8)
-        st = cudaFuncSetAttribute(topk_cluster<THREADS, QUADS, HELD>,
+        st = cudaFuncSetAttribute(topk_cluster<THREADS, QUADS>,
                                   cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    return st != cudaSuccess
-               ? st
-               : cudaLaunchKernelEx(&config, topk_cluster<THREADS, QUADS, HELD>, p, n_ctas);
+    return st != cudaSuccess ? st
+                             : cudaLaunchKernelEx(&config, topk_cluster<THREADS, QUADS>, p, n_ctas);
 }
 
 cudaError_t launch_cluster(topk_params p, int n_rows, int context, int n_ctas, cudaStream_t stream)
@@ -296,10 +295,11 @@ cudaError_t launch_cluster(topk_params p, int n_rows, int context, int n_ctas, c
     p.span = ((context + n_ctas - 1) / n_ctas + 127) / 128 * 128;
     p.limit = !p.score ? 0 : p.ld < (size_t)context ? (int)p.ld : context;
     if (p.span > SPAN_MAX) return cudaErrorInvalidValue;
-    return p.span <= 256 * 4 * 2    ? launch_cluster_as<256, 2, true>(p, n_rows, n_ctas, stream)
-           : p.span <= 512 * 4 * 4  ? launch_cluster_as<512, 4, true>(p, n_rows, n_ctas, stream)
-           : p.span <= 1024 * 4 * 4 ? launch_cluster_as<1024, 4, true>(p, n_rows, n_ctas, stream)
-                                    : launch_cluster_as<1024, 4, false>(p, n_rows, n_ctas, stream);
+    return p.span <= 256 * 4 * 2    ? launch_cluster_as<256, 2>(p, n_rows, n_ctas, stream)
+           : p.span <= 512 * 4 * 4  ? launch_cluster_as<512, 4>(p, n_rows, n_ctas, stream)
+           : p.span <= 1024 * 4 * 4 ? launch_cluster_as<1024, 4>(p, n_rows, n_ctas, stream)
+           : p.span <= 1024 * 4 * 6 ? launch_cluster_as<1024, 6>(p, n_rows, n_ctas, stream)
+                                    : launch_cluster_as<1024, QUADS_MAX>(p, n_rows, n_ctas, stream);
 }
 
 template <int THREADS>

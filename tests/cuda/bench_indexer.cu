@@ -1,6 +1,7 @@
 /* Checks and times the indexer on a GPU: kernels/cuda/index_logits.h against sums in double precision, kernels/cuda/topk.h
  * against a sort on the host. Exit 1: a check failed. `bench_indexer check` leaves the timing out,
- * `bench_indexer time` the checks; `bench_indexer small` is for compute-sanitizer.
+ * `bench_indexer time` the checks; `bench_indexer topk` checks and times nothing else; `bench_indexer spans` checks what few
+ * rows' CTAs hold; `bench_indexer small` is for compute-sanitizer.
  * nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -I. -Isrc tests/cuda/bench_indexer.cu \
  *     kernels/cuda/index_logits.cu kernels/cuda/topk.cu */
 #include <cmath>
@@ -384,12 +385,12 @@ struct topk_case {
         a.cache_row = cache_row.d;
         a.n_selected = n_selected.d;
     }
-    void run(int i_row, int n_row)
+    void run(int i_row, int n_row, int n_ctas = 0)
     {
         a.i_row = i_row;
         a.n_row = n_row;
         a.score = score.d + i_row * ld;
-        CHECK_CUDA(tr_cuda_topk(&a, 0));
+        CHECK_CUDA(tr_cuda_topk_as(&a, n_ctas, 0));
     }
     void poison()
     {
@@ -486,16 +487,14 @@ float normal(int r, int i)
     return sum;
 }
 
-void check_all_topk(bool small)
+struct kind {
+    const char *name;
+    score_of f;
+};
+std::vector<kind> hostile_kinds()
 {
-    std::vector<int> edges = {1,    63,   64,   65,   2047, 2048, 2049,
-                              2050, 4095, 4097, 8191, 8192, 8193, 9295};
-    std::vector<int> lengths = {163840, 131072, 131071, 32768, 70001, 12345};
     auto odd = [](float x) { return [x](int, int) { return x; }; };
-    struct {
-        const char *name;
-        score_of f;
-    } hostile[] = {
+    return {
         {"all equal", odd(1.25f)},
         {"all zero", odd(0.0f)},
         {"all -inf", odd(-INFINITY)},
@@ -518,6 +517,61 @@ void check_all_topk(bool small)
         {"negative", [](int r, int i) { return -1e3f - normal(r, i); }},
         {"period of the sample", [](int r, int i) { return i % 32 < 4 ? -1.0f : normal(r, i); }},
     };
+}
+
+/* Rows of which so many CTAs hold a part each, to the edges of what their registers hold. Where scores are equal, the choice
+ * ends inside the first part, inside the last, and where they meet. */
+void check_spans()
+{
+    std::vector<kind> kinds = {
+        {"plain", normal},
+        {"one in 15", [](int r, int i) { return i % 15 == 3 + r ? 1.0f : 0.0f; }},
+        {"one in 29", [](int r, int i) { return i % 29 == 3 + r ? 1.0f : 0.0f; }},
+        {"late ones", [](int, int i) { return i >= 15000 ? 1.0f : 0.0f; }},
+        {"ones about the middle", [](int, int i) { return i >= 32000 ? 1.0f : -1.0f; }},
+        {"late NaN", [](int r, int i) { return i > 16000 ? NAN : normal(r, i); }},
+        {"inf, some",
+         [](int r, int i) { return i % 23 == r ? INFINITY
+                                   : i % 2     ? -INFINITY
+                                               : normal(r, i); }},
+    };
+    const struct {
+        int context, n_ctas;
+    } spans[] = {{16384, 1}, {16385, 1}, {20480, 1},  {20481, 1},  {24576, 1},  {24577, 1},
+                 {28673, 1}, {32767, 1}, {32768, 1},  {32769, 1},  {36864, 1},  {32769, 2},
+                 {40960, 2}, {49152, 2}, {49153, 2},  {65535, 2},  {65536, 2},  {65537, 2},
+                 {73728, 2}, {40000, 4}, {131071, 4}, {131072, 4}, {131073, 4}, {270001, 8}};
+    for (const kind &h : hostile_kinds())
+        kinds.push_back(h);
+    for (auto &x : spans)
+        for (size_t i = 0; i < kinds.size(); i++) {
+            if (x.context > 100000 && i % 3) continue;
+            std::vector<row> v = {{0, x.context - 1, 0, 0},
+                                  {1, x.context - 2, 0, 0},
+                                  {2, x.context * 3 / 4, 0, 0},
+                                  {1, 2048, 0, 0}};
+            step s(v, 3, x.context);
+            topk_case c(s, 2048, (size_t)(x.context + 3) / 4 * 4 + (i % 4 == 1));
+            std::vector<float> score(c.score.n, INFINITY);
+            for (size_t r = 0; r < v.size(); r++)
+                for (int j = 0; j <= v[r].position; j++)
+                    score[r * c.ld + j] = kinds[i].f((int)r, j);
+            CHECK_CUDA(
+                cudaMemcpy(c.score.d, score.data(), score.size() * 4, cudaMemcpyHostToDevice));
+            c.poison();
+            c.run(0, (int)v.size(), x.n_ctas);
+            compare_topk(c, score, (int)v.size(),
+                         std::string(kinds[i].name) + ", " + std::to_string(x.n_ctas) +
+                             " CTAs for " + std::to_string(x.context));
+        }
+    printf("top-k: %zu spans checked\n", sizeof spans / sizeof *spans);
+}
+
+void check_all_topk(bool small)
+{
+    std::vector<int> edges = {1,    63,   64,   65,   2047, 2048, 2049,
+                              2050, 4095, 4097, 8191, 8192, 8193, 9295};
+    std::vector<int> lengths = {163840, 131072, 131071, 32768, 70001, 12345};
     check_topk("edges", edges, 2048, 28, normal);
     if (small) return;
     check_topk("edges, odd stride", edges, 2048, 28, normal, 3);
@@ -526,11 +580,12 @@ void check_all_topk(bool small)
     check_topk("long, many rows", {163840, 9000, 40000}, 2048, 140, normal);
     for (int k : {1, 2, 31, 64, 100, 2047})
         check_topk("k " + std::to_string(k), {1, 50, 100, 101, 5000, 40001}, k, 140, normal);
-    for (auto &h : hostile) {
+    for (const kind &h : hostile_kinds()) {
         check_topk(h.name, {20001, 2049, 9000, 40000}, 2048, 7, h.f);
         check_topk(std::string(h.name) + ", many rows", {20001, 2049, 9000}, 2048, 134, h.f);
     }
-    printf("top-k: %zu kinds of hostile rows checked\n", sizeof hostile / sizeof *hostile);
+    printf("top-k: %zu kinds of hostile rows checked\n", hostile_kinds().size());
+    check_spans();
 }
 
 /* ---- times ------------------------------------------------------------------------------------------------------------- */
@@ -597,6 +652,20 @@ void time_topk(measure::cold_timer &timer, int n_rows, int context, double targe
     }
 }
 
+void time_all_topk(measure::cold_timer &timer)
+{
+    const struct {
+        int n_rows, context;
+        double target_us;
+    } shapes[] = {{1, 8192, 10},      {1, 131072, 15},  {8, 131072, 15},   {16, 131100, 15},
+                  {32, 32900, 12},    {32, 40000, 12},  {32, 131072, 35},  {32, 131200, 35},
+                  {64, 32768, 17.4},  {64, 32900, 18},  {64, 40960, 18},   {64, 65536, 24},
+                  {64, 65700, 24},    {128, 16384, 17}, {128, 16500, 17},  {128, 24576, 20},
+                  {128, 32768, 23.1}, {128, 32900, 23}, {128, 131072, 45}, {2048, 131072, 600}};
+    for (auto &x : shapes)
+        time_topk(timer, x.n_rows, x.context, x.target_us);
+}
+
 void time_all(bool all)
 {
     measure::cold_timer timer;
@@ -618,11 +687,7 @@ void time_all(bool all)
     time_decode(timer, 8, 131072, 46.4);
     time_decode(timer, 32, 32768, 46.4);
     time_decode(timer, 128, 131072, 551);
-    time_topk(timer, 1, 8192, 10);
-    time_topk(timer, 1, 131072, 15);
-    time_topk(timer, 64, 32768, 20);
-    time_topk(timer, 128, 131072, 45);
-    time_topk(timer, 2048, 131072, 600);
+    time_all_topk(timer);
 }
 
 } // namespace
@@ -635,11 +700,21 @@ int main(int argc, char **argv)
         return 77;
     }
     std::string only = argc > 1 ? argv[1] : "";
+    if (only == "spans") {
+        check_spans();
+        printf("%d checks failed\n", n_failed);
+        return n_failed ? 1 : 0;
+    }
     if (only != "time" && only != "few") {
-        check_all_logits();
+        if (only != "topk") check_all_logits();
         check_all_topk(only == "small");
         printf("%d checks failed\n", n_failed);
     }
-    if (n_failed == 0 && only != "check" && only != "small") time_all(only != "few");
+    if (n_failed == 0 && only == "topk") {
+        measure::cold_timer timer;
+        time_all_topk(timer);
+    } else if (n_failed == 0 && only != "check" && only != "small") {
+        time_all(only != "few");
+    }
     return n_failed ? 1 : 0;
 }
