@@ -156,7 +156,8 @@ enum { MANY_OUTPUTS = 4096 }; /* from here on smaller tiles would not occupy mor
 
 /* Tiles by what keeps the GPU busy without asking the L2 for the same too often: of the language head's weights as few passes over
  * the rows as registers allow; of few outputs and rows an eighth of the columns a block, else whole sums. Where those tiles would
- * be more than the SMs at once, or nearly, clusters with larger ones. */
+ * be more than the SMs at once, or nearly, larger ones (gemm_bf16_wide.cuh; one H200, 7168 columns, 8,192 rows: 256 outputs 161 and
+ * 83 us, 64 outputs 59 and 44; of 4,096 rows they take as long). */
 enum {
     HEAD_ROWS = 32,
     SPLIT_MOST = 1 << 18,
@@ -183,9 +184,9 @@ cudaError_t launch_tile(const product &p, cudaStream_t stream)
                                     : launch<2, 2, 8, 5, false>(t, stream); /* 64 x 256 */
     const size_t n = (size_t)p.n_max * (size_t)p.n_out;
     if (p.n_out > 128 && n > WIDE_LEAST)
-        return tr::wide::launch<2, 4, 4, 6, 1, 2>(t, stream); /* 128 x 256 */
+        return tr::wide::launch<2, 4, 4, 6>(t, stream); /* 128 x 128 */
     if (p.n_out <= NARROW && n > NARROW_LEAST)
-        return tr::wide::launch<4, 1, 4, 12, 2, 1>(t, stream);       /* 128 x 64 */
+        return tr::wide::launch<4, 1, 4, 12>(t, stream);             /* 64 x 64 */
     if (n < SPLIT_MOST) return launch<2, 1, 1, 7, true>(t, stream);  /* 32 x 32 */
     return p.n_out <= NARROW ? launch<4, 1, 2, 6, false>(t, stream)  /* 64 x 32 */
                              : launch<4, 2, 4, 6, false>(t, stream); /* 128 x 64 */
@@ -198,8 +199,8 @@ cudaError_t open_tiles()
     if (e == cudaSuccess) e = tr::tile::open<2, 1, 1, 7, true>();
     if (e == cudaSuccess) e = tr::tile::open<4, 1, 2, 6, false>();
     if (e == cudaSuccess) e = tr::tile::open<4, 2, 4, 6, false>();
-    if (e == cudaSuccess) e = tr::wide::open<2, 4, 4, 6, 1, 2>();
-    return e == cudaSuccess ? tr::wide::open<4, 1, 4, 12, 2, 1>() : e;
+    if (e == cudaSuccess) e = tr::wide::open<2, 4, 4, 6>();
+    return e == cudaSuccess ? tr::wide::open<4, 1, 4, 12>() : e;
 }
 
 } // namespace

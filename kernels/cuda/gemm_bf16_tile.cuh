@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(THREADS, shape<WR, M, N, DEEP, SPLIT>::BLOCKS_
                     sum[i][j][c] = 0;
                 }
     }
-    if (SPLIT) {
+    if constexpr (SPLIT) {
         join<S::ROWS, S::OUTS>(p, memory, row0, out0, n, [&](float *part) {
 #pragma unroll
             for (int i = 0; i < M; i++)
@@ -195,24 +195,24 @@ __global__ void __launch_bounds__(THREADS, shape<WR, M, N, DEEP, SPLIT>::BLOCKS_
                         part[(row_w + 16 * i + c / 2 * 8 + g) * S::OUTS + out_w + 8 * j + 2 * q +
                              c % 2] = total[i][j][c];
         });
-        return;
+    } else {
+#pragma unroll
+        for (int i = 0; i < M; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int r = row0 + row_w + 16 * i + 8 * h + g;
+                if (r >= n) continue;
+#pragma unroll
+                for (int j = 0; j < N; j++)
+#pragma unroll
+                    for (int c = 0; c < 2; c++) {
+                        const int o = out0 + out_w + 8 * j + 2 * q + c;
+                        if (o < p.n_out)
+                            write_number(p.y, (size_t)r * p.ld_y + (size_t)o, p.y_f32,
+                                         total[i][j][2 * h + c]);
+                    }
+            }
     }
-#pragma unroll
-    for (int i = 0; i < M; i++)
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const int r = row0 + row_w + 16 * i + 8 * h + g;
-            if (r >= n) continue;
-#pragma unroll
-            for (int j = 0; j < N; j++)
-#pragma unroll
-                for (int c = 0; c < 2; c++) {
-                    const int o = out0 + out_w + 8 * j + 2 * q + c;
-                    if (o < p.n_out)
-                        write_number(p.y, (size_t)r * p.ld_y + (size_t)o, p.y_f32,
-                                     total[i][j][2 * h + c]);
-                }
-        }
 }
 
 /* Whether the eighths of these columns are whole steps. */

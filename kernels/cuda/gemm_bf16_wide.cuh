@@ -1,7 +1,7 @@
-/* gemm_bf16.cu for prompts: what bounds tiles of many rows and few outputs is asking the L2 for the same again and again, so tiles are
- * larger and the blocks of a cluster send each other what they share: CR blocks below each other have the same weights, CO beside
- * each other the same rows. One warp copies boxes of 64 columns, eight multiply as in gemm_bf16_tile.cuh: the same columns meet in
- * the same order, eighths are added in theirs: the same bits. */
+/* gemm_bf16.cu for prompts: what bounds tiles of many rows and few outputs is asking the L2 for the same again and again, and copying
+ * words between registers for the matrix instructions; so tiles are larger, and words are copied once. One warp copies boxes of 64
+ * columns, eight multiply as in gemm_bf16_tile.cuh: the same columns meet in the same order, eighths are added in theirs: the same
+ * bits. Clusters that share rows or weights are slower (8,192 rows, 256 outputs 85.8 us, 64 outputs 49.0). */
 #ifndef TR_CUDA_GEMM_BF16_WIDE_CUH
 #define TR_CUDA_GEMM_BF16_WIDE_CUH
 
@@ -23,7 +23,7 @@ struct job {
 };
 
 /* WR x 8 / WR warps, of 16 M rows by 8 N outputs each. */
-template <int WR, int M, int N, int DEEP, int CR, int CO> struct shape {
+template <int WR, int M, int N, int DEEP> struct shape {
     enum {
         ROWS = WR * 16 * M,
         OUTS = WARPS / WR * 8 * N,
@@ -32,12 +32,9 @@ template <int WR, int M, int N, int DEEP, int CR, int CO> struct shape {
         W_BYTES = OUTS * ROW_BYTES,
         STAGE_BYTES = X_BYTES + W_BYTES,
         BYTES = STAGES * (STAGE_BYTES + 16) + 1024,
-        CLUSTER = CR * CO,
-        X_BOX = ROWS / CO,
-        W_BOX = OUTS / CR,
         MOVES_REGISTERS = M * N >= 16 /* sums and totals take 128 */
     };
-    static_assert(X_BOX % 8 == 0 && W_BOX % 8 == 0 && X_BOX <= 256 && W_BOX <= 256, "boxes");
+    static_assert(ROWS <= 256 && OUTS <= 256, "boxes");
 };
 
 /* Row of eight of a lane's group: the two whose 64 bytes a quarter of a warp reads together lie in different halves of the banks. */
@@ -46,47 +43,21 @@ __device__ __forceinline__ int row_of(int group)
     return group % 2 * 4 + group / 2;
 }
 
-/* One thread: boxes of a tile into the ring, and into those of the blocks that share them. */
-template <class S, int CR, int CO>
+/* One thread: boxes of a tile into the ring. */
+template <class S>
 __device__ void copy_tiles(const job &j, uint8_t *ring, uint64_t *full, uint64_t *empty, int row0,
                            int out0, int n_steps)
 {
-    const int rank = (int)cluster_rank(), below = rank / CO, beside = rank % CO;
-    uint16_t x_mask = 0, w_mask = 0;
     ring_position<S::STAGES> at;
 
-    for (int i = 0; i < CO; i++)
-        x_mask |= (uint16_t)(1 << (below * CO + i));
-    for (int i = 0; i < CR; i++)
-        w_mask |= (uint16_t)(1 << (i * CO + beside));
     for (int step = 0; step < n_steps; step++, at.next()) {
         uint8_t *x = ring + at.stage * S::STAGE_BYTES, *w = x + S::X_BYTES;
         uint64_t *done = full + at.stage;
         barrier_wait(empty + at.stage, at.parity ^ 1);
         barrier_expect(done, S::STAGE_BYTES);
-        if (CO > 1)
-            tensor_load_multicast(x + beside * S::X_BOX * ROW_BYTES, &j.x, step * COLUMNS,
-                                  row0 + beside * S::X_BOX, done, x_mask);
-        else
-            tensor_load(x, &j.x, step * COLUMNS, row0, done);
-        if (CR > 1)
-            tensor_load_multicast(w + below * S::W_BOX * ROW_BYTES, &j.w, step * COLUMNS,
-                                  out0 + below * S::W_BOX, done, w_mask);
-        else
-            tensor_load(w, &j.w, step * COLUMNS, out0, done);
+        tensor_load(x, &j.x, step * COLUMNS, row0, done);
+        tensor_load(w, &j.w, step * COLUMNS, out0, done);
     }
-}
-
-/* This warp has read a stage: every block that may write it is told. */
-template <int CLUSTER> __device__ __forceinline__ void release(uint64_t *empty)
-{
-    const int lane = (int)threadIdx.x % 32;
-
-    __syncwarp();
-    if (lane < CLUSTER)
-        asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(
-                         cluster_address(smem_address(empty), (uint32_t)lane))
-                     : "memory");
 }
 
 /* x. The matrix instruction wants its rows' words in four neighbouring registers; plain copies would be made again for every
@@ -130,11 +101,11 @@ __device__ __forceinline__ void add_columns(float (&sum)[M][N][4], const uint8_t
     }
 }
 
-template <int WR, int M, int N, int DEEP, int CR, int CO>
+template <int WR, int M, int N, int DEEP>
 __device__ __forceinline__ void multiply_steps(const job &job, const uint8_t *ring, uint64_t *full,
                                                uint64_t *empty, int row0, int out0, int n)
 {
-    typedef shape<WR, M, N, DEEP, CR, CO> S;
+    typedef shape<WR, M, N, DEEP> S;
     const tile::product &p = job.p;
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, q = lane % 4,
               g = row_of(lane / 4), row_w = warp / (WARPS / WR) * 16 * M,
@@ -152,7 +123,8 @@ __device__ __forceinline__ void multiply_steps(const job &job, const uint8_t *ri
         barrier_wait(full + at.stage, at.parity);
         add_columns<M, N>(sum, rows + at.stage * S::STAGE_BYTES, outs + at.stage * S::STAGE_BYTES,
                           piece, same);
-        release<S::CLUSTER>(empty + at.stage);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(empty + at.stage);
         if (--left) continue;
         left = steps_part;
         const bool first = step + 1 == steps_part;
@@ -184,44 +156,36 @@ __device__ __forceinline__ void multiply_steps(const job &job, const uint8_t *ri
         }
 }
 
-template <int WR, int M, int N, int DEEP, int CR, int CO>
+template <int WR, int M, int N, int DEEP>
 __global__ void __launch_bounds__(THREADS, 1) multiply_wide(const __grid_constant__ job j)
 {
-    typedef shape<WR, M, N, DEEP, CR, CO> S;
+    typedef shape<WR, M, N, DEEP> S;
     extern __shared__ uint8_t memory[];
-    /* The same offset in all blocks of a cluster: dynamic shared memory begins at the same address in all. */
     uint8_t *ring = memory + (1024 - smem_address(memory) % 1024) % 1024;
     uint64_t *full = (uint64_t *)(void *)(ring + S::STAGES * S::STAGE_BYTES),
              *empty = full + S::STAGES;
-    const int cluster = (int)blockIdx.x / S::CLUSTER, rank = (int)blockIdx.x % S::CLUSTER,
-              across = (j.p.n_out + S::OUTS * CO - 1) / (S::OUTS * CO),
-              first_row = cluster / across * CR * S::ROWS, row0 = first_row + rank / CO * S::ROWS,
-              out0 = (cluster % across * CO + rank % CO) * S::OUTS;
+    const int across = (j.p.n_out + S::OUTS - 1) / S::OUTS,
+              row0 = (int)blockIdx.x / across * S::ROWS, out0 = (int)blockIdx.x % across * S::OUTS;
 
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::STAGES; i++) {
             barrier_init(full + i, 1);
-            barrier_init(empty + i, WARPS * S::CLUSTER);
+            barrier_init(empty + i, WARPS);
         }
         barrier_init_fence();
     }
+    __syncthreads();
     early::follow();
     const int n = live_rows(j.p.n, j.p.n_max);
-    if (first_row >= n) return; /* all of a cluster */
-    cluster_arrive();
-    cluster_wait();
+    if (row0 >= n) return;
     if (threadIdx.x / 32 < WARPS) {
         if (S::MOVES_REGISTERS) registers_raise<240>();
-        multiply_steps<WR, M, N, DEEP, CR, CO>(j, ring, full, empty, row0, out0, n);
+        multiply_steps<WR, M, N, DEEP>(j, ring, full, empty, row0, out0, n);
     } else {
         if (S::MOVES_REGISTERS) registers_lower<24>();
         if (threadIdx.x == WARPS * 32)
-            copy_tiles<S, CR, CO>(j, ring, full, empty, row0, out0,
-                                  j.p.n_in / COLUMNS / PARTS * PARTS);
-        __syncwarp();
+            copy_tiles<S>(j, ring, full, empty, row0, out0, j.p.n_in / COLUMNS / PARTS * PARTS);
     }
-    cluster_arrive(); /* nobody leaves before all have arrived at his barriers */
-    cluster_wait();
 }
 
 /* A box of `rows` rows by 64 columns of bf16 [n, n_in], rows ld apart. */
@@ -242,25 +206,25 @@ inline cudaError_t encode(CUtensorMap *map, const void *base, int n_in, int n, s
     return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-template <int WR, int M, int N, int DEEP, int CR, int CO> cudaError_t open()
+template <int WR, int M, int N, int DEEP> cudaError_t open()
 {
-    return cudaFuncSetAttribute(multiply_wide<WR, M, N, DEEP, CR, CO>,
+    return cudaFuncSetAttribute(multiply_wide<WR, M, N, DEEP>,
                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                shape<WR, M, N, DEEP, CR, CO>::BYTES);
+                                shape<WR, M, N, DEEP>::BYTES);
 }
 
-template <int WR, int M, int N, int DEEP, int CR, int CO>
+template <int WR, int M, int N, int DEEP>
 cudaError_t launch(const tile::product &p, cudaStream_t stream)
 {
-    typedef shape<WR, M, N, DEEP, CR, CO> S;
+    typedef shape<WR, M, N, DEEP> S;
     job j = {p, {}, {}};
-    cudaError_t e = encode(&j.x, p.x, p.n_in, p.n_max, p.ld_x, S::X_BOX);
-    if (e == cudaSuccess) e = encode(&j.w, p.w, p.n_in, p.n_out, (size_t)p.n_in, S::W_BOX);
+    cudaError_t e = encode(&j.x, p.x, p.n_in, p.n_max, p.ld_x, S::ROWS);
+    if (e == cudaSuccess) e = encode(&j.w, p.w, p.n_in, p.n_out, (size_t)p.n_in, S::OUTS);
     if (e != cudaSuccess) return e;
-    const unsigned clusters =
-        blocks_for((size_t)p.n_out, S::OUTS * CO) * blocks_for((size_t)p.n_max, S::ROWS * CR);
-    return early::launch(multiply_wide<WR, M, N, DEEP, CR, CO>, S::CLUSTER,
-                         dim3(clusters * S::CLUSTER), THREADS, S::BYTES, stream, j);
+    const unsigned blocks =
+        blocks_for((size_t)p.n_out, S::OUTS) * blocks_for((size_t)p.n_max, S::ROWS);
+    return early::launch(multiply_wide<WR, M, N, DEEP>, 1, dim3(blocks), THREADS, S::BYTES, stream,
+                         j);
 }
 
 } // namespace wide
