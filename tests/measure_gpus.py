@@ -332,8 +332,8 @@ def rows_of(m):
         ("dp" + n, 2, 60, lambda: m.grid_steps(m.n, ["--dp", n, "--ep", n], m.n), "the same: replicas, experts spread"),
         ("tp2ep2pp2", 4, 60, lambda: m.grid_steps(4, ["--tp", "2", "--ep", "2", "--pp", "2"]), "the same: two stages of two"),
         ("cp2", 4, 55, lambda: m.grid_steps(2, ["--cp", "2", "--ep", "2"], 1, 2), "the same: rows of prompts dealt out to two"),
-        ("stop", 2, 30 + 24 * t, lambda: m.script(["stop"], t), "a rank is stopped, %d times: named, ended, gone on with" % t),
-        ("kill", 2, 30 + 14 * t, lambda: m.script(["kill"], t), "a rank is killed, %d times" % t),
+        ("stop", 2, 30 + 48 * t, lambda: m.script(["stop"], t), "a rank is stopped, %d times: named, ended, gone on with" % t),
+        ("kill", 2, 30 + 28 * t, lambda: m.script(["kill"], t), "a rank is killed, %d times" % t),
         ("grids", 2, 60 * m.n, lambda: m.script(["grids"] if m.o.small else ["comm", "grids", "same", "topk"], 1), "every legal grid: the answers of one GPU, the same keys selected"),
         ("operations", 2, 40, m.operations, "every operation against the library's own loop"),
     ]

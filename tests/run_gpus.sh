@@ -334,18 +334,23 @@ lose() {
     fi
     long "$n" "$name" "$@"
     status=$?
-    compared "whole.$n" "$name" && [ "$status" -eq 0 ]
+    compared "whole.${1#--}" "$name" && [ "$status" -eq 0 ]
     verdict "$(pass_if $?)" "$what" "ended after $sent s; resumed: $answer, exit status $status" $((SECONDS - begun))
 }
 if wanted kill || wanted stop; then
     n=${ranks##* }
-    begun=$SECONDS
-    long "$n" "whole.$n" --tp "$n" --step-timeout 60
-    verdict "$(pass_if $?)" "the long job, $n ranks" "$(wc -l <"$dir/whole.$n.jsonl") records" $((SECONDS - begun))
+    for grid in tp dp; do
+        begun=$SECONDS
+        long "$n" "whole.$grid" "--$grid" "$n" --step-timeout 60
+        verdict "$(pass_if $?)" "the long job, $n ranks, --$grid $n" "$(wc -l <"$dir/whole.$grid.jsonl") records" $((SECONDS - begun))
+    done
     for ((i = 0; i < times; i++)); do
-        # A killed rank: 137 from the launcher, or what another rank finds first.
-        ! wanted kill || at_a_time lose KILL '137 86 75 1' "$n" "kill.$i" --tp "$n"
-        ! wanted stop || at_a_time lose STOP 86 "$n" "stop.$i" --tp "$n"
+        # A killed rank: 137 from the launcher, or what another rank finds first. Under tp kernels wait for other ranks' sums, under
+        # dp for their rows.
+        for grid in tp dp; do
+            ! wanted kill || at_a_time lose KILL '137 86 75 1' "$n" "kill.$grid.$i" "--$grid" "$n"
+            ! wanted stop || at_a_time lose STOP 86 "$n" "stop.$grid.$i" "--$grid" "$n"
+        done
     done
     wait
 fi

@@ -30,18 +30,18 @@ static const tr_rates rates_h200 = {
     .fp8 = 1.1e15,
     .heads = 250e12,
     .plain = 190e12,
-    /* Step, 4,096 rows at 32K: scores 2.34 Tflop in 2.34 ms; alone, sparse attention over the fp8 cache 2.34 Tflop in 4.05 ms. Decode,
-     * alone: 128 rows 73 Gflop in 205 us, of which 18 us are there for one row too. */
-    .index = 1.0e15,
-    .mla_prefill = 540e12,
+    /* Step, 4,096 rows at 32K: scores 2.34 Tflop in 2.34 ms, alone a twentieth less since; alone, sparse attention over the fp8 cache
+     * 2.34 Tflop in 3.66 ms, at 128K in 3.93. Decode, alone: 128 rows 73 Gflop in 200 us, of which 18 us are there for one row too. */
+    .index = 1.05e15,
+    .mla_prefill = 615e12,
     .mla = 390e12,
     .mla_latency = 18e-6,
     /* Alone, bench_dense_mha: 1 x 512 and 1 x 2,048 tokens in 96 and 466 us. */
     .mha = 550e12,
     .mha_keys = 400e12,
-    /* Alone: 128 rows at 128K 660 us, 8 rows 48.8 us; top-2048: 1 x 8K 8.0, 128 x 128K 34.4, 2,048 x 128K 422 us; step: 4,096 at 34K
+    /* Alone: 128 rows at 128K 559 us, 64 rows at 32K 81 us; top-2048: 1 x 8K 9, 128 x 128K 37, 2,048 x 128K 421 us; step: 4,096 at 34K
      * 440 us. */
-    .index_read = 3.2e12,
+    .index_read = 3.6e12,
     .topk_read = 2.5e12,
     .topk_row = 0.05e-6,
     .topk_latency = 8e-6,
