@@ -230,6 +230,7 @@ __device__ __forceinline__ void send_groups(cluster_shared *s, int i, int i_cta,
  * state reads it from s->state between two barriers: registers are for keys. */
 __device__ __forceinline__ void tell(cluster_shared *s, const bin_state &b)
 {
+    __syncwarp(); /* all lanes have read what stood there */
     if ((threadIdx.x & 31) == 0) s->state = b;
 }
 
