@@ -77,9 +77,10 @@ tr_status tr_nccl_peers(tr_comm *comm, const tr_peer_options *options, tr_peer_r
                         tr_err *err);
 
 /* Rows of caches (tr_share) by a kernel of our own that stores them into the other members' caches, beside what computes
- * (parallel.md 3.5). AUTO, the default: wherever the members share a host and their GPUs reach each other, and `why` says in one
- * line why they do not (else it is empty); ON: TR_E_USAGE where they do not, and from tr_share_reach where they do not reach
- * that memory; OFF: never. Collective over the members, the same on all of them, with no memory reached. */
+ * (parallel.md 3.5). AUTO, the default: wherever the members share a host, their GPUs reach each other and what is tried out
+ * first arrives as it was; `why` says in one line why not (else it is empty); ON: TR_E_USAGE where not, and from
+ * tr_share_reach where they do not reach that memory; OFF: never. Collective over the members, the same on all of them, with
+ * no memory reached. */
 tr_status tr_nccl_push(tr_comm *comm, tr_peer_use use, char *why, size_t n_why, tr_err *err);
 /* Of memory given to tr_share_reach: rows in it are pushed. */
 bool tr_nccl_reaches(const tr_comm *comm, const void *memory);

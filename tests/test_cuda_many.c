@@ -140,7 +140,7 @@ static void test_alone(void **state)
     check_alone(*state, 250, 7168, 300);
     check_alone(*state, 5000, 512, 300);
     check_alone(*state, 96, 544, 300);
-    check_alone(*state, 250, 1024, 4301); /* prompts: clusters with large tiles */
+    check_alone(*state, 250, 1024, 4301); /* prompts: large tiles */
     check_alone(*state, 64, 1024, 6211);
     check_alone(*state, 5, 512, 80000);
 }

@@ -60,7 +60,8 @@ chmod +x "$dir/trireme"
 "$TR_SRCDIR/tests/run_grids.sh" "$dir/trireme" "$TR_SRCDIR/models/tiny" "$TR_BUILDDIR/tests/compare_records" --quick || status=1
 
 # Rows go to the experts of other ranks as e4m3 codes where the backend's norms leave them: the same answers, to the last digit, as
-# when the rows travel and the codes are made of them there; and less travels. Prompts are dispatched, decoded rows told to all.
+# when the rows travel and the codes are made of them there; and less travels. Prompts are dispatched, decoded rows told to all. Codes go
+# over peer memory, rows through NCCL.
 gathered() { # HOW: kB that decoded rows have taken to all experts
     "$program" profile show "$dir/$1.h5" | awk '$1 " " $2 == "all_gather MOE" { print $4 * ($5 == "MB" ? 1000 : $5 == "kB" ? 1 : 0) }'
 }
@@ -68,8 +69,10 @@ for grid in '--dp 2' '--tp 2 --dp 2'; do
     ranks=$(echo "$grid" | awk '{ n = 1; for (i = 2; i <= NF; i += 2) n *= $i; print n }')
     [ "$ranks" -le "$most" ] || continue
     for how in codes rows; do
+        way=auto
+        [ "$how" = codes ] || way=off
         # shellcheck disable=SC2086 # several words
-        timeout 200 env FAKE_W8A8=$how "$MPIEXEC" -n "$ranks" "$program" batch -m "$TR_SRCDIR/models/tiny" --device cuda --kv-dtype f32 $grid \
+        timeout 200 env FAKE_W8A8=$how "$MPIEXEC" -n "$ranks" "$program" batch -m "$TR_SRCDIR/models/tiny" --device cuda --kv-dtype f32 --peer-kernels "$way" $grid \
             -i "$TR_SRCDIR/jobs/quickstart.jsonl" -o "$dir/$how.jsonl" --profile "$dir/$how.h5" >"$dir/log" 2>&1 ||
             { cat "$dir/log"; status=1; }
     done

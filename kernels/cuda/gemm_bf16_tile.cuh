@@ -73,6 +73,21 @@ __device__ __forceinline__ void join(const product &p, uint8_t *memory, int row0
     cluster_wait();
 }
 
+/* An eighth of the columns is done: its sums to the total, which the first one begins. */
+template <int M, int N>
+__device__ __forceinline__ void end_part(float (&total)[M][N][4], float (&sum)[M][N][4], bool first)
+{
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int j = 0; j < N; j++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                total[i][j][c] = first ? sum[i][j][c] : total[i][j][c] + sum[i][j][c];
+                sum[i][j][c] = 0;
+            }
+}
+
 template <int WR, int M, int N, int DEEP, bool SPLIT>
 __global__ void __launch_bounds__(THREADS, shape<WR, M, N, DEEP, SPLIT>::BLOCKS_SM)
     multiply_tile(const __grid_constant__ product p)
@@ -173,16 +188,7 @@ __global__ void __launch_bounds__(THREADS, shape<WR, M, N, DEEP, SPLIT>::BLOCKS_
         }
         if (--left) continue;
         left = steps_part;
-        const bool first = step + 1 == steps_part;
-#pragma unroll
-        for (int i = 0; i < M; i++)
-#pragma unroll
-            for (int j = 0; j < N; j++)
-#pragma unroll
-                for (int c = 0; c < 4; c++) {
-                    total[i][j][c] = first ? sum[i][j][c] : total[i][j][c] + sum[i][j][c];
-                    sum[i][j][c] = 0;
-                }
+        end_part<M, N>(total, sum, step + 1 == steps_part);
     }
     if constexpr (SPLIT) {
         join<S::ROWS, S::OUTS>(p, memory, row0, out0, n, [&](float *part) {

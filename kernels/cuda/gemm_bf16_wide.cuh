@@ -127,16 +127,7 @@ __device__ __forceinline__ void multiply_steps(const job &job, const uint8_t *ri
         if (lane == 0) barrier_arrive(empty + at.stage);
         if (--left) continue;
         left = steps_part;
-        const bool first = step + 1 == steps_part;
-#pragma unroll
-        for (int i = 0; i < M; i++)
-#pragma unroll
-            for (int j = 0; j < N; j++)
-#pragma unroll
-                for (int c = 0; c < 4; c++) {
-                    total[i][j][c] = first ? sum[i][j][c] : total[i][j][c] + sum[i][j][c];
-                    sum[i][j][c] = 0;
-                }
+        tile::end_part<M, N>(total, sum, step + 1 == steps_part);
     }
 #pragma unroll
     for (int i = 0; i < M; i++)
