@@ -449,6 +449,7 @@ tr_status tr_nccl_peers(tr_comm *comm, const tr_peer_options *o, tr_peer_report 
         tr_peers_close(c->peers, false); /* its memory may still be written */
         c->peers = NULL;
         *c->nccl->abort_h = 0;
+        c->broken = (tr_err){0}; /* a launch that was refused: NCCL does without it */
     }
     if (st == TR_OK && report->why[0] && o->use == TR_PEER_ON)
         st = tr_fail(err, TR_E_USAGE, "sums over peer memory: %s", report->why);

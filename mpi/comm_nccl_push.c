@@ -323,6 +323,14 @@ static tr_status map_memory(tr_comm_nccl *c, void *memory, size_t bytes, char *w
     return st;
 }
 
+/* What has failed to reach the members is not tried again: the next memory's try might pass by chance. */
+static tr_status open_once(tr_comm_nccl *c, char *why, size_t n_why, tr_err *err)
+{
+    const tr_status st = open_window(c, why, n_why, err);
+    if (st == TR_OK && why[0] && c->push_use == TR_PEER_AUTO) c->push_use = TR_PEER_OFF;
+    return st;
+}
+
 /* Where it cannot be done but must. */
 static tr_status refuse(const tr_comm_nccl *c, tr_status st, const char *why, tr_err *err)
 {
@@ -338,7 +346,7 @@ tr_status tr_nccl_reach(tr_comm *base, void *memory, size_t bytes, tr_err *err)
     tr_status st = TR_OK;
 
     if (c->push_use == TR_PEER_OFF) return TR_OK;
-    if (!c->push) st = open_window(c, why, sizeof why, err);
+    if (!c->push) st = open_once(c, why, sizeof why, err);
     if (st == TR_OK && c->push) st = map_memory(c, memory, bytes, why, sizeof why, err);
     return refuse(c, st, why, err);
 }
@@ -370,7 +378,7 @@ tr_status tr_nccl_push(tr_comm *base, tr_peer_use use, char *why, size_t n_why, 
     c->push_use = use;
     if (use == TR_PEER_OFF) snprintf(why, n_why, "switched off");
     if (use == TR_PEER_OFF || c->push) return TR_OK;
-    return refuse(c, open_window(c, why, n_why, err), why, err);
+    return refuse(c, open_once(c, why, n_why, err), why, err);
 }
 
 bool tr_nccl_reaches(const tr_comm *comm, const void *memory)

@@ -283,9 +283,14 @@ cudaError_t launch_cluster_as(const topk_params &p, int n_rows, int n_ctas, cuda
     config.numAttrs = 1;
     cudaError_t st = cudaFuncSetAttribute(topk_cluster<THREADS, QUADS>,
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
-    if (st == cudaSuccess && n_ctas > 8)
+    if (st == cudaSuccess && n_ctas > 8) { /* not every GPU has room for so many in one place */
+        int room = 0;
         st = cudaFuncSetAttribute(topk_cluster<THREADS, QUADS>,
                                   cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+        if (st == cudaSuccess)
+            st = cudaOccupancyMaxActiveClusters(&room, topk_cluster<THREADS, QUADS>, &config);
+        if (st == cudaSuccess && room == 0) return cudaErrorLaunchOutOfResources;
+    }
     return st != cudaSuccess ? st
                              : cudaLaunchKernelEx(&config, topk_cluster<THREADS, QUADS>, p, n_ctas);
 }
@@ -346,8 +351,14 @@ extern "C" cudaError_t tr_cuda_topk_as(const struct tr_topk_args *a, int n_ctas,
     if (st == cudaSuccess)
         st = cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
     if (st != cudaSuccess) return st;
-    if (!n_ctas) n_ctas = tr::cluster_size(n_rows, rows->max_context, n_sms);
-    if (n_ctas) return tr::launch_cluster(p, n_rows, rows->max_context, n_ctas, stream);
+    const bool chosen = !n_ctas;
+    if (chosen) n_ctas = tr::cluster_size(n_rows, rows->max_context, n_sms);
+    if (n_ctas) {
+        st = tr::launch_cluster(p, n_rows, rows->max_context, n_ctas, stream);
+        if (!chosen || n_ctas <= 8 || st != cudaErrorLaunchOutOfResources) return st;
+        if (rows->max_context <= 8 * tr::SPAN_MAX)
+            return tr::launch_cluster(p, n_rows, rows->max_context, 8, stream);
+    }
     return n_rows <= n_sms ? tr::launch_stream<1024>(p, n_rows, rows->max_context, stream)
                            : tr::launch_stream<512>(p, n_rows, rows->max_context, stream);
 }
