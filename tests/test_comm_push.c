@@ -21,6 +21,10 @@
 #include "base/clock.h"
 #include "tests/device_rank.h"
 
+#ifndef TR_ON_FAKE
+#define TR_ON_FAKE 0
+#endif
+
 enum { RANKS_MAX = 8, PAGES = 8, LAYERS = 3, ROWS = 200, STEPS = 200, MOST = 4 << 20 };
 
 typedef struct place { /* one rank's */
@@ -363,6 +367,33 @@ static void test_not_alike(void **state)
     p->at.ops->release(p->at.device, memory);
 }
 
+/* What does not arrive as it was is found out once, on the fake device: a later try, which might pass, is not made. */
+static void test_damaged(void **state)
+{
+    place *p = *state;
+    const tr_record r = tr_record_latent(&real);
+    tr_comm *gpu;
+    tr_share *share;
+    tr_err err = {0};
+    char why[256], *memory;
+
+    if (!p->reached) return;
+    device_well(&p->at,
+                p->at.ops->alloc(p->at.device, MOST, TR_MEMORY_SYMMETRIC, (void **)&memory));
+    well(tr_nccl_comm(&gpu, p->at.nccl, p->at.host, 0, &err), &err);
+    assert_int_equal(setenv("FAKE_PEERS", "damaged", 1), 0);
+    well(tr_nccl_push(gpu, TR_PEER_AUTO, why, sizeof why, &err), &err);
+    assert_int_equal(unsetenv("FAKE_PEERS"), 0);
+    assert_int_equal(!!why[0], TR_ON_FAKE);
+    well(tr_share_open_record(&share, gpu, &r, ROWS, &err), &err);
+    well(tr_share_reach(share, memory, MOST, &err), &err);
+    assert_int_equal(tr_nccl_reaches(gpu, memory), !why[0]);
+    tr_share_close(share);
+    meet(p);
+    tr_comm_free(gpu);
+    p->at.ops->release(p->at.device, memory);
+}
+
 /* ---- a kernel that waits for ever leaves when the job is given up -------------------------------------------------------- */
 
 static void *give_up(void *ctx)
@@ -421,7 +452,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_prestate(test_records, &p),   cmocka_unit_test_prestate(test_late, &p),
         cmocka_unit_test_prestate(test_two, &p),       cmocka_unit_test_prestate(test_swap, &p),
-        cmocka_unit_test_prestate(test_not_alike, &p), cmocka_unit_test_prestate(test_abort, &p),
+        cmocka_unit_test_prestate(test_not_alike, &p), cmocka_unit_test_prestate(test_damaged, &p),
+        cmocka_unit_test_prestate(test_abort, &p),
     };
     const int how = device_rank_begin(&p, "test_comm_push", RANKS_MAX, open_place);
 
