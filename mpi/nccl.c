@@ -137,7 +137,14 @@ static void abort_all(void *ctx)
 tr_status tr_nccl_open(tr_nccl **out, tr_world *world, tr_device *device, const tr_ops *ops,
                        tr_err *err)
 {
+    const char *multicast = getenv("NCCL_NVLS_ENABLE");
+
     *out = NULL;
+    if (multicast && strcmp(multicast, "0") != 0)
+        return tr_fail(
+            err, TR_E_USAGE,
+            "NCCL_NVLS_ENABLE=%s: multicast is not to be relied on; 0 is wanted, or nothing",
+            multicast);
     if (strcmp(ops->name, "cuda") != 0)
         return tr_fail(err, TR_E_USAGE, "NCCL moves a GPU's memory, not that of %s", ops->name);
     tr_nccl *nccl = calloc(1, sizeof *nccl);
@@ -151,7 +158,8 @@ tr_status tr_nccl_open(tr_nccl **out, tr_world *world, tr_device *device, const 
     nccl->ordinal = tr_cuda_ordinal(device);
     nccl->guard = (tr_world_guard){.ctx = nccl, .failed = has_failed, .abort = abort_all};
     world->guard = &nccl->guard;
-    setenv("NCCL_NVLS_ENABLE", "0", 0); /* parallel.md 10.1: multicast is not to be relied on */
+    setenv("NCCL_NVLS_ENABLE", "0",
+           0); /* parallel.md 5.4, 10.1: multicast is not to be relied on */
     *out = nccl;
     return TR_OK;
 }

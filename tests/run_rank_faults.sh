@@ -139,7 +139,7 @@ has 'another seed on rank 1: named' 'rank 1 on .*: started with another --seed t
 OTHER=--sync-check
 "$mpiexec" -n 2 sh rank "$trireme" batch -m "$model" -i in -o seed.out --pp 2 --max-model-len 512 >log 2>&1
 is '--sync-check on rank 1 alone' 2 $?
-has '--sync-check on rank 1 alone: named' 'started with another --sync-check than rank 0: given, not not given'
+has '--sync-check on rank 1 alone: named' 'started with another --sync-check than rank 0: on, not off'
 
 # ---- 22: nobody listens
 two "$model" -i in -o deaf.out --tp 2 >&- 2>&- <&-

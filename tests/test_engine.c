@@ -31,6 +31,7 @@ typedef struct setting { /* of one run; 0: the default */
     bool no_cache;
     tr_watchdog *watch;
     tr_engine_observer observer;
+    tr_engine **engine; /* where it is to be found meanwhile */
 } setting;
 
 typedef struct result {
@@ -166,6 +167,7 @@ static void run(const setting *s, result *results)
         fail_msg("%s", err.text);
     tr_engine_watch(engine, s->watch);
     tr_engine_observe(engine, s->observer);
+    if (s->engine) *s->engine = engine;
     for (uint64_t id = 1; id <= N_REQUESTS; id++)
         if (s->only == 0 || s->only == id)
             assert_int_equal(
@@ -341,6 +343,43 @@ static void test_expects(void **state)
     tr_world_finish(TR_OK);
 }
 
+typedef struct steps_seen {
+    tr_engine *engine;
+    int n;
+    uint64_t sum_ns; /* of all steps so far */
+} steps_seen;
+
+static void see_time(void *ctx, const tr_engine_seen *seen)
+{
+    steps_seen *s = ctx;
+    const tr_engine_stats stats = tr_engine_stats_get(s->engine);
+    const uint64_t sum = stats.prefill_ns + stats.decode_ns, took = sum - s->sum_ns;
+    const uint64_t computed = seen->t1_ns - seen->t0_ns;
+
+    assert_in_range(took, computed, computed + seen->plan_ns);
+    s->sum_ns = sum;
+    s->n++;
+}
+
+/* A step's time is its own, also where the next one has been computed before its results are taken in. */
+static void test_step_times(void **state)
+{
+    result results[N_REQUESTS + 1] = {0};
+    (void)state;
+    for (int ring = 1; ring <= 2; ring++) {
+        steps_seen seen = {0};
+        run(&(setting){.dtype = TR_E4M3,
+                       .ring = ring,
+                       .max_batch_tokens = 64,
+                       .n_threads = 1,
+                       .observer = {.ctx = &seen, .step = see_time},
+                       .engine = &seen.engine},
+            results);
+        assert_true(seen.n > 30);
+        forget(results);
+    }
+}
+
 static int read_cases(void **state)
 {
     char path[512];
@@ -364,6 +403,7 @@ int main(void)
         cmocka_unit_test(test_shared_prefixes),
         cmocka_unit_test(test_choices),
         cmocka_unit_test(test_expects),
+        cmocka_unit_test(test_step_times),
     };
     return cmocka_run_group_tests(tests, read_cases, drop_cases);
 }

@@ -104,6 +104,7 @@ ends 0 '' FAKE_GPU=
 ends 0 ' rank  host .* NUMA .* to others' FAKE_PEERS=2
 [ "$(grep -cE 'trireme: +[01]  .* fa4e:0[01]:00.0 +0  not bound .* (P2P|SHM) 1$' "$dir/log")" -eq 2 ] || { cat "$dir/log"; status=1; }
 ends 2 'ranks 0 and 1 on .* have the same GPU, GPU-7' FAKE_GPU=GPU-7
+ends 2 'NCCL_NVLS_ENABLE=2: multicast is not to be relied on' NCCL_NVLS_ENABLE=2
 ends 2 'several ranks with --device cuda are wanted' FAKE_GPU= ARGUMENTS='--device auto --peer-kernels on'
 ends 0 'attn_tp: sum and norm of   1 rows.*: one-shot' FAKE_GPU= ARGUMENTS='--verbose'
 ends 0 'attn_tp: no sums over peer memory: switched off' FAKE_GPU= ARGUMENTS='--verbose --peer-kernels off'

@@ -53,6 +53,11 @@ tiny="-m $dir/model.0"
 
     refused 2 "rank 1 on $host: started with another --profile-files than rank 0: node, not auto" 2 '--profile-files node' \
         $tiny --profile "$dir/profile.h5"
+    # What would leave ranks in different collectives.
+    refused 2 "rank 1 on $host: started with another --no-bind than rank 0: on, not off" 2 --no-bind $tiny
+    refused 2 "rank 1 on $host: started with another --step-timeout than rank 0: on, not 0" 2 '--step-timeout 60' \
+        $tiny --step-timeout 0
+    refused 2 "rank 1 on $host: started with another --device than rank 0: cpu, not auto" 2 '--device cpu' $tiny
 
     sed -i 's/"routed_scaling_factor": [0-9.]*/"routed_scaling_factor": 2.25/' "$dir/model.1/config.json"
     refused 2 'another model than rank 0' 2 "-m $dir/model.1" $tiny

@@ -129,6 +129,13 @@ static void give_tables(void *ctx, tr_profile_tables *out)
     tr_profile_rank_tokens(r->opened, out->rank_tokens);
 }
 
+/* Bytes; 0: unknown. */
+static uint64_t free_memory(void)
+{
+    const uint64_t left = tr_memory_available();
+    return left == UINT64_MAX ? 0 : left;
+}
+
 /* The profile's thread. */
 static void give_sample(void *ctx, tr_prof_kv *kv, tr_prof_memory *memory)
 {
@@ -136,7 +143,7 @@ static void give_sample(void *ctx, tr_prof_kv *kv, tr_prof_memory *memory)
     tr_engine *engine = atomic_load(&r->engine);
 
     if (!engine) {
-        memory->free = tr_memory_available();
+        memory->free = free_memory();
         return;
     }
     const tr_engine_stats s = tr_engine_stats_get(engine);
@@ -147,7 +154,7 @@ static void give_sample(void *ctx, tr_prof_kv *kv, tr_prof_memory *memory)
     *memory = (tr_prof_memory){.weights = r->weights,
                                .kv = r->kv,
                                .workspace = r->workspace,
-                               .free = left ? left : tr_memory_available()};
+                               .free = left ? left : free_memory()};
 }
 
 /* ---- steps and requests ------------------------------------------------------------------------------------------------ */

@@ -20,7 +20,7 @@
 #include "command/open.h"
 #include "model/estimate.h"
 
-enum { MODEL_LEN_MAX = 16384, SMALL_FILE_MAX = 16 << 20, N_FIELDS = 18, FIELD_MAX = 96 };
+enum { MODEL_LEN_MAX = 16384, SMALL_FILE_MAX = 16 << 20, N_FIELDS = 20, FIELD_MAX = 96 };
 enum { TERM_GRACE_S = 5 }; /* Slurm's KillWait is 30 s (parallel.md 10.3) */
 
 struct tr_run {
@@ -353,11 +353,15 @@ static tr_status make_alike(const tr_run *run, identity *id, tr_err *err)
     add_field(id, "--max-model-len", "%d", run->max_model_len);
     add_field(id, "--max-batch-tokens", "%jd", (intmax_t)o->max_batch_tokens);
     add_field(id, "--max-sequences", "%jd", (intmax_t)o->max_sequences);
-    add_field(id, "--no-overlap", "%s", o->no_overlap ? "given" : "not given");
-    add_field(id, "--sync-check", "%s", o->sync_check ? "given" : "not given");
+    add_field(id, "--no-overlap", "%s", o->no_overlap ? "on" : "off");
+    add_field(id, "--sync-check", "%s", o->sync_check ? "on" : "off");
     add_field(id, "--peer-kernels", "%s", o->peer_kernels ? o->peer_kernels : "auto");
-    add_field(id, "--profile", "%s", o->profile ? "given" : "not given");
+    add_field(id, "--profile", "%s", o->profile ? "on" : "off");
     add_field(id, "--profile-files", "%s", o->profile_files ? o->profile_files : "auto");
+    /* These decide which collectives a rank takes part in. */
+    add_field(id, "--device", "%s", o->device);
+    add_field(id, "--no-bind", "%s", o->no_bind ? "on" : "off");
+    add_field(id, "--step-timeout", "%s", o->step_timeout ? "on" : "0");
     return TR_OK;
 }
 
@@ -419,9 +423,9 @@ static tr_status choose_pages(const tr_run *run, int *n_pages, tr_err *err)
     size_t want = each * (size_t)run->o->max_sequences; /* at most 2^31/64 * 4096: fits */
     /* A device's memory is this rank's alone; what the steps need (workspace) comes out of the other part. */
     const uint64_t device = run->opened.ops->memory_left(run->opened.device);
-    uint64_t left =
-        device ? device / 2 : tr_memory_available() / 2 / (uint64_t)run->world->local_size;
-    size_t fit = left ? (size_t)(left / page) : want;
+    const uint64_t all = device ? device : tr_memory_available();
+    const uint64_t left = all / 2 / (device ? 1 : (uint64_t)run->world->local_size);
+    const size_t fit = all == UINT64_MAX ? want : (size_t)(left / page);
 
     if (fit < each)
         return tr_fail(err, TR_E_MEMORY,
@@ -455,7 +459,9 @@ void tr_run_budget(const tr_run *run)
                                            run->max_model_len, gpu ? 2 : 4),
         .cache_least = (uint64_t)each * page,
         .cache_whole = (uint64_t)each * page * (uint64_t)run->o->max_sequences,
-        .left = device || gpu ? device : tr_memory_available(),
+        .left = device ? device
+                : gpu  ? UINT64_MAX
+                       : tr_memory_available(),
         .max_batch_tokens = (int)run->o->max_batch_tokens,
         .max_sequences = (int)run->o->max_sequences,
         .max_model_len = run->max_model_len,
@@ -512,8 +518,8 @@ tr_status tr_run_model(tr_run *run, tr_err *err)
                 "sequences; %s",
                 run->model_name, c->num_hidden_layers, (double)run->opened.weights->bytes / 1e9,
                 run->o->kv_dtype, (double)tr_model_cache_bytes(run->opened.model) / 1e9,
-                n_pages * TR_PAGE_TOKENS, run->max_model_len, (intmax_t)run->o->max_sequences,
-                tr_device_describe(run->opened.device));
+                tr_model_limits(run->opened.model).n_pages * TR_PAGE_TOKENS, run->max_model_len,
+                (intmax_t)run->o->max_sequences, tr_device_describe(run->opened.device));
     return TR_OK;
 }
 

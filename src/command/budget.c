@@ -20,35 +20,65 @@ static uint64_t number_in(const char *path, uint64_t none)
     return v;
 }
 
-static uint64_t host_available(void)
+/* The number behind `name` in a file of such lines, 0 where there is none. */
+static uint64_t number_of(const char *path, const char *name)
 {
     char line[256];
-    uint64_t kib = 0;
-    FILE *f = fopen("/proc/meminfo", "re");
+    const size_t n = strlen(name);
+    uint64_t v = 0;
+    FILE *f = fopen(path, "re");
     if (!f) return 0;
     while (fgets(line, sizeof line, f))
-        if (!strncmp(line, "MemAvailable:", 13)) kib = strtoull(line + 13, NULL, 10);
+        if (!strncmp(line, name, n) && line[n] == ' ') v = strtoull(line + n, NULL, 10);
     fclose(f);
-    return kib * 1024;
+    return v;
 }
 
-/* What the groups from `group` up to the root leave. The names of the two files differ between
- * versions 1 and 2. */
-static uint64_t group_room(const char *root, char *group, const char *limit_name,
-                           const char *used_name)
+static uint64_t host_available(const char *root)
+{
+    char path[PATH_MAX];
+
+    if (snprintf(path, sizeof path, "%s/proc/meminfo", root) >= (int)sizeof path) return UINT64_MAX;
+    const uint64_t kib = number_of(path, "MemAvailable:");
+    return kib ? kib * 1024 : UINT64_MAX;
+}
+
+/* What versions 1 and 2 of control groups call their files and the lines of memory.stat, sums over the groups below. */
+typedef struct version {
+    const char *at, *limit, *used, *file[2];
+} version;
+static const version versions[2] = {
+    {"/sys/fs/cgroup/memory",
+     "memory.limit_in_bytes",
+     "memory.usage_in_bytes",
+     {"total_active_file", "total_inactive_file"}},
+    {"/sys/fs/cgroup", "memory.max", "memory.current", {"active_file", "inactive_file"}},
+};
+
+/* The path of a file of a group; NULL: longer than paths are. */
+static const char *group_file(char path[PATH_MAX], const char *root, const version *v,
+                              const char *group, const char *name)
+{
+    const int n = snprintf(path, PATH_MAX, "%s%s%s/%s", root, v->at, group, name);
+    return n < PATH_MAX ? path : NULL;
+}
+
+/* What the groups from `group` up to the root leave. */
+static uint64_t group_room(const char *root, const version *v, char *group)
 {
     char path[PATH_MAX];
     uint64_t room = UINT64_MAX;
 
     for (;;) {
-        if (snprintf(path, sizeof path, "%s%s/%s", root, group, limit_name) >= (int)sizeof path)
-            return room;
-        uint64_t limit = number_in(path, UINT64_MAX);
-        if (snprintf(path, sizeof path, "%s%s/%s", root, group, used_name) >= (int)sizeof path)
-            return room;
+        if (!group_file(path, root, v, group, v->limit)) return room;
+        const uint64_t limit = number_in(path, UINT64_MAX);
+        if (!group_file(path, root, v, group, v->used)) return room;
         uint64_t used = number_in(path, 0);
+        if (!group_file(path, root, v, group, "memory.stat")) return room;
+        const uint64_t files = number_of(path, v->file[0]) + number_of(path, v->file[1]);
+        used -= files < used ? files : used;
         if (limit != UINT64_MAX) {
-            uint64_t left = used < limit ? limit - used : 0;
+            const uint64_t left = used < limit ? limit - used : 0;
             if (left < room) room = left;
         }
         char *slash = strrchr(group, '/');
@@ -57,11 +87,13 @@ static uint64_t group_room(const char *root, char *group, const char *limit_name
     }
 }
 
-static uint64_t groups_available(void)
+static uint64_t groups_available(const char *root)
 {
     char line[PATH_MAX];
     uint64_t room = UINT64_MAX;
-    FILE *f = fopen("/proc/self/cgroup", "re");
+
+    if (snprintf(line, sizeof line, "%s/proc/self/cgroup", root) >= (int)sizeof line) return room;
+    FILE *f = fopen(line, "re");
     if (!f) return room;
     while (fgets(line, sizeof line, f)) {
         line[strcspn(line, "\n")] = 0;
@@ -71,20 +103,24 @@ static uint64_t groups_available(void)
         if (!group) continue;
         *group++ = 0;
         if (!names[1])
-            left = group_room("/sys/fs/cgroup", group, "memory.max", "memory.current");
+            left = group_room(root, &versions[1], group);
         else if (!strcmp(names + 1, "memory"))
-            left = group_room("/sys/fs/cgroup/memory", group, "memory.limit_in_bytes",
-                              "memory.usage_in_bytes");
+            left = group_room(root, &versions[0], group);
         if (left < room) room = left;
     }
     fclose(f);
     return room;
 }
 
+uint64_t tr_memory_available_under(const char *root)
+{
+    const uint64_t host = host_available(root), group = groups_available(root);
+    return group < host ? group : host;
+}
+
 uint64_t tr_memory_available(void)
 {
-    uint64_t host = host_available(), group = groups_available();
-    return group < host || !host ? (group == UINT64_MAX ? 0 : group) : host;
+    return tr_memory_available_under("");
 }
 
 void tr_budget_print(const tr_budget *b, tr_log *log)
@@ -101,7 +137,7 @@ void tr_budget_print(const tr_budget *b, tr_log *log)
     tr_log_info(log, "  caches, at most     %9.3f  for --max-sequences %d of that length",
                 (double)b->cache_whole / 1e9, b->max_sequences);
     tr_log_info(log, "  needed, at least    %9.3f", least / 1e9);
-    if (b->left)
+    if (b->left != UINT64_MAX)
         tr_log_info(log, "  left at the moment  %9.3f  beside what has been taken",
                     (double)b->left / 1e9);
     else

@@ -266,13 +266,14 @@ static void hash_binary(char hex[33])
 
 void tr_facts_find(tr_facts *f, const tr_world *world)
 {
+    const uint64_t memory = tr_memory_available();
     struct statvfs shm;
 
     *f = (tr_facts){.rank = world->rank,
                     .world = world->size,
                     .local_rank = world->local_rank,
                     .local_size = world->local_size,
-                    .memory_bytes = tr_memory_available(),
+                    .memory_bytes = memory == UINT64_MAX ? 0 : memory,
                     .shm_bytes = UINT64_MAX,
                     .sees_out = -1};
     take(f->host, sizeof f->host, world->host);
