@@ -17,9 +17,10 @@ def question(body):
         lines = (last.get("content") or "").splitlines() or [""]
         who = "" if last["role"] == "user" else f"({last['role']}) "
         return who + ("... " if len(lines) > 1 else "") + short(lines[-1], 64)
-    if isinstance(body["prompt"], list):
-        return f"[{len(body['prompt'])} token ids]"
-    return short(body["prompt"], 64)
+    prompt = body.get("prompt")
+    if prompt is None:
+        return "(no question)"
+    return f"[{len(prompt)} token ids]" if isinstance(prompt, list) else short(prompt, 64)
 
 
 def tokens(record):

@@ -2,8 +2,11 @@
 """A profile in h5py and pandas, without trireme: profile_example.py FILE.h5 (what --profile or profile pack wrote)."""
 import sys
 
-import h5py
-import pandas
+try:
+    import h5py
+    import pandas
+except ImportError as e:
+    sys.exit(f"profile_example.py: {e}: this reads with h5py and pandas (python3-h5py, python3-pandas)")
 
 with h5py.File(sys.argv[1], "r") as f:
     regions = pandas.DataFrame.from_records(f["regions"][:])

@@ -200,6 +200,11 @@ if command -v "$PYTHON" >/dev/null; then
     PYTHONDONTWRITEBYTECODE=1 "$PYTHON" "$TR_SRCDIR/tests/spack_recipe.py" "$jobs/spack/packages/trireme/package.py" >spack ||
         complain 'the Spack recipe does not run'
     [ "$(wc -l <spack)" -eq 16 ] || complain "the Spack recipe: $(wc -l <spack) combinations instead of 16"
+    # What configure links, and what several GPUs need.
+    ! grep -q hdf5_hl "$TR_SRCDIR/configure" || grep -q '"hdf5@.*+hl"' "$jobs/spack/packages/trireme/package.py" ||
+        complain "the Spack recipe: no hdf5+hl"
+    ! grep -e --with-cuda= spack | grep -v -e --with-nccl=/opt/nccl || complain 'the Spack recipe: CUDA without NCCL'
+    ! grep -e --without-cuda spack | grep -v -e --without-nccl || complain 'the Spack recipe: NCCL without CUDA'
     "$TR_SRCDIR/configure" --help >help || complain 'no configure'
     for option in $(tr ' ' '\n' <spack | sed 's/=.*//; s/^--without-/--with-/' | sort -u); do
         grep -q -e "^  $option\(=\| \)" help || complain "the Spack recipe: configure does not know $option"
@@ -258,6 +263,10 @@ complete_words() {
 [ "$(complete_words trireme ba)" = batch ] || complain "completion of 'trireme ba': $(complete_words trireme ba)"
 [[ " $(complete_words trireme batch --mo) " == *' --model '* ]] || complain 'completion of --mo'
 [ "$(complete_words trireme batch --kv-dtype b)" = bf16 ] || complain 'completion of --kv-dtype b'
+[ "$(complete_words trireme batch --profile-files n)" = node ] || complain 'completion of --profile-files n'
+[ "$(complete_words trireme bench w)" = watchdog ] || complain "completion of 'bench w'"
+[ "$(complete_words trireme bench comm --ex)" = --experts ] || complain "completion of 'bench comm --ex'"
+[ -z "$(complete_words trireme bench comm --steps)" ] || complain "completion of 'bench comm --steps'"
 touch in.jsonl
 [ "$(complete_words trireme batch -i in.j)" = in.jsonl ] || complain 'completion of a file'
 

@@ -13,9 +13,12 @@ one_per_line()
     grep -oE -e '(^|[^-[:alnum:]])--[a-z][a-z0-9-]+' | grep -oE -e '--[a-z][a-z0-9-]+' | sort -u
 }
 
-for command in batch bench plan doctor profile; do
+for command in batch bench comm plan doctor profile; do
+    of=$command
+    [ "$command" != comm ] || of='bench comm'
     # Options stand at the start of a line of the help; its prose may name others.
-    "${TRIREME:?}" "$command" --help | grep -E -e '^ +(-[a-zA-Z], )?--' | sed 's/\(--[a-z0-9-]*\).*/\1/' |
+    # shellcheck disable=SC2086 # one word or two
+    "${TRIREME:?}" $of --help | grep -E -e '^ +(-[a-zA-Z], )?--' | sed 's/\(--[a-z0-9-]*\).*/\1/' |
         one_per_line >"$tmp/help"
     [ -s "$tmp/help" ]
     title=$(echo "$command" | tr '[:lower:]' '[:upper:]')
@@ -25,7 +28,7 @@ for command in batch bench plan doctor profile; do
         one_per_line >"$tmp/completion"
     for other in manual completion; do
         diff "$tmp/help" "$tmp/$other" ||
-            { echo "trireme $command --help (<) and the $other (>) differ" && status=1; }
+            { echo "trireme $of --help (<) and the $other (>) differ" && status=1; }
     done
 done
 exit "$status"

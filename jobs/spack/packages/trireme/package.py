@@ -39,12 +39,13 @@ class Trireme(AutotoolsPackage):
     depends_on("pkgconfig", type="build")
     depends_on("mpi")
     # Each rank writes a file of its own: a serial HDF5 is enough, a parallel one does no harm.
-    depends_on("hdf5@1.10:")
+    depends_on("hdf5@1.10:+hl")
     depends_on("hwloc@2:")
     depends_on("jansson@2.10:")
     depends_on("pcre2")
     depends_on("xxhash@0.8:")
     depends_on("cuda@12.4:", when="+cuda")
+    depends_on("nccl@2.28:", when="+cuda")  # several ranks with a GPU each
     depends_on("papi", when="+papi")
     depends_on("openblas", when="+openblas")
     depends_on("cmocka", type="test")
@@ -62,6 +63,7 @@ class Trireme(AutotoolsPackage):
                 args.append("--with-{0}={1}".format(name, spec[name].prefix))
             else:
                 args.append("--without-" + name)
+        args.append("--with-nccl={0}".format(spec["nccl"].prefix) if "+cuda" in spec else "--without-nccl")
         if "+cuda" in spec:
             args.append("--with-cuda-arch=sm_{0}".format(spec.variants["cuda_arch"].value))
         args.append("--without-microhttpd")
