@@ -88,6 +88,9 @@ int main(int argc, char **argv)
         st = tr_fail(&err, TR_E_USAGE, "%s: no such command (see trireme --help)", name);
     else
         st = tr_fail(&err, TR_E_USAGE, "a command is missing (see trireme --help)");
+    /* Nobody else may have looked whether all of it was written. */
+    if (st == TR_OK && (fflush(stdout) != 0 || ferror(stdout)))
+        st = tr_fail(&err, TR_E_IO, "standard output: %s", strerror(errno));
     if (st != TR_OK && err.text[0]) fprintf(stderr, "trireme: %s\n", err.text);
     return tr_exit_code(st);
 }

@@ -23,6 +23,11 @@ model=$TR_SRCDIR/models/tiny
 grep -q ' 60 steps' "$dir/show" || { cat "$dir/show"; exit 1; }
 "$TRIREME" profile show "$dir/step.h5" >"$dir/show" || exit 1
 grep -q ', complete$' "$dir/show" || { cat "$dir/show"; exit 1; }
+for what in "step -m $model --context 5 --sequences 1 --prefill 0 --steps 1" "load -m $model" "kernels -m $model --only norm"; do
+    # shellcheck disable=SC2086 # options
+    "$TRIREME" bench $what >/dev/full 2>"$dir/err"
+    if [ $? -ne 74 ] || ! grep -q 'standard output: ' "$dir/err"; then echo "bench $what: a full disk was not noticed"; exit 1; fi
+done
 "$TRIREME" bench load -m "$model" --profile x.h5 >/dev/null 2>&1 && { echo "bench load accepted --profile"; exit 1; }
 "$TRIREME" bench step -m "$model" --profile "$dir/none/x.h5" >/dev/null 2>&1 && { echo "a folder that is not there was accepted"; exit 1; }
 "$TRIREME" bench kernels -m "$model" --only topk,nothing >/dev/null 2>&1 && { echo "an unknown operation was accepted"; exit 1; }

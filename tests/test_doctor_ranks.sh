@@ -59,7 +59,13 @@ says '60 min left of job 7'
 doctor 2 "$TRIREME" doctor -o "$dir/missing/out"
 says "$dir/missing"
 doctor 2 "$TRIREME" doctor -o -
+"$TRIREME" doctor >/dev/full 2>"$dir/err"
+[ $? -eq 74 ] || complain 'a page that cannot be written was not noticed'
 doctor 2 "$TRIREME" doctor --speed
+for budget in x INVALID 1:2:3:4 ''; do
+    doctor 2 "$TRIREME" doctor --time-budget "$budget"
+    grep -q -e "--time-budget $budget" "$dir/err" || complain "--time-budget '$budget'"
+done
 doctor 65 "$TRIREME" doctor "$dir/none.json"
 
 # A real hang: a rank is stopped, the watchdog ends the job, the reports say who is missing.

@@ -71,6 +71,11 @@ awk -F, 'NR > 1 && $(NF - 2) != "1.000" { print; bad = 1 } END { exit bad || NR 
     fail 'the same profile in two forms differs'
 "$TRIREME" profile diff one.h5 p.h5 --per token >out || fail 'diff of two grids'
 "$TRIREME" profile pack j.h5 -o packed.h5 || fail 'pack'
+# A name that Slurm's pattern was left in; a joined file without its folder.
+"$make" joined 'run-%j%%.h5' 2 2 4 3 && "$TRIREME" profile show 'run-%j%%.h5' >out && grep -q '2 ranks' out ||
+    fail 'a % in the name'
+mkdir moved && cp j.h5 moved
+refused 65 'is not beside it: copy their folder too' show moved/j.h5
 rm -r j.h5.d
 "$TRIREME" profile show packed.h5 >out && grep -q '^model synthetic; 4 ranks' out || fail 'the packed file needs others'
 "$TRIREME" profile diff p.h5 packed.h5 --csv --by path >out || fail 'diff'

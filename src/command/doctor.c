@@ -13,6 +13,7 @@
 #include "command/command.h"
 #include "command/doctor_report.h"
 #include "command/hang.h"
+#include "command/limit.h"
 #include "command/options.h"
 #ifdef HAVE_NCCL
 #include "mpi/comm_nccl.h"
@@ -201,6 +202,8 @@ tr_status tr_command_doctor(int argc, char **argv, tr_err *err)
     if (st == TR_OK && o.output && rest < argc)
         st = tr_fail(err, TR_E_USAGE, "doctor: -o OUT is for before a job, %s for after one",
                      argv[rest]);
+    double seconds;
+    if (st == TR_OK && o.time_budget) st = tr_limit_time(&seconds, o.time_budget, err);
     if (st != TR_OK) return st;
     if (o.help) {
         help(stdout);

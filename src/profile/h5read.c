@@ -493,6 +493,16 @@ tr_status tr_h5_names(char ***names, size_t *n, hid_t file, const char *group, t
 
 /* ---- virtual datasets ---------------------------------------------------------------------------------------------- */
 
+/* HDF5 has %% for a % in names of sources (join.c, plain). */
+static void undouble(char *name)
+{
+    char *to = name;
+
+    for (const char *from = name; *from; *to++ = *from++)
+        if (from[0] == '%' && from[1] == '%') from++;
+    *to = '\0';
+}
+
 /* One row of the mapping; false: see wants no more. */
 static bool see_source(hid_t create, size_t i,
                        bool (*see)(void *ctx, const char *source, uint64_t first, uint64_t n),
@@ -506,8 +516,10 @@ static bool see_source(hid_t create, size_t i,
     hid_t space = H5Pget_virtual_vspace(create, i);
     if (source && space >= 0 &&
         H5Pget_virtual_filename(create, i, source, (size_t)length + 1) > 0 &&
-        H5Sget_select_bounds(space, low, high) >= 0)
+        H5Sget_select_bounds(space, low, high) >= 0) {
+        undouble(source);
         go_on = see(ctx, source, low[0], high[0] - low[0] + 1);
+    }
     if (space >= 0) H5Sclose(space);
     free(source);
     return go_on;

@@ -227,9 +227,11 @@ static tr_status find_missing(tr_reader *r, tr_reader_file *f, tr_err *err)
     tr_h5_sources(f->h5, "/profile/count", see_rank_source, &w);
     for (int i = 0; w.n > 0 && i < f->n_rows; i++)
         if (!w.here[i]) f->rank[i] = -1;
-    if (w.n_missing > 0)
+    if (w.n_missing > 0) {
+        snprintf(r->missing, sizeof r->missing, "%s", w.name);
         tr_reader_say(r, "%zu of the files it stands for cannot be read: %s%s", w.n_missing, w.name,
                       w.n_missing > 1 ? ", ..." : "");
+    }
     free(w.here);
     return TR_OK;
 }
@@ -576,6 +578,12 @@ static tr_status load(tr_reader *r, tr_err *err)
     /* a rank's or a node's own file speaks for itself */
     r->about.complete = r->about.ended &&
                         (r->about.form == TR_READER_RANK || r->about.n_present == r->about.n_ranks);
+    if (r->about.n_present == 0 && r->missing[0])
+        return tr_fail(err, TR_E_INPUT,
+                       "%s: it only points to the ranks' files, and %s is not beside it: copy "
+                       "their folder too, or make one file "
+                       "with trireme profile pack",
+                       r->path, r->missing);
     if (r->about.n_present == 0)
         return tr_fail(err, TR_E_INPUT, "%s: no rank has anything in it", r->path);
     say_missing(r);

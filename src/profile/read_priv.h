@@ -20,6 +20,7 @@ typedef struct tr_reader_file {
 struct tr_reader {
     tr_reader_about about;
     char *path;
+    char missing[256]; /* the first of a joined file's files that cannot be read; "": all can */
     tr_reader_file *file;
     int n_files;
     tr_prof_rank *rank;          /* [n_ranks] */
