@@ -30,6 +30,8 @@ for what in "step -m $model --context 5 --sequences 1 --prefill 0 --steps 1" "lo
 done
 "$TRIREME" bench load -m "$model" --profile x.h5 >/dev/null 2>&1 && { echo "bench load accepted --profile"; exit 1; }
 "$TRIREME" bench step -m "$model" --profile "$dir/none/x.h5" >/dev/null 2>&1 && { echo "a folder that is not there was accepted"; exit 1; }
+echo notes >"$dir/notes"
+"$TRIREME" bench step -m "$model" --profile "$dir/notes" >/dev/null 2>&1 && { echo "a file that is no profile was replaced"; exit 1; }
 "$TRIREME" bench kernels -m "$model" --only topk,nothing >/dev/null 2>&1 && { echo "an unknown operation was accepted"; exit 1; }
 "$TRIREME" bench step -m "$model" --only norm >/dev/null 2>&1 && { echo "bench step accepted --only"; exit 1; }
 "$TRIREME" bench step >/dev/null 2>&1 && { echo "bench without a model was accepted"; exit 1; }

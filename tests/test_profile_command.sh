@@ -71,11 +71,23 @@ awk -F, 'NR > 1 && $(NF - 2) != "1.000" { print; bad = 1 } END { exit bad || NR 
     fail 'the same profile in two forms differs'
 "$TRIREME" profile diff one.h5 p.h5 --per token >out || fail 'diff of two grids'
 "$TRIREME" profile pack j.h5 -o packed.h5 || fail 'pack'
-# A name that Slurm's pattern was left in; a joined file without its folder.
-"$make" joined 'run-%j%%.h5' 2 2 4 3 && "$TRIREME" profile show 'run-%j%%.h5' >out && grep -q '2 ranks' out ||
-    fail 'a % in the name'
+# A joined file without its folder.
 mkdir moved && cp j.h5 moved
 refused 65 'is not beside it: copy their folder too' show moved/j.h5
+# Nothing is written over what is read, nor over what is not trireme's.
+cp p.h5 q.h5 && ln -s q.h5 link.h5
+refused 2 'a file of the profile that is read' export q.h5 --chrome -o q.h5
+refused 2 'a file of the profile that is read' export q.h5 --hatchet -o link.h5
+refused 2 'a file of the profile that is read' pack q.h5 -o link.h5
+refused 2 'a file of the profile that is read' pack j.h5 -o j.h5.d/run/rank00002.h5
+refused 2 'and it is no profile' pack j.h5 -o text
+refused 2 'a file is wanted' pack j.h5 -o -
+refused 2 'a folder is wanted' export j.h5 --csv -o -
+cmp p.h5 q.h5 || fail 'a profile was written over'
+mkfifo pipe && cat pipe >piped &
+until [ -p pipe ]; do sleep 0.1; done
+refused 2 'and it is no profile' pack j.h5 -o pipe
+"$TRIREME" profile export p.h5 --hatchet -o pipe && wait && [ -p pipe ] && [ -s piped ] || fail 'a pipe is not written to'
 rm -r j.h5.d
 "$TRIREME" profile show packed.h5 >out && grep -q '^model synthetic; 4 ranks' out || fail 'the packed file needs others'
 "$TRIREME" profile diff p.h5 packed.h5 --csv --by path >out || fail 'diff'
@@ -102,13 +114,14 @@ if [ -n "$mpiexec" ]; then
     for i in 1 2 3; do
         echo '{"custom_id": "'$i'", "method": "POST", "url": "/v1/completions", "body": {"prompt": [41, 42, 43], "max_tokens": 4}}'
     done >in.jsonl
+    run='run-%j%%.h5' # as where nobody has filled in Slurm's pattern
     "$mpiexec" -n 2 "$TRIREME" batch -m "$TR_SRCDIR/models/tiny" -i in.jsonl -o out.jsonl --max-model-len 256 --tp 2 \
-        --profile run.h5 --profile-trace >out 2>&1 || fail "batch --profile: $(cat out)"
-    "$TRIREME" profile show run.h5 >out || fail 'show of a real run'
+        --profile "$run" --profile-trace >out 2>&1 || fail "batch --profile: $(cat out)"
+    "$TRIREME" profile show "$run" >out || fail 'show of a real run'
     grep -q '^model tiny; 2 ranks on 1 node' out && grep -q '3 requests (0 failed)' out && ! grep -q '^note' out ||
         fail "a real run is shown as $(head -5 out)"
-    "$TRIREME" profile pack run.h5.d -o real.h5 && "$TRIREME" profile export run.h5 --chrome -o r.json &&
-        "$TRIREME" profile diff run.h5 real.h5 --csv --by path >out || fail 'pack, export or diff of a real run'
+    "$TRIREME" profile pack "$run.d" -o real.h5 && "$TRIREME" profile export "$run" --chrome -o r.json &&
+        "$TRIREME" profile diff "$run" real.h5 --csv --by path >out || fail 'pack, export or diff of a real run'
     awk -F, 'NR > 1 && $(NF - 2) != "1.000" { print; bad = 1 } END { exit bad || NR < 40 }' out ||
         fail 'packing a real run changed a time'
 else

@@ -77,8 +77,7 @@ static tr_status check_one(const written *w, const char *option, const char *pat
     return st;
 }
 
-/* A profile takes the place of an older one, of nothing else. */
-static tr_status check_replaced(const char *path, tr_err *err)
+tr_status tr_apart_replaced(const char *option, const char *path, tr_err *err)
 {
     static const char magic[8] = "\x89HDF\r\n\x1a\n";
     char begins[sizeof magic];
@@ -91,9 +90,9 @@ static tr_status check_replaced(const char *path, tr_err *err)
     if (fd >= 0) close(fd);
     if (ours) return TR_OK;
     return tr_fail(err, TR_E_USAGE,
-                   "--profile %s: there is such a file, and it is no profile: delete it, or give "
+                   "%s %s: there is such a file, and it is no profile: delete it, or give "
                    "another name",
-                   path);
+                   option, path);
 }
 
 tr_status tr_apart_check(const tr_batch_options *o, tr_err *err)
@@ -117,6 +116,6 @@ tr_status tr_apart_check(const tr_batch_options *o, tr_err *err)
         st = check_one(&out, "PART", o->part[i], err);
     if (st == TR_OK && has_in) st = check_one(&profile, "-i", o->input, err);
     if (st == TR_OK && o->profile) st = check_one(&out, "--profile", o->profile, err);
-    if (st == TR_OK && o->profile) st = check_replaced(o->profile, err);
+    if (st == TR_OK && o->profile) st = tr_apart_replaced("--profile", o->profile, err);
     return st;
 }

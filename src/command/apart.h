@@ -10,4 +10,7 @@
  * standard input and output are nobody's. TR_E_MEMORY. */
 tr_status tr_apart_check(const tr_batch_options *options, tr_err *err);
 
+/* A profile takes the place of an older one, of nothing else: TR_E_USAGE with `option` where `path` is another file. */
+tr_status tr_apart_replaced(const char *option, const char *path, tr_err *err);
+
 #endif

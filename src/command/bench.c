@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "base/size.h"
+#include "command/apart.h"
 #include "command/bench_comm.h"
 #include "command/command.h"
 
@@ -336,6 +337,7 @@ static tr_status parse(int argc, char **argv, tr_bench_options *o, const char **
         return tr_fail(err, TR_E_USAGE, "--halves: an option of bench step%s",
                        o->profile ? ", without --profile" : "");
     if (o->profile && !*o->profile) return tr_fail(err, TR_E_USAGE, "--profile: a file is wanted");
+    if (o->profile) return tr_apart_replaced("--profile", o->profile, err);
     if ((has_grid(&o->open.ranks) || o->no_overlap) && o->what != TR_BENCH_STEP &&
         o->what != TR_BENCH_WATCHDOG)
         return tr_fail(err, TR_E_USAGE,

@@ -5,7 +5,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
+#include "command/apart.h"
 #include "command/command.h"
 #include "command/options.h"
 #include "command/profile_plot.h"
@@ -103,14 +105,23 @@ static tr_status diff(tr_reader *a, const char *path, const profile_options *o, 
     return st;
 }
 
+/* A pipe or a device that is there: written to, never replaced. */
+static bool is_stream(const char *path)
+{
+    struct stat sb;
+    return stat(path, &sb) == 0 && !S_ISREG(sb.st_mode) && !S_ISDIR(sb.st_mode);
+}
+
 /* One stream of text: to a file, made whole or not at all, or to standard output. */
 static tr_status export_text(tr_reader *r, const profile_options *o, tr_err *err)
 {
     const bool to_stdout = !o->output || !strcmp(o->output, "-");
+    const bool whole = !to_stdout && !is_stream(o->output);
     char part[4096];
     FILE *out = stdout;
     if (!to_stdout) {
-        if (snprintf(part, sizeof part, "%s.part", o->output) >= (int)sizeof part)
+        if (snprintf(part, sizeof part, "%s%s", o->output, whole ? ".part" : "") >=
+            (int)sizeof part)
             return tr_fail(err, TR_E_USAGE, "-o %s: too long a name", o->output);
         out = fopen(part, "we");
         if (!out) return tr_fail(err, TR_E_IO, "%s: %s", part, strerror(errno));
@@ -121,9 +132,9 @@ static tr_status export_text(tr_reader *r, const profile_options *o, tr_err *err
     const bool failed = ferror(out) != 0;
     if ((fclose(out) != 0 || failed) && st == TR_OK)
         st = tr_fail(err, TR_E_IO, "%s: %s", part, strerror(errno ? errno : EIO));
-    if (st == TR_OK && rename(part, o->output) != 0)
+    if (st == TR_OK && whole && rename(part, o->output) != 0)
         st = tr_fail(err, TR_E_IO, "%s: %s", o->output, strerror(errno));
-    if (st != TR_OK) remove(part);
+    if (st != TR_OK && whole) remove(part);
     return st;
 }
 
@@ -169,7 +180,35 @@ static tr_status check(action a, const profile_options *o, tr_err *err)
     if (o->rank >= 0 && !o->hatchet) return tr_fail(err, TR_E_USAGE, "--rank goes with --hatchet");
     if (a == PACK && (!o->output || !*o->output))
         return tr_fail(err, TR_E_USAGE, "profile pack: -o OUT.h5 is missing");
+    if (o->output && !strcmp(o->output, "-") && (a == PACK || o->tau || o->csv))
+        return tr_fail(err, TR_E_USAGE, "-o -: %s is wanted", a == PACK ? "a file" : "a folder");
     return TR_OK;
+}
+
+/* What is read is not written over, nor what is no profile by one. */
+static tr_status check_output(action a, const tr_reader *r, const char *output, tr_err *err)
+{
+    if (!output || (a != EXPORT && a != PACK)) return TR_OK;
+    if (tr_reader_reads(r, output))
+        return tr_fail(err, TR_E_USAGE, "-o %s: a file of the profile that is read", output);
+    return a == PACK ? tr_apart_replaced("-o", output, err) : TR_OK;
+}
+
+static tr_status act(action a, tr_reader *r, char **file, const profile_options *o, tr_err *err)
+{
+    switch (a) {
+    case SHOW:
+        return show(r, o, err);
+    case DIFF:
+        return diff(r, file[1], o, err);
+    case EXPORT:
+        return export(r, o, err);
+    case PACK:
+        return tr_profile_pack(r, o->output, err);
+    default:
+        return tr_profile_plot(
+            r, &(tr_plot_options){.prefix = o->output, .peak = o->peak, .script = o->script}, err);
+    }
 }
 
 static tr_status run(action a, char **file, profile_options *o, tr_err *err)
@@ -183,23 +222,8 @@ static tr_status run(action a, char **file, profile_options *o, tr_err *err)
     if (st != TR_OK) return st;
     for (size_t i = 0; a != SHOW && a != DIFF && tr_reader_note(r, i); i++)
         fprintf(stderr, "trireme: %s: %s\n", file[0], tr_reader_note(r, i));
-    switch (a) {
-    case SHOW:
-        st = show(r, o, err);
-        break;
-    case DIFF:
-        st = diff(r, file[1], o, err);
-        break;
-    case EXPORT:
-        st = export(r, o, err);
-        break;
-    case PACK:
-        st = tr_profile_pack(r, o->output, err);
-        break;
-    default:
-        st = tr_profile_plot(
-            r, &(tr_plot_options){.prefix = o->output, .peak = o->peak, .script = o->script}, err);
-    }
+    st = check_output(a, r, o->output, err);
+    if (st == TR_OK) st = act(a, r, file, o, err);
     tr_reader_close(r);
     return st;
 }

@@ -185,19 +185,29 @@ typedef struct source_walk {
     size_t n, n_missing;
 } source_walk;
 
-/* Can HDF5 find and open it? As it looks for it: beside the file. "." is the file itself. */
-static bool is_here(const tr_reader_file *f, const char *source)
+enum { PATH_BYTES = 4096 };
+
+/* Where HDF5 looks for it: beside the file. */
+static const char *source_path(char path[PATH_BYTES], const tr_reader_file *f, const char *source)
 {
-    char path[4096];
-    tr_err ignored;
-    hid_t h5 = -1;
     const char *slash = strrchr(f->name, '/');
 
-    if (!strcmp(source, ".")) return true;
     if (*source == '/' || !slash)
-        snprintf(path, sizeof path, "%s", source);
+        snprintf(path, PATH_BYTES, "%s", source);
     else
-        snprintf(path, sizeof path, "%.*s/%s", (int)(slash - f->name), f->name, source);
+        snprintf(path, PATH_BYTES, "%.*s/%s", (int)(slash - f->name), f->name, source);
+    return path;
+}
+
+/* Can HDF5 find and open it? "." is the file itself. */
+static bool is_here(const tr_reader_file *f, const char *source)
+{
+    char path[PATH_BYTES];
+    tr_err ignored;
+    hid_t h5 = -1;
+
+    if (!strcmp(source, ".")) return true;
+    source_path(path, f, source);
     if (tr_h5_open(&h5, path, &ignored) != TR_OK) return false;
     H5Fclose(h5);
     return true;
@@ -234,6 +244,42 @@ static tr_status find_missing(tr_reader *r, tr_reader_file *f, tr_err *err)
     }
     free(w.here);
     return TR_OK;
+}
+
+typedef struct search { /* for a file among those that are read */
+    const tr_reader_file *f;
+    struct stat wanted;
+    bool found;
+} search;
+
+static bool is_wanted(search *s, const char *path)
+{
+    struct stat sb;
+
+    s->found = s->found || (stat(path, &sb) == 0 && sb.st_dev == s->wanted.st_dev &&
+                            sb.st_ino == s->wanted.st_ino);
+    return s->found;
+}
+
+static bool look_at_source(void *ctx, const char *source, uint64_t first, uint64_t n)
+{
+    char path[PATH_BYTES];
+    search *s = ctx;
+
+    (void)first, (void)n;
+    return !is_wanted(s, source_path(path, s->f, source));
+}
+
+bool tr_reader_reads(const tr_reader *r, const char *path)
+{
+    search s = {.found = false};
+
+    if (stat(path, &s.wanted) != 0) return false;
+    for (int i = 0; i < r->n_files && !is_wanted(&s, r->file[i].name); i++) {
+        s.f = &r->file[i];
+        tr_h5_sources(s.f->h5, "/profile/count", look_at_source, &s);
+    }
+    return s.found;
 }
 
 /* Ranks of one file's rows into f->rank and the table (which grows). */

@@ -60,6 +60,8 @@ typedef struct tr_reader_group {
 /* TR_E_INPUT: no profile, damaged, of another major version; TR_E_IO; TR_E_MEMORY. */
 tr_status tr_reader_open(tr_reader **out, const char *path, tr_err *err);
 void tr_reader_close(tr_reader *r);
+/* Whether `path` is one of the files it reads, a joined file's ranks' files among them: by device and number. */
+bool tr_reader_reads(const tr_reader *r, const char *path);
 
 const tr_reader_about *tr_reader_about_of(const tr_reader *r);
 
