@@ -2,8 +2,10 @@
 
 #include "mpi/watchdog.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <libgen.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -158,6 +160,27 @@ static void report_path(const tr_watchdog *wd, int rank, const char *behind, cha
                         size_t room)
 {
     snprintf(path, room, "%s.hang.rank%05d.json%s", wd->out_path, rank, behind);
+}
+
+/* The reports of ranks that this job does not have: an earlier one had more. What cannot be removed stays. */
+static void remove_others(const tr_watchdog *wd)
+{
+    char *base = strdup(wd->out_path), *folder = strdup(wd->out_path);
+    const char *name = base ? basename(base) : "";
+    const size_t n = strlen(name);
+    DIR *dir = folder ? opendir(dirname(folder)) : NULL;
+    const struct dirent *e;
+
+    while (dir && (e = readdir(dir))) {
+        int rank, end = 0;
+        if (strncmp(e->d_name, name, n) != 0) continue;
+        if (sscanf(e->d_name + n, ".hang.rank%5d.json%n", &rank, &end) == 1 && end > 0 &&
+            !e->d_name[n + (size_t)end] && rank >= wd->world->size)
+            unlinkat(dirfd(dir), e->d_name, 0);
+    }
+    if (dir) closedir(dir);
+    free(base);
+    free(folder);
 }
 
 /* Names come from this program and from gethostname: what JSON would have to escape has no place in them. */
@@ -570,6 +593,7 @@ tr_status tr_watchdog_start(tr_watchdog **out, tr_world *world, double timeout_s
     if (wd->out_path) {
         report_path(wd, world->rank, "", path, sizeof path);
         unlink(path);
+        if (world->rank == 0) remove_others(wd);
     }
     st = start_thread(wd, err);
     if (st != TR_OK) goto done;

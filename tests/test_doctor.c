@@ -266,6 +266,11 @@ static void test_limits(void **state)
     assert_int_equal(n, 0);
     free(page);
     good(f, &out);
+    f[0].seconds_left = 200; /* batch keeps a twentieth for leaving */
+    page = page_of(f, N, &out, false, &n);
+    assert_non_null(strstr(page, "200 s are left: a job that starts now stops after 190 s"));
+    free(page);
+    good(f, &out);
     f[3].memory_bytes = UINT64_C(100) << 20;
     expect(f, &out, 1, "50 MiB of memory for a rank");
     good(f, &out);
@@ -405,7 +410,11 @@ static void test_mismatch(void **state)
     says(explained(list, 3), "rank 1 on node01 is in another one: all_reduce of 4000 bytes");
     /* All are in the same one: no disagreement. */
     report(path[1], 1, 3, 7, "all_reduce", 4096, true, "");
-    says(explained(list, 3), "disagree on no collective");
+    says(explained(list, 3), "disagree on no collective: see who waits for nobody");
+    /* All of those that have written something have done theirs. */
+    report(path[0], 0, 3, 7, "all_reduce", 4096, false, "");
+    report(path[1], 1, 3, 7, "all_reduce", 4096, false, "");
+    says(explained(list, 2), "disagree on no collective: look at the ranks without one above");
     tr_scratch_clear(dir, 1);
 }
 

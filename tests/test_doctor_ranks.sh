@@ -62,6 +62,9 @@ doctor 2 "$TRIREME" doctor -o -
 "$TRIREME" doctor >/dev/full 2>"$dir/err"
 [ $? -eq 74 ] || complain 'a page that cannot be written was not noticed'
 doctor 2 "$TRIREME" doctor --speed
+# An end that has passed is another job's, for batch as well.
+doctor 2 env SLURM_JOB_ID=7 SLURM_JOB_END_TIME=1700000000 "$TRIREME" doctor
+says 'limit not known'
 for budget in x INVALID 1:2:3:4 ''; do
     doctor 2 "$TRIREME" doctor --time-budget "$budget"
     grep -q -e "--time-budget $budget" "$dir/err" || complain "--time-budget '$budget'"
@@ -74,10 +77,13 @@ awk 'BEGIN {
         printf "{\"custom_id\": \"r%d\", \"method\": \"POST\", \"url\": \"/v1/completions\", \"body\": {\"prompt\": [%d, 77], " \
             "\"max_tokens\": 100, \"ignore_eos\": true, \"temperature\": 0}}\n", i, 40 + i % 900
 }' >"$dir/in"
+echo '{}' | tee "$dir/hung.hang.rank00002.json" >"$dir/hung.hang.rank00002.json.mine"
 "$mpiexec" -n 2 "$TRIREME" batch -m "${TR_SRCDIR:?}/models/tiny" -i "$dir/in" -o "$dir/hung" --tp 2 --step-timeout 3 \
     --max-model-len 128 --max-sequences 8 >/dev/null 2>"$dir/err" &
 job=$!
 await_in_job test -s "$dir/hung"
+[ ! -e "$dir/hung.hang.rank00002.json" ] || complain 'the report of a rank of an earlier, larger job is still there'
+[ -e "$dir/hung.hang.rank00002.json.mine" ] || complain 'a file of another name was removed'
 doctor 2 "$TRIREME" doctor -o "$dir/hung"
 says "another job is writing $dir/hung"
 kill -STOP "$(rank_pid 1)"

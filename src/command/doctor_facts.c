@@ -16,6 +16,7 @@
 
 #include "base/hash.h"
 #include "command/budget.h"
+#include "command/limit.h"
 #include "kernels/kernels.h"
 
 /* Environment and files belong to others: no control characters. */
@@ -69,11 +70,11 @@ static void find_launcher(tr_facts *f)
 
 static void find_job(tr_facts *f)
 {
-    const int64_t end = env_number("SLURM_JOB_END_TIME");
-    const int64_t left = end > 0 ? end - (int64_t)time(NULL) : -1;
+    bool odd;
 
     take(f->job, sizeof f->job, getenv("SLURM_JOB_ID"));
-    f->seconds_left = end > 0 ? left > 0 ? left : 0 : -1;
+    f->seconds_left =
+        (int64_t)tr_limit_slurm(getenv("SLURM_JOB_END_TIME"), (int64_t)time(NULL), &odd);
 }
 
 static void find_cpus(tr_facts *f)

@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "command/limit.h"
+
 enum { FINDINGS_MAX = 40, TEXT = 400, HOSTS_SHOWN = 16 };
 
 #define GIB (1024.0 * 1024 * 1024)
@@ -284,7 +286,8 @@ static void limits(page *p, const tr_doctor *d)
                "ask for a signal with #SBATCH --signal=USR1@300",
                f->job);
     if (f->seconds_left >= 0 && f->seconds_left < 300)
-        note(p, "less than 5 minutes are left: a job that starts now stops at once");
+        note(p, "%" PRId64 " s are left: a job that starts now stops after %.0f s", f->seconds_left,
+             (double)f->seconds_left - tr_limit_margin((double)f->seconds_left));
     for (int i = 0; i < d->n; i++) {
         const double each = (double)d->rank[i].memory_bytes /
                             (d->rank[i].local_size > 0 ? d->rank[i].local_size : 1);

@@ -393,6 +393,9 @@ void tr_hang_explain(const tr_hang *h, FILE *out)
     const verdict v = find_first(h);
     if (v.c)
         print_verdict(h, &v, out);
+    else if (h->n < h->world)
+        fputs("\nThe reports disagree on no collective: look at the ranks without one above.\n",
+              out);
     else
         fputs("\nThe reports disagree on no collective: see who waits for nobody.\n", out);
 }
