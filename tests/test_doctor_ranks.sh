@@ -48,7 +48,7 @@ says "rank 1 on $(hostname -s) runs another build of trireme"
 # Nobody started it, and srun without a plug-in.
 doctor 0 "$TRIREME" doctor
 says 'nobody (started bare), 1 rank'
-doctor 2 env SLURM_STEP_NUM_TASKS=4 SLURM_JOB_ID=7 "$TRIREME" doctor --time-budget 3600
+doctor 2 env SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=4 SLURM_JOB_ID=7 "$TRIREME" doctor --time-budget 3600
 says 'srun started 4 processes, but each is a job of 1 rank'
 doctor 2 env SLURM_JOB_ID=7 "$TRIREME" doctor
 says 'job 7 ends without a word to trireme'

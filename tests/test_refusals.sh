@@ -78,4 +78,34 @@ if [ "$status" -ne 2 ] || ! grep '^trireme: rank 0 on ' "$dir/log" | grep -qF 'n
     sed 's/^/    /' "$dir/log"
     failed=1
 fi
+
+# bare CODE COMMAND... [VARIABLE=VALUE]...: a job of one rank whose launcher's variables say this.
+bare()
+{
+    code=$1 command=$2
+    shift 2
+    case $command in
+    batch) set -- "$@" "$TRIREME" batch -m "$dir/model.0" -i "$dir/in" -o "$dir/out" --max-model-len 512 ;;
+    comm) set -- "$@" "$TRIREME" bench comm --bytes 8 --calls 1 ;;
+    esac
+    rm -f "$dir"/out*
+    timeout "$patience_s" env "$@" >"$dir/log" 2>&1
+    status=$?
+    said="$(grep -c '^trireme: .* processes, but each is a job of 1 rank' "$dir/log")"
+    if [ "$status" -ne "$code" ] || [ "$said" -ne $((code == 2)) ] || { [ "$code" -eq 2 ] && [ -e "$dir/out" ]; }; then
+        echo "$command with $1 $2: exit status $status (wanted: $code), said $said times that ranks do not find each other"
+        sed 's/^/    /' "$dir/log"
+        failed=1
+    fi
+}
+bare 2 batch SLURM_PROCID=3 SLURM_STEP_NUM_TASKS=8 && grep -qF 'trireme: srun started 8 processes, but' "$dir/log" || failed=1
+bare 2 batch OMPI_COMM_WORLD_SIZE=8 && grep -qF 'trireme: mpirun started 8 processes, but' "$dir/log" || failed=1
+bare 2 batch OMPI_COMM_WORLD_SIZE=8 SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 # mpirun of a terminal's step
+bare 2 batch PMI_RANK=1 PMI_SIZE=2
+bare 2 comm SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=2
+# A batch script's own shell, also in an array; a step of one; the shell of srun --pty; mpiexec -n 1, whose daemon srun has started.
+bare 0 batch SLURM_PROCID=0 SLURM_NTASKS=8 SLURM_JOB_ID=7 SLURM_ARRAY_TASK_ID=3 SLURM_ARRAY_TASK_COUNT=8
+bare 0 batch SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 SLURM_NTASKS=8
+bare 0 batch SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=8 SLURM_PTY_PORT=40001
+bare 0 batch SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=8 PMI_RANK=0 PMI_SIZE=1
 exit "$failed"

@@ -13,6 +13,7 @@
 #include "command/apart.h"
 #include "command/batch_run.h"
 #include "command/command.h"
+#include "command/launch.h"
 #include "command/limit.h"
 #include "command/options.h"
 #include "mpi/start.h"
@@ -90,6 +91,7 @@ static tr_status with_ranks(tr_batch_options *options, tr_err *err)
     const bool believed = find_end(options);
     tr_status st = tr_world_start(&world, err);
 
+    if (st == TR_OK) st = tr_launch_check(&world, err);
     if (st == TR_OK) st = tr_stop_install(err); /* what MPI has loaded may have taken the signals */
     if (st != TR_OK) goto done;
     bool leads = world.rank == 0;

@@ -18,6 +18,7 @@
 #include "base/order.h"
 #include "base/size.h"
 #include "command/bench_experts.h"
+#include "command/launch.h"
 #include "mpi/comm_mpi.h"
 #include "mpi/yardstick.h"
 #ifdef HAVE_NCCL
@@ -586,6 +587,8 @@ tr_status tr_bench_comm(int argc, char **argv, tr_err *err)
 
     if (st == TR_OK) {
         st = parse(&b.options, b.world.size, argc, argv, err);
+        /* One rank among strangers is told so, and not what --ranks it may have. */
+        if (!b.options.help && tr_launch_check(&b.world, err) != TR_OK) st = err->status;
         if (st == TR_OK && !b.options.help)
             st = run(&b, err);
         else if (st == TR_OK && b.world.rank == 0)

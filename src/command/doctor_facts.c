@@ -16,6 +16,7 @@
 
 #include "base/hash.h"
 #include "command/budget.h"
+#include "command/launch.h"
 #include "command/limit.h"
 #include "kernels/kernels.h"
 
@@ -41,26 +42,12 @@ static int64_t env_number(const char *name)
     return number_of(getenv(name), -1);
 }
 
-/* Who started this, and how many of it. */
 static void find_launcher(tr_facts *f)
 {
-    static const struct {
-        const char *mark, *name, *count;
-    } list[] = {
-        {"OMPI_COMM_WORLD_SIZE", "mpirun", "OMPI_COMM_WORLD_SIZE"},
-        {"SLURM_STEP_NUM_TASKS", "srun", "SLURM_STEP_NUM_TASKS"},
-        {"PALS_RANKID", "PALS", "PALS_SIZE"},
-        {"HYDI_CONTROL_FD", "mpiexec", "PMI_SIZE"},
-        {"PMI_RANK", "a PMI launcher", "PMI_SIZE"},
-    };
+    const tr_launch launch = tr_launch_find();
 
-    for (size_t i = 0; i < sizeof list / sizeof *list; i++) {
-        if (!getenv(list[i].mark)) continue;
-        const int64_t n = env_number(list[i].count);
-        take(f->launcher, sizeof f->launcher, list[i].name);
-        f->launched = n > 0 && n <= INT32_MAX ? (int32_t)n : 0;
-        break;
-    }
+    take(f->launcher, sizeof f->launcher, launch.by);
+    f->launched = launch.n;
     if (!f->launcher[0]) return; /* MPI's own start has set what it found missing */
     take(f->protocol, sizeof f->protocol,
          getenv("PMIX_NAMESPACE") || getenv("PMIX_RANK") ? "PMIx"

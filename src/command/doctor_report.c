@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "command/launch.h"
 #include "command/limit.h"
 
 enum { FINDINGS_MAX = 40, TEXT = 400, HOSTS_SHOWN = 16 };
@@ -75,15 +76,11 @@ static void launcher(page *p, const tr_doctor *d)
 {
     const tr_facts *f = &d->rank[0];
     const char *by = f->launcher[0] ? f->launcher : "nobody (started bare)";
+    char text[TEXT];
 
     line(p, "launcher", "%s%s%s, %d rank%s", by, f->protocol[0] ? " through " : "", f->protocol,
          d->n, d->n == 1 ? "" : "s");
-    if (f->launched > d->n)
-        change(p,
-               "%s started %d processes, but each is a job of %d rank%s: they do not find each "
-               "other. Use "
-               "srun --mpi=pmix, or the mpirun of the MPI library below",
-               by, f->launched, d->n, d->n == 1 ? "" : "s");
+    if (tr_launch_tell(text, sizeof text, by, f->launched, d->n)) change(p, "%s", text);
     if (f->launcher[0] && strcmp(f->launcher, "srun") == 0 && !strcmp(f->protocol, "PMI"))
         note(p, "srun speaks PMI, not PMIx: srun --mpi=pmix starts large jobs faster");
     if (!f->launcher[0] && d->n == 1)
