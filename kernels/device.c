@@ -56,6 +56,17 @@ int tr_device_choose(int n_devices, int i, int n_ranks)
     return n_ranks <= n_devices ? i : -1;
 }
 
+void tr_device_look(tr_gpu_seen *seen, int i, int n_ranks)
+{
+    *seen = (tr_gpu_seen){.n = 0};
+#ifdef HAVE_CUDA
+    tr_cuda_look(seen, i, n_ranks);
+#else
+    (void)i;
+    (void)n_ranks;
+#endif
+}
+
 void tr_device_toolkit(char *text, size_t n)
 {
 #ifdef HAVE_CUDA

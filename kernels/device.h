@@ -29,6 +29,7 @@ tr_status tr_cpu_open(tr_device **out, const tr_ops **ops, const tr_device_optio
  * too. */
 tr_status tr_cuda_open(tr_device **out, const tr_ops **ops, const tr_device_options *options,
                        int *usable, tr_err *err);
+void tr_cuda_look(tr_gpu_seen *seen, int i, int n_ranks);
 #endif
 
 #endif

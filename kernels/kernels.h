@@ -714,6 +714,14 @@ tr_status tr_device_open(tr_device **out, const tr_ops **ops, const tr_device_op
  * -1. Pure. */
 int tr_device_choose(int n_devices, int i, int n_ranks);
 
+/* What rank i of n_ranks of this host would open as "cuda", without opening anything: no GPU is given a context. */
+typedef struct tr_gpu_seen {
+    int n;          /* GPUs that this process sees; 0: none, no driver, or a build without CUDA */
+    char uuid[48];  /* of the one it would take; "": there is none for it */
+    char unfit[96]; /* why this build has no use for that one; "": it has */
+} tr_gpu_seen;
+void tr_device_look(tr_gpu_seen *seen, int i, int n_ranks);
+
 /* "GPU-0123abcd-...": the same on every rank that opens the same GPU; "" of a CPU. */
 const char *tr_device_uuid(const tr_device *device);
 

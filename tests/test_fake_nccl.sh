@@ -105,7 +105,38 @@ ends 0 ' rank  host .* NUMA .* to others' FAKE_PEERS=2
 [ "$(grep -cE 'trireme: +[01]  .* fa4e:0[01]:00.0 +0  not bound .* (P2P|SHM) 1$' "$dir/log")" -eq 2 ] || { cat "$dir/log"; status=1; }
 ends 2 'ranks 0 and 1 on .* have the same GPU, GPU-7' FAKE_GPU=GPU-7
 ends 2 'NCCL_NVLS_ENABLE=2: multicast is not to be relied on' NCCL_NVLS_ENABLE=2
-ends 2 'several ranks with --device cuda are wanted' FAKE_GPU= ARGUMENTS='--device auto --peer-kernels on'
+# Without a word about devices: every rank has a fake GPU, or all compute on CPUs and one line says why. FAKE_1: a variable of rank 1 alone.
+# shellcheck disable=SC2016 # the script's
+printf '#!/bin/sh\n[ "${OMPI_COMM_WORLD_RANK-${PMI_RANK-}}" != 1 ] || [ -z "${FAKE_1-}" ] || export "${FAKE_1?}"\nexec "%s" "$@"\n' "$program" >"$dir/rank"
+chmod +x "$dir/rank"
+auto() { # CODE DEVICE WHY ENVIRONMENT...     WHY '': no line says that GPUs are not used
+    code=$1 device=$2 why=$3
+    shift 3
+    # shellcheck disable=SC2016 # the inner shell's
+    timeout 200 env ARGUMENTS= "$@" sh -c '"$0" -n 2 "$@" $ARGUMENTS' "$MPIEXEC" "$dir/rank" batch -m "$TR_SRCDIR/models/tiny" \
+        --prompt hello --verbose >"$dir/log" 2>&1
+    got=$?
+    used=cpu
+    if grep -q 'trireme: NCCL ' "$dir/log"; then used=cuda; fi
+    lines=$(grep -c 'GPUs are not used: ' "$dir/log")
+    [ "$got" -eq "$code" ] && { [ "$code" -ne 0 ] || [ "$used" = "$device" ]; } && [ "$lines" -eq "$([ -z "$why" ] && echo 0 || echo 1)" ] &&
+        grep -q -- "$why" "$dir/log" && return
+    echo "auto, $*: exit status $got where $code is wanted, on $used, $lines lines, or not '$why'"
+    cat "$dir/log"
+    status=1
+}
+host=$(hostname)
+host=${host%%.*}
+auto 0 cuda '' FAKE_GPUS=
+auto 0 cuda '' FAKE_GPUS=8 ARGUMENTS='--device auto --peer-kernels on'
+auto 0 cuda '' FAKE_GPUS=1 FAKE_GPU=GPU-0 FAKE_1=FAKE_GPU=GPU-1
+auto 0 cpu "rank 1 on $host sees none; --device cuda insists" FAKE_1=FAKE_GPUS=0
+auto 0 cpu "ranks 0 and 1 on $host see the same one, GPU-7" FAKE_GPUS=1 FAKE_GPU=GPU-7
+auto 0 cpu "rank 0 on $host sees an old one" FAKE_UNFIT='an old one'
+auto 0 cpu '' FAKE_GPUS=0
+auto 0 cpu '' FAKE_GPUS= ARGUMENTS='--device cpu'
+auto 2 cpu "several ranks with --device cuda are wanted; GPUs are not used: rank 1 on $host sees none" FAKE_1=FAKE_GPUS=0 ARGUMENTS='--peer-kernels on'
+auto 2 cpu '' FAKE_GPUS= ARGUMENTS='--device cpu --peer-kernels on'
 ends 0 'attn_tp: sum and norm of   1 rows.*: one-shot' FAKE_GPU= ARGUMENTS='--verbose'
 ends 0 'attn_tp: no sums over peer memory: switched off' FAKE_GPU= ARGUMENTS='--verbose --peer-kernels off'
 # Where one member has no window none has one, and all know why.

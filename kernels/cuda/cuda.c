@@ -476,3 +476,28 @@ done:
     tr_cuda_close(d);
     return st;
 }
+
+void tr_cuda_look(tr_gpu_seen *seen, int i, int n_ranks)
+{
+    const long arch = strtol(TR_CUDA_ARCH + strlen("sm_"), NULL, 10);
+    struct cudaDeviceProp prop;
+    int n = 0;
+
+    if (cudaGetDeviceCount(&n) != cudaSuccess || n < 1) {
+        (void)cudaGetLastError();
+        return;
+    }
+    seen->n = n;
+    const int ordinal = tr_device_choose(n, i, n_ranks);
+    if (ordinal < 0) return;
+    const cudaError_t e = cudaGetDeviceProperties(&prop, ordinal);
+    if (e != cudaSuccess) {
+        (void)cudaGetLastError();
+        snprintf(seen->unfit, sizeof seen->unfit, "%.90s", cudaGetErrorString(e));
+        return;
+    }
+    write_uuid(seen->uuid, sizeof seen->uuid, &prop.uuid);
+    if (prop.major * 10 + prop.minor != arch) /* what load_kernels would find out */
+        snprintf(seen->unfit, sizeof seen->unfit, "%.48s, and this build is for %s", prop.name,
+                 TR_CUDA_ARCH);
+}

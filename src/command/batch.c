@@ -48,8 +48,8 @@ static tr_status agree(const tr_world *world, tr_status st, tr_err *err)
 static tr_status phases(tr_run *run, const tr_world *world, tr_err *err)
 {
     static tr_status (*const phase[])(tr_run *, tr_err *) = {
-        tr_run_input,   tr_run_files, tr_run_alike,  tr_run_journal, tr_run_open_profile,
-        tr_run_weights, tr_run_model, tr_run_engine, tr_run_watch};
+        tr_run_input,        tr_run_files,   tr_run_alike, tr_run_journal, tr_run_device,
+        tr_run_open_profile, tr_run_weights, tr_run_model, tr_run_engine,  tr_run_watch};
     enum { PATIENCE_S = 5 };
 
     tr_status st = TR_OK;

@@ -458,12 +458,11 @@ static tr_status take_part(tr_run_profile *r, tr_err *err)
     return st;
 }
 
-/* The device is opened later; several ranks are the CPU's unless told otherwise (open.c). */
+/* The device has been chosen and is opened later; one rank alone finds out then what auto is. */
 static bool may_use_gpu(const tr_run_profile *r)
 {
 #ifdef HAVE_CUDA
-    return strcmp(r->o->device, "cuda") == 0 ||
-           (strcmp(r->o->device, "auto") == 0 && r->world->size == 1);
+    return strcmp(r->opened->device_name, "cpu") != 0;
 #else
     (void)r;
     return false;

@@ -444,7 +444,8 @@ void tr_run_budget(const tr_run *run)
     if (!run->model_name) return; /* the model's files have not been read */
     const size_t page = tr_cache_page_bytes(&o->config, o->slice.layers.n, run->kv_dtype);
     const size_t each = tr_ceil_div((size_t)run->max_model_len, TR_PAGE_TOKENS) + 1;
-    const bool gpu = o->ops ? strcmp(o->ops->name, "cpu") != 0 : strcmp(run->o->device, "cpu") != 0;
+    const char *name = o->device_name ? o->device_name : run->o->device; /* before it is open */
+    const bool gpu = strcmp(o->ops ? o->ops->name : name, "cpu") != 0;
     const uint64_t device = o->device ? o->ops->memory_left(o->device) : 0;
     tr_weight_bytes weights;
 
@@ -452,7 +453,7 @@ void tr_run_budget(const tr_run *run)
     const tr_budget budget = {
         .rank = run->world->rank,
         .host = run->world->host,
-        .device = o->device ? tr_device_describe(o->device) : run->o->device,
+        .device = o->device ? tr_device_describe(o->device) : name,
         .weights = tr_weight_bytes_total(&weights),
         .workspace = tr_estimate_workspace(&o->config, &o->slice,
                                            (int)(run->o->max_batch_tokens + run->o->max_sequences),
@@ -698,6 +699,11 @@ tr_status tr_run_input(tr_run *run, tr_err *err)
 tr_status tr_run_open_profile(tr_run *run, tr_err *err)
 {
     return tr_run_profile_begin(run->profile, run->model_name, run->o->kv_dtype, err);
+}
+
+tr_status tr_run_device(tr_run *run, tr_err *err)
+{
+    return tr_open_choose(&run->opened, &run->open, run->log, err);
 }
 
 tr_status tr_run_weights(tr_run *run, tr_err *err)

@@ -19,6 +19,7 @@ tr_status tr_run_input(tr_run *run, tr_err *err);
 tr_status tr_run_files(tr_run *run, tr_err *err);   /* config, shard headers, tokenizer, defaults */
 tr_status tr_run_alike(tr_run *run, tr_err *err);   /* every rank was started as rank 0 was */
 tr_status tr_run_journal(tr_run *run, tr_err *err); /* lock, OUT.run, resume */
+tr_status tr_run_device(tr_run *run, tr_err *err);  /* which --device it will be; collective */
 tr_status tr_run_open_profile(tr_run *run, tr_err *err); /* --profile: the ranks' files, clocks */
 tr_status tr_run_weights(tr_run *run, tr_err *err);
 tr_status tr_run_model(tr_run *run, tr_err *err); /* the cache's size is decided here */

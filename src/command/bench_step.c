@@ -483,6 +483,15 @@ static tr_status watch_steps(bench *b, tr_err *err)
     return st;
 }
 
+/* Rank 0 says why GPUs that are there are not used. */
+static tr_status choose(bench *b, tr_err *err)
+{
+    tr_log *log = tr_log_create(stderr, !leads(b), false);
+    const tr_status st = tr_open_choose(&b->opened, &b->options->open, log, err);
+    tr_log_free(log);
+    return st;
+}
+
 static tr_status prepare(bench *b, tr_err *err)
 {
     const tr_bench_options *o = b->options;
@@ -498,6 +507,7 @@ static tr_status prepare(bench *b, tr_err *err)
             tr_fail(err, TR_E_USAGE, "bench: %d tokens of one sequence, the model has %d positions",
                     length, b->opened.config.max_position_embeddings);
     st = agreed(b, st, err);
+    if (st == TR_OK) st = agreed(b, choose(b, err), err);
     const uint64_t begun = tr_now_ns();
     if (st == TR_OK) st = agreed(b, tr_open_weights(&b->opened, &o->open, NULL, err), err);
     if (st != TR_OK) return st;

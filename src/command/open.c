@@ -9,6 +9,7 @@
 
 #include "base/hash.h"
 #include "base/size.h"
+#include "command/gpus.h"
 #include "model/patience.h"
 #include "mpi/comm_mpi.h"
 #include "mpi/grid.h"
@@ -113,25 +114,43 @@ static tr_status bind_threads(const tr_opened *o, const tr_open_options *options
     return TR_OK;
 }
 
-/* Several ranks are the CPU's, unless there is something that moves a GPU's memory and it is asked for. */
-static tr_status choose_device(const char **name, const tr_open_options *options, tr_err *err)
+#ifdef HAVE_NCCL
+static const bool has_nccl = true;
+#else
+static const bool has_nccl = false;
+#endif
+
+/* Several ranks ask each other; one alone leaves it to tr_device_open. */
+static tr_status choose_auto(tr_opened *o, const tr_open_options *options, char why[TR_GPUS_WHY],
+                             tr_err *err)
+{
+    bool suffice = false;
+
+    tr_status st = options->isa ? TR_OK /* an instruction set is a CPU's */
+                                : tr_gpus_ask(&suffice, why, options->world, has_nccl, err);
+    o->device_name = suffice ? "cuda" : "cpu";
+    return st;
+}
+
+tr_status tr_open_choose(tr_opened *o, const tr_open_options *options, tr_log *log, tr_err *err)
 {
     const bool alone = !options->world || options->world->size == 1;
+    char why[TR_GPUS_WHY] = "";
+    tr_status st = TR_OK;
 
-    *name = options->device ? options->device : "auto";
-    if (options->peer_kernels && strcmp(options->peer_kernels, "on") == 0 &&
-        (alone || strcmp(*name, "cuda") != 0))
+    o->device_name = options->device ? options->device : "auto";
+    if (!alone && strcmp(o->device_name, "auto") == 0) st = choose_auto(o, options, why, err);
+    if (st != TR_OK) return st;
+    const bool cuda = !alone && strcmp(o->device_name, "cuda") == 0;
+    if (!cuda && options->peer_kernels && strcmp(options->peer_kernels, "on") == 0)
         return tr_fail(err, TR_E_USAGE,
-                       "--peer-kernels on: several ranks with --device cuda are wanted");
-    if (!options->world || options->world->size == 1 || strcmp(*name, "cpu") == 0) return TR_OK;
-#ifndef HAVE_NCCL
-    if (strcmp(*name, "cuda") == 0)
+                       "--peer-kernels on: several ranks with --device cuda are wanted%s%s",
+                       why[0] ? "; GPUs are not used: " : "", why);
+    if (cuda && !has_nccl)
         return tr_fail(err, TR_E_USAGE, "--device cuda: one rank only in this version, not %d",
                        options->world->size);
-#else
-    (void)err;
-#endif
-    if (strcmp(*name, "cuda") != 0) *name = "cpu";
+    if (why[0])
+        tr_log_warn(log, "GPUs are not used: %s%s", why, has_nccl ? "; --device cuda insists" : "");
     return TR_OK;
 }
 
@@ -271,13 +290,14 @@ static tr_status open_device_groups(tr_opened *o, const tr_open_options *options
 
 tr_status tr_open_weights(tr_opened *o, const tr_open_options *options, tr_log *log, tr_err *err)
 {
-    tr_device_options device = {.n_threads = options->n_threads,
+    tr_status st = o->device_name ? TR_OK : tr_open_choose(o, options, log, err);
+    tr_device_options device = {.name = o->device_name,
+                                .n_threads = options->n_threads,
                                 .isa = options->isa,
                                 .i_device = options->world ? options->world->local_rank : 0,
                                 .n_device_ranks = options->world ? options->world->local_size : 1,
                                 .bind = !options->no_bind};
     int i_share = 0, n_share = 1;
-    tr_status st = choose_device(&device.name, options, err);
     if (st == TR_OK) st = open_groups(o, options->world, err);
     /* Before anything that may fail on one rank alone. */
     if (st == TR_OK && !options->no_bind)

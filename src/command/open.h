@@ -17,7 +17,7 @@ typedef struct tr_open_options {
     int n_overrides;
     tr_load_format load_format;
     uint64_t seed;      /* of dummy weights */
-    const char *device; /* "auto", "cpu", "cuda" */
+    const char *device; /* "auto" (NULL too), "cpu", "cuda" */
     const char *isa;    /* NULL: best */
     int n_threads;      /* 0: all given */
     bool no_bind;       /* threads stay where the system puts them */
@@ -34,6 +34,7 @@ typedef struct tr_opened {
     tr_grid grid;
     tr_slice slice;
     tr_checkpoint *checkpoint; /* NULL with dummy weights */
+    const char *device_name;   /* the one to open, once it is chosen; "auto" of one rank alone */
     tr_device *device;
     const tr_ops *ops;
     tr_comm *self, *control;  /* the group of one; all ranks */
@@ -48,7 +49,10 @@ typedef struct tr_opened {
 
 /* config.json, grid and slice, shard headers: seconds at most, no weights yet. */
 tr_status tr_open_checkpoint(tr_opened *o, const tr_open_options *options, tr_err *err);
-/* Device and weights. The device's threads are bound before: they place what they touch first. */
+/* What --device means for all ranks: of several, auto is "cuda" where each of them can have a GPU of its own (command/gpus.h), else
+ * "cpu", and where GPUs are seen the log says why they are not used. Collective over the world. */
+tr_status tr_open_choose(tr_opened *o, const tr_open_options *options, tr_log *log, tr_err *err);
+/* Device, chosen here if it was not before, and weights. The device's threads are bound before: they place what they touch first. */
 tr_status tr_open_weights(tr_opened *o, const tr_open_options *options, tr_log *log, tr_err *err);
 /* The model. has_token: bit per id, NULL: every id has a token. */
 tr_status tr_open_model(tr_opened *o, const tr_model_options *options, const uint32_t *has_token,

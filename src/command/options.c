@@ -201,7 +201,7 @@ static const tr_option batch_table[] = {
 
     {NULL, 0, TR_OPTION_TITLE, 0, 0, 0, NULL, NULL, "Ranks"},
     {"device", 0, TR_OPTION_CHOICE, AT(device), 0, 0, "NAME", "auto|cpu|cuda",
-     "auto, cpu or cuda (default auto: cuda where a GPU can be used)"},
+     "auto, cpu or cuda (default auto: cuda where every rank has a GPU of its own)"},
     TR_RANK_OPTIONS(tr_batch_options, ranks),
     {"no-bind", 0, TR_OPTION_FLAG, AT(no_bind), 0, 0, NULL, NULL,
      "leave threads where the launcher put them"},

@@ -691,3 +691,18 @@ tr_status tr_cuda_open(tr_device **out, const tr_ops **ops, const tr_device_opti
     head->near = (tr_near){.numa_node = options->i_device / 2};
     return TR_OK;
 }
+
+/* FAKE_GPUS: how many a process sees; not set: enough. FAKE_UNFIT: why they are of no use. */
+void tr_cuda_look(tr_gpu_seen *seen, int i, int n_ranks)
+{
+    const char *n = getenv("FAKE_GPUS"), *unfit = getenv("FAKE_UNFIT"), *uuid = getenv("FAKE_GPU");
+
+    seen->n = n && *n ? (int)strtol(n, NULL, 10) : n_ranks;
+    const int ordinal = tr_device_choose(seen->n, i, n_ranks);
+    if (ordinal < 0) return;
+    if (uuid && *uuid)
+        snprintf(seen->uuid, sizeof seen->uuid, "%s", uuid);
+    else
+        snprintf(seen->uuid, sizeof seen->uuid, "GPU-fake-%d", ordinal);
+    snprintf(seen->unfit, sizeof seen->unfit, "%s", unfit ? unfit : "");
+}
