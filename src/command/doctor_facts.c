@@ -37,11 +37,6 @@ static int64_t number_of(const char *text, int64_t none)
     return *end && *end != '\n' ? none : (int64_t)v;
 }
 
-static int64_t env_number(const char *name)
-{
-    return number_of(getenv(name), -1);
-}
-
 static void find_launcher(tr_facts *f)
 {
     const tr_launch launch = tr_launch_find();

@@ -43,11 +43,9 @@ bool tr_gpus_suffice(char why[TR_GPUS_WHY], const tr_gpu_sight *all, int n, bool
 
 static tr_gpu_sight sight_of(const tr_world *world)
 {
-    tr_gpu_sight mine;
+    tr_gpu_sight mine = {.local_size = world->local_size};
 
-    memset(&mine, 0, sizeof mine); /* with what lies between its members: all of it is sent */
     snprintf(mine.host, sizeof mine.host, "%s", world->host);
-    mine.local_size = world->local_size;
     tr_device_look(&mine.gpu, world->local_rank, world->local_size);
     return mine;
 }
