@@ -282,18 +282,31 @@ static void overrides_change_the_file(void **state)
     char dir[400];
     tr_config c;
     tr_err err = {0};
-    const char *const good[] = {"num_hidden_layers=2",         "rope_scaling.factor=4.5",
-                                "rms_norm_eps=1e-5",           "hidden_act=silu",
-                                "scoring_func=\"sigmoid\"",    "index_topk_pattern=FF",
-                                "num_nextn_predict_layers=0",  "quantization_config=null",
-                                "rope_parameters.factor=null", "rope_parameters=null"};
+    const char *const good[] = {"num_hidden_layers=2",
+                                "rope_scaling.factor=4.5",
+                                "rms_norm_eps=1e-5",
+                                "hidden_act=silu",
+                                "scoring_func=\"sigmoid\"",
+                                "index_topk_pattern=FF",
+                                "num_nextn_predict_layers=0",
+                                "quantization_config=null",
+                                "rope_parameters.beta_fast=16",
+                                "rope_parameters=null"};
     int n = (int)(sizeof good / sizeof *good);
     base_dir(dir, sizeof dir);
     if (tr_config_load(&c, dir, good, n, &err) != TR_OK) fail_msg("%s", err.text);
     assert_int_equal(c.num_hidden_layers, 2);
     assert_int_equal(c.num_nextn_predict_layers, 0);
-    assert_true(c.yarn.factor == 4.5 && c.rms_norm_eps == 1e-5);
+    assert_true(c.yarn.factor == 4.5 && c.yarn.beta_fast == 16.0 && c.rms_norm_eps == 1e-5);
     assert_false(c.fp8);
+    /* ... and the other name, where the file says rope_parameters. */
+    const char *const newer[] = {
+        "rope_scaling=null",
+        "rope_parameters={\"rope_type\": \"yarn\", \"factor\": 2, \"mscale\": 1, "
+        "\"mscale_all_dim\": 1, \"original_max_position_embeddings\": 64}",
+        "rope_scaling.factor=8"};
+    if (tr_config_load(&c, dir, newer, 3, &err) != TR_OK) fail_msg("%s", err.text);
+    assert_true(c.yarn.present && c.yarn.factor == 8.0);
 }
 
 static void bad_overrides_are_usage_errors(void **state)

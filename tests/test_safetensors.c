@@ -150,7 +150,7 @@ static void bad_headers_are_refused(void **state)
         {"{" T("tensor.a", "F32", "[1]", "[0]") "}", 4, "tensor.a"},
         {"{" T("tensor.a", "F32", "[1]", "[0,4.0]") "}", 4, "tensor.a"},
         {"{" T("tensor.a", "F32", "[1]", "[-4,0]") "}", 4, "tensor.a"},
-        {"{" T("tensor.a", "F32", "[2]", "[0,8]") "}", 4, "tensor.a"},          /* past the end */
+        {"{" T("tensor.a", "F32", "[2]", "[0,8]") "}", 4, "cut off"},           /* past the end */
         {"{" T("tensor.a", "F32", "[0]", "[5,5]") "}", 4, "tensor.a"},          /* empty, past the end */
         {"{" T("b", "U8", "[2]", "[0,2]") "," T("tensor.a", "F32", "[1]", "[2,6]") "}", 6, "multiple"},
         {"{" T("b", "F32", "[1]", "[0,4]") "," T("tensor.a", "F32", "[1]", "[0,4]") "}", 4, "overlaps"},
@@ -187,6 +187,20 @@ static void header_lengths_are_checked(void **state)
         tr_err err = {0};
         assert_int_equal(open_bytes(b, sizeof b, &s, &err), TR_E_INPUT);
         assert_non_null(strstr(err.text, "header of"));
+    }
+}
+
+static void lfs_pointers_are_called_so(void **state)
+{
+    (void)state;
+    static const char text[] =
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n";
+    for (size_t n = 8; n < sizeof text; n++) {
+        tr_shard *s = NULL;
+        tr_err err = {0};
+        assert_int_equal(open_bytes((const unsigned char *)text, n, &s, &err), TR_E_INPUT);
+        assert_non_null(
+            strstr(err.text, n < 23 ? "header of" : "a.safetensors: a git-lfs pointer"));
     }
 }
 
@@ -547,6 +561,7 @@ int main(void)
         cmocka_unit_test(good_headers_open),
         cmocka_unit_test(bad_headers_are_refused),
         cmocka_unit_test(header_lengths_are_checked),
+        cmocka_unit_test(lfs_pointers_are_called_so),
         cmocka_unit_test(files_cut_anywhere_are_refused),
         cmocka_unit_test(flipped_header_bits_do_no_harm),
         cmocka_unit_test(other_things_than_files_are_refused),

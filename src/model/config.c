@@ -368,6 +368,16 @@ static bool is_known(const char *key)
     return false;
 }
 
+/* A file has one of rope_scaling and rope_parameters, and either name means that one. */
+static const char *object_of(const json_t *root, const char *name)
+{
+    static const char *const same[] = {"rope_scaling", "rope_parameters"};
+    for (int i = 0; i < 2; i++)
+        if (strcmp(name, same[i]) == 0 && !given(root, name) && given(root, same[1 - i]))
+            return same[1 - i];
+    return name;
+}
+
 /* `name` is a key without dots, or "object.member"; takes value. */
 static tr_status put_value(json_t *root, char *name, json_t *value, tr_err *err)
 {
@@ -376,10 +386,11 @@ static tr_status put_value(json_t *root, char *name, json_t *value, tr_err *err)
 
     if (dot) {
         *dot = '\0';
-        object = json_object_get(root, name);
+        const char *in = object_of(root, name);
+        object = json_object_get(root, in);
         if (!json_is_object(object)) {
             object = json_object();
-            if (json_object_set_new(root, name, object) != 0) object = NULL;
+            if (json_object_set_new(root, in, object) != 0) object = NULL;
         }
         name = dot + 1;
     }
@@ -406,7 +417,6 @@ static tr_status apply_override(json_t *root, const char *text, tr_err *err)
         st = tr_fail(err, TR_E_MEMORY, "out of memory");
         goto done;
     }
-    /* A file that says rope_parameters is overridden in the same place by either name. */
     const char *member = inside(name, "rope_parameters");
     const char *canonical = name;
     char known[128];

@@ -254,8 +254,9 @@ static tr_status parse_tensor(const tr_shard *s, const char *name, const json_t 
         return tr_fail(err, TR_E_INPUT, "%s: %s: data_offsets are not two counts", s->path, name);
     uint64_t begin = (uint64_t)json_integer_value(first), end = (uint64_t)json_integer_value(last);
     if (begin > end || end > data_bytes)
-        return tr_fail(err, TR_E_INPUT, "%s: %s: data_offsets [%ju, %ju] in %ju bytes of data",
-                       s->path, name, (uintmax_t)begin, (uintmax_t)end, (uintmax_t)data_bytes);
+        return tr_fail(err, TR_E_INPUT, "%s: %s: data_offsets [%ju, %ju] in %ju bytes of data%s",
+                       s->path, name, (uintmax_t)begin, (uintmax_t)end, (uintmax_t)data_bytes,
+                       begin > end ? "" : ": the file is too short, is it cut off?");
     if (end - begin != t->bytes)
         return tr_fail(err, TR_E_INPUT, "%s: %s: its shape has %ju bytes, its data_offsets %ju",
                        s->path, name, (uintmax_t)t->bytes, (uintmax_t)(end - begin));
@@ -329,6 +330,17 @@ static uint64_t load_u64le(const unsigned char b[8])
     return v;
 }
 
+/* What a git clone leaves of a large file where git-lfs is not installed. */
+static bool is_lfs_pointer(const tr_shard *s)
+{
+    static const char begins[] = "version https://git-lfs";
+    char text[sizeof begins - 1];
+    tr_err ignored;
+    return s->bytes >= sizeof text &&
+           read_at(s, "header", 0, sizeof text, text, &ignored) == TR_OK &&
+           memcmp(text, begins, sizeof text) == 0;
+}
+
 tr_status tr_shard_open(tr_shard **out, const char *path, tr_err *err)
 {
     tr_status st = TR_OK;
@@ -361,8 +373,13 @@ tr_status tr_shard_open(tr_shard **out, const char *path, tr_err *err)
     /* Compare by subtraction: 8 + header could wrap, bytes - 8 cannot. */
     uint64_t header = load_u64le(head);
     if (header > TR_SHARD_HEADER_MAX || header > s->bytes - 8) {
-        st = tr_fail(err, TR_E_INPUT, "%s: header of %ju bytes in a file of %ju", path,
-                     (uintmax_t)header, (uintmax_t)s->bytes);
+        st =
+            is_lfs_pointer(s)
+                ? tr_fail(err, TR_E_INPUT,
+                          "%s: a git-lfs pointer instead of the weights: git lfs pull fetches them",
+                          path)
+                : tr_fail(err, TR_E_INPUT, "%s: header of %ju bytes in a file of %ju", path,
+                          (uintmax_t)header, (uintmax_t)s->bytes);
         goto done;
     }
     s->data = 8 + header;
