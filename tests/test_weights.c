@@ -1,6 +1,5 @@
 #include <config.h>
 
-#include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -15,6 +14,7 @@
 #include "model/weights.h"
 #include "model/weights_priv.h"
 #include "tests/fake_ops.h"
+#include "tests/made_checkpoint.h"
 #include "tests/scratch.h"
 #include "tests/shard_file.h"
 #include "tests/vectors.h"
@@ -574,59 +574,6 @@ static void failing_allocations_leak_nothing(void **state)
 
 /* ---- checkpoints made here ---------------------------------------------------------------------------------------- */
 
-typedef struct making {
-    tr_shard_file file;
-    const tr_config *config;
-    const char *without;  /* a tensor left out */
-    const char *reshaped; /* one with a dimension more */
-    const char *as_f32;   /* names with this in them are F32 where others are BF16 */
-    const char *as_bf16;  /* names with this in them are BF16, without scales */
-    bool copies;          /* the MTP layer's copies are there */
-} making;
-
-static void add_tensor(making *m, const char *name, const char *dtype, size_t element, int rank,
-                       const int64_t *shape)
-{
-    char text[64];
-    size_t n = (size_t)shape[0] * (size_t)(rank == 2 ? shape[1] : 1);
-    unsigned char *data = malloc(n * element + 1);
-    assert_non_null(data);
-    for (size_t i = 0; i < n; i++) {
-        float x = (float)((int)((i * 31 + strlen(name)) % 97) - 48) / 64.0f;
-        uint16_t h = tr_f32_to_bf16(x);
-        if (element == 1) data[i] = tr_f32_to_e4m3(x);
-        if (element == 2) memcpy(data + 2 * i, &h, 2);
-        if (element == 4) memcpy(data + 4 * i, &x, 4);
-    }
-    const char *more = m->reshaped && strcmp(m->reshaped, name) == 0 ? "1, " : "";
-    if (rank == 2)
-        snprintf(text, sizeof text, "[%s%jd, %jd]", more, (intmax_t)shape[0], (intmax_t)shape[1]);
-    else
-        snprintf(text, sizeof text, "[%s%jd]", more, (intmax_t)shape[0]);
-    if (!m->without || strcmp(m->without, name) != 0)
-        tr_shard_file_add(&m->file, name, dtype, text, data, n * element);
-    free(data);
-}
-
-static bool make_tensor(void *ctx, const tr_wanted *w)
-{
-    making *m = ctx;
-    if (w->optional && !m->copies) return true;
-    bool bf16 = m->as_bf16 && strstr(w->name, m->as_bf16);
-    if (w->class == TR_CLASS_Q && m->config->fp8 && !bf16) {
-        char name[160];
-        int64_t blocks[2] = {(w->shape[0] + 127) / 128, (w->shape[1] + 127) / 128};
-        add_tensor(m, w->name, "F8_E4M3", 1, 2, w->shape);
-        snprintf(name, sizeof name, "%s_scale_inv", w->name);
-        add_tensor(m, name, "F32", 4, 2, blocks);
-    } else if (m->as_f32 && strstr(w->name, m->as_f32)) {
-        add_tensor(m, w->name, "F32", 4, w->rank, w->shape);
-    } else {
-        add_tensor(m, w->name, "BF16", 2, w->rank, w->shape);
-    }
-    return true;
-}
-
 static char dir[128];
 
 /* Scales are F32 and must stay aligned: sizes here are multiples of four. */
@@ -780,10 +727,45 @@ static void mismatches_are_all_named(void **state)
     assert_names(&err, (const char *const[]){"experts.2.up_proj.weight", "format", NULL});
 }
 
+static void numbers_that_are_not_finite_are_refused(void **state)
+{
+    (void)state;
+    static const char *const name[] = {"model.norm.weight",
+                                       "model.layers.0.input_layernorm.weight",
+                                       "model.layers.1.self_attn.indexer.k_norm.bias",
+                                       "model.layers.1.mlp.gate.e_score_correction_bias",
+                                       "model.layers.1.mlp.gate.weight",
+                                       "model.layers.0.self_attn.indexer.weights_proj.weight",
+                                       "model.layers.1.self_attn.kv_b_proj.weight_scale_inv",
+                                       "model.layers.1.mlp.experts.3.down_proj.weight_scale_inv"};
+    const tr_config c = small_config();
+    for (size_t i = 0; i < 4 * sizeof name / sizeof *name; i++) {
+        making make = {.config = &c, .not_finite = name[i / 4], .nan = i % 2};
+        if (i % 4 > 1) make.as_f32 = "e";
+        for (int filled = 0; filled < 2; filled++) {
+            tr_err err = {0};
+            tr_device d = {0};
+            tr_weights *w = NULL;
+            const tr_ops *ops = filled ? &filling_ops : &fake_ops;
+            tr_slice s = slice_of(&c, single, 0);
+            make.file = (tr_shard_file){0};
+            tr_checkpoint *checkpoint = make_checkpoint(&make);
+            assert_int_equal(tr_weights_load(&w, &c, &s, checkpoint, TR_LOAD_SAFETENSORS, 0, &d,
+                                             ops, NULL, NULL, &err),
+                             TR_E_INPUT);
+            assert_null(w);
+            assert_names(&err, (const char *const[]){name[i / 4], "model.safetensors",
+                                                     "NaN or infinite", NULL});
+            tr_checkpoint_close(checkpoint);
+        }
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(whole_models_are_what_is_stored),
+        cmocka_unit_test(numbers_that_are_not_finite_are_refused),
         cmocka_unit_test(filled_weights_are_the_same),
         cmocka_unit_test(slices_are_their_part_of_the_whole),
         cmocka_unit_test(two_ranks_hold_and_read_it_all),

@@ -23,6 +23,7 @@ static tr_status load_part(tr_loader *l, tr_linear *dst, tr_role role, int layer
                            tr_range columns, tr_err *err)
 {
     tr_piece p = {.rows = rows, .columns = columns};
+    p.finite = role == TR_ROLE_ROUTER || role == TR_ROLE_INDEX_W; /* of those that only choose */
     tr_wanted_get(&p.w, l->config, role, layer, 0);
     TRY(tr_loader_linear(l, dst, &p.w, 1, rows.n, columns.n, err));
     return tr_loader_pack(l, dst, &p, 1, err);

@@ -2,6 +2,7 @@
 
 #include "model/weights_priv.h"
 
+#include <math.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
@@ -86,6 +87,24 @@ static tr_status locate(const tr_loader *l, const tr_wanted *w, const tr_tensor 
     return TR_OK;
 }
 
+/* For tensors of few numbers, of which one that is NaN or infinite spoils much: selections pass over NaN scores, and answers
+ * would be wrong in silence. numbers: n of the stored tensor `name`; what dummy weights are made of is finite. */
+static tr_status check_finite(const tr_loader *l, const char *name, tr_stored stored,
+                              const void *numbers, size_t n, tr_err *err)
+{
+    const uint16_t *h = numbers;
+    const float *x = numbers;
+    bool finite = true;
+
+    if (l->dummy) return TR_OK;
+    for (size_t i = 0; i < n; i++)
+        finite &= stored == TR_STORED_BF16 ? (h[i] & 0x7f80) != 0x7f80 : isfinite(x[i]) != 0;
+    if (finite) return TR_OK;
+    const tr_tensor *t = tr_checkpoint_find(l->checkpoint, name);
+    return tr_fail(err, TR_E_INPUT, "%s: %s: has a number that is NaN or infinite",
+                   tr_checkpoint_path(l->checkpoint, t), name);
+}
+
 static tr_range blocks_of(tr_range r)
 {
     int first = r.begin / TR_SCALE_BLOCK;
@@ -108,7 +127,9 @@ static tr_status read_scale(tr_loader *l, const tr_wanted *w, tr_range r, tr_ran
     const tr_tensor *t = tr_checkpoint_find(l->checkpoint, name);
     if (!t) return tr_fail(err, TR_E_INPUT, "%s is missing", name);
     l->weights->bytes_read += (uint64_t)r.n * (uint64_t)c.n * sizeof(float);
-    return tr_checkpoint_read_block(l->checkpoint, t, r.begin, r.n, c.begin, c.n, to, err);
+    tr_status st = tr_checkpoint_read_block(l->checkpoint, t, r.begin, r.n, c.begin, c.n, to, err);
+    return st == TR_OK ? check_finite(l, name, TR_STORED_F32, to, (size_t)r.n * (size_t)c.n, err)
+                       : st;
 }
 
 static tr_status grow_scale(tr_loader *l, size_t rows, size_t columns, const char *name,
@@ -261,6 +282,7 @@ typedef struct rows_of { /* of a tensor, for tr_rows_fn */
     const tr_tensor *tensor; /* NULL: dummy */
     tr_range rows, columns;
     tr_stored stored;
+    bool finite;
     pthread_mutex_t lock;
     int bad_row; /* the first that failed, and why; rows.n: none */
     tr_err why;
@@ -280,6 +302,8 @@ static tr_status read_rows(void *ctx, int row, int n, void *dst)
     else
         tr_dummy_block(r->l->dummy, r->w, r->stored, r->rows.begin + row, n, r->columns.begin,
                        r->columns.n, dst);
+    if (st == TR_OK && r->finite)
+        st = check_finite(r->l, r->w->name, r->stored, dst, (size_t)n * (size_t)r->columns.n, &why);
     if (st == TR_OK) return TR_OK;
     pthread_mutex_lock(&r->lock);
     if (row < r->bad_row) {
@@ -325,6 +349,7 @@ static tr_status begin_fill(tr_loader *l, const tr_linear *dst, const tr_piece *
     for (int i = 0; i < n && st == TR_OK; i++) {
         r[i] = (rows_of){.l = l, .w = &p[i].w, .rows = p[i].rows, .columns = p[i].columns};
         r[i].bad_row = p[i].rows.n;
+        r[i].finite = p[i].finite;
         st = locate(l, r[i].w, &r[i].tensor, &r[i].stored, err);
         if (st == TR_OK && format_of(r[i].stored) != dst->format) st = wrong_format(r[i].w, err);
         n_scales += (size_t)blocks_of(p[i].rows).n * (size_t)blocks_of(p[i].columns).n;
@@ -382,6 +407,9 @@ static tr_status pack_piece(tr_loader *l, tr_linear *dst, const tr_piece *p, tr_
         if (n > p->rows.n - done) n = p->rows.n - done;
         chunk.n = n;
         st = tr_loader_fetch(l, &p->w, chunk, p->columns, err);
+        if (st == TR_OK && p->finite)
+            st = check_finite(l, p->w.name, l->stored, l->raw, (size_t)n * (size_t)p->columns.n,
+                              err);
         if (st != TR_OK) break;
         st = tr_loader_pack_fetched(l, dst, &p->w, chunk, p->columns, tr_whole(n), 0, p->i_mat,
                                     p->o_begin + done, err);
@@ -439,6 +467,7 @@ tr_status tr_loader_vector(tr_loader *l, float **out, tr_role role, int layer, t
     tr_wanted_get(&w, l->config, role, layer, 0);
     size_t n = (size_t)w.shape[0], bytes = n * sizeof(float);
     tr_status st = tr_loader_fetch(l, &w, tr_whole(1), tr_whole(w.shape[0]), err);
+    if (st == TR_OK) st = check_finite(l, w.name, l->stored, l->raw, n, err);
     if (st != TR_OK) return st;
     if (l->stored == TR_STORED_BF16) {
         /* Widen in place, from the end: element i moves up from byte 2 i to byte 4 i. */

@@ -57,6 +57,7 @@ typedef struct tr_piece {
     tr_wanted w;
     tr_range rows, columns;
     int i_mat, o_begin;
+    bool finite; /* a small BF16 or F32 matrix: NaN and infinity are refused */
 } tr_piece;
 
 enum { TR_PIECES_MAX = 64 };
