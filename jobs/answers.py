@@ -13,9 +13,12 @@ def short(text, width):
 
 def question(body):
     if "messages" in body:
-        last = body["messages"][-1]
-        lines = (last.get("content") or "").splitlines() or [""]
-        who = "" if last["role"] == "user" else f"({last['role']}) "
+        last = body["messages"][-1] if body["messages"] else {}
+        said = last.get("content") or ""
+        if isinstance(said, list):
+            said = "".join(part.get("text", "") for part in said)
+        lines = said.splitlines() or [""]
+        who = "" if last.get("role") == "user" else f"({last.get('role')}) "
         return who + ("... " if len(lines) > 1 else "") + short(lines[-1], 64)
     prompt = body.get("prompt")
     if prompt is None:
@@ -32,6 +35,8 @@ def calls_in(text):
     """Tool calls that stand in the text, in the model's own notation."""
     for call in re.split(r"(?=<｜DSML｜invoke )", text)[1:]:
         name = re.match(r'<｜DSML｜invoke name="([^"]*)"', call)
+        if not name:  # cut off
+            continue
         values = re.findall(r'<｜DSML｜parameter name="([^"]*)"[^>]*>(.*?)</｜DSML｜parameter>', call, re.S)
         yield name.group(1), dict(values)
 
@@ -54,8 +59,8 @@ def answers(request, record):
         for call in message.get("tool_calls") or []:
             lines.append(f"(calls) {call['function']['name']} {call['function']['arguments']}")
         scores = (choice.get("logprobs") or {}).get("token_logprobs")
-        if request["body"].get("echo") and scores:
-            known = [s for s in scores if s is not None]
+        known = [s for s in scores or [] if s is not None]
+        if request["body"].get("echo") and known:
             text = f"{len(known)} tokens scored, mean log-probability {sum(known) / len(known):.3f}"
         for name, values in calls_in(text):
             lines.append(f"(calls) {name} {json.dumps(values, ensure_ascii=False)}")
@@ -65,13 +70,21 @@ def answers(request, record):
     return lines or ["(empty)"]
 
 
+def records_in(lines):
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except ValueError:  # the last one of a job that was killed
+            continue
+
+
 def main():
     if len(sys.argv) != 3:
         sys.exit("usage: answers.py IN OUT")
     with open(sys.argv[1], encoding="utf-8") as f:
         requests = [json.loads(line) for line in f if line.strip()]
     with open(sys.argv[2], encoding="utf-8") as f:
-        records = {r["custom_id"]: r for r in map(json.loads, f)}
+        records = {r["custom_id"]: r for r in records_in(f)}
     for request in requests:
         record = records.get(request["custom_id"])
         print(f"{request['custom_id']}{tokens(record)}: {question(request['body'])}")

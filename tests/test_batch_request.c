@@ -323,6 +323,7 @@ static const row rows[] = {
     {"c", ",'tools':[{'type':'function','function':{'name':'f'}},{'type':'function','function':{'name':'f'}}]", "duplicate_tool_name", "tools[1].function.name", 0},
     {"c", ",'tools':[{'type':'function','function':{'name':'f'}}],'tool_choice':'auto'", NULL, NULL, 0},
     {"c", ",'tool_choice':'none'", NULL, NULL, 0},
+    {"c", ",'tool_choice':'\\u0061uto'", NULL, NULL, 0},
     {"c", ",'tool_choice':'required'", "unsupported_response_format", "tool_choice", 0},
     {"c", ",'tool_choice':{'type':'function','function':{'name':'f'}}", "unsupported_response_format", "tool_choice", 0},
     {"c", ",'tool_choice':'maybe'", "invalid_value", "tool_choice", 0},

@@ -73,14 +73,14 @@ static void test_good(void **state)
     free(copy);
     assert_int_equal(parse("batch -mM -iin -oout --default-thinking --thinking-only --allow-tools "
                            "--literal-content "
-                           "--response-format-in-prompt --dsv31-assistant-after-tool "
+                           "--dsv31-assistant-after-tool "
                            "--strict-params --resume --verbose "
                            "--no-bind --no-overlap --no-prefix-cache --shard 0/1 --speculate 0 "
                            "--chat-format dsv31",
                            &o, &err, &copy),
                      TR_OK);
     assert_true(o.default_thinking && o.thinking_only && o.allow_tools && o.literal_content &&
-                o.response_format_in_prompt && o.dsv31_assistant_after_tool && o.strict_params &&
+                !o.response_format_in_prompt && o.dsv31_assistant_after_tool && o.strict_params &&
                 o.resume && o.verbose && o.no_bind && o.no_overlap && o.no_prefix_cache);
     free(copy);
     assert_int_equal(parse("batch -m M -i in -o out", &o, &err, &copy), TR_OK);
@@ -167,6 +167,8 @@ static void test_bad(void **state)
         {"batch -m M -i in -o out --profile-flush 30", "--profile FILE"},
         {"batch -m M -i in -o out --profile=", "--profile FILE"},
         /* not built yet: refused, the option named */
+        {"batch -m M -i a -o b --response-format-in-prompt",
+         "--response-format-in-prompt: this build has no constrained decoding"},
         {"batch -m M -i in -o out --device gpu", "--device gpu"},
         {"batch -m M -i in -o out --speculate 1", "--speculate 1"},
         {"batch -m M -i in -o out --time-budget soon", "--time-budget soon"},

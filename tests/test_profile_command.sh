@@ -133,6 +133,10 @@ fi
     "$TRIREME" profile export z.h5 --chrome -o cz.json && "$TRIREME" profile export p.h5 --hatchet -o h.json &&
     "$TRIREME" profile export p.h5 --hatchet --rank 3 -o h3.json && "$TRIREME" profile export p.h5 --tau -o tau &&
     "$TRIREME" profile export p.h5 --csv -o csv || fail 'an export failed'
+# Again over the same ranks; not beside those of a run that had more.
+"$TRIREME" profile export p.h5 --tau -o tau || fail 'an export could not be made again'
+"$TRIREME" profile export p.h5 --tau -o tau4 || fail 'an export failed'
+refused 65 ' in it is of another profile' export one.h5 --tau -o tau4
 python=${PYTHON:-python3}
 [ ! -x /usr/bin/python3 ] || python=/usr/bin/python3 # the one that has the distribution's packages
 command -v "$python" >/dev/null || { echo "skipped: exports: no python3 to read them with"; exit 0; }

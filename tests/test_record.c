@@ -413,6 +413,16 @@ static void test_skip_special(void **state)
     e->request->params.stop[0] = (tr_string){copy("st", 3), 2};
     e->request->params.n_stop = 1;
     e->choice[0].stop = 0;
+    e->choice[0].n_text -= 4; /* what the engine leaves of it */
+    j = record_of(&o, e, 1, NULL);
+    assert_string_equal(text_at(j, "response.body.choices.0.text"), "ab");
+    json_decref(j);
+    e->choice[0].n_text += 2; /* and where the string is to be included */
+    j = record_of(&o, e, 1, NULL);
+    assert_string_equal(text_at(j, "response.body.choices.0.text"), "abst");
+    json_decref(j);
+    /* A stop string that begins inside the special token: nothing of it or behind it comes back. */
+    e->choice[0].n_text = 3;
     j = record_of(&o, e, 1, NULL);
     assert_string_equal(text_at(j, "response.body.choices.0.text"), "ab");
     json_decref(j);

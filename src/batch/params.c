@@ -302,9 +302,7 @@ static bool take_logit_bias(tr_parsing *p, const json_t *v, const tr_jnode *node
 
 static bool node_is(const tr_parsing *p, const tr_jnode *n, const char *text)
 {
-    size_t len = strlen(text);
-    return n && n->type == TR_J_STRING && n->end - n->begin == len + 2 &&
-           !memcmp(tr_jtext_raw(p->e->json) + n->begin + 1, text, len);
+    return n && tr_jtext_is(p->e->json, n, text);
 }
 
 static bool take_response_format(tr_parsing *p, const json_t *v, const tr_jnode *node)

@@ -213,17 +213,34 @@ static int write_message(tr_buf *out, const tr_record_options *o, const tr_asked
     return reasoning_tokens;
 }
 
-/* The text of a completion, without special tokens. Where a stop string ended it, the string is
- * looked for again: what was left out may have stood in front of it. */
-static void plain_text(tr_buf *text, const tr_record_options *o, const tr_request *r,
-                       const tr_choice *c)
+/* The text of a completion that a stop string has ended, without special tokens: what is left of the whole text, less their
+ * bytes. What was undecided before a special token stands in front of it. */
+static void plain_stopped(tr_buf *text, const tr_record_options *o, const tr_choice *c)
 {
-    size_t from = text->n;
-    decode(text, o, c->token, (size_t)(c->n_token - (c->stop_token >= 0)), false, true);
-    if (c->stop < 0 || c->stop >= r->params.n_stop || text->failed || text->n == from) return;
-    const tr_string *stop = &r->params.stop[c->stop];
-    const char *at = memmem(text->s + from, text->n - from, stop->s, stop->n);
-    if (at) text->n = (size_t)(at - text->s) + (r->params.include_stop ? stop->n : 0);
+    tr_meter meter = {0};
+    size_t seen = 0, n;
+
+    for (int i = 0; i < c->n_token && seen < c->n_text && !meter.failed; i++) {
+        const int32_t t = c->token[i];
+        size_t own = 0;
+        if (t == o->eos || t == o->bos || t == o->pad) continue;
+        const char *s = tr_meter_token(&meter, o, t, &n);
+        if (tr_tokenizer_special(o->tokenizer, t)) tr_tokenizer_bytes(o->tokenizer, t, &own);
+        const size_t plain = own < n ? n - own : 0, left = c->n_text - seen;
+        tr_buf_add(text, s, plain < left ? plain : left);
+        seen += n;
+    }
+    if (meter.failed) text->failed = true;
+    free(meter.room);
+}
+
+/* The text of a completion, without special tokens. */
+static void plain_text(tr_buf *text, const tr_record_options *o, const tr_choice *c)
+{
+    if (c->stop >= 0)
+        plain_stopped(text, o, c);
+    else
+        decode(text, o, c->token, (size_t)(c->n_token - (c->stop_token >= 0)), false, true);
 }
 
 static void write_completion_text(tr_buf *out, const tr_record_options *o, const tr_asked *asked,
@@ -235,7 +252,7 @@ static void write_completion_text(tr_buf *out, const tr_record_options *o, const
     else if (asked->echo)
         decode(&text, o, r->prompt, r->n_prompt, true, asked->skip_special);
     if (asked->skip_special && o->tokenizer)
-        plain_text(&text, o, r, c);
+        plain_text(&text, o, c);
     else if (c->text)
         tr_buf_add(&text, c->text, c->n_text);
     tr_buf_puts(out, "\"text\":");

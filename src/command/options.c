@@ -231,7 +231,7 @@ static const tr_option batch_table[] = {
     {"literal-content", 0, TR_OPTION_FLAG, AT(literal_content), 0, 0, NULL, NULL,
      "special tokens written in messages are plain text"},
     {"response-format-in-prompt", 0, TR_OPTION_FLAG, AT(response_format_in_prompt), 0, 0, NULL, NULL,
-     "put a request's schema into its prompt"},
+     "put a request's schema into its prompt (needs constrained decoding: not in this build)"},
     {"dsv31-assistant-after-tool", 0, TR_OPTION_FLAG, AT(dsv31_assistant_after_tool), 0, 0, NULL, NULL,
      "dsv31: mark the assistant's turn after tool output"},
     {"strict-params", 0, TR_OPTION_FLAG, AT(strict_params), 0, 0, NULL, NULL,
@@ -399,6 +399,10 @@ tr_status tr_batch_options_parse(tr_batch_options *out, int argc, char **argv, t
     if (st == TR_OK && out->shard_text)
         st = tr_limit_shard(&out->shard, out->shard_text, getenv, err);
     if (st == TR_OK) st = batch_together(out, err);
+    if (st == TR_OK && out->response_format_in_prompt)
+        st = tr_fail(err, TR_E_USAGE,
+                     "--response-format-in-prompt: this build has no constrained decoding, without "
+                     "which a request with a schema is refused");
     if (!out->profile_flush) out->profile_flush = 30;
     return st;
 }

@@ -11,7 +11,8 @@
  * Times are microseconds on rank 0's clock. */
 tr_status tr_export_chrome(FILE *out, tr_reader *r, tr_err *err);
 
-/* TAU's text profiles in a folder, profile.RANK.0.STREAM: flat and call path entries, microseconds, bytes as user events. */
+/* TAU's text profiles in a folder, profile.RANK.0.STREAM: flat and call path entries, microseconds, bytes as user events.
+ * A folder with such files of another profile, which would not be replaced, is refused. */
 tr_status tr_export_tau(const char *folder, tr_reader *r, tr_err *err);
 
 /* One table per file in a folder: run, ranks, groups, regions, phases, steps, requests, comm, matrix, overlap, experts,

@@ -1,5 +1,7 @@
 #include <config.h>
 
+#include <dirent.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -226,6 +228,33 @@ static tr_status put_rank(const char *folder, tr_reader *r, const int *root, int
     return st;
 }
 
+/* Readers take every profile.N.0.T of a folder: those that this export does not replace, of a run with more ranks, would be
+ * taken for its own. They are somebody's results, so they are not removed. */
+static tr_status refuse_others(const char *folder, tr_reader *r, const int *root, tr_err *err)
+{
+    const tr_reader_about *about = tr_reader_about_of(r);
+    tr_status st = TR_OK;
+    int n_streams = 0;
+
+    for (int i = 0; i < about->n_regions; i++)
+        n_streams += root[i] == i;
+    DIR *dir = opendir(folder);
+    if (!dir) return TR_OK; /* what is wrong with it is said when a file is opened */
+    for (const struct dirent *e; st == TR_OK && (e = readdir(dir));) {
+        int rank, node, thread, end = 0;
+        if (sscanf(e->d_name, "profile.%d.%d.%d%n", &rank, &node, &thread, &end) != 3 ||
+            e->d_name[end])
+            continue;
+        if (rank < 0 || rank >= about->n_ranks || !tr_reader_has(r, rank) || node != 0 ||
+            thread < 0 || thread >= n_streams)
+            st = tr_fail(err, TR_E_INPUT,
+                         "%s: %s in it is of another profile: remove it or name another folder",
+                         folder, e->d_name);
+    }
+    closedir(dir);
+    return st;
+}
+
 tr_status tr_export_tau(const char *folder, tr_reader *r, tr_err *err)
 {
     const size_t n = (size_t)tr_reader_about_of(r)->n_regions;
@@ -237,6 +266,7 @@ tr_status tr_export_tau(const char *folder, tr_reader *r, tr_err *err)
                                             : tr_fail(err, TR_E_MEMORY, "out of memory");
     if (st == TR_OK && n == 0)
         st = tr_fail(err, TR_E_INPUT, "%s: no regions in it", tr_reader_about_of(r)->path);
+    if (st == TR_OK) st = refuse_others(folder, r, root, err);
     for (int i = 0; i < tr_reader_about_of(r)->n_ranks && st == TR_OK; i++)
         if (tr_reader_has(r, i)) st = put_rank(folder, r, root, i, &s, err);
     free(root);
