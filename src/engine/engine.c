@@ -519,18 +519,6 @@ static tr_status begin_step(tr_engine *e, bool *planned, tr_err *err)
     return !st && *planned ? run_plan(e, s, err) : st;
 }
 
-/* What the oldest step took: with a ring of 2 it waits for the one before it, so its time begins where that one's ended. It ends
- * when its results are here; but what one stage of CPUs computes is done before the next step is begun, which is computed by now
- * as well. */
-static uint64_t step_took(tr_engine *e, const tr_engine_slot *s)
-{
-    const uint64_t done = e->options.n_stages == 1 ? s->t1_ns : tr_now_ns();
-    const uint64_t from = s->begun_ns > e->last_done_ns ? s->begun_ns : e->last_done_ns;
-
-    e->last_done_ns = done;
-    return done > from ? done - from : 0;
-}
-
 /* Wait for the oldest step, take in what it sampled, hand out what has finished. */
 static tr_status finish_step(tr_engine *e, tr_err *err)
 {
@@ -553,7 +541,7 @@ static tr_status finish_step(tr_engine *e, tr_err *err)
     tr_region_begin(e->regions, e->region_commit);
     for (int d = 0; d < e->options.n_replicas; d++)
         if (s->planned[d]) tr_scheduler_commit(e->scheduler[d], &e->heard[d]);
-    const uint64_t took_ns = step_took(e, s);
+    const uint64_t took_ns = tr_engine_took(e, s);
     *(prefill ? &e->prefill_ns : &e->decode_ns) += took_ns;
     tr_drain_step(&e->drain, took_ns, !prefill);
     publish_stats(e);

@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <time.h>
 
+#include "base/clock.h"
 #include "engine/engine.h"
 #include "engine/expect.h"
 #include "engine/pace.h"
@@ -80,6 +81,17 @@ struct tr_engine {
     uint64_t progress_ns;
     tr_engine_stats stats;
 };
+
+/* What the oldest step took: it waits for the one before it, so its time begins where that one's ended, and ends when its results
+ * are here; but one stage of CPUs has computed the next one by then, and knows when this one was done. */
+static inline uint64_t tr_engine_took(tr_engine *e, const tr_engine_slot *s)
+{
+    const uint64_t done = e->options.n_stages == 1 ? s->t1_ns : tr_now_ns();
+    const uint64_t from = s->begun_ns > e->last_done_ns ? s->begun_ns : e->last_done_ns;
+
+    e->last_done_ns = done;
+    return done > from ? done - from : 0;
+}
 
 /* Of the events that nobody has taken, in front of *list: 0, or -1: out of memory. */
 int tr_engine_ended_progress(tr_engine *e, tr_progress **list);
