@@ -133,6 +133,13 @@ auto 0 cuda '' FAKE_GPUS=1 FAKE_GPU=GPU-0 FAKE_1=FAKE_GPU=GPU-1
 auto 0 cpu "rank 1 on $host sees none; --device cuda insists" FAKE_1=FAKE_GPUS=0
 auto 0 cpu "ranks 0 and 1 on $host see the same one, GPU-7" FAKE_GPUS=1 FAKE_GPU=GPU-7
 auto 0 cpu "rank 0 on $host sees an old one" FAKE_UNFIT='an old one'
+auto 0 cpu "rank 0 on $host sees none: an old driver" FAKE_GPUS=0 FAKE_UNFIT='none: an old driver'
+if ! FAKE_UNFIT='an old one' timeout 200 "$program" batch -m "$TR_SRCDIR/models/tiny" --prompt hello >"$dir/log" 2>&1 ||
+    [ "$(grep -c 'GPUs are not used: an old one; --device cuda insists' "$dir/log")" -ne 1 ]; then
+    echo 'one rank and a GPU of no use: no line, or more'
+    cat "$dir/log"
+    status=1
+fi
 auto 0 cpu '' FAKE_GPUS=0
 auto 0 cpu '' FAKE_GPUS= ARGUMENTS='--device cpu'
 auto 2 cpu "several ranks with --device cuda are wanted; GPUs are not used: rank 1 on $host sees none" FAKE_1=FAKE_GPUS=0 ARGUMENTS='--peer-kernels on'

@@ -61,6 +61,12 @@ static void test_reasons(void **state)
     not_used(r, false, "this build has no NCCL (configure --with-nccl)");
     r[5].gpu = (tr_gpu_seen){.n = 0};
     not_used(r, true, "rank 5 on node1 sees none");
+    good(r, 0);
+    snprintf(r[2].gpu.unfit, sizeof r[2].gpu.unfit, "none: an old driver");
+    not_used(r, true, "rank 0 on node0 sees none");
+    for (int i = 0; i < N; i++)
+        r[i].gpu = r[2].gpu;
+    not_used(r, true, "rank 0 on node0 sees none: an old driver");
     good(r, 3);
     not_used(r, true, "4 ranks but 3 GPUs on node0");
     good(r, 4);

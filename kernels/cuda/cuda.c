@@ -483,8 +483,13 @@ void tr_cuda_look(tr_gpu_seen *seen, int i, int n_ranks)
     struct cudaDeviceProp prop;
     int n = 0;
 
-    if (cudaGetDeviceCount(&n) != cudaSuccess || n < 1) {
+    const cudaError_t counted = cudaGetDeviceCount(&n);
+    if (counted != cudaSuccess || n < 1) {
+        int driver = 0;
         (void)cudaGetLastError();
+        if (counted != cudaSuccess && counted != cudaErrorNoDevice &&
+            cudaDriverGetVersion(&driver) == cudaSuccess && driver > 0) /* 0: there is none */
+            snprintf(seen->unfit, sizeof seen->unfit, "none: %.80s", cudaGetErrorString(counted));
         return;
     }
     seen->n = n;

@@ -3,6 +3,7 @@
  * their keys, 128 at a time; one warp copies, two warpgroups of 64 rows compute, each working on the scores of the next block
  * while its values of the last are added up, and taking turns at the tensor cores. */
 #include "kernels/cuda/dense_mha_hopper.cuh"
+#include "kernels/cuda/older.cuh"
 #include "kernels/cuda/row_words.cuh"
 
 namespace tr

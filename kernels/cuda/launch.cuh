@@ -12,6 +12,8 @@
 
 #include <cuda_runtime.h>
 
+#include "kernels/cuda/older.cuh"
+
 namespace tr
 {
 

@@ -15,10 +15,10 @@ static void look_at(char why[TR_GPUS_WHY], const tr_gpu_sight *all, int i)
     const tr_gpu_sight *r = &all[i];
 
     *why = '\0';
-    if (r->gpu.n == 0)
-        snprintf(why, TR_GPUS_WHY, "rank %d on %s sees none", i, r->host);
-    else if (r->gpu.unfit[0])
+    if (r->gpu.unfit[0])
         snprintf(why, TR_GPUS_WHY, "rank %d on %s sees %s", i, r->host, r->gpu.unfit);
+    else if (r->gpu.n == 0)
+        snprintf(why, TR_GPUS_WHY, "rank %d on %s sees none", i, r->host);
     else if (!r->gpu.uuid[0])
         snprintf(why, TR_GPUS_WHY, "%d ranks but %d GPUs on %s", r->local_size, r->gpu.n, r->host);
     for (int j = 0; j < i && !*why; j++)
@@ -33,7 +33,7 @@ bool tr_gpus_suffice(char why[TR_GPUS_WHY], const tr_gpu_sight *all, int n, bool
 
     *why = '\0';
     for (int i = 0; i < n; i++)
-        seen = seen || all[i].gpu.n > 0;
+        seen = seen || all[i].gpu.n > 0 || all[i].gpu.unfit[0];
     if (!seen) return false;
     if (!nccl) snprintf(why, TR_GPUS_WHY, "this build has no NCCL (configure --with-nccl)");
     for (int i = 0; i < n && !*why; i++)

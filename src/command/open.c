@@ -120,7 +120,17 @@ static const bool has_nccl = true;
 static const bool has_nccl = false;
 #endif
 
-/* Several ranks ask each other; one alone leaves it to tr_device_open. */
+/* One rank leaves it to tr_device_open, which takes a GPU of no use for none. */
+static void look_alone(const tr_open_options *options, char why[TR_GPUS_WHY])
+{
+    tr_gpu_seen seen;
+
+    if (options->isa) return;
+    tr_device_look(&seen, 0, 1);
+    snprintf(why, TR_GPUS_WHY, "%s", seen.unfit);
+}
+
+/* Several ranks ask each other. */
 static tr_status choose_auto(tr_opened *o, const tr_open_options *options, char why[TR_GPUS_WHY],
                              tr_err *err)
 {
@@ -139,7 +149,12 @@ tr_status tr_open_choose(tr_opened *o, const tr_open_options *options, tr_log *l
     tr_status st = TR_OK;
 
     o->device_name = options->device ? options->device : "auto";
-    if (!alone && strcmp(o->device_name, "auto") == 0) st = choose_auto(o, options, why, err);
+    if (strcmp(o->device_name, "auto") == 0) {
+        if (alone)
+            look_alone(options, why);
+        else
+            st = choose_auto(o, options, why, err);
+    }
     if (st != TR_OK) return st;
     const bool cuda = !alone && strcmp(o->device_name, "cuda") == 0;
     if (!cuda && options->peer_kernels && strcmp(options->peer_kernels, "on") == 0)
@@ -150,7 +165,8 @@ tr_status tr_open_choose(tr_opened *o, const tr_open_options *options, tr_log *l
         return tr_fail(err, TR_E_USAGE, "--device cuda: one rank only in this version, not %d",
                        options->world->size);
     if (why[0])
-        tr_log_warn(log, "GPUs are not used: %s%s", why, has_nccl ? "; --device cuda insists" : "");
+        tr_log_warn(log, "GPUs are not used: %s%s", why,
+                    alone || has_nccl ? "; --device cuda insists" : "");
     return TR_OK;
 }
 

@@ -671,7 +671,8 @@ tr_status tr_cuda_open(tr_device **out, const tr_ops **ops, const tr_device_opti
     const char *uuid = getenv("FAKE_GPU");
     const tr_ops *cpu = NULL;
 
-    *usable = 1;
+    *usable = !getenv("FAKE_UNFIT");
+    if (!*usable) return tr_fail(err, TR_E_USAGE, "%s", getenv("FAKE_UNFIT"));
     const tr_status st = tr_cpu_open(out, &cpu, options, err);
     if (st != TR_OK) return st;
     opened = *out;
@@ -698,11 +699,11 @@ void tr_cuda_look(tr_gpu_seen *seen, int i, int n_ranks)
     const char *n = getenv("FAKE_GPUS"), *unfit = getenv("FAKE_UNFIT"), *uuid = getenv("FAKE_GPU");
 
     seen->n = n && *n ? (int)strtol(n, NULL, 10) : n_ranks;
+    snprintf(seen->unfit, sizeof seen->unfit, "%s", unfit ? unfit : "");
     const int ordinal = tr_device_choose(seen->n, i, n_ranks);
     if (ordinal < 0) return;
     if (uuid && *uuid)
         snprintf(seen->uuid, sizeof seen->uuid, "%s", uuid);
     else
         snprintf(seen->uuid, sizeof seen->uuid, "GPU-fake-%d", ordinal);
-    snprintf(seen->unfit, sizeof seen->unfit, "%s", unfit ? unfit : "");
 }
