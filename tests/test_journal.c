@@ -31,7 +31,8 @@
 
 enum { N_RECORDS = 6, N_FIELDS = 3 };
 
-static char folder[256], out_path[300], run_path[320], tmp_path[320], lock_path[320];
+static char folder[256], out_path[300], run_path[320], tmp_path[320], lock_path[320],
+    saved_path[320];
 static char *record[N_RECORDS]; /* with line feeds */
 static size_t length[N_RECORDS];
 static const tr_run_field fields[N_FIELDS] = {{"input", HASH}, {"model", "m-1"}, {"seed", "0"}};
@@ -80,6 +81,7 @@ static int setup(void **state)
     snprintf(run_path, sizeof run_path, "%s.run", out_path);
     snprintf(tmp_path, sizeof tmp_path, "%s.tmp", out_path);
     snprintf(lock_path, sizeof lock_path, "%s.lock", out_path);
+    snprintf(saved_path, sizeof saved_path, "%s.saved", out_path);
     make_records();
     return 0;
 }
@@ -408,6 +410,60 @@ static void test_identity(void **state)
     closed(opened(&o));
 }
 
+static void put_saved(void)
+{
+    FILE *f = fopen(saved_path, "w");
+    assert_non_null(f);
+    fputs("tokens", f);
+    assert_int_equal(fclose(f), 0);
+}
+
+/* Hours of long answers have no record yet, but tokens: no other run takes their place. */
+static void test_tokens_bind(void **state)
+{
+    tr_journal_options o = options();
+    tr_run_field other[N_FIELDS];
+    (void)state;
+    closed(opened(&o));
+    put_saved();
+    memcpy(other, fields, sizeof fields);
+    other[1].value = "m-2";
+    o.run.field = other;
+    refused(&o, saved_path);
+    o = options();
+    closed(opened(&o));
+    assert_int_equal(access(saved_path, F_OK), 0);
+    assert_int_equal(unlink(out_path), 0); /* not there, or empty */
+    o.run.field = other;
+    refused(&o, saved_path);
+    assert_int_equal(access(saved_path, F_OK), 0);
+    assert_int_equal(truncate(run_path, 7), 0);
+    refused(&o, "damaged");
+    /* Who starts afresh has nothing of the old run. */
+    assert_int_equal(unlink(run_path), 0);
+    closed(opened(&o));
+    assert_int_equal(access(saved_path, F_OK), -1);
+}
+
+/* What takes OUT's place may be read by nobody else. */
+static void test_permissions(void **state)
+{
+    struct stat sb;
+    size_t n;
+    (void)state;
+    char *all = whole(&n);
+    begin_run();
+    memset(all, 0, length[0] - 1);
+    put_out(all, n);
+    assert_int_equal(chmod(out_path, 0640), 0);
+    const tr_journal_options o = options();
+    closed(opened(&o));
+    assert_int_equal(stat(out_path, &sb), 0);
+    assert_int_equal(sb.st_mode & 0777, 0640);
+    assert_int_equal(sb.st_size, n - length[0]); /* it was replaced */
+    free(all);
+}
+
 /* A kill at any moment of OUT.run's first writing leaves something a rerun copes with. */
 static void test_torn_run(void **state)
 {
@@ -603,6 +659,8 @@ int main(void)
         cmocka_unit_test_setup(test_run_to_nowhere, fresh),
         cmocka_unit_test_setup(test_foreign, fresh),
         cmocka_unit_test_setup(test_identity, fresh),
+        cmocka_unit_test_setup(test_tokens_bind, fresh),
+        cmocka_unit_test_setup(test_permissions, fresh),
         cmocka_unit_test_setup(test_torn_run, fresh),
         cmocka_unit_test_setup(test_locked, fresh),
         cmocka_unit_test_setup(test_vanished, fresh),

@@ -112,6 +112,7 @@ static tr_status rewrite(tr_journal *j, scan *found, tr_err *err)
     int fd = open(j->tmp_path, O_RDWR | O_CREAT | O_TRUNC | O_APPEND | O_CLOEXEC, 0666);
 
     if (fd < 0) return tr_fail(err, TR_E_IO, "%s: %s", j->tmp_path, strerror(errno));
+    tr_alike(fd, j->real_path);
     size_t n_bad = found->n_bad;
     st = scan_lines(j, fd, found, err);
     if (st == TR_OK && (fsync(fd) != 0 || rename(j->tmp_path, j->real_path) != 0))

@@ -20,8 +20,9 @@
 enum { RUN_MAX = 1 << 20 };
 
 struct tr_runfile {
-    char *path;      /* OUT.run */
-    char *lock_path; /* OUT.lock: only where the file system has no locks */
+    char *path;       /* OUT.run */
+    char *lock_path;  /* OUT.lock: only where the file system has no locks */
+    char *saved_path; /* OUT.saved (saved.h) */
     int fd;
     bool made_lock, foreign; /* foreign: no job has written this OUT.run */
     off_t holder_at;         /* where the second line begins */
@@ -43,6 +44,16 @@ tr_status tr_sync_folder(const char *path, tr_err *err)
     if (fd >= 0) close(fd);
     free(copy);
     return st;
+}
+
+void tr_alike(int fd, const char *path)
+{
+    struct stat sb;
+
+    if (stat(path, &sb) != 0) return;
+    const int owned = fchown(fd, sb.st_uid, sb.st_gid);
+    (void)owned; /* another user's: the permissions have to do */
+    fchmod(fd, sb.st_mode & 0777);
 }
 
 /* ---- text ------------------------------------------------------------------------------------ */
@@ -253,18 +264,23 @@ static tr_status compare(const tr_runfile *run, const tr_runfile_options *o, con
         if (!was || strcmp(was, o->field[i].value))
             return tr_fail(
                 err, TR_E_USAGE,
-                "%s: begun with %s %.200s, now it is %.200s: give another -o, or delete %s and %s",
+                "%s: begun with %s %.200s, now it is %.200s: give another -o, or delete %s, %s and "
+                "%s",
                 run->path, o->field[i].name, was ? was : "(none)", o->field[i].value, o->out_path,
-                run->path);
+                run->path, run->saved_path);
     }
     return TR_OK;
 }
 
+/* Tokens are those of the run that OUT.run names: where it is written anew they are nobody's. */
 static tr_status write_anew(tr_runfile *run, const tr_runfile_options *o, tr_err *err)
 {
     tr_buf b = {0};
     tr_status st = TR_OK;
 
+    if (unlink(run->saved_path) == 0)
+        tr_log_warn(run->log, "%s: there is no %s that it belongs to; removed", run->saved_path,
+                    run->path);
     write_identity(&b, o);
     run->holder_at = (off_t)b.n;
     write_holder(&b);
@@ -278,6 +294,14 @@ static tr_status write_anew(tr_runfile *run, const tr_runfile_options *o, tr_err
     return st;
 }
 
+/* Has the run left something that another one must not take the place of? A record, or tokens of long answers that have none. */
+static bool has_left(const tr_runfile *run, int64_t out_bytes, const char *identity)
+{
+    struct stat sb;
+    return out_bytes > 0 ||
+           (identity && *identity && stat(run->saved_path, &sb) == 0 && sb.st_size > 0);
+}
+
 static tr_status read_or_write(tr_runfile *run, const tr_runfile_options *o, tr_err *err)
 {
     char *text = NULL;
@@ -287,13 +311,13 @@ static tr_status read_or_write(tr_runfile *run, const tr_runfile_options *o, tr_
 
     if (st == TR_OK) st = out_size(o->out_path, &size, err);
     if (st != TR_OK) goto done;
-    if (size <= 0 && run->foreign) {
+    if (!has_left(run, size, text) && run->foreign) {
         st = tr_fail(err, TR_E_USAGE, "%s is no file of a job's: give another -o", run->path);
-    } else if (size <= 0) {
+    } else if (!has_left(run, size, text)) {
         st = write_anew(run, o, err);
     } else if (!identity) {
-        st = tr_fail(err, TR_E_USAGE, "%s is damaged: delete it and %s to start afresh", run->path,
-                     o->out_path);
+        st = tr_fail(err, TR_E_USAGE, "%s is damaged: delete it, %s and %s to start afresh",
+                     run->path, o->out_path, run->saved_path);
     } else {
         st = compare(run, o, identity, err);
         if (st != TR_OK) goto done;
@@ -322,7 +346,8 @@ tr_status tr_runfile_open(tr_runfile **out, const tr_runfile_options *o, tr_err 
     run->log = o->log;
     if (asprintf(&run->path, "%s.run", o->out_path) < 0) run->path = NULL;
     if (asprintf(&run->lock_path, "%s.lock", o->out_path) < 0) run->lock_path = NULL;
-    if (!run->path || !run->lock_path) {
+    if (asprintf(&run->saved_path, "%s.saved", o->out_path) < 0) run->saved_path = NULL;
+    if (!run->path || !run->lock_path || !run->saved_path) {
         st = tr_fail(err, TR_E_MEMORY, "%s: out of memory", o->out_path);
         goto done;
     }
@@ -346,5 +371,6 @@ void tr_runfile_close(tr_runfile *run)
     if (run->fd >= 0) close(run->fd); /* which gives the lock back */
     free(run->path);
     free(run->lock_path);
+    free(run->saved_path);
     free(run);
 }

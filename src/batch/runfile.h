@@ -25,11 +25,14 @@ typedef struct tr_runfile_options {
 typedef struct tr_runfile tr_runfile;
 
 /* Lock, then compare or write. TR_E_USAGE: locked (by whom), OUT without OUT.run, another
- * identity (the field named), must_exist and nothing there, an OUT.run that no job has written. An
- * OUT without a byte binds nobody: its OUT.run is written anew. */
+ * identity (the field named), must_exist and nothing there, an OUT.run that no job has written. Where
+ * OUT has no byte and OUT.saved none nobody is bound: OUT.run is written anew, and an OUT.saved without an OUT.run is removed. */
 tr_status tr_runfile_open(tr_runfile **out, const tr_runfile_options *options, tr_err *err);
 /* Gives the lock back; the file stays. */
 void tr_runfile_close(tr_runfile *run);
+
+/* What takes the place of `path`, or stands beside it, gets its permissions and, where this user may, its owner and group. */
+void tr_alike(int fd, const char *path);
 
 /* fsync of the folder a file lies in, so that its name survives. */
 tr_status tr_sync_folder(const char *path, tr_err *err);

@@ -46,7 +46,7 @@ typedef struct place { /* of an entry of the file as it was opened */
 } place;
 
 struct tr_saved {
-    char *path, *tmp_path;
+    char *path, *tmp_path, *out_path;
     char run[33];
     tr_log *log;
     int fd; /* of the file as it was opened; -1: none */
@@ -327,7 +327,8 @@ tr_status tr_saved_open(tr_saved **out, const tr_saved_options *o, tr_err *err)
     if (asprintf(&s->path, "%s.saved", o->out_path) < 0) s->path = NULL;
     if (asprintf(&s->tmp_path, "%s.saved.tmp", o->out_path) < 0) s->tmp_path = NULL;
     hash_fields(o, s->run, &st, err);
-    if (!s->by_line || !s->path || !s->tmp_path)
+    s->out_path = strdup(o->out_path);
+    if (!s->by_line || !s->path || !s->tmp_path || !s->out_path)
         st = tr_fail(err, TR_E_MEMORY, "%s: out of memory", o->out_path);
     if (st != TR_OK) {
         tr_saved_close(s);
@@ -359,6 +360,7 @@ void tr_saved_close(tr_saved *s)
     free(s->place);
     free(s->path);
     free(s->tmp_path);
+    free(s->out_path);
     free(s);
 }
 
@@ -573,6 +575,7 @@ bool tr_saved_write(tr_saved *s, const tr_progress *list, tr_saved_counts *count
     if (ok) {
         o.fd = open(s->tmp_path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
         if (o.fd < 0) o.why = errno;
+        if (o.fd >= 0) tr_alike(o.fd, s->out_path); /* no more than they may read it */
     }
     if (ok && !o.why) ok = put_all(s, &o, list, now, counts);
     if (ok && !o.why && counts->requests && fsync(o.fd) != 0 && errno != EINVAL) o.why = errno;
