@@ -265,7 +265,7 @@ static void test_changes(void **state)
 {
     tr_err err;
     (void)state;
-    for (int what = 0; what < 5; what++) {
+    for (int what = 0; what < 7; what++) {
         puts_to("in", "{\"custom_id\":\"a\"}\n{\"custom_id\":\"b\"}\n");
         tr_input *in = opened("in", 0);
         expect_line(in, 1, "{\"custom_id\":\"a\"}");
@@ -282,13 +282,19 @@ static void test_changes(void **state)
             assert_int_equal(pwrite(fd, "{\"custom_id\":\"z\"}", 17, 18), 17);
             assert_int_equal(futimens(fd, same), 0);
         }
-        if (what == 3) { /* another file under the name */
-            puts_to("other", "{\"custom_id\":\"a\"}\n{\"custom_id\":\"b\"}\n");
+        if (what == 3 ||
+            what == 5) { /* another file under the name, with other bytes or the same */
+            puts_to("other", what == 3 ? "{\"custom_id\":\"a\"}\n{\"custom_id\":\"x\"}\n"
+                                       : "{\"custom_id\":\"a\"}\n{\"custom_id\":\"b\"}\n");
             char from[600];
             snprintf(from, sizeof from, "%s/other", folder);
             assert_int_equal(rename(from, path_of("in")), 0);
         }
-        if (what == 4) wanted = TR_OK; /* nothing */
+        if (what == 6) { /* touched */
+            same[1].tv_sec += 10;
+            assert_int_equal(futimens(fd, same), 0);
+        }
+        if (what >= 4) wanted = TR_OK; /* 4: nothing at all */
         close(fd);
         tr_line line;
         while (tr_input_next(in, &line, &err) > 0) {

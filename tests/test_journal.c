@@ -21,6 +21,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "base/clock.h"
 #include "base/json.h"
 #include "base/stop.h"
 #include "batch/journal.h"
@@ -614,6 +615,24 @@ static void test_full(void **state)
     }
 }
 
+/* Nor longer than the job has. */
+static void test_full_at_the_end(void **state)
+{
+    const uint64_t begun = tr_now_ns();
+    tr_journal_options o = options();
+    tr_err err;
+    (void)state;
+    o.retry_ms = 600000;
+    o.end_ns = begun + UINT64_C(50000000);
+    tr_journal *j = opened(&o);
+    append(j, 0);
+    limit_files(length[0] + 1);
+    assert_int_equal(tr_journal_append(j, record[1], length[1], &err), TR_E_IO);
+    limit_files(RLIM_INFINITY);
+    assert_true(tr_now_ns() - begun < UINT64_C(5000000000));
+    tr_journal_close(j, NULL);
+}
+
 static void test_stream(void **state)
 {
     tr_journal *j = NULL;
@@ -665,6 +684,7 @@ int main(void)
         cmocka_unit_test_setup(test_locked, fresh),
         cmocka_unit_test_setup(test_vanished, fresh),
         cmocka_unit_test_setup(test_full, fresh),
+        cmocka_unit_test_setup(test_full_at_the_end, fresh),
         cmocka_unit_test_setup(test_stream, fresh),
         cmocka_unit_test_setup(test_no_folder, fresh),
     };

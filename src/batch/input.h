@@ -39,7 +39,7 @@ tr_status tr_input_rewind(tr_input *in, tr_err *err);
 int tr_input_next(tr_input *in, tr_line *line, tr_err *err);
 
 /* At the end of a run: TR_E_INPUT when the file is not what the first pass saw. The contents are
- * compared only when every line was given out. */
+ * compared only when every line was given out; then a file that was touched, or replaced by the same bytes, is the same. */
 tr_status tr_input_check(const tr_input *in, tr_err *err);
 
 #endif

@@ -261,7 +261,8 @@ static bool try_again(tr_journal *j, int why, const char *what, uint64_t *since)
         tr_log_warn(j->o.run.log, "%s: %s: %s; trying again for %d s, nothing new is admitted",
                     j->path, what, strerror(why), (j->o.retry_ms + 999) / 1000);
     }
-    if (now - *since >= (uint64_t)j->o.retry_ms * MS || tr_stop_requested()) {
+    if (now - *since >= (uint64_t)j->o.retry_ms * MS || tr_stop_requested() ||
+        (j->o.end_ns && now >= j->o.end_ns)) {
         j->failed = true;
         return false;
     }

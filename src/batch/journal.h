@@ -15,6 +15,8 @@ typedef struct tr_journal_options {
     const char *input_hash; /* 32 hex digits: whose records count */
     /* 0: the defaults of reliability.md (60000, 64, 1000, 10000); tests have smaller ones. */
     int retry_ms; /* disk full, quota, EIO: how long to try again */
+    uint64_t
+        end_ns; /* and not beyond this moment (base/clock.h): the job's time is over; 0: none */
     int sync_lines, sync_ms;
     int check_ms; /* how often to look whether OUT is still there */
 } tr_journal_options;

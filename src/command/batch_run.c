@@ -400,6 +400,8 @@ tr_status tr_run_journal(tr_run *run, tr_err *err)
                 .must_exist = run->o->resume,
                 .log = run->log},
         .input_hash = tr_input_about(run->input)->hash,
+        /* A disk that stays full must not keep tokens from being saved in time. */
+        .end_ns = run->o->end_ns ? run->o->end_ns - (uint64_t)(run->o->margin_s * 1e9) : 0,
     };
     st = tr_journal_open(&run->journal, &o, err);
     if (st != TR_OK) return st;
