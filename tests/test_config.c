@@ -300,11 +300,10 @@ static void overrides_change_the_file(void **state)
     assert_true(c.yarn.factor == 4.5 && c.yarn.beta_fast == 16.0 && c.rms_norm_eps == 1e-5);
     assert_false(c.fp8);
     /* ... and the other name, where the file says rope_parameters. */
-    const char *const newer[] = {
-        "rope_scaling=null",
+    static const char parameters[] =
         "rope_parameters={\"rope_type\": \"yarn\", \"factor\": 2, \"mscale\": 1, "
-        "\"mscale_all_dim\": 1, \"original_max_position_embeddings\": 64}",
-        "rope_scaling.factor=8"};
+        "\"mscale_all_dim\": 1, \"original_max_position_embeddings\": 64}";
+    const char *const newer[] = {"rope_scaling=null", parameters, "rope_scaling.factor=8"};
     if (tr_config_load(&c, dir, newer, 3, &err) != TR_OK) fail_msg("%s", err.text);
     assert_true(c.yarn.present && c.yarn.factor == 8.0);
 }
