@@ -718,7 +718,7 @@ int tr_device_choose(int n_devices, int i, int n_ranks);
 typedef struct tr_gpu_seen {
     int n;          /* GPUs that this process sees; 0: none, no driver, or a build without CUDA */
     char uuid[48];  /* of the one it would take; "": there is none for it */
-    char unfit[96]; /* why this build has no use for that one, or why a driver that is there shows none; "": it has */
+    char unfit[96]; /* why it is of no use here, or why a driver shows none; "": it is */
 } tr_gpu_seen;
 void tr_device_look(tr_gpu_seen *seen, int i, int n_ranks);
 
