@@ -276,14 +276,15 @@ int tr_input_next(tr_input *in, tr_line *line, tr_err *err)
 static bool has_same_bytes(const tr_input *in)
 {
     tr_hasher *hasher = tr_hasher_create();
-    const int fd = open(in->path, O_RDONLY | O_CLOEXEC);
+    const int fd = open(in->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a FIFO by now, perhaps */
+    struct stat about;
     tr_lines *lines = NULL;
     tr_line line;
     tr_err ignored;
     char hash[33] = "";
     int got = -1;
 
-    if (hasher && fd >= 0 &&
+    if (hasher && fd >= 0 && fstat(fd, &about) == 0 && S_ISREG(about.st_mode) &&
         tr_lines_open(&lines, fd, in->path, in->max_line, hasher, &ignored) == TR_OK)
         while ((got = tr_lines_next(lines, &line, &ignored)) > 0)
             ;
