@@ -36,6 +36,10 @@ stand_in srun <<'END'
 echo "srun $*" >>said
 read -r code <codes
 sed -i 1d codes
+# A job with a time limit answers something, or, STUCK, does not.
+if [ -z "$STUCK" ]; then
+    for out in out out.2; do echo '{}' >>"$out"; done
+fi
 exit "$code"
 END
 stand_in squeue <<'END'
@@ -138,6 +142,14 @@ both() {
     rule "$script" "$job" 75 1 75 no DEAF=5 "$@"
     run "$script" 75 REFUSES=1 "$@"
     if [ "$code" -ne 75 ] || ! grep -q 'Slurm refuses: sbatch' log; then complain "$script: it does not say that Slurm refuses"; fi
+    # Five starts without anything new are enough; more of an answer, or one more, and it counts from the start again.
+    for c in 1 2 3 4; do rule "$script" "$job" 75 "$c" 75 yes STUCK=1 "$@"; done
+    rule "$script" "$job" 75 5 75 no STUCK=1 "$@"
+    grep -q 'five starts answered nothing new' log || complain "$script: it does not say why it gives up: $(cat log)"
+    for c in out.saved out.2.saved; do echo some >>"$c"; done
+    rule "$script" "$job" 75 6 75 yes STUCK=1 "$@"
+    rule "$script" "$job" 75 7 75 yes "$@"
+    rule "$script" "$job" 86 8 86 no "$@"
     # A copy on a node that came back: the job has been restarted meanwhile.
     run "$script" 75 SLURM_RESTART_COUNT=1 RESTARTS=2 "$@"
     if [ "$code" -ne 75 ] || grep -q ^requeue said; then complain "$script: an old copy requeues the job"; fi
@@ -146,7 +158,7 @@ both() {
 both requeue.sbatch 7
 both array.sbatch 90_2 SLURM_ARRAY_JOB_ID=90 SLURM_ARRAY_TASK_ID=2
 grep -q -e ' -o out.2 --shard 2/3 ' said || complain "array.sbatch: srun was given: $(cat said)"
-[ "$(grep -c '^90_2 exit' out.2.faults)" -eq 7 ] || complain 'array.sbatch: it does not count the faults of its part'
+[ "$(grep -Ec '^90_2 exit (86|137)' out.2.faults)" -eq 8 ] || complain 'array.sbatch: it does not count the faults of its part'
 
 # The time that is left: asked for where Slurm does not say, and only where there is a limit.
 for script in batch requeue profile; do

@@ -316,7 +316,10 @@ static tr_status parse(int argc, char **argv, tr_bench_options *o, const char **
         tr_status st = one_option(c, optarg, o, overrides, err);
         if (st != TR_OK) return st;
     }
-    const char *what = optind + 1 == argc ? argv[optind] : "";
+    if (optind + 1 < argc)
+        return tr_fail(err, TR_E_USAGE, "bench %s: %s is left over; see trireme bench --help",
+                       argv[optind], argv[optind + 1]);
+    const char *what = optind < argc ? argv[optind] : "";
     if (strcmp(what, "kernels") == 0)
         o->what = TR_BENCH_KERNELS;
     else if (strcmp(what, "step") == 0)
@@ -337,7 +340,6 @@ static tr_status parse(int argc, char **argv, tr_bench_options *o, const char **
         return tr_fail(err, TR_E_USAGE, "--halves: an option of bench step%s",
                        o->profile ? ", without --profile" : "");
     if (o->profile && !*o->profile) return tr_fail(err, TR_E_USAGE, "--profile: a file is wanted");
-    if (o->profile) return tr_apart_replaced("--profile", o->profile, err);
     if ((has_grid(&o->open.ranks) || o->no_overlap) && o->what != TR_BENCH_STEP &&
         o->what != TR_BENCH_WATCHDOG)
         return tr_fail(err, TR_E_USAGE,
@@ -348,7 +350,7 @@ static tr_status parse(int argc, char **argv, tr_bench_options *o, const char **
         return tr_fail(err, TR_E_USAGE, "--only: an option of bench kernels");
     if (!o->open.model_dir && o->what != TR_BENCH_KERNELS)
         return tr_fail(err, TR_E_USAGE, "bench %s: -m MODEL is missing", what);
-    return TR_OK;
+    return o->profile ? tr_apart_replaced("--profile", o->profile, err) : TR_OK;
 }
 
 /* ---- the command ------------------------------------------------------------------------------------------------------- */
