@@ -134,8 +134,6 @@ static void test_profile(void **state)
     refused(&o, "--profile ./out.run", "-o");
     o.profile = "."; /* a folder */
     refused(&o, "--profile .", "no profile");
-    o.profile = "nowhere/p.h5";
-    refused(&o, "--profile nowhere/p.h5", "no such folder");
     o = (tr_batch_options){.prompt = "x", .profile = "in"};
     refused(&o, "--profile in", "no profile");
     tr_scratch_clear(folder, 0);

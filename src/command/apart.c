@@ -82,14 +82,8 @@ tr_status tr_apart_replaced(const char *option, const char *path, tr_err *err)
     static const char magic[8] = "\x89HDF\r\n\x1a\n";
     char begins[sizeof magic];
     struct stat sb;
-    bool no_memory = false;
 
-    if (stat(path, &sb) != 0) {
-        if (stat_folder(path, &sb, &no_memory) && S_ISDIR(sb.st_mode)) return TR_OK;
-        if (no_memory) return tr_fail(err, TR_E_MEMORY, "%s: out of memory", path);
-        return tr_fail(err, TR_E_USAGE, "%s %s: there is no such folder", option, path);
-    }
-    if (S_ISREG(sb.st_mode) && !sb.st_size) return TR_OK;
+    if (stat(path, &sb) != 0 || (S_ISREG(sb.st_mode) && !sb.st_size)) return TR_OK;
     const int fd = S_ISREG(sb.st_mode) ? open(path, O_RDONLY | O_CLOEXEC) : -1;
     const bool ours = fd >= 0 && pread(fd, begins, sizeof begins, 0) == (ssize_t)sizeof begins &&
                       memcmp(begins, magic, sizeof magic) == 0;
