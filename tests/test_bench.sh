@@ -36,6 +36,16 @@ echo notes >"$dir/notes"
 "$TRIREME" bench step -m "$model" --only norm >/dev/null 2>&1 && { echo "bench step accepted --only"; exit 1; }
 "$TRIREME" bench step >/dev/null 2>&1 && { echo "bench without a model was accepted"; exit 1; }
 "$TRIREME" bench nothing -m "$model" >/dev/null 2>&1 && { echo "an unknown bench was accepted"; exit 1; }
+# refused TEXT WHAT...: bench WHAT is exit code 2, and TEXT is in its line.
+refused() {
+    text=$1
+    shift
+    "$TRIREME" bench "$@" >/dev/null 2>"$dir/err"
+    if [ $? -ne 2 ] || ! grep -qe "$text" "$dir/err"; then echo "bench $*: $(cat "$dir/err")"; exit 1; fi
+}
+refused 'step: -m MODEL is missing' step --profile "$dir/new.h5"
+refused '--only: an option of' profile -m "$model" --only norm --profile "$dir/new.h5"
+refused 'step: more is left over' step more -m "$model"
 
 "$python" - "$dir/step" "$dir/load" "$dir/kernels" "$dir/only" "$TR_SRCDIR/kernels/kernels.h" "$dir/at" "$dir/profile" <<'PY'
 import json, re, sys
