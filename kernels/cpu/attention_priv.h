@@ -12,6 +12,7 @@
 #include <stdint.h>
 
 #include "kernels/cpu/cpu_priv.h"
+#include "kernels/limits.h"
 
 enum {
     TR_KEY_BLOCK =
@@ -19,9 +20,9 @@ enum {
     TR_HEADS_MAX = 128, /* heads of a row that one thread does at a time in absorbed attention */
     TR_ROW_BLOCK = 16,  /* query rows (heads, tokens) that meet a key block together */
     /* Bounds of the scratch on the threads' stacks: 64 keys of the first are 256 KiB. */
-    TR_D_KEY_MAX = 1024,  /* d_latent + d_rope */
-    TR_D_HEAD_MAX = 512,  /* d_nope + d_rope, d_v */
-    TR_D_INDEX_MAX = 256, /* d_index */
+    TR_D_KEY_MAX = TR_CPU_D_KEY_MAX,     /* d_latent + d_rope */
+    TR_D_HEAD_MAX = TR_CPU_D_HEAD_MAX,   /* d_nope + d_rope, d_v */
+    TR_D_INDEX_MAX = TR_CPU_D_INDEX_MAX, /* d_index */
 };
 
 typedef struct tr_tile { /* n rows of numbers, ld apart */

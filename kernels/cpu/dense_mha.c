@@ -193,7 +193,7 @@ static tr_status check(tr_device *d, const struct tr_dense_mha_args *a)
     if (st == TR_OK) st = tr_attention_check_wait(d, "dense_mha", &a->latents);
     if (st == TR_OK && (a->d_rope != a->kv.d_rope || a->d_v > TR_D_HEAD_MAX ||
                         a->d_nope > TR_D_HEAD_MAX - a->d_rope))
-        st = tr_cpu_fail(d, TR_E_USAGE, "dense_mha: heads wider than 512 numbers");
+        st = tr_cpu_fail(d, TR_E_USAGE, "dense_mha: heads wider than %d numbers", TR_D_HEAD_MAX);
     return st;
 }
 

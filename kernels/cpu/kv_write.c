@@ -20,12 +20,12 @@ tr_status tr_attention_check_kv(tr_device *d, const char *name, const tr_kv_laye
 {
     if (kv->dtype != TR_E4M3 && kv->dtype != TR_BF16 && kv->dtype != TR_F32)
         return tr_cpu_fail(d, TR_E_USAGE, "%s: the cache is not e4m3, bf16 or f32", name);
-    if (kv->latent && (kv->d_latent < 4 || kv->d_latent % 4 || kv->d_rope < 0 || kv->d_rope % 2 ||
-                       kv->d_latent > TR_D_KEY_MAX - kv->d_rope))
+    if (kv->latent && (kv->d_latent < 1 || kv->d_latent % TR_LATENT_STEP || kv->d_rope < 0 ||
+                       kv->d_rope % 2 || kv->d_latent > TR_D_KEY_MAX - kv->d_rope))
         return tr_cpu_fail(d, TR_E_USAGE,
-                           "%s: latents of %d and rope of %d: multiples of 4 and 2, together at "
+                           "%s: latents of %d and rope of %d: multiples of %d and 2, together at "
                            "most %d, are what this backend can do",
-                           name, kv->d_latent, kv->d_rope, TR_D_KEY_MAX);
+                           name, kv->d_latent, kv->d_rope, TR_LATENT_STEP, TR_D_KEY_MAX);
     if (kv->index && (kv->d_index < 1 || kv->d_index > TR_D_INDEX_MAX ||
                       (kv->dtype != TR_F32 && (kv->d_index & (kv->d_index - 1)))))
         return tr_cpu_fail(

@@ -5,11 +5,12 @@
 
 #include "base/size.h"
 #include "kernels/cpu/cpu_priv.h"
+#include "kernels/limits.h"
 
 /* Mixture of experts (model.md 6): which experts a row takes, the experts themselves, and their
  * weighted sum. */
 
-enum { EXPERTS_MAX = 1024, GROUPS_MAX = EXPERTS_MAX, COMBINE_CHUNK = 1024 };
+enum { EXPERTS_MAX = TR_CPU_EXPERTS_MAX, GROUPS_MAX = EXPERTS_MAX, COMBINE_CHUNK = 1024 };
 
 /* ---- router ---- */
 

@@ -2,11 +2,19 @@
  * number of heads. A block of threads takes 16 heads of a row. Keys come 64 at a time, expanded to
  * bf16; softmax in fp32, probabilities meet the keys as bf16. */
 #include "kernels/cuda/common.cuh"
+#include "kernels/limits.h"
 
 namespace
 {
 
-enum { THREADS = 128, WARPS = THREADS / 32, HEADS = 16, KEYS = 64, PAD = 8, D_MAX = 512 };
+enum {
+    THREADS = 128,
+    WARPS = THREADS / 32,
+    HEADS = 16,
+    KEYS = 64,
+    PAD = 8,
+    D_MAX = TR_CUDA_D_LATENT_MAX
+};
 
 struct shape {
     int d_key, d_latent; /* padded to 16, zeros behind */
@@ -183,7 +191,8 @@ __global__ void __launch_bounds__(THREADS)
 cudaError_t tr_cuda_sparse_mla_any(const struct tr_sparse_mla_args *a, cudaStream_t stream)
 {
     const shape s = shape_of(a->kv);
-    if (s.d_latent > D_MAX || s.d_key > D_MAX + 128 || a->latents.n) return cudaErrorInvalidValue;
+    if (s.d_latent > D_MAX || s.d_key > TR_CUDA_D_KEY_MAX || a->latents.n)
+        return cudaErrorInvalidValue;
     if (a->rows->n_max <= 0) return cudaSuccess;
     const dim3 grid((unsigned)a->rows->n_max, tr::blocks_for((size_t)a->n_heads, HEADS));
     sparse_mla<<<grid, THREADS, shared_bytes(s), stream>>>(*a, *a->rows);
@@ -196,7 +205,7 @@ cudaError_t tr_cuda_attention_open(void)
 {
     tr_kv_layer most = {};
     most.d_latent = D_MAX;
-    most.d_rope = 128;
+    most.d_rope = TR_CUDA_D_KEY_MAX - D_MAX;
     const cudaError_t e = cudaFuncSetAttribute(
         sparse_mla, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes(shape_of(most)));
     return e == cudaSuccess ? tr_cuda_dense_mha_open() : e;

@@ -4,6 +4,7 @@
  * spot, as bf16. Every row runs its own online softmax over the blocks, so where a prompt was cut,
  * or which rows share a tile, cannot show. */
 #include "kernels/cuda/gemm.cuh"
+#include "kernels/limits.h"
 
 namespace
 {
@@ -16,7 +17,8 @@ enum {
     PAD = 8,
     CHUNK = 128, /* latents at a time: a scale block */
     BLOCK_ROWS = 8,
-    D_HEAD_MAX = 256, /* d_nope + d_rope; d_nope + d_v; d_v half of it */
+    D_HEAD_MAX = TR_CUDA_D_HEAD_MAX, /* d_nope + d_rope; d_nope + d_v */
+    D_VALUE_MAX = TR_CUDA_D_VALUE_MAX,
     TILES = D_HEAD_MAX / 8 / WARPS,
 };
 
@@ -333,7 +335,7 @@ cudaError_t tr_cuda_dense_mha_open(void)
 {
     tr_dense_mha_args most = {};
     most.d_nope = D_HEAD_MAX;
-    most.d_v = D_HEAD_MAX / 2;
+    most.d_v = D_VALUE_MAX;
     return cudaFuncSetAttribute(dense_mha, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 (int)shared_bytes(shape_of(most)));
 }
@@ -342,7 +344,7 @@ cudaError_t tr_cuda_dense_mha(const struct tr_dense_mha_args *a, cudaStream_t st
 {
     weights w = {};
     if (a->d_rope != a->kv.d_rope || a->d_nope + a->d_rope > D_HEAD_MAX ||
-        a->d_nope + a->d_v > D_HEAD_MAX || a->d_v > D_HEAD_MAX / 2 || a->latents.n)
+        a->d_nope + a->d_v > D_HEAD_MAX || a->d_v > D_VALUE_MAX || a->latents.n)
         return cudaErrorInvalidValue;
     if (a->rows->n_max <= 0) return cudaSuccess;
     tr::product_weight(&w.uk, a->w_uk);

@@ -1,11 +1,12 @@
 /* Rows to the experts of other ranks and back (parallel.md 5.1). Every order is fixed, so that sums
  * do not depend on arrival. */
 #include "kernels/cuda/common.cuh"
+#include "kernels/limits.h"
 
 namespace
 {
 
-enum { THREADS = 256, MEMBERS_MAX = 1024 };
+enum { THREADS = 256, MEMBERS_MAX = TR_CUDA_MOE_MEMBERS_MAX };
 
 /* tr_dispatch_choices and tr_dispatch_bytes. */
 __device__ __forceinline__ size_t choices_at(int d, bool codes)

@@ -5,6 +5,7 @@
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/quantise.h"
 #include "kernels/cuda/rope.cuh"
+#include "kernels/limits.h"
 
 namespace
 {
@@ -79,7 +80,7 @@ cudaError_t tr_cuda_mla_query(const struct tr_mla_query_args *a, int on_grid, cu
 {
     const tr_rows *rows = a->rows;
     if (a->w_uk_t->n_out != a->d_latent || a->w_uk_t->n_in != a->d_nope ||
-        a->w_uk_t->n_mats < a->n_heads || a->d_nope % 2)
+        a->w_uk_t->n_mats < a->n_heads || a->d_nope % TR_CUDA_NOPE_STEP)
         return cudaErrorInvalidValue;
     const size_t d_q = (size_t)(a->d_nope + a->d_rope), d_key = (size_t)(a->d_latent + a->d_rope),
                  heads = (size_t)a->n_heads;

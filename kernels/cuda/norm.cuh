@@ -5,11 +5,13 @@
 #define TR_CUDA_NORM_CUH
 
 #include "kernels/cuda/common.cuh"
+#include "kernels/limits.h"
 
 namespace tr
 {
 
-enum { NORM_THREADS = 1024, NORM_ROUNDS = 2, NORM_MOST = NORM_ROUNDS * NORM_THREADS * 4 };
+enum { NORM_THREADS = 1024, NORM_ROUNDS = 2, NORM_MOST = TR_CUDA_NORM_MAX };
+static_assert(NORM_MOST == NORM_ROUNDS * NORM_THREADS * 4, "what the threads of a row have");
 
 /* Number of thread t's first of round i. */
 __device__ __forceinline__ int norm_at(int i, int t)

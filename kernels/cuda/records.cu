@@ -2,11 +2,12 @@
  * sums go into 16 accumulators, number i into i % 16, joined as kernels/cpu/attention_plain.c
  * (sums) and gemm_plain.c (squares) do; nothing is contracted. */
 #include "kernels/cuda/common.cuh"
+#include "kernels/limits.h"
 
 namespace
 {
 
-enum { WARPS = 4, D_KEY_MAX = 1024, D_INDEX_MAX = 256 };
+enum { WARPS = 4, D_KEY_MAX = 1024, D_INDEX_MAX = TR_CUDA_D_INDEX_MAX };
 
 /* Lanes 0 to 15 have an accumulator each. */
 __device__ float sum_of(const float *x, int n)

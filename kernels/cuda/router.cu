@@ -1,11 +1,18 @@
 /* Which experts a row takes, and the rows of each expert (model.md 6). */
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/limits.h"
 
 namespace
 {
 
-enum { WARPS = 4, EXPERTS_MAX = 1024, THREADS = 256, MORE_THREADS = 1024, PACK_MANY = 8192 };
+enum {
+    WARPS = 4,
+    EXPERTS_MAX = TR_CUDA_EXPERTS_MAX,
+    THREADS = 256,
+    MORE_THREADS = 1024,
+    PACK_MANY = 8192
+};
 
 /* Index of the largest b, the first of equals; b is -inf or more, no NaN. */
 __device__ int warp_best(const float *b, const uint8_t *taken, int n)

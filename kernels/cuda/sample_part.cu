@@ -3,13 +3,14 @@
  * each; merging is short and, but for the sort, one thread's, in the order of the CPU, so that all
  * members get the same token. */
 #include "kernels/cuda/sample.cuh"
+#include "kernels/limits.h"
 
 namespace
 {
 
 using tr::choice;
 
-enum { MERGE_THREADS = 256, MEMBERS_MAX = 64, BEYOND = -3 };
+enum { MERGE_THREADS = 256, MEMBERS_MAX = TR_CUDA_PARTS_MAX, BEYOND = -3 };
 
 __global__ void __launch_bounds__(tr::SAMPLE_THREADS)
     sample_part(const __grid_constant__ tr_sample_part_args a, const __grid_constant__ tr_rows rows)

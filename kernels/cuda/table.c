@@ -10,6 +10,7 @@
 #include "kernels/cuda/quantise.h"
 #include "kernels/cuda/sparse_mla.h"
 #include "kernels/cuda/topk.h"
+#include "kernels/limits.h"
 
 /* ---- what several check -------------------------------------------------------------------------------------------- */
 
@@ -18,7 +19,8 @@ static tr_status check_kv(tr_device *d, const char *op, const tr_kv_layer *kv)
     if (kv->dtype != TR_E4M3 && kv->dtype != TR_BF16)
         return tr_device_fail(d, TR_E_USAGE,
                               "%s: caches on a GPU are e4m3 or bf16; f32 is the CPU's alone", op);
-    if (kv->latent && (kv->d_latent < 4 || kv->d_latent % 4 || kv->d_rope < 0 || kv->d_rope % 2))
+    if (kv->latent &&
+        (kv->d_latent < 1 || kv->d_latent % TR_LATENT_STEP || kv->d_rope < 0 || kv->d_rope % 2))
         return tr_device_fail(
             d, TR_E_USAGE,
             "%s: latents of %d and rope of %d: multiples of 4 and 2 are what this backend can do",

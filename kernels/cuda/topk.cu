@@ -310,6 +310,10 @@ cudaError_t launch_cluster(topk_params p, int n_rows, int context, int n_ctas, c
 template <int THREADS>
 cudaError_t launch_stream(topk_params p, int n_rows, int context, cudaStream_t stream)
 {
+    constexpr size_t ROOM = 227 << 10; /* of an H200's block */
+    static_assert(sizeof(stream_shared) + TR_CUDA_CONTEXT_MAX / 32 * 8 <= ROOM,
+                  "a bit per key, twice");
+    if (context > TR_CUDA_CONTEXT_MAX) return cudaErrorInvalidValue;
     p.span = context;
     size_t bytes = sizeof(stream_shared) + (size_t)((context + 31) / 32) * 8;
     cudaError_t st = cudaFuncSetAttribute(topk_stream<THREADS>,

@@ -7,15 +7,15 @@
 #include <cuda_runtime_api.h>
 
 #include "kernels/kernels.h"
+#include "kernels/limits.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-enum { TR_CUDA_TOPK_MAX = 2048 };
-
 /* *a is read by the call; a->rows is host memory, the pointers in it (and in *a) are device memory; rows->max_context bounds
- * every row's context. cudaErrorInvalidValue: k outside [1, TR_CUDA_TOPK_MAX], or a context beyond some 570,000. */
+ * every row's context. cudaErrorInvalidValue: k outside [1, TR_CUDA_TOPK_MAX], or a context beyond
+ * TR_CUDA_CONTEXT_MAX. */
 cudaError_t tr_cuda_topk(const struct tr_topk_args *a, cudaStream_t stream);
 
 /* The same with so many blocks of threads a row (1, 2, 4, 8, 16), for the program that measures; 0: as tr_cuda_topk chooses. */

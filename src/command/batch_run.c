@@ -209,6 +209,8 @@ tr_status tr_run_files(tr_run *run, tr_err *err)
     tr_status st = tr_open_kv_dtype(&run->kv_dtype, run->o->kv_dtype, err);
     if (st == TR_OK) st = tr_open_checkpoint(&run->opened, &run->open, err);
     if (st == TR_OK) st = choose_length(run, err);
+    run->open.max_model_len = run->max_model_len;
+    run->open.f32_caches = run->kv_dtype == TR_F32;
     if (st == TR_OK) st = open_tokenizer(run, err);
     if (st == TR_OK) st = read_generation(run, err);
     if (st == TR_OK) st = name_model(run, err);

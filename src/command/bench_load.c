@@ -172,10 +172,7 @@ static tr_status one_round(const reading *r, tr_opened *opened, const tr_open_op
     if (st != TR_OK) return st;
     tr_regions_reset(&opened->regions);
     const uint64_t begun = tr_now_ns();
-    st = opened->device ? tr_weights_load(&opened->weights, &opened->config, &opened->slice,
-                                          opened->checkpoint, options->load_format, options->seed,
-                                          opened->device, opened->ops, NULL, &opened->regions, err)
-                        : tr_open_weights(opened, options, NULL, err);
+    st = tr_open_weights(opened, options, NULL, err);
     if (st != TR_OK) return st;
     keep_best(&best->load, (double)(tr_now_ns() - begun) * 1e-9, first);
     keep_best(&best->plain, plain, first);
@@ -193,6 +190,7 @@ tr_status tr_bench_load(const tr_bench_options *o, tr_err *err)
                        ? tr_open_checkpoint(&opened, &o->open, err)
                        : tr_fail(err, TR_E_USAGE,
                                  "bench load reads a checkpoint: not with --load-format dummy");
+    if (st == TR_OK) st = tr_open_device(&opened, &o->open, NULL, err);
     if (st != TR_OK) goto done;
     r.checkpoint = opened.checkpoint;
     st = list_pieces(&r, err);

@@ -499,6 +499,9 @@ static tr_status prepare(bench *b, tr_err *err)
               prompt = largest(o->prefill, o->n_prefill) + largest(o->before, o->n_before);
     int length = largest(o->context, o->n_contexts) + b->room;
     if (length < prompt) length = prompt;
+    tr_open_options open = o->open;
+    open.max_model_len = length;
+    open.f32_caches = o->kv_dtype == TR_F32;
 
     tr_status st = tr_open_checkpoint(&b->opened, &o->open, err);
     if (st == TR_OK) st = check_sequences(b, err);
@@ -509,7 +512,7 @@ static tr_status prepare(bench *b, tr_err *err)
     st = agreed(b, st, err);
     if (st == TR_OK) st = agreed(b, choose(b, err), err);
     const uint64_t begun = tr_now_ns();
-    if (st == TR_OK) st = agreed(b, tr_open_weights(&b->opened, &o->open, NULL, err), err);
+    if (st == TR_OK) st = agreed(b, tr_open_weights(&b->opened, &open, NULL, err), err);
     if (st != TR_OK) return st;
     b->load_s = (double)(tr_now_ns() - begun) * 1e-9;
     const int sequences = own_sequences(b, all);

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "base/size.h"
+#include "kernels/limits.h"
 #include "model/tensors.h"
 
 const double tr_forecast_reserve = 6e9;
@@ -195,6 +196,22 @@ static void make_steps(tr_forecast *f)
 
 /* ---- warnings --------------------------------------------------------------------------------------------------------- */
 
+/* What a job would be refused for, once its device is open. */
+static void warn_sizes(tr_forecast *f)
+{
+    const tr_forecast_options *o = &f->options;
+    tr_err err;
+
+    for (int i = 0; i < f->n_classes; i++) {
+        tr_dims dims = tr_slice_dims(f->config, &f->class[i].slice, &f->ranks->sizes);
+        dims.max_context = o->max_model_len;
+        dims.f32_caches = o->kv_dtype == TR_F32;
+        if (tr_device_takes(o->rates ? "cuda" : "cpu", &dims, &err) == TR_OK) continue;
+        warn(f, "it does not run: %s", err.text);
+        return;
+    }
+}
+
 static void warn_memory(tr_forecast *f)
 {
     const tr_forecast_options *o = &f->options;
@@ -286,6 +303,7 @@ tr_status tr_forecast_make(tr_forecast *out, const tr_config *config, const tr_r
     if (st != TR_OK) return st;
     make_traffic(out);
     if (options->rates) make_steps(out);
+    warn_sizes(out);
     warn_memory(out);
     warn_cuts(out);
     warn_gathering(out);

@@ -10,6 +10,7 @@
 #include "base/hash.h"
 #include "base/size.h"
 #include "command/gpus.h"
+#include "kernels/limits.h"
 #include "model/patience.h"
 #include "mpi/comm_mpi.h"
 #include "mpi/grid.h"
@@ -304,7 +305,32 @@ static tr_status open_device_groups(tr_opened *o, const tr_open_options *options
 }
 #endif
 
-tr_status tr_open_weights(tr_opened *o, const tr_open_options *options, tr_log *log, tr_err *err)
+static tr_status takes(const tr_opened *o, const tr_open_options *options, const tr_config *config,
+                       tr_err *err)
+{
+    tr_dims dims = tr_slice_dims(config, &o->slice, &o->grid.size);
+
+    dims.max_context = options->max_model_len;
+    dims.f32_caches = options->f32_caches;
+    return tr_device_takes(o->ops->name, &dims, err);
+}
+
+/* What the device cannot compute is found before anything is loaded. Wrong only with the overrides: the command line's fault, as
+ * tr_config_load has it. */
+static tr_status check_sizes(const tr_opened *o, const tr_open_options *options, tr_err *err)
+{
+    tr_config plain;
+    tr_status st = takes(o, options, &o->config, err);
+
+    if (st != TR_E_INPUT || options->n_overrides == 0 ||
+        tr_config_load(&plain, options->model_dir, NULL, 0, NULL) != TR_OK ||
+        takes(o, options, &plain, NULL) != TR_OK)
+        return st;
+    err->status = TR_E_USAGE;
+    return tr_within(err, "--override");
+}
+
+tr_status tr_open_device(tr_opened *o, const tr_open_options *options, tr_log *log, tr_err *err)
 {
     tr_status st = o->device_name ? TR_OK : tr_open_choose(o, options, log, err);
     tr_device_options device = {.name = o->device_name,
@@ -319,6 +345,7 @@ tr_status tr_open_weights(tr_opened *o, const tr_open_options *options, tr_log *
     if (st == TR_OK && !options->no_bind)
         st = find_share(o, options->world, &i_share, &n_share, err);
     if (st == TR_OK) st = tr_device_open(&o->device, &o->ops, &device, err);
+    if (st == TR_OK) st = check_sizes(o, options, err);
 #ifdef HAVE_NCCL
     if (options->world && options->world->size > 1 && strcmp(device.name, "cuda") == 0) {
         st = tr_agree(options->world, st, err);
@@ -326,6 +353,12 @@ tr_status tr_open_weights(tr_opened *o, const tr_open_options *options, tr_log *
     }
 #endif
     if (st == TR_OK && !options->no_bind) st = bind_threads(o, options, i_share, n_share, log, err);
+    return st;
+}
+
+tr_status tr_open_weights(tr_opened *o, const tr_open_options *options, tr_log *log, tr_err *err)
+{
+    tr_status st = o->device ? TR_OK : tr_open_device(o, options, log, err);
     if (st != TR_OK) return st;
     const tr_patience_options patient = {.checkpoint = o->checkpoint,
                                          .out = stderr,

@@ -26,6 +26,8 @@ typedef struct tr_open_options {
     tr_rank_options ranks;
     /* "auto" (NULL too), "on", "off": sums over the GPUs' peer memory */
     const char *peer_kernels;
+    int max_model_len; /* tokens of one sequence; 0: nobody has said */
+    bool f32_caches;
 } tr_open_options;
 
 typedef struct tr_opened {
@@ -52,7 +54,10 @@ tr_status tr_open_checkpoint(tr_opened *o, const tr_open_options *options, tr_er
 /* What --device means for all ranks: of several, auto is "cuda" where each of them can have a GPU of its own (command/gpus.h), else
  * "cpu", and where GPUs are seen the log says why they are not used. Collective over the world. */
 tr_status tr_open_choose(tr_opened *o, const tr_open_options *options, tr_log *log, tr_err *err);
-/* Device, chosen here if it was not before, and weights. The device's threads are bound before: they place what they touch first. */
+/* Device, chosen here if it was not before; its threads are bound: they place what they touch first. TR_E_INPUT, TR_E_USAGE: the
+ * model, or an option, has a size that it cannot compute. Collective over the world. */
+tr_status tr_open_device(tr_opened *o, const tr_open_options *options, tr_log *log, tr_err *err);
+/* Weights, and the device where it is not open yet. */
 tr_status tr_open_weights(tr_opened *o, const tr_open_options *options, tr_log *log, tr_err *err);
 /* The model. has_token: bit per id, NULL: every id has a token. */
 tr_status tr_open_model(tr_opened *o, const tr_model_options *options, const uint32_t *has_token,

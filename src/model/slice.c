@@ -101,6 +101,24 @@ tr_status tr_slice_make(tr_slice *out, const tr_config *config, const tr_grid *g
     return TR_OK;
 }
 
+tr_dims tr_slice_dims(const tr_config *c, const tr_slice *slice, const tr_grid_sizes *sizes)
+{
+    tr_dims dims = {.d_model = c->hidden_size,
+                    .d_q_latent = c->q_lora_rank,
+                    .d_latent = c->kv_lora_rank,
+                    .d_rope = c->qk_rope_head_dim,
+                    .d_nope = c->qk_nope_head_dim,
+                    .d_v = c->v_head_dim,
+                    .d_index = c->index_head_dim,
+                    .k = c->index_topk,
+                    .n_parts = slice->head && slice->head_partial ? sizes->tp : 1,
+                    .n_moe_members = sizes->ep * sizes->xt};
+
+    for (int i = 0; i < slice->layers.n; i++)
+        if (tr_layer_is_moe(c, slice->layers.begin + i)) dims.n_experts = c->n_routed_experts;
+    return dims;
+}
+
 int tr_slice_misaligned(const tr_config *config, const tr_grid_sizes *sizes,
                         tr_misaligned out[TR_MISALIGNED_MAX])
 {
