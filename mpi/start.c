@@ -5,6 +5,7 @@
 #include <limits.h>
 #include <pthread.h>
 #include <sched.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,7 +18,10 @@
 #include "mpi/flight.h"
 #include "mpi/mpi_priv.h"
 
-enum { ABORT_PATIENCE_S = 5 }; /* parallel.md 10.2 */
+enum {
+    ABORT_PATIENCE_S = 5,
+    PATIENCE_S = 5
+}; /* parallel.md 10.2; for the others after a failure */
 
 /* "node07" of "node07.cluster.example". */
 static void host_name(char *host, size_t n)
@@ -152,15 +156,17 @@ tr_status tr_agree(const tr_world *world, tr_status mine, tr_err *err)
     return st;
 }
 
-tr_status tr_agree_within(const tr_world *world, tr_status mine, double seconds, tr_err *err)
+/* *met: all ranks have come. */
+static tr_status agree_within(const tr_world *world, tr_status mine, double seconds, bool *met,
+                              tr_err *err)
 {
-    if (world->size == 1) return mine;
     const tr_err why = err ? *err : (tr_err){.status = mine};
     agreement *a = malloc(sizeof *a);
     if (!a) return tr_fail(err, TR_E_MEMORY, "out of memory");
     const uint64_t until_ns = tr_now_ns() + (uint64_t)(seconds * 1e9);
     tr_status st = agree(world, a, mine, until_ns, err);
-    if (tr_now_ns() <= until_ns) {
+    *met = tr_now_ns() <= until_ns;
+    if (*met) {
         free(a);
     } else if (st != TR_OK) { /* given up: MPI may still write into *a, so it stays */
         char text[sizeof why.text];
@@ -171,11 +177,41 @@ tr_status tr_agree_within(const tr_world *world, tr_status mine, double seconds,
     return st;
 }
 
+tr_status tr_agree_within(const tr_world *world, tr_status mine, double seconds, tr_err *err)
+{
+    bool met;
+
+    return world->size == 1 ? mine : agree_within(world, mine, seconds, &met, err);
+}
+
 void tr_world_say(const tr_world *world, tr_status st, tr_err *err)
 {
+    bool met;
+
     if (st == TR_OK || world->size == 1 || !err) return;
     if (world->rank == 0) fprintf(stderr, "trireme: %s\n", err->text);
     err->text[0] = '\0';
+    agree_within(world, TR_OK, PATIENCE_S, &met, NULL); /* it stands there */
+}
+
+void tr_world_say_alone(const tr_world *world, const tr_err *err)
+{
+    if (tr_names_rank(err->text))
+        fprintf(stderr, "trireme: %s\n", err->text);
+    else
+        fprintf(stderr, "trireme: rank %d on %s: %s\n", world->rank, world->host, err->text);
+}
+
+_Noreturn void tr_world_fail(const tr_world *world, tr_status st, tr_err *err)
+{
+    bool met = false;
+
+    st = agree_within(world, st, PATIENCE_S, &met, err);
+    if (met)
+        tr_world_say(world, st, err);
+    else
+        tr_world_say_alone(world, err);
+    tr_world_give_up(world, st);
 }
 
 tr_status tr_world_tell(const tr_world *world, void *data, int bytes, tr_err *err)

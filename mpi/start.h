@@ -47,9 +47,16 @@ tr_status tr_agree(const tr_world *world, tr_status mine, tr_err *err);
 tr_status tr_agree_within(const tr_world *world, tr_status mine, double seconds, tr_err *err);
 
 /* What every rank knows to have failed is said once: rank 0 prints err's text to stderr, and does so now, for once a rank has
- * left MPI with a failure the launcher ends the others, printed or not. The text is emptied on every rank, so that nobody
- * repeats it. Nothing happens with one rank or without an error. */
+ * left MPI with a failure the launcher ends the others, printed or not; the others wait for it, some seconds at most. The text is
+ * emptied on every rank, so that nobody repeats it. Nothing happens with one rank or without an error. Collective over the world. */
 void tr_world_say(const tr_world *world, tr_status st, tr_err *err);
+
+/* This rank's own words, where the others cannot be asked: its name goes in front unless the text names a rank. */
+void tr_world_say_alone(const tr_world *world, const tr_err *err);
+
+/* A failure in a step, in which others may wait for this rank: the end of the job. Where all of them have failed, and come within
+ * some seconds, it is said once, else by each that came. More than one rank. */
+_Noreturn void tr_world_fail(const tr_world *world, tr_status st, tr_err *err);
 
 /* Rank 0's bytes to all. Collective over the world. */
 tr_status tr_world_tell(const tr_world *world, void *data, int bytes, tr_err *err);

@@ -162,4 +162,19 @@ ends 2 'rows over peer memory of attn_cp: member 0: GPU .* does not reach' FAKE_
 ends 2 'rows over peer memory of attn_cp: member 1: cudaIpcOpenMemHandle: ' FAKE_PEERS=closed ARGUMENTS='--tp 1 --cp 2 --peer-kernels on'
 ends 86 'attn_tp.*an error of the fake NCCL' FAKE_GPU= FAKE_NCCL_CALLS=40 ARGUMENTS='--peer-kernels off'
 ends 86 'peer memory of attn_tp.*an error of the fake NCCL' FAKE_GPU= ${leaks:+"$leaks"} FAKE_NCCL_CALLS=40
+# A step that fails on every rank is told of once, with its operation's name once; where it fails on one alone, that one tells.
+fails() { # CODE TEXT VARIABLE COMMAND...
+    code=$1 text=$2 variable=$3
+    shift 3
+    timeout 200 env "$variable" "$MPIEXEC" -n 2 "$dir/rank" "$@" -m "$TR_SRCDIR/models/tiny" --device cuda --tp 2 >"$dir/log" 2>&1
+    got=$?
+    [ "$got" -eq "$code" ] && [ "$(grep -c 'layer [0-9]*: router' "$dir/log")" -eq 1 ] && grep -qE -- "^trireme: $text" "$dir/log" && return
+    echo "$*, $variable: exit status $got where $code is wanted, or not one line '$text'"
+    cat "$dir/log"
+    status=1
+}
+routed='layer 1: router: 4 of 1025 experts in 4 groups \(at most 1024 experts\)'
+fails 2 "rank 0 on $host: step 1: $routed \(and 1 more rank\)\$" FAKE_FAILS=1 batch --prompt hello
+fails 86 "rank 1 on $host: step 1: $routed; the other ranks did not answer within 5 s\$" FAKE_1=FAKE_FAILS=1 batch --prompt hello
+fails 2 "rank 0 on $host: $routed \(and 1 more rank\)\$" FAKE_FAILS=1 bench step --context 20 --sequences 1 --steps 1
 exit "$status"

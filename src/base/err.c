@@ -25,6 +25,14 @@ tr_status tr_fail(tr_err *err, tr_status status, const char *fmt, ...)
     return status;
 }
 
+tr_status tr_fail_of(tr_err *err, tr_status status, const char *what, const char *text)
+{
+    const size_t n = strlen(what);
+
+    if (strncmp(text, what, n) == 0 && text[n] == ':') return tr_fail(err, status, "%s", text);
+    return tr_fail(err, status, "%s: %s", what, text);
+}
+
 tr_status tr_within(tr_err *err, const char *fmt, ...)
 {
     char front[sizeof err->text], cause[sizeof err->text];

@@ -29,6 +29,9 @@ tr_status tr_fail(tr_err *err, tr_status status, const char *fmt, ...)
 /* Put "what we were doing: " in front of an error that came from below; returns err->status. */
 tr_status tr_within(tr_err *err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 
+/* tr_fail with "what: text", where the text does not begin with that itself. */
+tr_status tr_fail_of(tr_err *err, tr_status status, const char *what, const char *text);
+
 /* The process exit code of a status (architecture.md 5). */
 int tr_exit_code(tr_status status);
 

@@ -18,15 +18,22 @@
 #include "command/options.h"
 #include "mpi/start.h"
 
-/* The ranks cannot be brought together any more: this one says why and ends the job. What they agreed on before names its
- * rank. */
+/* The ranks cannot be brought together any more: this one says why and ends the job. */
 static void give_up(const tr_world *world, const tr_err *err)
 {
-    if (tr_names_rank(err->text))
-        fprintf(stderr, "trireme: %s\n", err->text);
-    else
-        fprintf(stderr, "trireme: rank %d on %s: %s\n", world->rank, world->host, err->text);
+    tr_world_say_alone(world, err);
     tr_world_give_up(world, err->status);
+}
+
+/* *apart: the others have not come. */
+static tr_status agree_within(const tr_world *world, tr_status st, double seconds, bool *apart,
+                              tr_err *err)
+{
+    const uint64_t until_ns = tr_now_ns() + (uint64_t)(seconds * 1e9);
+
+    st = tr_agree_within(world, st, seconds, err);
+    *apart = world->size > 1 && tr_now_ns() > until_ns;
+    return st;
 }
 
 /* After each phase every rank knows how all of them fared. A stop asked for meanwhile ends the
@@ -34,18 +41,19 @@ static void give_up(const tr_world *world, const tr_err *err)
  * them, and no watchdog runs yet. They have a minute. */
 static tr_status agree(const tr_world *world, tr_status st, tr_err *err)
 {
-    const uint64_t until_ns = tr_now_ns() + UINT64_C(60000000000);
+    bool apart;
 
     if (st == TR_OK && tr_stop_requested())
         st = tr_fail(err, TR_E_STOP, "stopped by %s", tr_stop_reason());
     if (st == TR_OK || st == TR_E_STOP) return tr_agree(world, st, err);
     const tr_err mine = *err;
-    st = tr_agree_within(world, st, 60, err);
-    if (world->size > 1 && tr_now_ns() > until_ns) give_up(world, &mine);
+    st = agree_within(world, st, 60, &apart, err);
+    if (apart) give_up(world, &mine);
     return st;
 }
 
-static tr_status phases(tr_run *run, const tr_world *world, tr_err *err)
+/* *apart: a step has failed here, and the others have not come. */
+static tr_status phases(tr_run *run, const tr_world *world, bool *apart, tr_err *err)
 {
     static tr_status (*const phase[])(tr_run *, tr_err *) = {
         tr_run_input,        tr_run_files,   tr_run_alike, tr_run_journal, tr_run_device,
@@ -61,8 +69,8 @@ static tr_status phases(tr_run *run, const tr_world *world, tr_err *err)
     if (st == TR_E_MEMORY) tr_run_budget(run);
     if (st != TR_OK) return st;
     st = tr_run_job(run, err);
-    st =
-        tr_run_broken(run) ? tr_agree_within(world, st, PATIENCE_S, err) : tr_agree(world, st, err);
+    st = tr_run_broken(run) ? agree_within(world, st, PATIENCE_S, apart, err)
+                            : tr_agree(world, st, err);
     tr_run_close_profile(run, st);
     return st;
 }
@@ -89,6 +97,7 @@ static tr_status with_ranks(tr_batch_options *options, tr_err *err)
     tr_run *run = NULL;
     tr_log *log = NULL;
     const bool believed = find_end(options);
+    bool apart = false;
     tr_status st = tr_world_start(&world, err);
 
     if (st == TR_OK) st = tr_launch_check(&world, err);
@@ -101,9 +110,10 @@ static tr_status with_ranks(tr_batch_options *options, tr_err *err)
                     getenv("SLURM_JOB_END_TIME"));
     run = tr_run_create(options, &world, log);
     st = tr_agree(&world, run && log ? TR_OK : tr_fail(err, TR_E_MEMORY, "out of memory"), err);
-    if (st == TR_OK) st = phases(run, &world, err);
-    if (st != TR_OK && world.size > 1 && run && tr_run_broken(run)) give_up(&world, err);
+    if (st == TR_OK) st = phases(run, &world, &apart, err);
+    if (apart) give_up(&world, err);
     tr_world_say(&world, st, err);
+    if (st != TR_OK && world.size > 1 && run && tr_run_broken(run)) tr_world_give_up(&world, st);
 done:
     tr_run_free(run); /* every file before MPI ends: the launcher may end ranks that still run */
     tr_log_free(log);

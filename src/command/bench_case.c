@@ -136,7 +136,7 @@ tr_status tr_bench_weight(tr_kbench *b, tr_format format, int n_mats, int n_out,
                                    .i_mat = i,
                                    .n_out = n_out};
         st = b->ops->linear_pack(b->device, w, &src);
-        if (st != TR_OK) st = tr_fail(err, st, "linear_pack: %s", b->ops->error(b->device));
+        if (st != TR_OK) st = tr_fail_of(err, st, "linear_pack", b->ops->error(b->device));
     }
     return st;
 }

@@ -12,7 +12,7 @@ enum { LIMIT_S = 30 };
 tr_status tr_bench_device_status(const tr_bench_device *b, const char *what, tr_status st,
                                  tr_err *err)
 {
-    return st == TR_OK ? TR_OK : tr_fail(err, st, "%s: %s", what, b->ops->error(b->device));
+    return st == TR_OK ? TR_OK : tr_fail_of(err, st, what, b->ops->error(b->device));
 }
 
 tr_status tr_bench_device_take(tr_bench_device *b, size_t bytes, int kind, void *out, tr_err *err)

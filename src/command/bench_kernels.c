@@ -135,7 +135,7 @@ static tr_status prepare(tr_kbench *b, tr_err *err)
     if (st == TR_OK) st = make_flush(b, err);
     if (st != TR_OK) return st;
     st = b->ops->ceilings(b->device, &b->ceilings);
-    return st == TR_OK ? TR_OK : tr_fail(err, st, "ceilings: %s", b->ops->error(b->device));
+    return st == TR_OK ? TR_OK : tr_fail_of(err, st, "ceilings", b->ops->error(b->device));
 }
 
 static void print_head(tr_kbench *b)

@@ -552,8 +552,7 @@ static tr_status prepare(bench *b, tr_err *err)
 static tr_status print_ceilings(bench *b, tr_err *err)
 {
     tr_status st = b->opened.ops->ceilings(b->opened.device, &b->ceilings);
-    if (st != TR_OK)
-        return tr_fail(err, st, "ceilings: %s", b->opened.ops->error(b->opened.device));
+    if (st != TR_OK) return tr_fail_of(err, st, "ceilings", b->opened.ops->error(b->opened.device));
     const char *why = "not with several ranks";
     tr_blas *blas = NULL;
     if (b->opened.grid.world == 1)
@@ -679,11 +678,9 @@ static tr_status all_lines(bench *b, tr_err *err)
     return st;
 }
 
-void tr_bench_give_up_alone(const tr_world *world, tr_status st, const tr_err *err)
+void tr_bench_give_up(const tr_world *world, tr_status st, tr_err *err)
 {
-    if (st == TR_OK || world->size == 1) return;
-    fprintf(stderr, "trireme: rank %d on %s: %s\n", world->rank, world->host, err->text);
-    tr_world_give_up(world, st);
+    if (st != TR_OK && world->size > 1) tr_world_fail(world, st, err);
 }
 
 static tr_status with_ranks(const tr_bench_options *o, tr_err *err)
@@ -703,7 +700,7 @@ static tr_status with_ranks(const tr_bench_options *o, tr_err *err)
     if (st == TR_OK) st = begin_record(&b, err);
     if (st == TR_OK && o->halves) st = tr_bench_halves_open(&b.halves, &b.opened, err);
     if (st == TR_OK) st = all_lines(&b, err);
-    if (ready) tr_bench_give_up_alone(world, st, err);
+    if (ready) tr_bench_give_up(world, st, err);
     const tr_status recorded = tr_bench_record_end(b.record, NULL, st == TR_OK ? err : &later);
     if (st == TR_OK) st = recorded;
     close_bench(&b);

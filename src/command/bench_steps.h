@@ -28,7 +28,7 @@ tr_status tr_bench_steps_guard(tr_bench_steps *steps, bool on, tr_err *err);
 typedef tr_status tr_bench_ranks(const tr_bench_options *options, tr_err *err);
 tr_status tr_bench_with_world(const tr_bench_options *options, tr_bench_ranks *bench, tr_err *err);
 /* A rank that fails in a step leaves the others waiting for it: the job ends here. TR_OK, or one rank: returns. */
-void tr_bench_give_up_alone(const tr_world *world, tr_status st, const tr_err *err);
+void tr_bench_give_up(const tr_world *world, tr_status st, tr_err *err);
 
 /* --kv-dtype as it was given. */
 const char *tr_bench_kv_name(const tr_bench_options *options);

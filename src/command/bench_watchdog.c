@@ -103,7 +103,7 @@ static tr_status with_ranks(const tr_bench_options *o, tr_err *err)
     for (int i = 0; i < o->n_contexts && st == TR_OK; i++)
         for (int j = 0; j < o->n_sequences && st == TR_OK; j++)
             st = measure(&c, o->sequences[j], o->context[i], err);
-    if (ready) tr_bench_give_up_alone(world, st, err);
+    if (ready) tr_bench_give_up(world, st, err);
     tr_bench_steps_close(c.steps);
     free(c.seconds);
     free(c.off);

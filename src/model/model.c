@@ -29,7 +29,7 @@ tr_status tr_model_ran(tr_model *m, const char *op, tr_status st, tr_err *err)
     tr_model_joins(m);
     m->note_bytes = m->note_flops = 0;
     tr_comm_progress(m->moving);
-    return st == TR_OK ? TR_OK : tr_fail(err, st, "%s: %s", op, m->ops->error(m->device));
+    return st == TR_OK ? TR_OK : tr_fail_of(err, st, op, m->ops->error(m->device));
 }
 
 /* Scratch of the products of the lane that comes next. */

@@ -17,6 +17,7 @@
 
 #include "kernels/cuda/comm.h"
 #include "kernels/device.h"
+#include "kernels/limits.h"
 #include "kernels/number.h"
 #include "nccl.h"
 #include "tests/fake_nccl/fake.h"
@@ -663,7 +664,16 @@ static void symmetric_release(tr_device *device, void *p)
     if (!p || cudaFree(p) != cudaSuccess) cpu_ops->release(device, p);
 }
 
-/* The CPU's table under another name. FAKE_GPU: its uuid, for ranks that get the same one. */
+static tr_status failing_router(tr_device *device, tr_lane lane, const struct tr_router_args *a)
+{
+    struct tr_router_args wide = *a;
+
+    wide.n_experts = TR_CPU_EXPERTS_MAX + 1;
+    return cpu_ops->router(device, lane, &wide);
+}
+
+/* The CPU's table under another name. FAKE_GPU: its uuid, for ranks that get the same one. FAKE_FAILS: no layer of experts comes to an
+ * end. */
 tr_status tr_cuda_open(tr_device **out, const tr_ops **ops, const tr_device_options *options,
                        int *usable, tr_err *err)
 {
@@ -682,6 +692,7 @@ tr_status tr_cuda_open(tr_device **out, const tr_ops **ops, const tr_device_opti
     leaves_codes = fake_w8a8(cpu, &table);
     table.alloc = symmetric_alloc;
     table.release = symmetric_release;
+    if (getenv("FAKE_FAILS")) table.router = failing_router;
     *ops = &table;
     tr_device_head *head = (tr_device_head *)(void *)*out;
     if (uuid && *uuid)
