@@ -747,13 +747,19 @@ static void refusals(void **state)
     bad[0].dtype = TR_I32;
     bad[1].d_latent = 62;
     bad[2].d_index = 48;
-    bad[3].d_latent = 4096;
+    bad[3].d_latent = TR_CPU_D_KEY_MAX - 16 + TR_LATENT_STEP;
     bad[4].d_rope = 7;
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         write.kv = bad[i];
         assert_int_equal(ops->kv_write(d, TR_LANE_MAIN, &write), TR_E_USAGE);
         assert_non_null(strstr(ops->error(d), "kv_write: "));
     }
+    write.kv = good;
+    write.kv.d_latent = TR_CPU_D_KEY_MAX - 16;
+    write.kv.d_index = TR_CPU_D_INDEX_MAX;
+    assert_int_equal(ops->kv_write(d, TR_LANE_MAIN, &write), TR_OK);
+    write.kv.d_index *= 2;
+    assert_int_equal(ops->kv_write(d, TR_LANE_MAIN, &write), TR_E_USAGE);
     write.kv = good;
     write.push.n_peers = 1;
     assert_int_equal(ops->kv_write(d, TR_LANE_MAIN, &write), TR_E_USAGE);
@@ -764,7 +770,9 @@ static void refusals(void **state)
     struct tr_index_logits_args logits = {.rows = &rows, .kv = good, .keys = {.n = 1}};
     assert_int_equal(ops->index_logits(d, TR_LANE_MAIN, &logits), TR_E_USAGE);
     struct tr_dense_mha_args dense = {
-        .rows = &rows, .kv = good, .d_rope = 16, .d_nope = 500, .d_v = 32};
+        .rows = &rows, .kv = good, .d_rope = 16, .d_nope = TR_CPU_D_HEAD_MAX - 16 + 1, .d_v = 32};
+    assert_int_equal(ops->dense_mha(d, TR_LANE_MAIN, &dense), TR_E_USAGE);
+    dense.d_nope = 32, dense.d_v = TR_CPU_D_HEAD_MAX + 1;
     assert_int_equal(ops->dense_mha(d, TR_LANE_MAIN, &dense), TR_E_USAGE);
     struct tr_index_query_args query = {
         .rows = &rows, .d_index = 24, .cache_dtype = TR_E4M3, .out = &none};

@@ -39,6 +39,9 @@ refused() { # TEXT RANKS ARGUMENT...
 refused 'sequences 3: 2 replicas' 2 step --dp 2 --sequences 3
 refused 'tp 3' 2 step --tp 3
 refused 'a bench step of one rank' 2 step --tp 2 --profile "$dir/x.h5"
+refused 'trireme: rank 0 on .*config.json: n_routed_experts 1028: the CPU backend takes at most 1024 (and 1 more rank)' 2 step --tp 2 \
+    --device cpu --override n_routed_experts=1028
+refused 'config.json: n_routed_experts 1028: the CPU backend takes at most 1024' 1 load --device cpu --override n_routed_experts=1028
 refused 'options of bench step' 1 load --tp 1
 refused 'halves: an option of bench step' 1 load --halves
 refused 'without --profile' 1 step --halves --profile "$dir/x.h5"

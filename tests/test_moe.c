@@ -5,6 +5,7 @@
 #include <jansson.h>
 
 #include "cpu_test.h"
+#include "kernels/limits.h"
 #include "kernels/number.h"
 #include "vectors.h"
 
@@ -154,8 +155,16 @@ static void router_rules(void **state)
     assert_int_equal(cpu.ops->router(cpu.d, TR_LANE_MAIN, &a), TR_E_USAGE);
     a.k = 2, a.n_group = 3;
     assert_int_equal(cpu.ops->router(cpu.d, TR_LANE_MAIN, &a), TR_E_USAGE);
-    a.n_group = 1, a.n_experts = 5000;
+    /* As many experts as the backend says it takes (kernels/limits.h), and one more. */
+    enum { MOST = TR_CPU_EXPERTS_MAX };
+    float *many = test_alloc(MOST + 1, sizeof *many);
+    many[MOST - 1] = 5;
+    a.n_group = 1, a.k = 1, a.bias = NULL, a.logits = many, a.n_experts = MOST;
+    assert_int_equal(cpu.ops->router(cpu.d, TR_LANE_MAIN, &a), TR_OK);
+    assert_int_equal(expert[0], MOST - 1);
+    a.n_experts = MOST + 1;
     assert_int_equal(cpu.ops->router(cpu.d, TR_LANE_MAIN, &a), TR_E_USAGE);
+    free(many);
     cpu.ops->close(cpu.d);
 }
 

@@ -49,6 +49,44 @@ for list in '' ',' '1,,2' '1,' ',1' '-1,62' 16x 99999999999999999999; do
     refused 2 '--pp-layers' -m "$model" --ranks 8 --pp-layers "$list"
 done
 
+# runs GPU SETTING... / stops GPU TEXT SETTING...: the model with these put into its config.json is one that the device of the plan
+# computes, or a warning says why not.
+runs()
+{
+    gpu=$1
+    shift
+    # shellcheck disable=SC2046 # an option each
+    "$TRIREME" plan -m "$model" --ranks 1 --gpu "$gpu" $(printf -- '--override %s ' "$@") >"$dir/out" || fail "plan $* failed"
+    ! grep -F 'it does not run' "$dir/out" || fail "plan --gpu $gpu $*: a warning too many"
+}
+stops()
+{
+    gpu=$1 text=$2
+    shift 2
+    # shellcheck disable=SC2046 # an option each
+    "$TRIREME" plan -m "$model" --ranks 1 --gpu "$gpu" $(printf -- '--override %s ' "$@") >"$dir/out" || fail "plan $* failed"
+    grep -qxF "Warning: it does not run: config.json: $text" "$dir/out" || fail "plan --gpu $gpu $*: not '$text': $(cat "$dir/out")"
+}
+runs none n_routed_experts=1024 kv_lora_rank=960 qk_nope_head_dim=448 v_head_dim=512 index_topk=4096 hidden_size=16384
+stops none 'n_routed_experts 1032: the CPU backend takes at most 1024' n_routed_experts=1032
+stops none 'kv_lora_rank + qk_rope_head_dim 1028: the CPU backend takes at most 1024' kv_lora_rank=964
+stops none 'kv_lora_rank 514: the CPU backend takes multiples of 4' kv_lora_rank=514
+stops none 'qk_nope_head_dim + qk_rope_head_dim 513: the CPU backend takes at most 512' qk_nope_head_dim=449
+stops none 'v_head_dim 513: the CPU backend takes at most 512' v_head_dim=513
+runs h200 n_routed_experts=1024 kv_lora_rank=512 qk_rope_head_dim=128 qk_nope_head_dim=128 v_head_dim=128 index_topk=2048 \
+    hidden_size=8192 q_lora_rank=8192
+runs h200 qk_nope_head_dim=192 v_head_dim=64
+stops h200 'n_routed_experts 1032: the CUDA backend takes at most 1024' n_routed_experts=1032
+stops h200 'hidden_size 8320: the CUDA backend takes at most 8192' hidden_size=8320
+stops h200 'q_lora_rank 8320: the CUDA backend takes at most 8192' q_lora_rank=8320
+stops h200 'kv_lora_rank 516: the CUDA backend takes at most 512' kv_lora_rank=516
+stops h200 'kv_lora_rank 510: the CUDA backend takes multiples of 4' kv_lora_rank=510
+stops h200 'qk_nope_head_dim 127: the CUDA backend takes multiples of 2' qk_nope_head_dim=127
+stops h200 'qk_nope_head_dim + qk_rope_head_dim 258: the CUDA backend takes at most 256' qk_nope_head_dim=194 v_head_dim=64
+stops h200 'qk_nope_head_dim + v_head_dim 258: the CUDA backend takes at most 256' qk_nope_head_dim=130
+stops h200 'v_head_dim 129: the CUDA backend takes at most 128' v_head_dim=129 qk_nope_head_dim=64
+stops h200 'index_topk 2049: the CUDA backend takes at most 2048' index_topk=2049
+
 # json NAME ARGUMENTS...: the forecast into $dir/NAME.
 json()
 {
@@ -141,6 +179,7 @@ assert f["steps"][0]["slowest_stage_s"] <= even
 assert any("uneven" in w for w in load("uneven")["warnings"])
 assert any("gathers the rows of all ranks" in w for w in load("gather")["warnings"])
 assert any("q_b_proj" in w and "192 each" in w for w in load("odd")["warnings"])
+assert "it does not run: --tp 128: the CUDA backend takes at most 64" in load("odd")["warnings"], load("odd")["warnings"]
 assert all("MoE" not in t["where"] for t in load("dense")["traffic"])
 f = load("one")
 assert f["traffic"] == [] and f["tokens_per_replica"] == 0 and any("does not fit" in w for w in f["warnings"])

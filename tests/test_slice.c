@@ -4,6 +4,7 @@
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <string.h>
 
 #include <cmocka.h>
@@ -296,6 +297,140 @@ static void bad_grids_are_refused_with_every_reason(void **state)
     assert_non_null(strstr(err.text, "a vocabulary of 4"));
 }
 
+/* ---- what backends take (kernels/limits.h) ---- */
+
+static const tr_grid_sizes alone = {1, 1, 1, 1, 1, 1, 1};
+
+/* What a backend says of the model with one size changed; others, 0 for none, are such that nothing else is too large. */
+typedef struct size {
+    const char *backend;
+    size_t at; /* in tr_config */
+    int least, most, too_much;
+    size_t beside;
+    int there;
+    const char *says;
+} size;
+
+#define AT(field) offsetof(tr_config, field)
+
+static void put(tr_config *c, size_t at, int v)
+{
+    memcpy((char *)c + at, &v, sizeof v);
+}
+
+static tr_status asked(const char *backend, const tr_config *c, tr_err *err)
+{
+    const tr_slice s = slice_of(c, alone, 0);
+    const tr_dims dims = tr_slice_dims(c, &s, &alone);
+
+    return tr_device_takes(backend, &dims, err);
+}
+
+/* clang-format off */
+static const size sizes[] = {
+    {"cpu", AT(n_routed_experts), 8, 1024, 1025, 0, 0, "n_routed_experts 1025: the CPU backend takes at most 1024"},
+    {"cpu", AT(kv_lora_rank), 4, 960, 964, 0, 0, "kv_lora_rank + qk_rope_head_dim 1028: the CPU backend takes at most 1024"},
+    {"cpu", AT(kv_lora_rank), 4, 512, 514, 0, 0, "kv_lora_rank 514: the CPU backend takes multiples of 4"},
+    {"cpu", AT(qk_nope_head_dim), 1, 448, 449, 0, 0, "qk_nope_head_dim + qk_rope_head_dim 513: the CPU backend takes at most 512"},
+    {"cpu", AT(v_head_dim), 1, 512, 513, 0, 0, "v_head_dim 513: the CPU backend takes at most 512"},
+    {"cpu", AT(index_head_dim), 64, 256, 512, 0, 0, "index_head_dim 512: the CPU backend takes at most 256"},
+    {"cuda", AT(n_routed_experts), 8, 1024, 1025, 0, 0, "n_routed_experts 1025: the CUDA backend takes at most 1024"},
+    {"cuda", AT(hidden_size), 128, 8192, 8320, 0, 0, "hidden_size 8320: the CUDA backend takes at most 8192"},
+    {"cuda", AT(q_lora_rank), 128, 8192, 8320, 0, 0, "q_lora_rank 8320: the CUDA backend takes at most 8192"},
+    {"cuda", AT(kv_lora_rank), 4, 512, 516, 0, 0, "kv_lora_rank 516: the CUDA backend takes at most 512"},
+    {"cuda", AT(kv_lora_rank), 4, 508, 510, 0, 0, "kv_lora_rank 510: the CUDA backend takes multiples of 4"},
+    {"cuda", AT(qk_rope_head_dim), 2, 128, 130, 0, 0, "kv_lora_rank + qk_rope_head_dim 642: the CUDA backend takes at most 640"},
+    {"cuda", AT(qk_nope_head_dim), 2, 126, 127, 0, 0, "qk_nope_head_dim 127: the CUDA backend takes multiples of 2"},
+    {"cuda", AT(qk_nope_head_dim), 2, 192, 194, AT(v_head_dim), 32, "qk_nope_head_dim + qk_rope_head_dim 258: the CUDA backend takes at most 256"},
+    {"cuda", AT(qk_nope_head_dim), 2, 128, 130, AT(v_head_dim), 128, "qk_nope_head_dim + v_head_dim 258: the CUDA backend takes at most 256"},
+    {"cuda", AT(v_head_dim), 1, 128, 129, AT(qk_nope_head_dim), 64, "v_head_dim 129: the CUDA backend takes at most 128"},
+    {"cuda", AT(index_head_dim), 64, 256, 512, 0, 0, "index_head_dim 512: the CUDA backend takes at most 256"},
+    {"cuda", AT(index_topk), 1, 2048, 2049, 0, 0, "index_topk 2049: the CUDA backend takes at most 2048"},
+};
+/* clang-format on */
+
+static void backends_say_what_they_cannot(void **state)
+{
+    (void)state;
+    char want[200];
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        const size *s = &sizes[i];
+        const int good[] = {s->least, s->most};
+        tr_config c = real;
+        tr_err err = {0};
+        if (s->there) put(&c, s->beside, s->there);
+        for (int j = 0; j < 2; j++) {
+            put(&c, s->at, good[j]);
+            if (asked(s->backend, &c, &err) != TR_OK) fail_msg("%d: %s", good[j], err.text);
+        }
+        put(&c, s->at, s->too_much);
+        assert_int_equal(asked(s->backend, &c, &err), TR_E_INPUT);
+        snprintf(want, sizeof want, "config.json: %s", s->says);
+        assert_string_equal(err.text, want);
+    }
+    tr_err err = {0};
+    assert_int_equal(asked("abacus", &real, &err), TR_E_USAGE);
+}
+
+/* Widths off the blocks of 128 are normed without codes, any number of them; experts count where there are layers of them. */
+static void what_a_rank_has_not_does_not_count(void **state)
+{
+    (void)state;
+    tr_config c = real;
+    tr_err err = {0};
+    c.hidden_size = 9000, c.q_lora_rank = 12345;
+    assert_int_equal(asked("cuda", &c, &err), TR_OK);
+    c = real;
+    c.n_routed_experts = 4096;
+    const tr_grid_sizes two = {2, 1, 1, 1, 1, 1, 1};
+    static const int layers[] = {3, 58};
+    for (int rank = 0; rank < 2; rank++) {
+        tr_grid g = grid_of(two, rank);
+        tr_slice s;
+        g.stage_layers = layers;
+        assert_int_equal(tr_slice_make(&s, &c, &g, &err), TR_OK);
+        const tr_dims dims = tr_slice_dims(&c, &s, &two);
+        assert_int_equal(dims.n_experts, rank ? 4096 : 0);
+        assert_int_equal(tr_cpu_takes(&dims, &err), rank ? TR_E_INPUT : TR_OK);
+    }
+}
+
+/* What options ask for is the command line's fault. */
+static void grids_and_lengths_have_limits_too(void **state)
+{
+    (void)state;
+    tr_err err = {0};
+    for (int tp = 64; tp <= 128; tp += 64) {
+        const tr_grid_sizes n = {1, 1, 1, tp, 1, tp, 1};
+        const tr_slice s = slice_of(&real, n, tp - 1);
+        const tr_dims dims = tr_slice_dims(&real, &s, &n);
+        assert_int_equal(tr_cpu_takes(&dims, &err), TR_OK);
+        assert_int_equal(tr_cuda_takes(&dims, &err), tp == 64 ? TR_OK : TR_E_USAGE);
+    }
+    assert_string_equal(err.text, "--tp 128: the CUDA backend takes at most 64");
+
+    for (int dp = 16; dp <= 32; dp += 16) {
+        const tr_grid_sizes n = {1, dp, 1, 1, 1, 64, dp};
+        const tr_slice s = slice_of(&real, n, 0);
+        tr_dims dims = tr_slice_dims(&real, &s, &n);
+        assert_int_equal(tr_cuda_takes(&dims, &err), dp == 16 ? TR_OK : TR_E_USAGE);
+    }
+    assert_string_equal(err.text, "--ep times --moe-tp 2048: the CUDA backend takes at most 1024");
+
+    const tr_slice s = slice_of(&real, alone, 0);
+    tr_dims dims = tr_slice_dims(&real, &s, &alone);
+    dims.max_context = 1 << 19;
+    assert_int_equal(tr_cuda_takes(&dims, &err), TR_OK);
+    dims.max_context++;
+    assert_int_equal(tr_cpu_takes(&dims, &err), TR_OK);
+    assert_int_equal(tr_cuda_takes(&dims, &err), TR_E_USAGE);
+    assert_string_equal(err.text, "a sequence of 524289: the CUDA backend takes at most 524288");
+    dims.max_context = 0, dims.f32_caches = 1;
+    assert_int_equal(tr_cpu_takes(&dims, &err), TR_OK);
+    assert_int_equal(tr_cuda_takes(&dims, &err), TR_E_USAGE);
+    assert_string_equal(err.text, "--kv-dtype f32: the CUDA backend takes fp8 and bf16");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -306,6 +441,9 @@ int main(void)
         cmocka_unit_test(other_rows_other_copies),
         cmocka_unit_test(misaligned_tensors_are_named),
         cmocka_unit_test(bad_grids_are_refused_with_every_reason),
+        cmocka_unit_test(backends_say_what_they_cannot),
+        cmocka_unit_test(what_a_rank_has_not_does_not_count),
+        cmocka_unit_test(grids_and_lengths_have_limits_too),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
