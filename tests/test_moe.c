@@ -155,17 +155,37 @@ static void router_rules(void **state)
     assert_int_equal(cpu.ops->router(cpu.d, TR_LANE_MAIN, &a), TR_E_USAGE);
     a.k = 2, a.n_group = 3;
     assert_int_equal(cpu.ops->router(cpu.d, TR_LANE_MAIN, &a), TR_E_USAGE);
-    /* As many experts as the backend says it takes (kernels/limits.h), and one more. */
+    cpu.ops->close(cpu.d);
+}
+
+/* As many experts as the backend says it takes (kernels/limits.h), and one more. */
+static void router_limit(void **state)
+{
     enum { MOST = TR_CPU_EXPERTS_MAX };
-    float *many = test_alloc(MOST + 1, sizeof *many);
-    many[MOST - 1] = 5;
-    a.n_group = 1, a.k = 1, a.bias = NULL, a.logits = many, a.n_experts = MOST;
+    test_cpu cpu;
+    int32_t n = 1, expert[1];
+    float weight[1], *logits = test_alloc(MOST + 1, sizeof *logits);
+    struct tr_router_args a = {.n = &n,
+                               .n_max = 1,
+                               .n_experts = MOST,
+                               .n_group = 1,
+                               .topk_group = 1,
+                               .k = 1,
+                               .logits = logits,
+                               .scaling = 1,
+                               .expert = expert,
+                               .weight = weight};
+    (void)state;
+    assert_int_equal(test_cpu_open(&cpu, 0, 1), 1);
+    logits[MOST - 1] = 5;
     assert_int_equal(cpu.ops->router(cpu.d, TR_LANE_MAIN, &a), TR_OK);
     assert_int_equal(expert[0], MOST - 1);
     a.n_experts = MOST + 1;
     assert_int_equal(cpu.ops->router(cpu.d, TR_LANE_MAIN, &a), TR_E_USAGE);
-    free(many);
+    assert_string_equal(cpu.ops->error(cpu.d),
+                        "router: 1 of 1025 experts in 1 groups (at most 1024 experts)");
     cpu.ops->close(cpu.d);
+    free(logits);
 }
 
 /* ---- pack ---- */
@@ -645,6 +665,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_prestate(router_vectors, all),
         cmocka_unit_test(router_rules),
+        cmocka_unit_test(router_limit),
         cmocka_unit_test(pack_pairs),
         cmocka_unit_test(experts_of_layers),
         cmocka_unit_test(moe_edges),
