@@ -72,8 +72,6 @@ tr_status tr_cuda_takes(const tr_dims *d, tr_err *err)
         {"a sequence of", d->max_context, TR_CUDA_CONTEXT_MAX, 1},
     };
 
-    if (d->f32_caches)
-        return tr_fail(err, TR_E_USAGE, "--kv-dtype f32: the CUDA backend takes fp8 and bf16");
     const tr_status st = check("CUDA", TR_E_INPUT, config, bounds, N_OF(bounds), err);
     return st == TR_OK ? check("CUDA", TR_E_USAGE, "", asked, N_OF(asked), err) : st;
 }

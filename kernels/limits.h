@@ -40,7 +40,6 @@ typedef struct tr_dims {
     int n_parts;             /* members that the vocabulary is cut over */
     int n_moe_members;       /* ranks that rows are sent to, each with some of the experts */
     int max_context;         /* tokens of one sequence; 0: not known */
-    int f32_caches;
 } tr_dims;
 
 /* TR_E_INPUT: the model has a size that the backend cannot compute; TR_E_USAGE: an option asks for it. One line that names the

@@ -202,10 +202,11 @@ static void warn_sizes(tr_forecast *f)
     const tr_forecast_options *o = &f->options;
     tr_err err;
 
+    if (o->rates && o->kv_dtype == TR_F32)
+        warn(f, "it does not run: --kv-dtype f32: GPUs have caches of fp8 and bf16 only");
     for (int i = 0; i < f->n_classes; i++) {
         tr_dims dims = tr_slice_dims(f->config, &f->class[i].slice, &f->ranks->sizes);
         dims.max_context = o->max_model_len;
-        dims.f32_caches = o->kv_dtype == TR_F32;
         if (tr_device_takes(o->rates ? "cuda" : "cpu", &dims, &err) == TR_OK) continue;
         warn(f, "it does not run: %s", err.text);
         return;

@@ -311,7 +311,6 @@ static tr_status takes(const tr_opened *o, const tr_open_options *options, const
     tr_dims dims = tr_slice_dims(config, &o->slice, &o->grid.size);
 
     dims.max_context = options->max_model_len;
-    dims.f32_caches = options->f32_caches;
     return tr_device_takes(o->ops->name, &dims, err);
 }
 
@@ -320,6 +319,10 @@ static tr_status takes(const tr_opened *o, const tr_open_options *options, const
 static tr_status check_sizes(const tr_opened *o, const tr_open_options *options, tr_err *err)
 {
     tr_config plain;
+
+    if (options->f32_caches && !(o->ops->caps & TR_CAP_F32_KV))
+        return tr_fail(err, TR_E_USAGE, "--kv-dtype f32: %s has caches of fp8 and bf16 only",
+                       tr_device_describe(o->device));
     tr_status st = takes(o, options, &o->config, err);
 
     if (st != TR_E_INPUT || options->n_overrides == 0 ||

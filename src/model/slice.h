@@ -48,8 +48,7 @@ tr_status tr_slice_make(tr_slice *out, const tr_config *config, const tr_grid *g
 /* lm_head rows of member i of an attention group of n. */
 tr_range tr_slice_vocab(const tr_config *config, int i, int n);
 
-/* What a backend is asked about (kernels/limits.h): the model's sizes and this rank's part. Neither max_context nor f32_caches,
- * which are a job's. */
+/* What a backend is asked about (kernels/limits.h): the model's sizes and this rank's part. Not max_context, which is a job's. */
 tr_dims tr_slice_dims(const tr_config *config, const tr_slice *slice, const tr_grid_sizes *sizes);
 
 /* The counts that the rules of mpi/grid.h ask for. */
