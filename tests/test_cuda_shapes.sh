@@ -55,4 +55,19 @@ done
 for width in moe_intermediate_size=72 intermediate_size=200 q_lora_rank=192 index_n_heads=3 hidden_size=320; do
     run "$TR_SRCDIR/models/tiny" few --override "$width" --max-sequences 5 --max-batch-tokens 100 --max-model-len 4200
 done
+# Each size at its limit (kernels/limits.h); one above it is refused before anything is loaded.
+small() { # SETTING...
+    # shellcheck disable=SC2046 # an option each
+    run "$TR_SRCDIR/models/tiny" few --override num_hidden_layers=2 $(printf -- '--override %s ' "$@") --max-sequences 5 --max-batch-tokens 100 \
+        --max-model-len 4200
+}
+small n_routed_experts=1024 index_topk=2048 q_lora_rank=8192
+small hidden_size=8192 qk_rope_head_dim=128
+small qk_nope_head_dim=192 v_head_dim=64 kv_lora_rank=508
+for above in n_routed_experts=1028 index_topk=2049 q_lora_rank=8320 hidden_size=8320 kv_lora_rank=516 kv_lora_rank=510 qk_nope_head_dim=127 \
+    qk_nope_head_dim=194 v_head_dim=129 qk_nope_head_dim=64; do
+    "$program" batch -m "$TR_SRCDIR/models/tiny" --load-format dummy --device cuda --override "$above" --prompt hello >"$dir/log" 2>&1
+    is "$above: exit status" 2 "$?"
+    has "$above" 'trireme: --override: config.json: .*: the CUDA backend takes '
+done
 done_checking

@@ -84,6 +84,7 @@ stops h200 'kv_lora_rank 510: the CUDA backend takes multiples of 4' kv_lora_ran
 stops h200 'qk_nope_head_dim 127: the CUDA backend takes multiples of 2' qk_nope_head_dim=127
 stops h200 'qk_nope_head_dim + qk_rope_head_dim 258: the CUDA backend takes at most 256' qk_nope_head_dim=194 v_head_dim=64
 stops h200 'qk_nope_head_dim + v_head_dim 258: the CUDA backend takes at most 256' qk_nope_head_dim=130
+stops h200 'qk_nope_head_dim + v_head_dim 192: the CUDA backend takes multiples of 128' qk_nope_head_dim=64
 stops h200 'v_head_dim 129: the CUDA backend takes at most 128' v_head_dim=129 qk_nope_head_dim=64
 "$TRIREME" plan -m "$model" --ranks 8 --kv-dtype f32 | grep -qxF 'Warning: it does not run: --kv-dtype f32: GPUs have caches of fp8 and bf16 only' ||
     fail 'caches of f32 on GPUs are not warned of'
