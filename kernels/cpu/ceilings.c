@@ -7,10 +7,17 @@
 
 #include <sys/mman.h>
 
+#include <hwloc.h>
+
 #include "base/clock.h"
 #include "kernels/cpu/cpu_priv.h"
 
-enum { BLOCK_BYTES = 256 << 20, HUGE_PAGE = 2 << 20, ROUNDS = 5 };
+enum { HUGE_PAGE = 2 << 20, ROUNDS = 5 };
+
+/* Of the block that is read: CACHES times what the machine's last caches hold, in these bounds. A server's hold more than
+ * a quarter of a GB, and a block that they hold is no memory. */
+static const size_t block_least = (size_t)256 << 20, block_most = (size_t)4 << 30;
+enum { CACHES = 4 };
 
 enum {
     FMA_ROUNDS = 250000
@@ -61,11 +68,33 @@ static uint64_t best_of(tr_device *d, int n_rounds, tr_team_fn *fn, ceiling_work
     return best;
 }
 
+/* All third-level caches of the machine, 0: it tells of none. */
+static size_t cache_bytes(void)
+{
+    hwloc_topology_t topology;
+    size_t bytes = 0;
+
+    if (hwloc_topology_init(&topology) != 0) return 0;
+    if (hwloc_topology_load(topology) == 0) {
+        hwloc_obj_t cache = NULL;
+        while ((cache = hwloc_get_next_obj_by_type(topology, HWLOC_OBJ_L3CACHE, cache)))
+            bytes += (size_t)cache->attr->cache.size;
+    }
+    hwloc_topology_destroy(topology);
+    return bytes;
+}
+
+static size_t block_bytes(void)
+{
+    const size_t bytes = CACHES * cache_bytes();
+    return bytes < block_least ? block_least : bytes > block_most ? block_most : bytes;
+}
+
 /* Huge pages, as the weights have. */
 static tr_status read_ceiling(tr_device *d, double *bytes_per_s)
 {
     const int n = d->n_threads;
-    const size_t part = (size_t)BLOCK_BYTES / (size_t)n / HUGE_PAGE * HUGE_PAGE;
+    const size_t part = block_bytes() / (size_t)n / HUGE_PAGE * HUGE_PAGE;
     ceiling_work w = {.d = d, .part = part ? part : HUGE_PAGE};
     const size_t all = w.part * (size_t)n;
 
