@@ -45,6 +45,7 @@ refused() {
 }
 refused 'step: -m MODEL is missing' step --profile "$dir/new.h5"
 refused '--only: an option of' profile -m "$model" --only norm --profile "$dir/new.h5"
+refused '--only: no operation is named' kernels -m "$model" --only ,
 refused 'step: more is left over' step more -m "$model"
 
 "$python" - "$dir/step" "$dir/load" "$dir/kernels" "$dir/only" "$TR_SRCDIR/kernels/kernels.h" "$dir/at" "$dir/profile" <<'PY'

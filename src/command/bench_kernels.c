@@ -87,15 +87,16 @@ static bool listed(const char *list, const char *name)
 static tr_status check_only(const char *list, tr_err *err)
 {
     char copy[1024], *save = NULL;
+    int n = 0;
     if (strlen(list) >= sizeof copy) return tr_fail(err, TR_E_USAGE, "--only: too long");
     memcpy(copy, list, strlen(list) + 1);
-    for (char *word = strtok_r(copy, ",", &save); word; word = strtok_r(NULL, ",", &save)) {
+    for (char *word = strtok_r(copy, ",", &save); word; word = strtok_r(NULL, ",", &save), n++) {
         bool known = false;
         for (int i = 0; i < TR_N_BENCH_OPS; i++)
             known = known || strcmp(cases[i].name, word) == 0;
         if (!known) return tr_fail(err, TR_E_USAGE, "--only %s: no such operation", word);
     }
-    return TR_OK;
+    return n ? TR_OK : tr_fail(err, TR_E_USAGE, "--only: no operation is named");
 }
 
 /* More than the last cache that this machine says it has, so far as that is bearable. */
