@@ -1,5 +1,5 @@
-/* --merge: input order, lost and doubled requests, damaged parts, outputs that exist, FIFOs, a stop, an input that
- * changes. */
+/* --merge: input order, lost and doubled requests, damaged parts, parts of different runs, outputs that exist, FIFOs, a stop, an
+ * input that changes. */
 #include <config.h>
 
 #include <setjmp.h>
@@ -163,6 +163,45 @@ static void test_doubled(void **state)
     put_part(0, "0123456780", "");
     assert_int_equal(merge(1, &err), TR_E_INPUT);
     assert_int_equal(access(all_path, F_OK), -1);
+}
+
+static void put_run(int part, const char *text)
+{
+    char name[16];
+
+    snprintf(name, sizeof name, "part%d.run", part);
+    assert_int_equal(tr_scratch_write(folder, name, text, strlen(text)), 0);
+}
+
+/* What the parts' runs were started with must be the same, but for their shards. */
+static void test_runs(void **state)
+{
+    char path[320];
+    tr_err err = {0};
+    (void)state;
+    put_part(0, "012345678", "");
+    put_part(1, "", "");
+    put_part(2, "", "");
+    put_run(0, "{\"run\":{\"seed\":\"1\",\"shard\":\"0/3\"},\n\"lock\":null}\n");
+    put_run(2, "{\"run\":{\"seed\":\"1\",\"shard\":\"2/3\"},\n");
+    assert_int_equal(merge(3, &err), TR_OK);
+    expect_merged();
+    put_run(2, "{\"run\":{\"seed\":\"2\",\"shard\":\"2/3\"},\n");
+    assert_int_equal(merge(3, &err), TR_E_USAGE);
+    assert_non_null(strstr(err.text, "seed 1 and 2"));
+    assert_non_null(strstr(err.text, "part0"));
+    assert_non_null(strstr(err.text, "part2"));
+    assert_int_equal(access(all_path, F_OK), -1);
+    put_run(2, "{\"run\":{\"shard\":\"2/3\"},\n");
+    assert_int_equal(merge(3, &err), TR_E_USAGE);
+    assert_non_null(strstr(err.text, "seed 1 and (none)"));
+    put_run(2, "{\"run\":{\"seed\":\"2"); /* a crash's */
+    assert_int_equal(merge(3, &err), TR_OK);
+    expect_merged();
+    for (int i = 0; i < 3; i += 2) {
+        snprintf(path, sizeof path, "%s.run", part_path[i]);
+        unlink(path);
+    }
 }
 
 static void test_files(void **state)
@@ -341,7 +380,7 @@ int main(void)
         cmocka_unit_test(test_input_changes), cmocka_unit_test(test_order),
         cmocka_unit_test(test_lost),          cmocka_unit_test(test_doubled),
         cmocka_unit_test(test_files),         cmocka_unit_test(test_fifos),
-        cmocka_unit_test(test_stopped),
+        cmocka_unit_test(test_stopped),       cmocka_unit_test(test_runs),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }

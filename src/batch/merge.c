@@ -246,7 +246,8 @@ tr_status tr_merge(const char *input, const char *out, char *const *part, int n_
         st = tr_fail(err, TR_E_MEMORY, "out of memory");
         goto done;
     }
-    st = tr_input_open(&m.input, input, 0, err);
+    st = tr_runfile_go_together(part, n_parts, err);
+    if (st == TR_OK) st = tr_input_open(&m.input, input, 0, err);
     for (int i = 0; st == TR_OK && i < n_parts; i++)
         st = index_part(&m, i, err);
     if (st == TR_OK) st = check_all(&m, err);

@@ -272,6 +272,62 @@ static tr_status compare(const tr_runfile *run, const tr_runfile_options *o, con
     return TR_OK;
 }
 
+/* What OUT.run says of the run, NULL: there is no such file, or not a whole one. */
+static tr_status identity_of(const char *out_path, json_t **identity, tr_err *err)
+{
+    tr_runfile run = {.fd = -1};
+    char *text = NULL;
+    tr_status st = TR_OK;
+
+    *identity = NULL;
+    if (asprintf(&run.path, "%s.run", out_path) < 0)
+        return tr_fail(err, TR_E_MEMORY, "%s: out of memory", out_path);
+    if (access(run.path, F_OK) == 0) *identity = read_identity(&run, &text, &st, err);
+    free(text);
+    free(run.path);
+    return st;
+}
+
+static tr_status compare_parts(const char *path, json_t *one, const char *other_path,
+                               const json_t *other, tr_err *err)
+{
+    const char *name;
+    json_t *value;
+
+    json_object_foreach(one, name, value)
+    {
+        const char *a = json_string_value(value);
+        const char *b = json_string_value(json_object_get(other, name));
+        if (strcmp(name, "shard") && (!a || !b || strcmp(a, b)))
+            return tr_fail(err, TR_E_USAGE,
+                           "%.200s and %.200s are of different runs, %s %.60s and %.60s (a part "
+                           "without its .run file is joined all the same)",
+                           path, other_path, name, a ? a : "(none)", b ? b : "(none)");
+    }
+    return TR_OK;
+}
+
+tr_status tr_runfile_go_together(char *const *out_path, int n, tr_err *err)
+{
+    json_t *first = NULL, *other;
+    int i_first = 0;
+    tr_status st = TR_OK;
+
+    for (int i = 0; i < n && st == TR_OK; i++) {
+        st = identity_of(out_path[i], &other, err);
+        if (st == TR_OK && first && other)
+            st = compare_parts(out_path[i_first], first, out_path[i], other, err);
+        if (first) {
+            json_decref(other);
+        } else {
+            first = other;
+            i_first = i;
+        }
+    }
+    json_decref(first);
+    return st;
+}
+
 /* Tokens are those of the run that OUT.run names: where it is written anew they are nobody's. */
 static tr_status write_anew(tr_runfile *run, const tr_runfile_options *o, tr_err *err)
 {

@@ -31,6 +31,10 @@ tr_status tr_runfile_open(tr_runfile **out, const tr_runfile_options *options, t
 /* Gives the lock back; the file stays. */
 void tr_runfile_close(tr_runfile *run);
 
+/* Of n outputs of one input, as --merge takes them: their OUT.run must have the same members but for the shard. One that has none,
+ * or no whole one, goes with any. TR_E_USAGE names two that differ and the first member in which they do. */
+tr_status tr_runfile_go_together(char *const *out_path, int n, tr_err *err);
+
 /* What takes the place of `path`, or stands beside it, gets its permissions and, where this user may, its owner and group. */
 void tr_alike(int fd, const char *path);
 
