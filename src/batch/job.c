@@ -363,9 +363,9 @@ static void progress(job *j)
         snprintf(left, sizeof left, ", %02ju:%02ju:%02ju left", (uintmax_t)(t / 3600),
                  (uintmax_t)(t / 60 % 60), (uintmax_t)(t % 60));
     }
-    tr_log_progress(j->o->log, "%ju/%ju requests, %stok out, %stok/s, %ju failed%s",
+    tr_log_progress(j->o->log, "%ju/%ju requests, %stok out, %stok/s, %ju refused, %ju failed%s",
                     (uintmax_t)done, (uintmax_t)total, tokens, rate,
-                    (uintmax_t)(j->c->refused + j->c->invalid + j->c->failed), left);
+                    (uintmax_t)(j->c->refused + j->c->invalid), (uintmax_t)j->c->failed, left);
 }
 
 static bool reader_is_done(job *j)
@@ -415,9 +415,12 @@ static void *writer(void *arg)
 
 /* ---- the job --------------------------------------------------------------------------------- */
 
-static double per_second(uint64_t tokens, uint64_t ns)
+/* " at 12.3 tok/s", or nothing where no such step was taken: answers of one token come with their prompts. */
+static const char *at_rate(char *out, size_t size, uint64_t tokens, uint64_t ns)
 {
-    return ns ? (double)tokens * 1e9 / (double)ns : 0;
+    out[0] = '\0';
+    if (tokens && ns) snprintf(out, size, " at %.1f tok/s", (double)tokens * 1e9 / (double)ns);
+    return out;
 }
 
 /* What was dropped, what of it was saved, and how to go on. */
@@ -445,7 +448,7 @@ static void summary(const job *j)
     uint64_t done = c->skipped + c->answered + c->refused + c->invalid + c->failed;
     struct rusage usage;
     tr_buf kinds = {0};
-    char went_on[64] = "";
+    char went_on[64] = "", prompts[40], answers[40];
 
     for (int i = 0; i < c->n_kinds; i++)
         tr_buf_printf(&kinds, "%s%ju %s", i ? ", " : " (", (uintmax_t)c->n_code[i], c->code[i]);
@@ -462,15 +465,17 @@ static void summary(const job *j)
     free(kinds.s);
     memset(&usage, 0, sizeof usage);
     getrusage(RUSAGE_SELF, &usage);
-    tr_log_info(j->o->log,
-                "%ju prompt tokens at %.1f tok/s, %.1f %% of the prompts cached, %ju generated at "
-                "%.1f tok/s, %ju steps, %ju preemptions, %.1f s, peak memory %.2f GB",
-                (uintmax_t)s.prefill_tokens, per_second(s.prefill_tokens, s.prefill_ns),
-                s.prompt_tokens ? 100 * (double)s.cached_tokens / (double)s.prompt_tokens : 0,
-                (uintmax_t)s.generated_tokens,
-                per_second(s.decode_tokens - s.mixed_decode_tokens, s.decode_ns),
-                (uintmax_t)s.steps, (uintmax_t)s.preemptions,
-                (double)(tr_now_ns() - j->begun_ns) / 1e9, (double)usage.ru_maxrss * 1024 / 1e9);
+    tr_log_info(
+        j->o->log,
+        "%ju prompt tokens%s, %.1f %% of the prompts cached, %ju generated%s, %ju steps, %ju "
+        "preemptions, %.1f s, peak memory %.2f GB",
+        (uintmax_t)s.prefill_tokens,
+        at_rate(prompts, sizeof prompts, s.prefill_tokens, s.prefill_ns),
+        s.prompt_tokens ? 100 * (double)s.cached_tokens / (double)s.prompt_tokens : 0,
+        (uintmax_t)s.generated_tokens,
+        at_rate(answers, sizeof answers, s.decode_tokens - s.mixed_decode_tokens, s.decode_ns),
+        (uintmax_t)s.steps, (uintmax_t)s.preemptions, (double)(tr_now_ns() - j->begun_ns) / 1e9,
+        (double)usage.ru_maxrss * 1024 / 1e9);
     if (j->n_saves)
         tr_log_debug(j->o->log, "saved %ju times: %.3f ms of steps and processor in all, %.4f %%",
                      (uintmax_t)j->n_saves, (double)j->all_saves_ns / 1e6,
