@@ -89,5 +89,6 @@ echo >"$dir/file"
 "$trireme" batch -m "$model" -i "$in" -o "$dir/none.jsonl" --profile "$dir/file/x.h5" 2>"$dir/log" ||
     complain "no folder: $(cat "$dir/log")"
 grep -q 'no profile:' "$dir/log" || complain "no folder: $(cat "$dir/log")"
+grep -q "no joined profile" "$dir/log" && complain "no folder, told twice: $(cat "$dir/log")"
 "$compare" "$dir/plain.jsonl" "$dir/none.jsonl" || complain 'no folder: other answers'
 exit "$failed"

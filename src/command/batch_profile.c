@@ -608,6 +608,16 @@ static void close_alone(tr_run_profile *r)
                     r->scratch);
 }
 
+static bool has_folder(const tr_run_profile *r)
+{
+    char *path;
+
+    if (asprintf(&path, "%s.d/%s", r->began.file, r->began.run) < 0) return true;
+    const bool is = access(path, F_OK) == 0;
+    free(path);
+    return is;
+}
+
 /* Every rank's file is closed: node's files of them, and one over all. */
 static tr_status bring_together(tr_run_profile *r, tr_err *err)
 {
@@ -620,6 +630,7 @@ static tr_status bring_together(tr_run_profile *r, tr_err *err)
         if (st != TR_OK) return st;
     }
     if (r->world->rank != 0 || !r->folder) return TR_OK;
+    if (!has_folder(r)) return TR_OK; /* no rank has made one, and each has said why */
     if (tr_profile_join(r->began.file, r->folder, r->world->size, &why) != TR_OK)
         tr_log_warn(r->log, "no joined profile: %s; the ranks' files are in %s.d", why.text,
                     r->began.file);
