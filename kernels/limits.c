@@ -51,12 +51,6 @@ static int normed(int width)
     return width % QUANT_BLOCK == 0 ? width : 0;
 }
 
-/* W_UK is packed turned round, head by head: all heads begin at the same place of a scale block. */
-static int head_step(const tr_dims *d)
-{
-    return d->fp8 && d->n_heads > 1 ? QUANT_BLOCK : 1;
-}
-
 tr_status tr_cuda_takes(const tr_dims *d, tr_err *err)
 {
     const bound bounds[] = {
@@ -68,7 +62,7 @@ tr_status tr_cuda_takes(const tr_dims *d, tr_err *err)
         {"qk_nope_head_dim", d->d_nope, ANY, TR_CUDA_NOPE_STEP},
         {"qk_nope_head_dim + qk_rope_head_dim", d->d_nope + d->d_rope, TR_CUDA_D_HEAD_MAX, 1},
         {"v_head_dim", d->d_v, TR_CUDA_D_VALUE_MAX, 1},
-        {"qk_nope_head_dim + v_head_dim", d->d_nope + d->d_v, TR_CUDA_D_HEAD_MAX, head_step(d)},
+        {"qk_nope_head_dim + v_head_dim", d->d_nope + d->d_v, TR_CUDA_D_HEAD_MAX, 1},
         {"index_head_dim", d->d_index, TR_CUDA_D_INDEX_MAX, 1},
         {"index_topk", d->k, TR_CUDA_TOPK_MAX, 1},
     };

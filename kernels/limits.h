@@ -36,7 +36,6 @@ typedef struct tr_dims {
     int d_latent, d_rope;    /* kv_lora_rank, qk_rope_head_dim */
     int d_nope, d_v;         /* qk_nope_head_dim, v_head_dim */
     int d_index, k;          /* index_head_dim, index_topk */
-    int n_heads, fp8;        /* heads of this rank; whether the weights are e4m3 with scales */
     int n_experts;           /* n_routed_experts; 0: no layer of this rank has any */
     int n_parts;             /* members that the vocabulary is cut over */
     int n_moe_members;       /* ranks that rows are sent to, each with some of the experts */

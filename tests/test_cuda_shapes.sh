@@ -64,8 +64,11 @@ small() { # SETTING...
 small n_routed_experts=1024 index_topk=2048 q_lora_rank=8192
 small hidden_size=8192 qk_rope_head_dim=128
 small qk_nope_head_dim=192 v_head_dim=64 kv_lora_rank=508
+# Rows of kv_b whose heads begin each elsewhere in a scale block.
+small qk_nope_head_dim=64
+small qk_nope_head_dim=126 v_head_dim=33
 for above in n_routed_experts=1028 index_topk=2049 q_lora_rank=8320 hidden_size=8320 kv_lora_rank=516 kv_lora_rank=510 qk_nope_head_dim=127 \
-    qk_nope_head_dim=194 v_head_dim=129 qk_nope_head_dim=64; do
+    qk_nope_head_dim=194 v_head_dim=129; do
     "$program" batch -m "$TR_SRCDIR/models/tiny" --load-format dummy --device cuda --override "$above" --prompt hello >"$dir/log" 2>&1
     is "$above: exit status" 2 "$?"
     has "$above" 'trireme: --override: config.json: .*: the CUDA backend takes '

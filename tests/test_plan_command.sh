@@ -76,6 +76,7 @@ stops none 'v_head_dim 513: the CPU backend takes at most 512' v_head_dim=513
 runs h200 n_routed_experts=1024 kv_lora_rank=512 qk_rope_head_dim=128 qk_nope_head_dim=128 v_head_dim=128 index_topk=2048 \
     hidden_size=8192 q_lora_rank=8192
 runs h200 qk_nope_head_dim=192 v_head_dim=64
+runs h200 qk_nope_head_dim=64
 stops h200 'n_routed_experts 1032: the CUDA backend takes at most 1024' n_routed_experts=1032
 stops h200 'hidden_size 8320: the CUDA backend takes at most 8192' hidden_size=8320
 stops h200 'q_lora_rank 8320: the CUDA backend takes at most 8192' q_lora_rank=8320
@@ -84,7 +85,6 @@ stops h200 'kv_lora_rank 510: the CUDA backend takes multiples of 4' kv_lora_ran
 stops h200 'qk_nope_head_dim 127: the CUDA backend takes multiples of 2' qk_nope_head_dim=127
 stops h200 'qk_nope_head_dim + qk_rope_head_dim 258: the CUDA backend takes at most 256' qk_nope_head_dim=194 v_head_dim=64
 stops h200 'qk_nope_head_dim + v_head_dim 258: the CUDA backend takes at most 256' qk_nope_head_dim=130
-stops h200 'qk_nope_head_dim + v_head_dim 192: the CUDA backend takes multiples of 128' qk_nope_head_dim=64
 stops h200 'v_head_dim 129: the CUDA backend takes at most 128' v_head_dim=129 qk_nope_head_dim=64
 "$TRIREME" plan -m "$model" --ranks 8 --kv-dtype f32 | grep -qxF 'Warning: it does not run: --kv-dtype f32: GPUs have caches of fp8 and bf16 only' ||
     fail 'caches of f32 on GPUs are not warned of'

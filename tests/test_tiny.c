@@ -1,5 +1,6 @@
 /* The trained checkpoint models/tiny against Hugging Face transformers in fp32 (tests/vectors/tiny): greedy answers exact,
- * log-probabilities to 1e-3, mean negative log-likelihood of unseen text to 1e-4; with fp8 caches recall and tool answers exact. */
+ * log-probabilities to 1e-3, mean negative log-likelihood of unseen text to 1e-4; with fp8 caches recall and tool answers exact, also
+ * behind so much text that they stand at 8K context. */
 #include <config.h>
 
 #include <setjmp.h>
@@ -14,29 +15,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "fixture.h"
+#include "tiny_cases.h"
 #include "vectors.h"
-
-enum { MAX_TOKENS = 4096, CHUNK = 200 };
-
-static int ids_of(const json_t *array, int32_t *ids)
-{
-    const int n = (int)json_array_size(array);
-    assert_true(n > 0 && n <= MAX_TOKENS);
-    for (int i = 0; i < n; i++)
-        ids[i] = (int32_t)json_integer_value(json_array_get(array, (size_t)i));
-    return n;
-}
-
-static void open_tiny(tr_fixture *f, tr_dtype dtype)
-{
-    char dir[512];
-    const tr_fixture_options options = {.dir = tr_source_path(dir, sizeof dir, "models/tiny"),
-                                        .kv_dtype = dtype,
-                                        .max_model_len = MAX_TOKENS,
-                                        .n_slots = 2};
-    assert_int_equal(tr_fixture_open(f, &options), 0);
-}
 
 /* Log-probability of `token` among the first generated position's alternatives; NAN when it is not one of them. */
 static double listed(const tr_fixture *f, int32_t token)
@@ -63,78 +43,63 @@ static void check_top20(const tr_fixture *f, const json_t *top, size_t i_case)
     }
 }
 
-/* Greedy continuation of one case; 1 when it is the reference's. */
-static int continues_alike(tr_fixture *f, const json_t *c, size_t i_case, int check_logprobs)
-{
-    int32_t prompt[MAX_TOKENS], want[MAX_TOKENS], token = -1;
-    const int n = ids_of(json_object_get(c, "prompt_ids"), prompt),
-              n_want = ids_of(json_object_get(c, "greedy_ids"), want);
-    assert_int_equal(tr_fixture_slot(f, 0, TR_MAX_LOGPROBS), 0);
-    for (int i = 0; i < n; i += CHUNK) {
-        const int rows = n - i < CHUNK ? n - i : CHUNK;
-        assert_int_equal(tr_fixture_run(f, 0, prompt + i, i, rows, i + rows == n, TR_FORM_AUTO,
-                                        NULL, &token, NULL),
-                         0);
-    }
-    if (check_logprobs) check_top20(f, json_object_get(c, "first_token_top20"), i_case);
-    for (int i = 0; i < n_want; i++) {
-        if (token != want[i]) return 0;
-        assert_int_equal(
-            tr_fixture_run(f, 0, &token, n + i, 1, 1, TR_FORM_ABSORBED, NULL, &token, NULL), 0);
-    }
-    return 1;
-}
-
-static void greedy(tr_dtype dtype, int text_too)
+static void test_greedy_f32(void **state)
 {
     char path[512];
-    json_t *cases = tr_read_json(tr_vector_path(path, sizeof path, "tiny/generation.json"));
+    int32_t prompt[TR_TINY_MAX], want[TR_TINY_MAX];
     tr_fixture f;
+    (void)state;
+    json_t *cases = tr_read_json(tr_vector_path(path, sizeof path, "tiny/generation.json"));
     assert_true(json_array_size(cases) > 0);
-    open_tiny(&f, dtype);
+    tr_tiny_open(&f, NULL, TR_F32, TR_TINY_MAX);
     for (size_t i = 0; i < json_array_size(cases); i++) {
         const json_t *c = json_array_get(cases, i);
-        const char *kind = json_string_value(json_object_get(c, "kind"));
-        if (strcmp(kind, "text") == 0 && !text_too) continue;
-        if (!continues_alike(&f, c, i, dtype == TR_F32))
-            fail_msg("case %zu (%s): another greedy answer", i, kind);
+        const int n = tr_tiny_ids(json_object_get(c, "prompt_ids"), prompt, TR_TINY_MAX),
+                  n_want = tr_tiny_ids(json_object_get(c, "greedy_ids"), want, TR_TINY_MAX);
+        const int32_t token = tr_tiny_prompt(&f, prompt, 0, n, TR_TINY_CHUNK, TR_FORM_AUTO);
+        check_top20(&f, json_object_get(c, "first_token_top20"), i);
+        if (!tr_tiny_goes_on(&f, n, token, want, n_want))
+            fail_msg("case %zu: another greedy answer", i);
     }
     tr_fixture_close(&f);
     json_decref(cases);
 }
 
-static void test_greedy_f32(void **state)
+static void answers(tr_dtype cache)
 {
-    (void)state;
-    greedy(TR_F32, 1);
+    static const int far[] = {0, TR_TINY_FAR};
+    for (int i = 0; i < 2; i++) {
+        tr_fixture f;
+        tr_tiny_open(&f, NULL, cache, far[i] ? TR_TINY_LONG : TR_TINY_MAX);
+        tr_tiny_answers(&f, far[i]);
+        tr_fixture_close(&f);
+    }
 }
 
-static void test_greedy_fp8(void **state)
+static void test_answers_fp8(void **state)
 {
     (void)state;
-    greedy(TR_E4M3, 0);
+    answers(TR_E4M3);
+}
+
+static void test_answers_bf16(void **state)
+{
+    (void)state;
+    answers(TR_BF16);
 }
 
 static void test_nll(void **state)
 {
     char path[512];
-    int32_t ids[MAX_TOKENS];
-    tr_fixture f;
+    int32_t ids[TR_TINY_MAX];
     (void)state;
     json_t *root = tr_read_json(tr_vector_path(path, sizeof path, "tiny/nll.json"));
     const json_t *want = json_object_get(root, "nll");
-    const int n = ids_of(json_object_get(root, "ids"), ids);
+    const int n = tr_tiny_ids(json_object_get(root, "ids"), ids, TR_TINY_MAX);
     assert_int_equal((int)json_array_size(want), n - 1);
     float *logprob = malloc((size_t)n * sizeof *logprob);
     double sum = 0, reference = 0, worst = 0;
-    open_tiny(&f, TR_F32);
-    assert_int_equal(tr_fixture_slot(&f, 1, 0), 0);
-    for (int i = 0; i < n - 1; i += CHUNK) {
-        const int rows = n - 1 - i < CHUNK ? n - 1 - i : CHUNK;
-        assert_int_equal(tr_fixture_run(&f, 1, ids + i, i, rows, rows, TR_FORM_AUTO, ids + i + 1,
-                                        NULL, logprob + i),
-                         0);
-    }
+    tr_tiny_score(NULL, TR_F32, ids, n, TR_TINY_CHUNK, TR_FORM_AUTO, logprob);
     for (int i = 0; i < n - 1; i++) {
         const double theirs = json_number_value(json_array_get(want, (size_t)i));
         sum += -(double)logprob[i];
@@ -145,7 +110,6 @@ static void test_nll(void **state)
         fail_msg("mean nll %.6f, reference %.6f (worst token %g off)", sum / (n - 1),
                  reference / (n - 1), worst);
     free(logprob);
-    tr_fixture_close(&f);
     json_decref(root);
 }
 
@@ -153,7 +117,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_greedy_f32),
-        cmocka_unit_test(test_greedy_fp8),
+        cmocka_unit_test(test_answers_fp8),
+        cmocka_unit_test(test_answers_bf16),
         cmocka_unit_test(test_nll),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -28,7 +28,8 @@ typedef struct tr_cuda_block { /* one allocation */
 /* What the host knows of a packed weight. */
 typedef struct tr_weight_note {
     void *data;
-    int n_mats, k_shift;
+    int n_mats, k_shift;  /* e4m3: where column 0 of its first piece lies in a scale block */
+    int k_mixed;          /* that of another matrix lies elsewhere: tr_weight_head has each one's */
     int packed;           /* some piece has been */
     int on_grid;          /* e4m3: all pieces begin with a scale block: gemm_fp8.h can have it */
     int interleaved;      /* rows lie as tr_fp8_gate_up_row says */

@@ -198,6 +198,9 @@ static tr_status op_moe(tr_device *d, tr_lane lane, const struct tr_moe_args *a)
         return tr_device_fail(
             d, TR_E_USAGE, "moe: gate_up [%d, %d] and down [%d, %d] for %d inputs",
             a->gate_up->n_out, a->gate_up->n_in, a->down->n_out, a->down->n_in, a->in.d);
+    if (gate_up->k_mixed || down->k_mixed) /* one run of codes serves all experts */
+        return tr_device_fail(d, TR_E_USAGE,
+                              "moe: experts begin at different columns of a scale block");
     if (!gate_up->interleaved)
         return tr_cuda_status(d, "moe",
                               tr_cuda_moe(a, gate_up->k_shift, down->k_shift, d->stream[lane]));

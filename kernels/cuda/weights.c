@@ -245,16 +245,18 @@ static tr_status send_scales(tr_device *d, const tr_linear *w, const tr_weight_l
               blocks = (k_shift + w->n_in + BLOCK - 1) / BLOCK;
     int i;
 
-    if (note->packed && note->k_shift != k_shift)
+    if (h->n > 0 && h->k_shift != k_shift)
         return tr_device_fail(
             d, TR_E_USAGE,
-            "linear_pack: pieces of one weight begin at columns %d and %d of a scale block",
-            note->k_shift, k_shift);
+            "linear_pack: pieces of matrix %d begin at columns %d and %d of a scale block",
+            s->i_mat, h->k_shift, k_shift);
     tr_status st = find_piece(d, s, h, shift, &i);
     if (st == TR_OK) st = note_grid(d, w, s, note, shift == 0 && k_shift == 0 && h->n == 1);
     if (st != TR_OK) return st;
+    if (!note->packed) note->k_shift = k_shift;
+    if (note->k_shift != k_shift) note->k_mixed = 1;
     note->packed = 1;
-    note->k_shift = h->k_shift = k_shift;
+    h->k_shift = k_shift;
     if (s->o_begin + s->n_out > h->end) h->end = s->o_begin + s->n_out;
 
     char *data = w->data;

@@ -111,8 +111,6 @@ tr_dims tr_slice_dims(const tr_config *c, const tr_slice *slice, const tr_grid_s
                     .d_v = c->v_head_dim,
                     .d_index = c->index_head_dim,
                     .k = c->index_topk,
-                    .n_heads = slice->heads.n,
-                    .fp8 = c->fp8,
                     .n_parts = slice->head && slice->head_partial ? sizes->tp : 1,
                     .n_moe_members = sizes->ep * sizes->xt};
 
