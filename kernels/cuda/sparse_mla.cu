@@ -179,6 +179,7 @@ __device__ __forceinline__ void column_probs(const job &j, column_shared *sh, ui
     ring_position<COLUMN_STAGES> at;
 
     dependent_wait();
+    if (T == 1) dependent_launch(); /* few rows: there are SMs free for who comes behind */
     for (int i = 0; i < n_blocks; i++, at.next()) {
         barrier_wait(&sh->free[at.stage], at.parity ^ 1);
         barrier_expect(&sh->full[at.stage], PROBS_BYTES);

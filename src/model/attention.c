@@ -66,6 +66,23 @@ static tr_status write_latents(tr_model *m, const tr_pass *p, const tr_attention
     return st == TR_OK ? tr_share_sent(m->share_latent, TR_LANE_MAIN, err) : st;
 }
 
+/* Of every head of the indexer; index_query makes them complete. */
+static tr_status weigh_index_heads(tr_model *m, const tr_pass *p, const tr_attention_weights *w,
+                                   tr_err *err)
+{
+    if (!(p->plan->flags & TR_PLAN_HAS_SELECTION)) return TR_OK;
+    return tr_model_scores(m, p, &w->index_w, m->ws.normed, m->ws.index_w, err);
+}
+
+/* index_q [n, index_heads, index_dim]. Before q_b where lanes fork: what it starts, scores and selection, is the longer way, and
+ * two products at once would share the same SMs. */
+static tr_status project_index_queries(tr_model *m, const tr_pass *p, const tr_attention_weights *w,
+                                       tr_err *err)
+{
+    if (!(p->plan->flags & TR_PLAN_HAS_SELECTION)) return TR_OK;
+    return tr_model_linear(m, p, &w->index_q, m->ws.q_normed, m->ws.index_q, err);
+}
+
 /* q [n, heads, nope + rope] with rope; q_absorbed [n, heads, kv_lora + rope] of absorbed rows; leaves q_normed. */
 static tr_status make_queries(tr_model *m, const tr_pass *p, const tr_attention_weights *w,
                               tr_err *err)
@@ -78,7 +95,10 @@ static tr_status make_queries(tr_model *m, const tr_pass *p, const tr_attention_
     if (st == TR_OK)
         st = tr_model_norm(m, p, c->q_lora_rank, TR_QUANT_LATENT, NULL, m->ws.q_latent, w->q_a_norm,
                            m->ws.q_normed, err);
-    if (st == TR_OK) st = tr_model_fork(m, p, err); /* the side lane goes on from here */
+    if (st == TR_OK && tr_model_forks(m, p)) { /* the side lane goes on from here */
+        st = project_index_queries(m, p, w, err);
+        if (st == TR_OK) st = tr_model_fork(m, p, err);
+    }
     tr_model_back(m);
     if (st == TR_OK) st = tr_model_linear(m, p, &w->q_b, m->ws.q_normed, m->ws.q, err);
     if (st != TR_OK) return st;
@@ -177,7 +197,8 @@ static tr_status index_queries(tr_model *m, const tr_pass *p, const tr_attention
                                tr_kv_layer kv, tr_err *err)
 {
     const tr_config *c = m->config;
-    tr_status st = tr_model_linear(m, p, &w->index_q, m->ws.q_normed, m->ws.index_q, err);
+    tr_status st = TR_OK;
+    if (!tr_model_forks(m, p)) st = project_index_queries(m, p, w, err);
     if (st != TR_OK) return st;
     tr_note(m, tr_work_index_query(p->n, c->index_n_heads, c->index_head_dim, c->qk_rope_head_dim,
                                    kv.dtype));
@@ -304,10 +325,10 @@ tr_status tr_attention_forward(tr_model *m, const tr_pass *p, const tr_attention
     tr_status st = tr_model_fork(m, p, err);
     if (st == TR_OK && latents_first) st = write_latents(m, p, w, kv, err);
     if (st == TR_OK) st = write_index_keys(m, p, w, kv, err);
-    if (st == TR_OK && (p->plan->flags & TR_PLAN_HAS_SELECTION)) /* wants nothing but the rows */
-        st = tr_model_scores(m, p, &w->index_w, m->ws.normed, m->ws.index_w, err);
-    tr_model_back(m);
     if (st == TR_OK && third) st = tr_model_fork_again(m, err);
+    if (st == TR_OK) st = weigh_index_heads(m, p, w, err); /* before the latents, which can wait */
+    if (st == TR_OK && third) st = tr_model_side_joins_again(m, err);
+    if (!third) tr_model_back(m);
     if (st == TR_OK && !latents_first) st = write_latents(m, p, w, kv, err);
     tr_model_back(m);
     if (st == TR_OK && x.here) st = await_rows(m, m->share_key, &x.keys, err);

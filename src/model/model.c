@@ -162,6 +162,11 @@ tr_status tr_model_fork_again(tr_model *m, tr_err *err)
     return follow(m, TR_LANE_MAIN, TR_LANE_COPY, err);
 }
 
+tr_status tr_model_side_joins_again(tr_model *m, tr_err *err)
+{
+    return follow(m, TR_LANE_COPY, TR_LANE_SIDE, err);
+}
+
 tr_status tr_model_join_again(tr_model *m, tr_err *err)
 {
     return follow(m, TR_LANE_COPY, TR_LANE_MAIN, err);
