@@ -554,6 +554,10 @@ static void test_strict(void **state)
         "{'custom_id':'a','method':'POST','foo':1,'url':'/v1/completions','body':{'prompt':[1]}}",
         ("{'custom_id':'a','method':'POST','url':'/v1/"
          "completions','body':{'prompt':[1],'foo\\u0000':1}}"),
+        "{'custom_id':'a','method':'POST','url':'/v1/chat/completions','body':{"
+        "'messages':[{'role':'user','content':'Hi'},{'role':'user','foo':1,'content':'x'}]}}",
+        "{'custom_id':'a','method':'POST','url':'/v1/chat/completions','body':{"
+        "'messages':[{'role':'user','content':'Hi'}],'chat_template_kwargs':{'foo':true}}}",
     };
     (void)state;
     o.strict_params = true;
@@ -569,6 +573,17 @@ static void test_strict(void **state)
         free(line);
         tr_envelope_free(&e);
     }
+}
+
+/* What clients send that means nothing here, or is null, is no reason to refuse. */
+static void test_strict_takes(void **state)
+{
+    tr_request_options o = options();
+    (void)state;
+    o.strict_params = true;
+    tr_request_free(accepted(&o, "m",
+                             "'messages':[{'role':'user','name':'me','content':'Hi','foo':null}],"
+                             "'chat_template_kwargs':{'thinking':false,'bar':null}"));
 }
 
 /* One warning per name, whatever the number of lines. */
@@ -696,12 +711,12 @@ int main(void)
     char path[1024];
     tr_err err;
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_table),   cmocka_unit_test(test_values),
-        cmocka_unit_test(test_scoring), cmocka_unit_test(test_bos),
-        cmocka_unit_test(test_chat),    cmocka_unit_test(test_no_tokenizer),
-        cmocka_unit_test(test_strict),  cmocka_unit_test(test_warnings),
-        cmocka_unit_test(test_utf8),    cmocka_unit_test(test_surrogates),
-        cmocka_unit_test(test_damage),
+        cmocka_unit_test(test_table),        cmocka_unit_test(test_values),
+        cmocka_unit_test(test_scoring),      cmocka_unit_test(test_bos),
+        cmocka_unit_test(test_chat),         cmocka_unit_test(test_no_tokenizer),
+        cmocka_unit_test(test_strict),       cmocka_unit_test(test_warnings),
+        cmocka_unit_test(test_strict_takes), cmocka_unit_test(test_utf8),
+        cmocka_unit_test(test_surrogates),   cmocka_unit_test(test_damage),
     };
     if (tr_tokenizer_open(&tokenizer,
                           tr_source_path(path, sizeof path, "models/tiny/tokenizer.json"), NULL,

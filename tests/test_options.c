@@ -163,6 +163,8 @@ static void test_bad(void **state)
         {"batch -m M -i in -o out --cp-mode zigzag", "round-robin-split|in-seq-split"},
         {"batch -m M -i in -o out --step-timeout -1", "--step-timeout -1"},
         {"batch -m M -i in -o out --papi X", "--profile FILE"},
+        {"batch -m M -i in -o out --profile p.h5 --papi=", "--papi '' names no event"},
+        {"batch -m M -i in -o out --profile p.h5 --papi ,,", "--papi ',,' names no event"},
         {"batch -m M -i in -o out --profile-trace", "--profile FILE"},
         {"batch -m M -i in -o out --profile-flush 30", "--profile FILE"},
         {"batch -m M -i in -o out --profile=", "--profile FILE"},

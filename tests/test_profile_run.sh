@@ -50,6 +50,11 @@ check "$dir/one.h5" 1
 grep -qa kept-in-the-file "$dir/one.h5" || complain 'one rank: the Slurm job has no name in the file'
 grep -qa not-for-the-file "$dir"/one.h5 "$dir"/one.h5.d/*/* && complain 'one rank: a secret is in the file'
 
+# An event that there is not: said at the start, with the reason.
+"$trireme" batch -m "$model" --prompt hello --profile "$dir/absent.h5" --papi NO_SUCH_EVENT >/dev/null 2>"$dir/log" ||
+    complain "no such event: $(cat "$dir/log")"
+grep -q -- '--papi: NO_SUCH_EVENT is not counted: .' "$dir/log" || complain "no such event is not told of: $(cat "$dir/log")"
+
 if [ -n "$mpiexec" ]; then
     for grid in '--pp 2 --tp 2' '--dp 2 --cp 2'; do
         name=four${grid//[!a-z0-9]/}

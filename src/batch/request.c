@@ -175,6 +175,37 @@ static bool chat_refused(tr_parsing *p, tr_status st, const tr_chat_refusal *c)
     return tr_refuse(p, 400, c->code, c->param, "%s", c->message);
 }
 
+/* Members of an object that nobody will look at, such as misspelt ones; null is as good as absent. */
+static bool only_known(tr_parsing *p, const tr_jnode *object, const char *const *known, size_t n,
+                       const char *where)
+{
+    const tr_jtext *t = p->e->json;
+
+    if (!object || object->type != TR_J_OBJECT) return true;
+    for (const tr_jnode *m = tr_jtext_child(t, object); m; m = tr_jtext_next(t, m)) {
+        bool is_known = m->type == TR_J_NULL;
+        for (size_t i = 0; i < n; i++)
+            is_known = is_known || tr_jtext_key_is(t, m, known[i]);
+        if (!is_known && !tr_unknown_member(p, m, where)) return false;
+    }
+    return true;
+}
+
+static bool chat_members(tr_parsing *p, const tr_jnode *messages)
+{
+    static const char *const of_kwargs[] = {"thinking", "enable_thinking"};
+    static const char *const of_message[] = {
+        "role",       "content",      "name",  "reasoning_content", "reasoning",
+        "tool_calls", "tool_call_id", "tools", "response_format"};
+    const tr_jtext *t = p->e->json;
+
+    for (const tr_jnode *m = tr_jtext_child(t, messages); m; m = tr_jtext_next(t, m))
+        if (!only_known(p, m, of_message, sizeof of_message / sizeof *of_message, "messages"))
+            return false;
+    return only_known(p, tr_jtext_member(t, p->body, "chat_template_kwargs"), of_kwargs,
+                      sizeof of_kwargs / sizeof *of_kwargs, "chat_template_kwargs");
+}
+
 static bool chat_prompt(tr_parsing *p)
 {
     tr_parser *q = p->parser;
@@ -193,6 +224,7 @@ static bool chat_prompt(tr_parsing *p)
         return tr_refuse(p, 400, "missing_field", "messages", "messages is missing");
     if (messages->type != TR_J_ARRAY)
         return tr_refuse(p, 400, "invalid_type", "messages", "messages must be a list");
+    if (!chat_members(p, messages)) return false;
     if (p->v.tools && !q->tools_warned) {
         q->tools_warned = true;
         tr_log_warn(q->o.log,

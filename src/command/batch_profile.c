@@ -257,6 +257,16 @@ static void see_event(void *ctx, const tr_event *e)
 
 /* ---- beginning ----------------------------------------------------------------------------------------------------------- */
 
+/* Events that were asked for by name and cannot be counted are told of before the work; the profile has the reason too. */
+static void tell_absent(const tr_run_profile *r)
+{
+    if (!r->papi || !r->o->papi || r->world->rank != 0) return;
+    const tr_profile_counters c = tr_papi_counters(r->papi);
+    for (int i = 0; i < c.n; i++)
+        if (c.absent[i])
+            tr_log_warn(r->log, "--papi: %s is not counted: %s", c.name[i], c.absent[i]);
+}
+
 tr_run_profile *tr_run_profile_create(const tr_batch_options *options, tr_world *world,
                                       tr_opened *opened, tr_log *log)
 {
@@ -278,6 +288,7 @@ tr_run_profile *tr_run_profile_create(const tr_batch_options *options, tr_world 
         groups[i] = tr_grid_group_name(group_kind[i]);
     r->sde = tr_sde_open(groups, GROUPS);
     r->papi = tr_papi_open(options->papi);
+    tell_absent(r);
     return r;
 }
 

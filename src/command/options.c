@@ -381,6 +381,8 @@ static tr_status batch_together(const tr_batch_options *o, tr_err *err)
         return tr_fail(err, TR_E_USAGE,
                        "--papi, --profile-trace, --profile-flush and --profile-files need "
                        "--profile FILE.h5");
+    if (o->papi && o->papi[strspn(o->papi, ",")] == '\0')
+        return tr_fail(err, TR_E_USAGE, "--papi '%s' names no event", o->papi);
     if (o->allow_tools && !o->thinking_only)
         return tr_fail(err, TR_E_USAGE, "--allow-tools needs --thinking-only");
     return TR_OK;
