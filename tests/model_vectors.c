@@ -227,6 +227,12 @@ void tr_vectors_split(tr_fixture *f, int slot, const int32_t *tokens, int n, int
 
 /* ---- what a probe sees --------------------------------------------------------------------------------------------- */
 
+/* The larger one, or the NaN. */
+static double worse(double a, double b)
+{
+    return isnan(a) || a >= b ? a : b;
+}
+
 static void see_hidden(tr_watch *w, int layer, int n, int d, float *ours)
 {
     int rows, columns;
@@ -236,7 +242,7 @@ static void see_hidden(tr_watch *w, int layer, int n, int d, float *ours)
         const double e =
             tr_relative_l2(ours + (size_t)t * (size_t)d, theirs + (size_t)t * (size_t)d, d);
         if (w->clear[t]) {
-            if (e > w->worst_hidden) w->worst_hidden = e;
+            w->worst_hidden = worse(w->worst_hidden, e);
             w->n_hidden++;
         }
         if (w->feed) {
@@ -272,7 +278,7 @@ static void see_scores(tr_watch *w, int layer, int i_row, int n, size_t ld, cons
             const double e =
                 fabs((double)ours[(size_t)i * ld + (size_t)s] - (double)theirs[t * columns + s]) /
                 deviation;
-            if (e > w->worst_logit) w->worst_logit = e;
+            w->worst_logit = worse(w->worst_logit, e);
             w->sum_logit += e * e;
             w->n_logit++;
         }
@@ -344,7 +350,7 @@ static void see_weights(tr_watch *w, int layer, int n, int k, const float *ours)
     assert_int_equal(columns, k);
     for (int i = 0; i < n * k; i++) {
         const double e = fabs((double)ours[i] - (double)theirs[i]);
-        if (w->clear[i / k] && e > w->worst_weight) w->worst_weight = e;
+        if (w->clear[i / k]) w->worst_weight = worse(w->worst_weight, e);
     }
     free(theirs);
 }
@@ -392,8 +398,8 @@ void tr_watch_run(tr_watch *w)
     tr_model_set_probe(w->f->model, NULL);
 }
 
-static tr_distance distance(const tr_vectors *v, const char *name, const char *list,
-                            const float *ours, const bool *clear)
+tr_distance tr_vectors_distance(const tr_vectors *v, const char *name, const char *list,
+                                const float *final, const bool *clear)
 {
     int rows, d, n = 0;
     float *theirs = tr_vectors_array(v, name, &rows, &d);
@@ -405,10 +411,10 @@ static tr_distance distance(const tr_vectors *v, const char *name, const char *l
                   at = t - (v->n_trace - rows);
         if (at < 0) continue;
         n++;
-        if (!clear[t]) continue;
+        if (clear && !clear[t]) continue;
         const double e =
-            tr_relative_l2(ours + (size_t)t * (size_t)d, theirs + (size_t)at * (size_t)d, d);
-        if (e > all.worst) all.worst = e;
+            tr_relative_l2(final + (size_t)t * (size_t)d, theirs + (size_t)at * (size_t)d, d);
+        all.worst = worse(all.worst, e);
         all.rms += e * e;
         all.n++;
     }
@@ -417,11 +423,6 @@ static tr_distance distance(const tr_vectors *v, const char *name, const char *l
         fail_msg("%s against %s: %d of %d rows chose the same", v->dir, name, all.n, n);
     all.rms = sqrt(all.rms / all.n);
     return all;
-}
-
-tr_distance tr_watch_distance(const tr_watch *w, const char *name, const char *list)
-{
-    return distance(w->v, name, list, w->keep_final, w->clear);
 }
 
 tr_distance tr_vectors_emulated(const tr_vectors *v, const char *list)
@@ -440,7 +441,7 @@ tr_distance tr_vectors_emulated(const tr_vectors *v, const char *list)
         free(a);
         free(b);
     }
-    const tr_distance all = distance(v, "hidden.final", list, emulated, clear);
+    const tr_distance all = tr_vectors_distance(v, "hidden.final", list, emulated, clear);
     free(clear);
     free(emulated);
     return all;

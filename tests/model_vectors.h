@@ -47,6 +47,7 @@ typedef struct tr_watch {
     float *
         keep_final; /* [n_trace, hidden]: final hidden states go here; of the rest only choices are looked at */
     bool *clear; /* [n_trace] this row chose the reference's keys and experts so far */
+    /* A NaN is worse than any number: what compares must ask whether it is within a bound, not whether it is beyond. */
     double worst_hidden, worst_weight,
         worst_logit;                         /* of clear rows; scores in standard deviations */
     double sum_logit;                        /* of their squares */
@@ -61,9 +62,10 @@ typedef struct tr_distance { /* of rows: relative L2 */
     double worst, rms;
 } tr_distance;
 
-/* Of w->keep_final from the array `name` (the last rows of the trace), over its rows that expected.json lists under `list` and
- * that are clear. At least half of them must be. */
-tr_distance tr_watch_distance(const tr_watch *w, const char *name, const char *list);
+/* Of `final` [n_trace, hidden] from the array `name` (the last rows of the trace), over its rows that expected.json lists under
+ * `list` and that are clear (NULL: all are). At least half of them must be. */
+tr_distance tr_vectors_distance(const tr_vectors *v, const char *name, const char *list,
+                                const float *final, const bool *clear);
 
 /* The same of the emulation's final states from the exact ones, rows being clear where it selected alike. */
 tr_distance tr_vectors_emulated(const tr_vectors *v, const char *list);

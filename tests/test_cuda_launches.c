@@ -7,6 +7,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include <cmocka.h>
 
@@ -116,6 +117,48 @@ static void any_number_of_heads(void **state)
         }
 }
 
+/* Rows [o, o + n) of a matrix of zeros, e4m3, that begins at column col0 of a scale block. */
+static tr_status pack_at(const gpu *g, tr_linear *w, int i_mat, int o, int n, int col0)
+{
+    static const uint8_t zeros[D * D];
+    static const float ones[16] = {1};
+
+    return g->ops->linear_pack(g->d, w,
+                               &(tr_linear_src){.src = zeros,
+                                                .ld = D,
+                                                .scale = ones,
+                                                .scale_ld = 2,
+                                                .row0 = o,
+                                                .col0 = col0,
+                                                .i_mat = i_mat,
+                                                .o_begin = o,
+                                                .n_out = n});
+}
+
+/* Each matrix of a weight has its own place in the blocks of scales, the pieces of one have the same; experts, whose input is
+ * quantised once for all, must agree. */
+static void places_in_blocks_of_scales(void **state)
+{
+    const gpu *g = *state;
+    tr_linear gate_up = {.format = TR_W_E4M3_B128, .n_mats = 2, .n_out = D, .n_in = D},
+              down = {.format = TR_W_E4M3_B128, .n_mats = 2, .n_out = D, .n_in = D / 2};
+
+    gate_up.data = take(g, g->ops->linear_bytes(gate_up.format, 2, D, D));
+    down.data = take(g, g->ops->linear_bytes(down.format, 2, D, D / 2));
+    for (int i = 0; i < 2; i++) {
+        well(g, pack_at(g, &gate_up, i, 0, D / 2, 64 * i));
+        well(g, pack_at(g, &gate_up, i, D / 2, D / 2, 64 * i));
+        well(g, pack_at(g, &down, i, 0, D, 0));
+    }
+    assert_int_equal(pack_at(g, &gate_up, 1, D / 2, D / 2, 32), TR_E_USAGE);
+    assert_non_null(strstr(g->ops->error(g->d), "matrix 1 begin at columns 64 and 32"));
+    assert_int_equal(g->ops->moe(g->d, TR_LANE_MAIN,
+                                 &(struct tr_moe_args){
+                                     .n_max = 1, .gate_up = &gate_up, .down = &down, .in.d = D}),
+                     TR_E_USAGE);
+    assert_non_null(strstr(g->ops->error(g->d), "different columns of a scale block"));
+}
+
 static int open_gpu(void **state)
 {
     gpu *g = calloc(1, sizeof *g);
@@ -141,6 +184,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(many_prompts),
         cmocka_unit_test(any_number_of_heads),
+        cmocka_unit_test(places_in_blocks_of_scales),
     };
     return cmocka_run_group_tests(tests, open_gpu, close_gpu);
 }

@@ -69,7 +69,8 @@ static void layers(bool bf16_weights, tr_dtype cache, double bound)
         tr_watch_run(&w);
         printf("%s: layers: %d rows, worst %.4f; %d selections; %d routings, weights to %.4f\n",
                sets[s], w.n_hidden, w.worst_hidden, w.n_sets, w.n_routes, w.worst_weight);
-        if (!(w.worst_hidden <= bound)) fail_msg("%s: worst row %g", sets[s], w.worst_hidden);
+        if (!(w.worst_hidden <= bound && w.worst_weight <= bound))
+            fail_msg("%s: worst row %g, router weight %g", sets[s], w.worst_hidden, w.worst_weight);
         assert_true(w.n_hidden >= e.v.n_layers * e.v.n_trace / 2);
         assert_true(w.n_sets > 0 && w.n_routes > 0);
         engine_close(&e);
@@ -137,7 +138,7 @@ static void whole(bool bf16_weights, tr_dtype cache, const char *prefix, const c
                       .clear = e.clear};
         tr_watch_run(&w);
         snprintf(name, sizeof name, "%shidden.final", prefix);
-        const tr_distance d = tr_watch_distance(&w, name, list);
+        const tr_distance d = tr_vectors_distance(&e.v, name, list, e.final, e.clear);
         printf("%s: %s: %d rows, worst %.4f, rms %.4f\n", sets[s], name, d.n, d.worst, d.rms);
         if (bound > 0) {
             if (!(d.worst <= bound)) fail_msg("%s against %s: %g", sets[s], name, d.worst);

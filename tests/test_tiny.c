@@ -106,7 +106,7 @@ static void test_nll(void **state)
         reference += theirs;
         if (fabs(theirs + (double)logprob[i]) > worst) worst = fabs(theirs + (double)logprob[i]);
     }
-    if (fabs(sum - reference) / (n - 1) > 1e-4)
+    if (!(fabs(sum - reference) / (n - 1) <= 1e-4))
         fail_msg("mean nll %.6f, reference %.6f (worst token %g off)", sum / (n - 1),
                  reference / (n - 1), worst);
     free(logprob);

@@ -118,6 +118,13 @@ static bool buf_is(const tr_buf *b, const char *text)
     return b->n == strlen(text) && !memcmp(b->n ? b->s : "", text, b->n);
 }
 
+static bool is_one_of(const tr_jtext *t, const tr_jnode *m, const char *const *known, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (tr_jtext_key_is(t, m, known[i])) return true;
+    return false;
+}
+
 static bool read_line(tr_parsing *p)
 {
     static const char *const known[] = {"custom_id", "method", "url", "body"};
@@ -128,12 +135,10 @@ static bool read_line(tr_parsing *p)
     if (e->bad_utf8)
         return tr_refuse(p, 400, "invalid_utf8", NULL, "the line is not UTF-8 at column %zu",
                          e->bad_at + 1);
-    for (const tr_jnode *m = tr_jtext_child(e->json, e->root); m; m = tr_jtext_next(e->json, m)) {
-        bool is_known = false;
-        for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-            is_known = is_known || tr_jtext_key_is(e->json, m, known[i]);
-        if (!is_known && !tr_unknown_member(p, m, "line")) return false;
-    }
+    for (const tr_jnode *m = tr_jtext_child(e->json, e->root); m; m = tr_jtext_next(e->json, m))
+        if (!is_one_of(e->json, m, known, sizeof known / sizeof *known) &&
+            !tr_unknown_member(p, m, "line"))
+            return false;
     if (!required_string(p, "method", &s)) goto done;
     if (!buf_is(&s, "POST")) {
         tr_refuse(p, 405, "invalid_method", "method", "method must be \"POST\"");
@@ -182,12 +187,9 @@ static bool only_known(tr_parsing *p, const tr_jnode *object, const char *const 
     const tr_jtext *t = p->e->json;
 
     if (!object || object->type != TR_J_OBJECT) return true;
-    for (const tr_jnode *m = tr_jtext_child(t, object); m; m = tr_jtext_next(t, m)) {
-        bool is_known = m->type == TR_J_NULL;
-        for (size_t i = 0; i < n; i++)
-            is_known = is_known || tr_jtext_key_is(t, m, known[i]);
-        if (!is_known && !tr_unknown_member(p, m, where)) return false;
-    }
+    for (const tr_jnode *m = tr_jtext_child(t, object); m; m = tr_jtext_next(t, m))
+        if (m->type != TR_J_NULL && !is_one_of(t, m, known, n) && !tr_unknown_member(p, m, where))
+            return false;
     return true;
 }
 

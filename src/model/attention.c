@@ -75,7 +75,7 @@ static tr_status weigh_index_heads(tr_model *m, const tr_pass *p, const tr_atten
 }
 
 /* index_q [n, index_heads, index_dim]. Before q_b where lanes fork: what it starts, scores and selection, is the longer way, and
- * two products at once would share the same SMs. */
+ * two products at once would be in each other's way. */
 static tr_status project_index_queries(tr_model *m, const tr_pass *p, const tr_attention_weights *w,
                                        tr_err *err)
 {
@@ -197,8 +197,8 @@ static tr_status index_queries(tr_model *m, const tr_pass *p, const tr_attention
                                tr_kv_layer kv, tr_err *err)
 {
     const tr_config *c = m->config;
-    tr_status st = TR_OK;
-    if (!tr_model_forks(m, p)) st = project_index_queries(m, p, w, err);
+    /* Where lanes fork make_queries has projected them. */
+    const tr_status st = tr_model_forks(m, p) ? TR_OK : project_index_queries(m, p, w, err);
     if (st != TR_OK) return st;
     tr_note(m, tr_work_index_query(p->n, c->index_n_heads, c->index_head_dim, c->qk_rope_head_dim,
                                    kv.dtype));
@@ -327,8 +327,8 @@ tr_status tr_attention_forward(tr_model *m, const tr_pass *p, const tr_attention
     if (st == TR_OK) st = write_index_keys(m, p, w, kv, err);
     if (st == TR_OK && third) st = tr_model_fork_again(m, err);
     if (st == TR_OK) st = weigh_index_heads(m, p, w, err); /* before the latents, which can wait */
-    if (st == TR_OK && third) st = tr_model_side_joins_again(m, err);
     if (!third) tr_model_back(m);
+    if (st == TR_OK && third) st = tr_model_side_joins_again(m, err);
     if (st == TR_OK && !latents_first) st = write_latents(m, p, w, kv, err);
     tr_model_back(m);
     if (st == TR_OK && x.here) st = await_rows(m, m->share_key, &x.keys, err);

@@ -178,8 +178,8 @@ bool tr_model_forks(const tr_model *m, const tr_pass *p);
 tr_status tr_model_fork(tr_model *m, const tr_pass *p, tr_err *err);
 void tr_model_back(tr_model *m);
 tr_status tr_model_join(tr_model *m, const tr_pass *p, tr_err *err);
-/* A third lane, for products of `in` and what needs no more than them: whether it may be had, begin (back ends it), wait; the side lane waits too,
- * for what this one has been given so far. */
+/* A third lane, for products of `in` and what needs no more than them: whether it may be had, begin (back ends it), wait;
+ * side_joins: the side lane waits, for what this one has been given so far. */
 bool tr_model_forks_again(const tr_model *m, const tr_pass *p, const tr_act *in);
 tr_status tr_model_fork_again(tr_model *m, tr_err *err);
 tr_status tr_model_join_again(tr_model *m, tr_err *err);
