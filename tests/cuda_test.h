@@ -24,6 +24,7 @@ static inline void show_gpus(void)
 }
 
 typedef struct pair {
+    const void *given; /* the test's initial state */
     tr_device *cpu, *gpu;
     const tr_ops *c, *g;
     uint64_t random;
@@ -41,6 +42,7 @@ static inline int pair_open(void **state)
     pair *p = calloc(1, sizeof *p);
     tr_err err;
     if (!p) return -1;
+    p->given = *state;
     p->random = 88172645463325252u;
     if (tr_device_open(&p->cpu, &p->c,
                        &(tr_device_options){.name = "cpu", .n_threads = 1, .isa = "plain"},
@@ -73,13 +75,18 @@ static inline int pair_close(void **state)
     return 0;
 }
 
-/* Of main: 77 where there is no GPU; an argument names the tests to run. */
+/* Of main: 77 where there is no GPU; an argument names the tests to run, -l lists them. */
 static inline int run_on_gpu(int argc, char **argv, const struct CMUnitTest *tests, size_t n)
 {
     tr_device *device;
     const tr_ops *ops;
     tr_err err;
 
+    if (argc > 1 && strcmp(argv[1], "-l") == 0) {
+        for (size_t i = 0; i < n; i++)
+            puts(tests[i].name);
+        return 0;
+    }
     show_gpus();
     if (tr_device_open(&device, &ops, &(tr_device_options){.name = "cuda"}, &err) != TR_OK) {
         printf("skipped: %s\n", err.text);

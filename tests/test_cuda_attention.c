@@ -490,21 +490,25 @@ static void attend(pair *p, world *w, const int32_t *cache_row, tr_format format
     weight_free(p, &uv);
 }
 
+/* Each a test by itself: racecheck keeps all accesses of a process in memory. */
+typedef struct attention_case {
+    const geometry *g;
+    tr_dtype cache;
+    int form;
+    char name[32];
+} attention_case;
+
 static void test_attention(void **state)
 {
-    static const tr_dtype dtypes[] = {TR_E4M3, TR_BF16};
-    static const tr_format formats[] = {TR_W_E4M3_B128, TR_W_BF16};
     pair *p = *state;
-    for (size_t i = 0; i < sizeof geometries / sizeof *geometries; i++)
-        for (int d = 0; d < 2; d++)
-            for (int form = 0; form < 3; form++) {
-                world w;
-                make_world(p, &w, &geometries[i], dtypes[d], form);
-                write_keys(p, &w);
-                const int32_t *lists = select_keys(p, &w, form == 2);
-                attend(p, &w, lists, formats[(d + form) % 2]);
-                pair_clear(p);
-            }
+    const attention_case *c = p->given;
+    const tr_format values[] = {TR_W_E4M3_B128, TR_W_BF16};
+    world w;
+    make_world(p, &w, c->g, c->cache, c->form);
+    write_keys(p, &w);
+    const int32_t *lists = select_keys(p, &w, c->form == 2);
+    attend(p, &w, lists, values[((c->cache == TR_BF16) + c->form) % 2]);
+    pair_clear(p);
 }
 
 /* Rows of prompts, enough of them that their keys are made ready first: all of a step's slots, pads and dense rows between. */
@@ -595,10 +599,21 @@ static void test_refused(void **state)
 
 int main(int argc, char **argv)
 {
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(test_attention, pair_open, pair_close),
+    enum { N_GEOMETRIES = sizeof geometries / sizeof *geometries, N_CASES = N_GEOMETRIES * 2 * 3 };
+    static const char *const sizes[] = {"tiny", "odd", "heads", "real"}, *const forms[] = {
+                                                                             "absorbed", "dense",
+                                                                             "both"};
+    static attention_case cases[N_CASES];
+    struct CMUnitTest tests[N_CASES + 2] = {
         cmocka_unit_test_setup_teardown(test_prompts, pair_open, pair_close),
         cmocka_unit_test_setup_teardown(test_refused, pair_open, pair_close),
     };
+    for (int i = 0; i < N_CASES; i++) {
+        attention_case *c = cases + i;
+        *c = (attention_case){geometries + i / 6, i / 3 % 2 ? TR_BF16 : TR_E4M3, i % 3, ""};
+        snprintf(c->name, sizeof c->name, "test_%s_%s_%s", sizes[i / 6],
+                 c->cache == TR_BF16 ? "bf16" : "fp8", forms[c->form]);
+        tests[2 + i] = (struct CMUnitTest){c->name, test_attention, pair_open, pair_close, c};
+    }
     return run_on_gpu(argc, argv, tests, sizeof tests / sizeof *tests);
 }

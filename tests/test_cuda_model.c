@@ -152,7 +152,7 @@ static void test_f32_cache_refused(void **state)
     tr_fixture_close(&f);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_answers_fp8),
@@ -165,16 +165,5 @@ int main(void)
         cmocka_unit_test(test_recorded_ahead),
         cmocka_unit_test(test_f32_cache_refused),
     };
-    const tr_device_options options = {.name = "cuda"};
-    show_gpus();
-    tr_device *device;
-    const tr_ops *ops;
-    tr_err err;
-    if (tr_device_open(&device, &ops, &options, &err) != TR_OK) {
-        printf("skipped: %s\n", err.text);
-        return 77;
-    }
-    printf("%s\n", tr_device_describe(device));
-    ops->close(device);
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return run_on_gpu(argc, argv, tests, sizeof tests / sizeof *tests);
 }

@@ -287,8 +287,7 @@ __device__ __forceinline__ void pack(const float (&s)[64], uint32_t (&p)[32])
 
 __device__ __forceinline__ void arrive_warp(uint64_t *b)
 {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(b);
+    barrier_arrive_warp(b, threadIdx.x % 32);
 }
 
 __device__ __forceinline__ void issue_scores(float (&s)[64], uint64_t q, uint64_t k)
@@ -412,12 +411,12 @@ __global__ void __launch_bounds__(MATH + 128, 1)
 
     if (threadIdx.x == 0) {
         barrier_init(&sh->q_full, 1);
-        barrier_init(&sh->q_empty, MATH / 32);
+        barrier_init(&sh->q_empty, MATH / 32 * WARP_ARRIVALS);
         for (int i = 0; i < STAGES; i++) {
             barrier_init(&sh->k_full[i], 1);
             barrier_init(&sh->v_full[i], 1);
-            barrier_init(&sh->k_empty[i], MATH / 32);
-            barrier_init(&sh->v_empty[i], MATH / 32);
+            barrier_init(&sh->k_empty[i], MATH / 32 * WARP_ARRIVALS);
+            barrier_init(&sh->v_empty[i], MATH / 32 * WARP_ARRIVALS);
         }
         barrier_init_fence();
     }

@@ -97,8 +97,7 @@ __device__ __forceinline__ void keys_math(const job &j, keys_shared *sh, uint32_
                              c + k > 0);
             wgmma_commit();
             wgmma_wait<0>();
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) barrier_arrive(&sh->empty[at.stage]);
+            barrier_arrive_warp(&sh->empty[at.stage], threadIdx.x % 32);
         }
 #pragma unroll
         for (int i = 0; i < 128; i++)
@@ -127,7 +126,7 @@ __global__ void __launch_bounds__(MATH + 128, 1)
     if (threadIdx.x == 0) {
         for (int k = 0; k < STAGES; k++) {
             barrier_init(&sh->full[k], 1);
-            barrier_init(&sh->empty[k], MATH / 32);
+            barrier_init(&sh->empty[k], MATH / 32 * WARP_ARRIVALS);
         }
         barrier_init_fence();
     }

@@ -123,8 +123,7 @@ __device__ __forceinline__ void multiply_steps(const job &job, const uint8_t *ri
         barrier_wait(full + at.stage, at.parity);
         add_columns<M, N>(sum, rows + at.stage * S::STAGE_BYTES, outs + at.stage * S::STAGE_BYTES,
                           piece, same);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(empty + at.stage);
+        barrier_arrive_warp(empty + at.stage, lane);
         if (--left) continue;
         left = steps_part;
         tile::end_part<M, N>(total, sum, step + 1 == steps_part);
@@ -161,7 +160,7 @@ __global__ void __launch_bounds__(THREADS, 1) multiply_wide(const __grid_constan
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::STAGES; i++) {
             barrier_init(full + i, 1);
-            barrier_init(empty + i, WARPS);
+            barrier_init(empty + i, WARPS * WARP_ARRIVALS);
         }
         barrier_init_fence();
     }

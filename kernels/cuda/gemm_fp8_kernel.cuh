@@ -467,8 +467,7 @@ template <class S> struct math_group {
     }
     __device__ __forceinline__ void release(int stage)
     {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(m.empty + stage);
+        barrier_arrive_warp(m.empty + stage, lane);
     }
 
     /* One set of partial sums: issue, wait, promote; the other warpgroups keep the tensor cores busy meanwhile. */
@@ -729,7 +728,7 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS_PER_SM)
         tensor_prefetch(&a.x_scale);
         for (int i = 0; i < S::STAGES; i++) {
             barrier_init(m.full + i, LOAD_WARPS);
-            barrier_init(m.empty + i, S::WGS * 4 * S::CLUSTER);
+            barrier_init(m.empty + i, S::WGS * 4 * S::CLUSTER * WARP_ARRIVALS);
         }
         if constexpr (S::SWAPS) S::math::prepare(m);
         barrier_init_fence();

@@ -63,12 +63,14 @@ template <class S> struct math_group_wide {
     }
     __device__ __forceinline__ void release(int stage)
     {
-        __syncwarp();
         if (S::CLUSTER == 1) {
-            if (lane == 0) barrier_arrive(m.empty + stage);
-        } else {
-            if (lane < S::CLUSTER) barrier_arrive_partner(m.empty + stage, (uint32_t)lane);
+            barrier_arrive_warp(m.empty + stage, lane);
+            return;
         }
+        __syncwarp();
+        for (int i = 0; i < (WARP_ARRIVALS > 1 ? S::CLUSTER : 1); i++)
+            if (WARP_ARRIVALS > 1 || lane < S::CLUSTER)
+                barrier_arrive_partner(m.empty + stage, (uint32_t)(WARP_ARRIVALS > 1 ? i : lane));
     }
 
     /* Products of scales: of rows lane/4 and lane/4 + 8 with the weights' blocks 0 and 1 (gate and up). */

@@ -38,10 +38,16 @@ __device__ __forceinline__ uint32_t cluster_rank()
 
 /* ---- mbarriers: a barrier flips its phase when its count of arrivals and its expected bytes have both come ---------- */
 
-/* A warp that hands on shared memory may let one lane arrive for all, after __syncwarp(): that orders the lanes' stores before
+/* A warp that hands on shared memory lets one lane arrive for all, after __syncwarp(): that orders the lanes' stores before
  * the arrival, the arrival releases, the wait acquires, and the chain holds (PTX memory model, causality order).
  * compute-sanitizer's racecheck does not follow it, and reports such hand-overs; tests/cuda/race_pattern.cu shows that it
- * reports none where every lane arrives for itself. */
+ * reports none where every lane arrives for itself. So they do in a build for it (NVCC_FLAGS=-DTR_CUDA_EVERY_LANE), and
+ * what it reports there is something else. */
+#ifdef TR_CUDA_EVERY_LANE
+enum { WARP_ARRIVALS = 32 };
+#else
+enum { WARP_ARRIVALS = 1 };
+#endif
 
 __device__ __forceinline__ void barrier_init(uint64_t *b, uint32_t arrivals)
 {
@@ -69,6 +75,12 @@ __device__ __forceinline__ void barrier_arrive(uint64_t *b, uint32_t count)
 {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(b)), "r"(count)
                  : "memory");
+}
+/* All lanes of a converged warp have done their part: WARP_ARRIVALS arrivals, or `count` times as many. */
+__device__ __forceinline__ void barrier_arrive_warp(uint64_t *b, int lane, uint32_t count = 1)
+{
+    __syncwarp();
+    if (WARP_ARRIVALS > 1 || lane == 0) barrier_arrive(b, count);
 }
 __device__ __forceinline__ void barrier_arrive_cluster(uint64_t *b, uint32_t cta_rank)
 {

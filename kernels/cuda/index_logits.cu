@@ -51,11 +51,11 @@ __device__ __forceinline__ void init_barriers(index_shared *s)
 #pragma unroll 1
     for (int i = 0; i < STAGES; i++) {
         barrier_init(&s->full[i], 1);
-        barrier_init(&s->empty[i], MATH_WARPS);
+        barrier_init(&s->empty[i], MATH_WARPS * WARP_ARRIVALS);
     }
     for (int i = 0; i < 2; i++) {
-        barrier_init(&s->q_full[i], 1);
-        barrier_init(&s->q_empty[i], MATH_WARPS);
+        barrier_init(&s->q_full[i], WARP_ARRIVALS);
+        barrier_init(&s->q_empty[i], MATH_WARPS * WARP_ARRIVALS);
     }
     barrier_init_fence();
 }
@@ -115,6 +115,7 @@ __device__ __forceinline__ void load_group(const index_params &p, const CUtensor
         g->low = v.low;
     }
     __syncwarp();
+    if (lane && WARP_ARRIVALS > 1) barrier_arrive(full);
     if (lane == 0) {
         barrier_expect(full, (uint32_t)(count * p.n_heads * (D_INDEX + 4)));
 #pragma unroll 1
@@ -195,7 +196,7 @@ __device__ __forceinline__ void copy_warp(const index_params &p, const CUtensorM
     if (i_warp == 0 && lane == 0) {
         barrier_wait(&s->q_empty[i_group & 1], i_group / 2 % 2 ^ 1);
         s->group[i_group & 1].n_rows = 0;
-        barrier_arrive(&s->q_full[i_group & 1]);
+        barrier_arrive(&s->q_full[i_group & 1], WARP_ARRIVALS);
     }
 }
 
@@ -306,8 +307,7 @@ __device__ __forceinline__ unsigned math_group(const index_params &p, index_shar
             wgmma_touch(acc[k]);
         int thread = thread_now();
         float scale = s->key_scale[i][thread_key(thread)];
-        __syncwarp();
-        if (thread % 32 == 0) barrier_arrive(&s->empty[i], (uint32_t)step);
+        barrier_arrive_warp(&s->empty[i], thread % 32, (uint32_t)step);
 
         float x = fmaf(sum_heads(acc, half_w, thread % 32), scale, 0.0f); /* -0 + +0 is +0 */
         if ((uint32_t)at < n_keys) out[at] = x == x ? x : -INFINITY;
@@ -324,8 +324,7 @@ __device__ __forceinline__ void math_warpgroup(const index_params &p, index_shar
         int n_rows = s->group[i & 1].n_rows;
         if (n_rows == 0) break;
         ring = n_rows == 1 ? math_group<1>(p, s, i & 1, ring) : math_group<2>(p, s, i & 1, ring);
-        __syncwarp();
-        if (thread_now() % 32 == 0) barrier_arrive(&s->q_empty[i & 1]);
+        barrier_arrive_warp(&s->q_empty[i & 1], thread_now() % 32);
     }
 }
 

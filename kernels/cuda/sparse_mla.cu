@@ -81,7 +81,10 @@ __global__ void __launch_bounds__(256 + FETCHERS<FP8, true>, 1)
     int wg = (int)__shfl_sync(~0u, threadIdx.x / 128, 0), n_live = *j.n;
 
     prefetch_first(j);
-    if (threadIdx.x == 0) ring_init<FP8, FETCHERS<FP8, true>>(&sh->ring);
+    if (threadIdx.x == 0) {
+        barrier_init(&sh->summed, 256);
+        ring_init<FP8, FETCHERS<FP8, true>>(&sh->ring);
+    }
     __syncthreads();
     if (wg >= 2) {
         registers_set<FETCH_REGISTERS<FP8, true>>();
@@ -306,7 +309,7 @@ __global__ void __launch_bounds__(COLUMN_THREADS, 1)
     if (threadIdx.x == 0) {
         for (int i = 0; i < COLUMN_STAGES; i++) {
             barrier_init(&sh->full[i], 256 + 1);
-            barrier_init(&sh->free[i], 4);
+            barrier_init(&sh->free[i], 4 * WARP_ARRIVALS);
         }
         barrier_init_fence();
     }

@@ -23,6 +23,7 @@ template <int N> struct record_shared { /* behind keys, two rope tiles twice ove
     float2 factors[N]; /* keep, take: of this chunk */
     float inverse[N];
     uint8_t valid[2 * KEYS];
+    uint64_t said; /* its phase: parts are whole; for racecheck alone */
 };
 template <int N> constexpr int record_bytes()
 {
@@ -190,7 +191,10 @@ __device__ __forceinline__ void record_probs(const job &j, record_shared<N> *sh,
         s[0][i] += s[RECORD_SUMS<N> - 1][i];
     few_mask<N>(s[0], sh->valid + wg * KEYS);
     few_probs<N>(s[0], sh->parts, at.probs, wg, j.scale, reference);
-    named_barrier_arrive(3, 256 + 32);
+    if (WARP_ARRIVALS == 1)
+        named_barrier_arrive(3, 256 + 32);
+    else /* racecheck does not see that who syncs at a barrier comes behind those who arrive there */
+        barrier_arrive(&sh->said);
 }
 
 /* Values of a chunk, of the warpgroup's two tiles: to the workspace, or into `total`, and if it is the last to `out`. */
@@ -301,7 +305,10 @@ __device__ __forceinline__ void record_work(const job &j, record_shared<N> *sh,
             come(soon);
         } else {
             come(soon);
-            named_barrier(3, 256 + 32);
+            if (WARP_ARRIVALS == 1)
+                named_barrier(3, 256 + 32);
+            else
+                barrier_wait(&sh->said, side > 0);
             fence_async_shared();
             record_heads<N, SPLIT>(j, sh, tag, heads);
         }
@@ -329,6 +336,10 @@ __global__ void __launch_bounds__(SPLIT ? 640 : RECORD_THREADS, 1)
 
     prefetch_first(j);
     if (SPLIT) dependent_launch();
+    if (WARP_ARRIVALS > 1 && threadIdx.x == 0) {
+        barrier_init(&sh->said, 256);
+        barrier_init_fence();
+    }
     record_work<N, SPLIT>(j, sh, at, ropes, n_live, wg);
 }
 

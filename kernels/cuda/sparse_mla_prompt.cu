@@ -313,8 +313,9 @@ __global__ void __launch_bounds__(PROMPT_THREADS, 1)
     prefetch_first(p.j);
     if (threadIdx.x == 0) {
         ring_init<false, COPIERS>(&sh->walk.ring);
+        barrier_init(&sh->walk.summed, 256);
         barrier_init(&sh->queries_full, COPIERS + 1);
-        barrier_init(&sh->queries_free, 8); /* warps */
+        barrier_init(&sh->queries_free, 8 * WARP_ARRIVALS);
         barrier_init_fence();
     }
     __syncthreads();

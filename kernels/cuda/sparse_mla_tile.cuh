@@ -106,11 +106,11 @@ template <bool FP8, int F> __device__ __forceinline__ void ring_init(ring *r, ui
     for (int b = 0; b < 2; b++) {
         for (int h = 0; h < 2; h++) {
             barrier_init(&r->full[b][h], !FP8 && h == 0 ? 2 * F : F);
-            barrier_init(&r->free[b][h], readers);
+            barrier_init(&r->free[b][h], readers * WARP_ARRIVALS);
         }
         barrier_init(&r->rope_full[b], F);
-        barrier_init(&r->rope_free[b], readers);
-        barrier_init(&r->given[b], 4);
+        barrier_init(&r->rope_free[b], readers * WARP_ARRIVALS);
+        barrier_init(&r->given[b], 4 * WARP_ARRIVALS);
     }
     barrier_init_fence();
 }
@@ -129,11 +129,9 @@ __device__ __forceinline__ void wait_keys(uint64_t *full, uint32_t parity)
     fence_async_shared();
 }
 
-/* All lanes of a converged warp have done their part. */
 __device__ __forceinline__ void warp_arrive(uint64_t *b)
 {
-    __syncwarp();
-    if ((threadIdx.x & 31) == 0) barrier_arrive(b);
+    barrier_arrive_warp(b, threadIdx.x & 31);
 }
 
 /* ---- which rows and keys ------------------------------------------------------------------------------------------ */

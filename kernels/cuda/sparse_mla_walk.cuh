@@ -12,6 +12,7 @@ namespace mla
 
 struct walk_shared { /* behind the tiles: queries, two blocks of keys */
     struct ring ring;
+    uint64_t summed;          /* its phase: the task's */
     float2 reference[2][128]; /* of the probabilities handed over */
     float sum[2][2][HEADS];   /* [task & 1][warpgroup][head] */
     volatile int kept
@@ -115,7 +116,8 @@ __device__ __forceinline__ void finish(const job &j, const work &w, walk_shared 
         own[r] = sum_of_four(s.sum[0][r]);
         if ((t & 3) == 0) sh->sum[slot][wg][head + 8 * r] = own[r];
     }
-    named_barrier(1, 256);
+    barrier_arrive(&sh->summed); /* where both meet may stand twice in a kernel: no named barrier */
+    barrier_wait(&sh->summed, (uint32_t)slot);
 #pragma unroll
     for (int r = 0; r < 2; r++)
         total[r] = own[r] + sh->sum[slot][1 - wg][head + 8 * r];
