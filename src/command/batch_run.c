@@ -168,6 +168,12 @@ static tr_status open_tokenizer(tr_run *run, tr_err *err)
     return TR_OK;
 }
 
+/* Cache pages of a sequence of the greatest length. */
+static size_t pages_each(const tr_run *run)
+{
+    return tr_ceil_div((size_t)run->max_model_len, TR_PAGE_TOKENS) + 1;
+}
+
 static tr_status choose_length(tr_run *run, tr_err *err)
 {
     int64_t most = run->opened.config.max_position_embeddings, asked = run->o->max_model_len;
@@ -176,6 +182,12 @@ static tr_status choose_length(tr_run *run, tr_err *err)
         return tr_fail(err, TR_E_USAGE, "--max-model-len %jd: the model has %jd positions",
                        (intmax_t)asked, (intmax_t)most);
     run->max_model_len = (int)(asked ? asked : most < MODEL_LEN_MAX ? most : MODEL_LEN_MAX);
+    const size_t cache = (size_t)run->o->max_cache_tokens;
+    if (cache && cache / TR_PAGE_TOKENS < pages_each(run))
+        return tr_fail(
+            err, TR_E_USAGE,
+            "--max-cache-tokens %zu: a sequence of %d tokens needs %zu (--max-model-len)", cache,
+            run->max_model_len, pages_each(run) * TR_PAGE_TOKENS);
     return TR_OK;
 }
 
@@ -418,13 +430,20 @@ tr_status tr_run_journal(tr_run *run, tr_err *err)
 
 /* ---- the model ------------------------------------------------------------------------------- */
 
-/* Cache pages: what the largest load can use, within half of what is left of the memory. */
+/* Pages that the largest load can use, or those that the user allows. */
+static size_t pages_wanted(const tr_run *run)
+{
+    const size_t all = pages_each(run) * (size_t)run->o->max_sequences; /* 2^31/64 * 4096 fits */
+    const size_t allowed = (size_t)run->o->max_cache_tokens / TR_PAGE_TOKENS;
+    return allowed && allowed < all ? allowed : all;
+}
+
+/* Cache pages: what is wanted, within half of what is left of the memory. */
 static tr_status choose_pages(const tr_run *run, int *n_pages, tr_err *err)
 {
     size_t page =
         tr_cache_page_bytes(&run->opened.config, run->opened.slice.layers.n, run->kv_dtype);
-    size_t each = tr_ceil_div((size_t)run->max_model_len, TR_PAGE_TOKENS) + 1;
-    size_t want = each * (size_t)run->o->max_sequences; /* at most 2^31/64 * 4096: fits */
+    size_t each = pages_each(run), want = pages_wanted(run);
     /* A device's memory is this rank's alone; what the steps need (workspace) comes out of the other part. */
     const uint64_t device = run->opened.ops->memory_left(run->opened.device);
     const uint64_t all = device ? device : tr_memory_available();
@@ -447,7 +466,6 @@ void tr_run_budget(const tr_run *run)
     const tr_opened *o = &run->opened;
     if (!run->model_name) return; /* the model's files have not been read */
     const size_t page = tr_cache_page_bytes(&o->config, o->slice.layers.n, run->kv_dtype);
-    const size_t each = tr_ceil_div((size_t)run->max_model_len, TR_PAGE_TOKENS) + 1;
     const char *name = o->device_name ? o->device_name : run->o->device; /* before it is open */
     const bool gpu = strcmp(o->ops ? o->ops->name : name, "cpu") != 0;
     const uint64_t device = o->device ? o->ops->memory_left(o->device) : 0;
@@ -462,8 +480,8 @@ void tr_run_budget(const tr_run *run)
         .workspace = tr_estimate_workspace(&o->config, &o->slice,
                                            (int)(run->o->max_batch_tokens + run->o->max_sequences),
                                            run->max_model_len, gpu ? 2 : 4),
-        .cache_least = (uint64_t)each * page,
-        .cache_whole = (uint64_t)each * page * (uint64_t)run->o->max_sequences,
+        .cache_least = (uint64_t)pages_each(run) * page,
+        .cache_whole = (uint64_t)pages_wanted(run) * page,
         .left = device ? device
                 : gpu  ? UINT64_MAX
                        : tr_memory_available(),

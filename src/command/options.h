@@ -57,6 +57,7 @@ typedef struct tr_batch_options {
     tr_option_list overrides;
     int64_t max_model_len; /* 0: the default */
     int64_t max_batch_tokens, max_sequences, seed;
+    int64_t max_cache_tokens; /* 0: the default */
     tr_rank_options ranks;
     int64_t step_timeout; /* seconds; 0: no watchdog; -1: the default */
     int64_t grace;        /* seconds that running requests have after USR1 or INT */
