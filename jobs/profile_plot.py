@@ -278,9 +278,16 @@ def main():
     if len(sys.argv) not in (3, 4):
         sys.exit(__doc__)
     folder, prefix, peak = sys.argv[1], sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else ""
-    timeline(folder, prefix)
-    roofline(folder, prefix, peak)
-    overlap(folder, prefix)
+    if not os.path.exists(os.path.join(folder, "steps.csv")):
+        sys.exit(f"profile_plot.py: {folder}: no steps.csv; it takes the tables of trireme profile export --csv")
+    try:
+        timeline(folder, prefix)
+        roofline(folder, prefix, peak)
+        overlap(folder, prefix)
+    except OSError as e:
+        sys.exit(f"profile_plot.py: {e.filename or folder}: {e.strerror}")
+    except (KeyError, ValueError) as e:
+        sys.exit(f"profile_plot.py: {folder}: these are not its tables, or older ones: {type(e).__name__} {e}")
 
 
 if __name__ == "__main__":

@@ -438,6 +438,32 @@ static void test_values(void **state)
     tr_request_free(r);
 }
 
+/* A number is told so that it can be told from its bound. */
+static void test_far_numbers(void **state)
+{
+    static const struct {
+        const char *member, *said;
+    } cases[] = {
+        {",'temperature':2.0000001",
+         "temperature is 2.0000001, it must be at least 0 and at most 2"},
+        {",'repetition_penalty':3000000", "is 3000000, it must be"},
+        {",'logit_bias':{'5':100.00001}", "is 100.00001, it must be -100 to 100"},
+    };
+    const tr_request_options o = options();
+    (void)state;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        tr_envelope e = {0};
+        tr_parsed p;
+        char *line = quoted("t", cases[i].member);
+        parse_bytes(&o, line, strlen(line), &p, &e);
+        assert_int_equal(p.kind, TR_PARSED_REFUSED);
+        if (!strstr(p.refusal.message, cases[i].said))
+            fail_msg("%s: \"%s\", not \"%s\"", line, p.refusal.message, cases[i].said);
+        free(line);
+        tr_envelope_free(&e);
+    }
+}
+
 static void test_scoring(void **state)
 {
     const tr_request_options o = options();
@@ -713,10 +739,11 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_table),        cmocka_unit_test(test_values),
         cmocka_unit_test(test_scoring),      cmocka_unit_test(test_bos),
-        cmocka_unit_test(test_chat),         cmocka_unit_test(test_no_tokenizer),
-        cmocka_unit_test(test_strict),       cmocka_unit_test(test_warnings),
-        cmocka_unit_test(test_strict_takes), cmocka_unit_test(test_utf8),
-        cmocka_unit_test(test_surrogates),   cmocka_unit_test(test_damage),
+        cmocka_unit_test(test_far_numbers),  cmocka_unit_test(test_chat),
+        cmocka_unit_test(test_no_tokenizer), cmocka_unit_test(test_strict),
+        cmocka_unit_test(test_warnings),     cmocka_unit_test(test_strict_takes),
+        cmocka_unit_test(test_utf8),         cmocka_unit_test(test_surrogates),
+        cmocka_unit_test(test_damage),
     };
     if (tr_tokenizer_open(&tokenizer,
                           tr_source_path(path, sizeof path, "models/tiny/tokenizer.json"), NULL,

@@ -153,6 +153,11 @@ if "$python" -c 'import matplotlib' 2>/dev/null; then
             [ "$(wc -c <"$png")" -lt 150000 ] || fail "$png is large"
         done <out
     done
+    mkdir no-tables && printf 'rank,t0_ns\n0,1\n' >no-tables/steps.csv
+    for folder in . no-tables; do
+        ! "$python" "$TR_SRCDIR/jobs/profile_plot.py" "$folder" plot- >out 2>err || fail "plot of $folder is no error"
+        [ "$(wc -l <err)" -eq 1 ] && grep -q "^profile_plot.py: $folder: " err || fail "plot of $folder: $(cat err)"
+    done
 else
     echo 'skipped: plot: no matplotlib for python3'
 fi

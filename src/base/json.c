@@ -225,7 +225,7 @@ tr_status tr_json_double(const json_t *object, const char *key, double min, doub
     if (!json_is_number(v)) return tr_fail(err, TR_E_INPUT, "%s must be a number", key);
     double d = json_number_value(v);
     if (!isfinite(d) || d < min || d > max)
-        return tr_fail(err, TR_E_INPUT, "%s is %g, it must be %g to %g", key, d, min, max);
+        return tr_fail(err, TR_E_INPUT, "%s is %.15g, it must be %.15g to %.15g", key, d, min, max);
     *out = d;
     return TR_OK;
 }

@@ -142,7 +142,7 @@ static bool read_number(tr_parsing *p, const param *d, const json_t *v)
     bool low = d->open ? (float)x <= (float)d->min : x < d->min;
     if (!isfinite(x) || low || x > d->max)
         return tr_refuse(p, 400, "out_of_range", d->name,
-                         "%s is %g, it must be %s %g and at most %g", d->name, x,
+                         "%s is %.15g, it must be %s %.15g and at most %.15g", d->name, x,
                          d->open ? "above" : "at least", d->min, d->max);
     memcpy((char *)&p->v + d->at, &x, sizeof x);
     return true;
@@ -290,8 +290,8 @@ static bool take_logit_bias(tr_parsing *p, const json_t *v, const tr_jnode *node
         if (!json_is_number(value)) return wrong_type(p, name, "a number");
         double x = json_number_value(value);
         if (!(x >= -100 && x <= 100))
-            return tr_refuse(p, 400, "out_of_range", name, "%s is %g, it must be -100 to 100", name,
-                             x);
+            return tr_refuse(p, 400, "out_of_range", name, "%s is %.15g, it must be -100 to 100",
+                             name, x);
         q->bias[q->n_bias++] = (tr_bias){token, (float)x};
     }
     if (q->n_bias) qsort(q->bias, (size_t)q->n_bias, sizeof *q->bias, by_token);
