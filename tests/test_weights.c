@@ -706,13 +706,20 @@ static void mismatches_are_all_named(void **state)
         .config = &c, .copies = true, .reshaped = "model.layers.2.embed_tokens.weight"};
     assert_int_equal(try_load(&c, &copies, &err), TR_E_INPUT);
     assert_names(&err, (const char *const[]){"model.layers.2.embed_tokens.weight", NULL});
-    /* The MTP layer of a config that has none is left over; a config of another size counts its misses. */
+    /* A config that has no MTP layer leaves the checkpoint's out, but no other layer, nor one behind it; a config of another
+     * size counts its misses. */
     tr_config other = c;
     other.num_nextn_predict_layers = 0;
     making whole_model = {.config = &c};
-    assert_int_equal(try_load(&other, &whole_model, &err), TR_E_INPUT);
+    assert_int_equal(try_load(&other, &whole_model, &err), TR_OK);
+    making no_mtp = {.config = &c, .without = "model.layers.2.eh_proj.weight"};
+    assert_int_equal(try_load(&other, &no_mtp, &err), TR_E_INPUT);
     assert_names(&err,
                  (const char *const[]){"model.layers.2.", "not part of this model", "more)", NULL});
+    making behind = {.config = &c};
+    tr_shard_file_add(&behind.file, "model.layers.3.enorm.weight", "BF16", "[2]", NULL, 4);
+    assert_int_equal(try_load(&other, &behind, &err), TR_E_INPUT);
+    assert_names(&err, (const char *const[]){"model.layers.3.enorm.weight is not part", NULL});
     other = c;
     other.num_hidden_layers = 4096;
     other.n_routed_experts = 1 << 14;

@@ -247,6 +247,18 @@ static bool match_wanted(void *ctx, const tr_wanted *w)
     return m->problems.n < PROBLEMS_ENOUGH;
 }
 
+/* Of the MTP layer of a checkpoint, which a config without one leaves out. What has no eh_proj is none. */
+static bool left_out(const tr_config *c, const tr_checkpoint *checkpoint, const char *name)
+{
+    char layer[64];
+    tr_wanted eh;
+
+    snprintf(layer, sizeof layer, "model.layers.%d.", c->num_hidden_layers);
+    if (c->num_nextn_predict_layers > 0 || strncmp(name, layer, strlen(layer)) != 0) return false;
+    tr_wanted_get(&eh, c, TR_ROLE_EH, c->num_hidden_layers, 0);
+    return tr_checkpoint_find(checkpoint, eh.name) != NULL;
+}
+
 tr_status tr_wanted_check(const tr_config *config, const tr_checkpoint *checkpoint, tr_err *err)
 {
     size_t n = tr_checkpoint_count(checkpoint);
@@ -257,7 +269,7 @@ tr_status tr_wanted_check(const tr_config *config, const tr_checkpoint *checkpoi
     tr_wanted_each(config, match_wanted, &m);
     for (size_t i = 0; i < n && m.problems.n < PROBLEMS_ENOUGH; i++) {
         const tr_tensor *t = tr_checkpoint_tensor(checkpoint, i);
-        if (!m.seen[i])
+        if (!m.seen[i] && !left_out(config, checkpoint, t->name))
             tr_problem(&m.problems, "%s: %s is not part of this model", file_of(&m, t), t->name);
     }
     free(m.seen);

@@ -88,7 +88,8 @@ bool tr_layer_is_moe(const tr_config *config, int layer);
 /* Every tensor in turn, layer by layer, until see returns false; returns what see last returned. */
 bool tr_wanted_each(const tr_config *config, bool (*see)(void *ctx, const tr_wanted *w), void *ctx);
 
-/* Everything asked for is there with its shape and class, and nothing else; all mismatches in one TR_E_INPUT. */
+/* Everything asked for is there with its shape and class, and nothing else (but for an MTP layer where the config has none); all
+ * mismatches in one TR_E_INPUT. */
 tr_status tr_wanted_check(const tr_config *config, const tr_checkpoint *checkpoint, tr_err *err);
 
 #endif
