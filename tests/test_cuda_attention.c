@@ -600,9 +600,8 @@ static void test_refused(void **state)
 int main(int argc, char **argv)
 {
     enum { N_GEOMETRIES = sizeof geometries / sizeof *geometries, N_CASES = N_GEOMETRIES * 2 * 3 };
-    static const char *const sizes[] = {"tiny", "odd", "heads", "real"}, *const forms[] = {
-                                                                             "absorbed", "dense",
-                                                                             "both"};
+    static const char *const sizes[] = {"tiny", "odd", "heads", "real"};
+    static const char *const forms[] = {"absorbed", "dense", "both"};
     static attention_case cases[N_CASES];
     struct CMUnitTest tests[N_CASES + 2] = {
         cmocka_unit_test_setup_teardown(test_prompts, pair_open, pair_close),
