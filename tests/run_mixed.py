@@ -79,7 +79,7 @@ class Watch(threading.Thread):
 
 
 def job(o, place, name, lines, device, *options):
-    """custom_id -> choices, and the summary's line."""
+    """custom_id -> choices; preemptions; whether the GPU's memory in use grew."""
     source, out = os.path.join(place, name + ".in"), os.path.join(place, name)
     with open(source, "w") as f:
         f.writelines(json.dumps(x) + "\n" for x in lines)
@@ -108,7 +108,9 @@ def job(o, place, name, lines, device, *options):
     print("%-8s %d answered in %.1f s: %s" % (name, len(records), time.monotonic() - begun, summary), flush=True)
     if watch and watch.seen:
         print("         %d MiB of GPU memory after the first answer, at most %d" % (watch.seen[0], max(watch.seen)))
-    grew = watch and watch.seen and max(watch.seen) > watch.seen[0]
+    elif watch:
+        sys.exit("%s: nobody saw how much memory the GPU had in use" % name)
+    grew = watch and max(watch.seen) > watch.seen[0]
     return records, int(re.search(r"(\d+) preemptions", summary).group(1)), grew
 
 

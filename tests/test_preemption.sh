@@ -34,9 +34,22 @@ for cache in 1024 448; do
         { echo "the cache is not of $cache tokens"; cat "$dir/small$cache.log"; exit 1; }
     "${TR_BUILDDIR:?}/tests/compare_records" "$dir/roomy" "$dir/small$cache" || exit 1
 done
-job none --max-cache-tokens 447
+# Weights that are NaN, which only reading them tells.
+mkdir "$dir/damaged" && cp "$TR_SRCDIR"/models/tiny/*.json "$dir/damaged" || exit 1
+for shard in "$TR_SRCDIR"/models/tiny/*.safetensors; do
+    header=$(($(od -An -tu8 -N8 "$shard") + 8))
+    { head -c "$header" "$shard" && head -c $(($(wc -c <"$shard") - header)) /dev/zero | tr '\0' '\377'; } \
+        >"$dir/damaged/${shard##*/}" || exit 1
+done
+job none -m "$dir/damaged" --max-cache-tokens 447
 status=$?
 [ "$status" -eq 2 ] || { echo "exit status $status, not 2, of a cache that holds no sequence"; exit 1; }
 grep -q -- '--max-cache-tokens 447: a sequence of 384 tokens needs 448 (--max-model-len)' "$dir/none.log" ||
     { cat "$dir/none.log"; exit 1; }
-! grep -q 'GB of weights' "$dir/none.log" || { echo 'the weights were read first'; exit 1; }
+job damaged.out -m "$dir/damaged" --max-cache-tokens 448
+status=$?
+if [ "$status" -ne 65 ] || ! grep -q NaN "$dir/damaged.out.log"; then
+    echo "exit status $status, not 65, of weights that are NaN"
+    cat "$dir/damaged.out.log"
+    exit 1
+fi
