@@ -41,6 +41,8 @@ static struct {
     int n_conflicts;
     int n_dense_recorded, n_keys_recorded; /* dense_mha in a record, and with a number of keys */
     bool recording;
+    bool refuses;          /* records: what is recorded is not run then, and there is memory for */
+    int n_room, n_refused; /* so many; how many have been refused */
     char first[160];
 } watch;
 
@@ -111,12 +113,17 @@ static const void *some(const void *p)
     return p ? p : &watch;
 }
 
+static bool runs(void)
+{
+    return !watch.recording || !watch.refuses;
+}
+
 #define LIST(...) __VA_ARGS__
 #define WATCHED(name, reading, writing)                                                            \
     static tr_status lane_##name(tr_device *d, tr_lane lane, const struct tr_##name##_args *a)     \
     {                                                                                              \
         note(#name, lane, (const void *const[]){reading, NULL, writing, NULL});                    \
-        return watch.cpu->name(d, lane, a);                                                        \
+        return runs() ? watch.cpu->name(d, lane, a) : TR_OK;                                       \
     }
 #define OF(x) some(a->x)
 
@@ -142,7 +149,7 @@ static tr_status lane_dense_mha(tr_device *d, tr_lane lane, const struct tr_dens
                                OF(out), OF(workspace), NULL});
     watch.n_dense_recorded += watch.recording;
     watch.n_keys_recorded += watch.recording && a->n_keys;
-    return watch.cpu->dense_mha(d, lane, a);
+    return runs() ? watch.cpu->dense_mha(d, lane, a) : TR_OK;
 }
 WATCHED(mla_value, LIST(OF(rows->n), OF(u)), LIST(OF(out)))
 WATCHED(router, LIST(OF(n), OF(logits)), LIST(OF(expert), OF(weight)))
@@ -161,7 +168,7 @@ static tr_status lane_norm(tr_device *d, tr_lane lane, const struct tr_norm_args
          (const void *const[]){OF(n), OF(add), NULL, OF(residual), OF(out), OF(q), NULL});
     plain.q = NULL;
     plain.q_scale = NULL;
-    return watch.cpu->norm(d, lane, &plain);
+    return runs() ? watch.cpu->norm(d, lane, &plain) : TR_OK;
 }
 
 static void forget(tr_acts *in)
@@ -180,7 +187,7 @@ static tr_status lane_linear(tr_device *d, tr_lane lane, const struct tr_linear_
          (const void *const[]){OF(n), some(a->in.quantised ? (const void *)a->in.q : a->in.x), NULL,
                                OF(out), some(fills ? a->in.q : NULL), NULL});
     forget(&plain.in);
-    return watch.cpu->linear(d, lane, &plain);
+    return runs() ? watch.cpu->linear(d, lane, &plain) : TR_OK;
 }
 
 static tr_status lane_moe(tr_device *d, tr_lane lane, const struct tr_moe_args *a)
@@ -191,7 +198,7 @@ static tr_status lane_moe(tr_device *d, tr_lane lane, const struct tr_moe_args *
          (const void *const[]){OF(n), some(a->in.quantised ? (const void *)a->in.q : a->in.x),
                                OF(start), OF(pair), NULL, OF(out), OF(workspace), NULL});
     forget(&plain.in);
-    return watch.cpu->moe(d, lane, &plain);
+    return runs() ? watch.cpu->moe(d, lane, &plain) : TR_OK;
 }
 
 /* ---- the rest of the table ------------------------------------------------------------------------------------------ */
@@ -240,6 +247,11 @@ static tr_status lane_graph_end(tr_device *d, tr_lane lane, tr_graph **out)
 {
     (void)d, (void)lane;
     watch.recording = false;
+    if (out) *out = NULL;
+    if (out && watch.refuses && watch.n_room-- <= 0) {
+        watch.n_refused++;
+        return TR_E_MEMORY;
+    }
     if (out) *out = (tr_graph *)(void *)&watch;
     return TR_OK;
 }
@@ -413,12 +425,72 @@ static void records_know_no_keys(void **state)
     nothing_meets();
 }
 
+/* A prompt and what follows it. */
+static void go_on(world *w, int32_t *token, int n)
+{
+    static const int32_t prompt[] = {5, 12, 19, 26, 33};
+
+    assert_int_equal(tr_fixture_slot(&w->f, 3, -1), 0);
+    w->f.kind = TR_SPAN_PREFILL;
+    assert_int_equal(tr_fixture_run(&w->f, 3, prompt, 0, 5, 1, TR_FORM_AUTO, NULL, &token[0], NULL),
+                     0);
+    w->f.kind = TR_SPAN_DECODE;
+    for (int i = 1; i < n; i++)
+        assert_int_equal(tr_fixture_run(&w->f, 3, &token[i - 1], 4 + i, 1, 1, TR_FORM_AUTO, NULL,
+                                        &token[i], NULL),
+                         0);
+}
+
+static void new_step(world *w)
+{
+    tr_step_free(&w->f.step, w->f.model);
+    assert_int_equal(tr_step_create(&w->f.step, w->f.model, &w->f.err), TR_OK);
+    watch.n_refused = 0;
+}
+
+/* Steps go on without records that the device has no memory for, and it is not asked again. */
+static void no_memory_for_records(void **state)
+{
+    world *w = *state;
+    tr_step_records sum = {0}, more = {0};
+    int32_t expected[6], plain[6];
+
+    w->table.caps &= ~(unsigned)TR_CAP_GRAPH;
+    go_on(w, expected, 6);
+    w->table.caps |= TR_CAP_GRAPH;
+    watch.refuses = true;
+    watch.n_room = 0;
+    new_step(w);
+    go_on(w, plain, 6);
+    assert_int_equal(watch.n_refused, 1);
+    assert_memory_equal(plain, expected, sizeof plain);
+
+    new_step(w);
+    assert_int_equal(tr_step_record(&w->f.step, w->f.model, 4, &sum, &w->f.err), TR_OK);
+    assert_int_equal(sum.n, 0);
+    assert_true(sum.no_memory);
+    memset(plain, 0, sizeof plain);
+    go_on(w, plain, 6);
+    assert_int_equal(watch.n_refused, 1);
+    assert_memory_equal(plain, expected, sizeof plain);
+
+    watch.n_room = 2;
+    new_step(w);
+    assert_int_equal(tr_step_record(&w->f.step, w->f.model, 4, &more, &w->f.err), TR_OK);
+    assert_int_equal(more.n, 2);
+    assert_true(more.no_memory);
+    watch.refuses = false;
+    new_step(w);
+    nothing_meets();
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(records_know_no_keys),
         cmocka_unit_test(lanes_do_not_meet),
         cmocka_unit_test(every_order_counts),
+        cmocka_unit_test(no_memory_for_records),
     };
     return cmocka_run_group_tests(tests, open_world, close_world);
 }

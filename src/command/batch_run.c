@@ -438,27 +438,54 @@ static size_t pages_wanted(const tr_run *run)
     return allowed && allowed < all ? allowed : all;
 }
 
-/* Cache pages: what is wanted, within half of what is left of the memory. */
-static tr_status choose_pages(const tr_run *run, int *n_pages, tr_err *err)
+static const uint64_t device_reserve = UINT64_C(4)
+                                       << 30; /* plan: 6 GB with CUDA's context (forecast.c) */
+
+/* What a rank's caches may take of the `left` bytes that weights and workspace have left. A device's memory is this rank's alone: all
+ * of it but what the steps' records (CUDA graphs), kernels loaded when they are first used and NCCL's buffers need. The host's is
+ * its ranks', whose workspaces do not count as taken before they are touched, and its page cache's. */
+static uint64_t cache_share(uint64_t left, bool device, int local_size)
 {
-    size_t page =
+    const uint64_t reserve = left / 8 < device_reserve ? left / 8 : device_reserve;
+    return device ? left - reserve : left / 2 / (uint64_t)local_size;
+}
+
+/* Cache pages: what is wanted, as far as there is room. */
+static tr_status pages_that_fit(const tr_run *run, int *n_pages, tr_err *err)
+{
+    const size_t page =
         tr_cache_page_bytes(&run->opened.config, run->opened.slice.layers.n, run->kv_dtype);
-    size_t each = pages_each(run), want = pages_wanted(run);
-    /* A device's memory is this rank's alone; what the steps need (workspace) comes out of the other part. */
-    const uint64_t device = run->opened.ops->memory_left(run->opened.device);
-    const uint64_t all = device ? device : tr_memory_available();
-    const uint64_t left = all / 2 / (device ? 1 : (uint64_t)run->world->local_size);
-    const size_t fit = all == UINT64_MAX ? want : (size_t)(left / page);
+    const size_t each = pages_each(run), want = pages_wanted(run);
+    const uint64_t device = run->opened.ops->memory_left(run->opened.device),
+                   left = device ? device : tr_memory_available();
+    const uint64_t room = cache_share(left, device > 0, run->world->local_size);
+    const size_t fit = left == UINT64_MAX || room / page > want ? want : (size_t)(room / page);
 
     if (fit < each)
         return tr_fail(err, TR_E_MEMORY,
                        "%.1f GB for the cache do not hold one sequence of %d tokens (%.1f GB): "
                        "lower --max-model-len or "
                        "--kv-dtype",
-                       (double)left / 1e9, run->max_model_len, (double)each * (double)page / 1e9);
-    if (want > fit) want = fit;
-    *n_pages = want > INT32_MAX ? INT32_MAX : (int)want;
+                       (double)room / 1e9, run->max_model_len, (double)each * (double)page / 1e9);
+    *n_pages = fit > INT32_MAX ? INT32_MAX : (int)fit;
     return TR_OK;
+}
+
+/* Every rank has the same pages, so that one page table serves all: the fewest that fit anywhere (tr_model_options.choose_pages).
+ * Collective, also for a rank that has failed. */
+static tr_status choose_pages(void *ctx, tr_status so_far, int *n_pages, tr_err *err)
+{
+    const tr_run *run = ctx;
+    const tr_status st = so_far == TR_OK ? pages_that_fit(run, n_pages, err) : so_far;
+    uint64_t missing = INT32_MAX - (uint64_t)*n_pages;
+    tr_err later;
+
+    if (run->world->size == 1) return st;
+    const tr_status agreed =
+        tr_comm_max_word(run->opened.control, &missing, st == TR_OK ? err : &later);
+    if (st != TR_OK || agreed != TR_OK) return st != TR_OK ? st : agreed;
+    *n_pages = (int)(INT32_MAX - missing);
+    return *n_pages ? TR_OK : tr_fail(err, TR_E_MEMORY, "another rank has no room for the cache");
 }
 
 void tr_run_budget(const tr_run *run)
@@ -493,33 +520,17 @@ void tr_run_budget(const tr_run *run)
     tr_budget_print(&budget, run->log);
 }
 
-/* Every rank has the same pages, so that one page table serves all: the fewest that fit anywhere. Collective, also for a rank that
- * has failed (n_pages 0 then). */
-static tr_status agree_pages(const tr_run *run, int *n_pages, tr_err *err)
-{
-    uint64_t missing = INT32_MAX - (uint64_t)*n_pages;
-
-    if (run->world->size == 1) return TR_OK;
-    tr_status st = tr_comm_max_word(run->opened.control, &missing, err);
-    if (st == TR_OK) *n_pages = (int)(INT32_MAX - missing);
-    return st;
-}
-
 tr_status tr_run_model(tr_run *run, tr_err *err)
 {
     const tr_config *c = &run->opened.config;
     uint32_t *has_token = NULL;
-    int n_pages = 0;
 
-    tr_err later;
-    tr_status st = choose_pages(run, &n_pages, err);
-    tr_status agreed = agree_pages(run, &n_pages, st == TR_OK ? err : &later);
-    if (st == TR_OK) st = agreed;
-    if (st != TR_OK) return st;
-    if (n_pages == 0) return tr_fail(err, TR_E_MEMORY, "another rank has no room for the cache");
     if (run->tokenizer) {
         has_token = tr_calloc(tr_ceil_div((size_t)c->vocab_size, 32), sizeof *has_token);
-        if (!has_token) return tr_fail(err, TR_E_MEMORY, "out of memory");
+        if (!has_token) { /* the others ask for its pages */
+            int none = 0;
+            return choose_pages(run, tr_fail(err, TR_E_MEMORY, "out of memory"), &none, err);
+        }
         tr_tokenizer_mask(run->tokenizer, c->vocab_size, has_token);
     }
     const tr_model_options options = {
@@ -527,13 +538,14 @@ tr_status tr_run_model(tr_run *run, tr_err *err)
         .max_rows = (int)(run->o->max_batch_tokens + run->o->max_sequences),
         .n_slots = (int)run->o->max_sequences,
         .max_model_len = run->max_model_len,
-        .n_pages = n_pages,
+        .choose_pages = choose_pages,
+        .choose_ctx = run,
         .cp_mode = run->opened.ranks.cp_mode,
         .no_overlap = run->o->no_overlap,
         .sync_check = run->o->sync_check,
         .find_not_finite = run->o->sync_check,
     };
-    st = tr_open_model(&run->opened, &options, has_token, err);
+    const tr_status st = tr_open_model(&run->opened, &options, has_token, err);
     free(has_token);
     if (st != TR_OK) return st;
     tr_log_info(run->log,

@@ -401,17 +401,8 @@ static tr_status join_all(tr_opened *o, tr_status st, tr_err *err)
 tr_status tr_open_model(tr_opened *o, const tr_model_options *options, const uint32_t *has_token,
                         tr_err *err)
 {
-    const size_t words = tr_ceil_div((size_t)o->config.vocab_size, 32);
-    uint32_t *all = NULL;
-    if (!has_token) {
-        all = malloc(words * sizeof *all);
-        if (!all) return tr_fail(err, TR_E_MEMORY, "out of memory");
-        memset(all, 0xff, words * sizeof *all);
-        has_token = all;
-    }
-    tr_status st = tr_model_create(&o->model, &o->config, o->weights, o->device, o->ops, &o->groups,
-                                   options, has_token, &o->regions, err);
-    free(all);
+    const tr_status st = tr_model_create(&o->model, &o->config, o->weights, o->device, o->ops,
+                                         &o->groups, options, has_token, &o->regions, err);
     return join_all(o, st, err);
 }
 

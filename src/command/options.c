@@ -214,8 +214,8 @@ static const tr_option batch_table[] = {
     {"max-sequences", 0, TR_OPTION_INT, AT(max_sequences), 1, 4096, "N", NULL,
      "answers generated at the same time, at most (default 32)"},
     {"max-cache-tokens", 0, TR_OPTION_INT, AT(max_cache_tokens), 1, (int64_t)1 << 36, "N", NULL,
-     "tokens in the caches of a replica, at most (default: what all answers need, as far as half of "
-     "the memory left goes)"},
+     "tokens in the caches of a replica, at most (default: what all answers need, as far as the "
+     "memory left goes: nearly all of a GPU's, half of the host's)"},
     {"no-prefix-cache", 0, TR_OPTION_FLAG, AT(no_prefix_cache), 0, 0, NULL, NULL,
      "compute every prompt in full, also what it shares with others"},
     {"seed", 0, TR_OPTION_INT, AT(seed), 0, INT64_MAX, "N", NULL,

@@ -68,6 +68,10 @@ static tr_status make_steps(tr_engine *e, tr_err *err)
     if (records.n)
         tr_log_info(e->log, "steps that decode: %d recorded in %.2f s, %.1f MB of the device",
                     records.n, (double)records.ns * 1e-9, (double)records.bytes * 1e-6);
+    if (records.no_memory)
+        tr_log_warn(e->log,
+                    "no memory of the device is left for records of steps (CUDA graphs): the "
+                    "others run slower without; --max-cache-tokens leaves more");
     return TR_OK;
 }
 

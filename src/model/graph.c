@@ -130,15 +130,31 @@ static tr_status prepare(tr_model *m, tr_pass *p, tr_step *step, tr_step_graph *
         tr_device_times_mode(t, TR_STAMP_RECORD, g->set);
         tr_status st = record(m, p, step, g, &g->stamped, err);
         tr_device_times_mode(t, TR_STAMP_STEP, NULL);
-        if (st == TR_OK) *run = g->stamped;
         *made = true;
-        return st;
+        if (st == TR_OK) *run = g->stamped;
+        if (st != TR_E_MEMORY) return st;
+        tr_stamp_set_free(g->set);
+        g->set = NULL;
+        g->cannot_stamp = true;
+        return TR_OK;
     }
     if (due && !tr_stamp_set_busy(g->set)) {
         tr_device_times_mode(t, TR_STAMP_REPLAY, g->set);
         *run = g->stamped;
     }
     return TR_OK;
+}
+
+/* Run as it is, after its record came to nothing for want of memory: its operations have been noted. */
+static tr_status run_unrecorded(tr_model *m, tr_pass *p, tr_step *step, tr_err *err)
+{
+    tr_regions *regions = m->regions;
+
+    step->memory->no_records = true;
+    m->regions = NULL;
+    const tr_status st = tr_model_network(m, p, step, true, err);
+    m->regions = regions;
+    return st;
 }
 
 /* The first step of its kind makes the record. With members it is the second one that does: the first has made NCCL's connections,
@@ -157,13 +173,15 @@ tr_status tr_graph_network(tr_model *m, tr_pass *p, tr_step *step, tr_err *err)
             s->graph[i].each == g.each && s->graph[i].flags == g.flags &&
             s->graph[i].has_head == g.has_head)
             break;
-    if (i == TR_STEP_GRAPHS) return tr_model_network(m, p, step, true, err);
+    if (i == TR_STEP_GRAPHS || (s->no_records && (i == s->n_graphs || !s->graph[i].graph)))
+        return tr_model_network(m, p, step, true, err);
     if (i == s->n_graphs) {
         s->graph[s->n_graphs++] = g;
         if (warm_up) return tr_model_network(m, p, step, true, err);
     }
     tr_device_times_mode(tr_model_times(m), TR_STAMP_STEP, NULL);
     tr_status st = prepare(m, p, step, &s->graph[i], &run, &made, err);
+    if (st == TR_E_MEMORY && !warm_up) return run_unrecorded(m, p, step, err);
     if (st != TR_OK) return st;
     st = m->ops->graph_run(m->device, TR_LANE_MAIN, run);
     if (st != TR_OK) return tr_fail(err, st, "graph: %s", m->ops->error(m->device));
@@ -190,13 +208,14 @@ static tr_status record_ahead(tr_model *m, tr_step *step, tr_plan_builder *b, in
     const tr_plan *plan = plan_of(b, n, context);
     if (!plan) return tr_fail(err, TR_E_USAGE, "a plan of %d decoded rows does not fit", n);
     tr_pass p = {.plan = plan, .rows = s->rows, .n = n, .n_max = n, .n_head = n};
-    if (s->n_graphs == TR_STEP_GRAPHS || !tr_graph_fits(m, &p)) return TR_OK;
+    if (s->n_graphs == TR_STEP_GRAPHS || s->no_records || !tr_graph_fits(m, &p)) return TR_OK;
     tr_step_graph *g = &s->graph[s->n_graphs];
     *g = kind_of(m, &p);
     step->plan = plan;
     const tr_status st = record(m, &p, step, g, &g->graph, err);
     step->plan = NULL;
-    if (st != TR_OK) return st;
+    if (st == TR_E_MEMORY) s->no_records = true;
+    if (st != TR_OK) return s->no_records ? TR_OK : st;
     s->n_graphs++;
     ++*made;
     return TR_OK;
@@ -231,6 +250,7 @@ tr_status tr_step_record(tr_step *step, tr_model *m, int n_rows, tr_step_records
     const uint64_t after = m->ops->memory_left(m->device);
     sum->ns += tr_now_ns() - begun;
     sum->bytes += before > after ? before - after : 0;
+    sum->no_memory |= step->memory->no_records;
     return st;
 }
 

@@ -286,6 +286,21 @@ static tr_status take_slots(tr_model *m, int n_slots, tr_err *err)
     return st;
 }
 
+/* has_token NULL: every id has one. */
+static tr_status upload_mask(tr_model *m, const uint32_t *has_token, size_t bytes, tr_err *err)
+{
+    uint32_t *all = NULL;
+
+    if (!has_token) {
+        all = malloc(bytes);
+        if (!all) return tr_fail(err, TR_E_MEMORY, "out of memory");
+        has_token = memset(all, 0xff, bytes);
+    }
+    const tr_status st = m->ops->upload(m->device, TR_LANE_COPY, m->has_token, has_token, bytes);
+    free(all);
+    return st;
+}
+
 /* Host tables that every step reads: rope angles, ids that have a token. */
 static tr_status take_tables(tr_model *m, const uint32_t *has_token, tr_err *err)
 {
@@ -302,8 +317,7 @@ static tr_status take_tables(tr_model *m, const uint32_t *has_token, tr_err *err
     if (st == TR_OK) st = m->ops->upload(m->device, TR_LANE_COPY, m->rope, table, rope_bytes);
     free(table);
     if (st == TR_OK) st = tr_model_take(m, words * 4, &m->has_token, err);
-    if (st == TR_OK)
-        st = m->ops->upload(m->device, TR_LANE_COPY, m->has_token, has_token, words * 4);
+    if (st == TR_OK) st = upload_mask(m, has_token, words * 4, err);
     if (st == TR_OK) st = m->ops->order(m->device, TR_LANE_COPY, TR_LANE_MAIN);
     return st;
 }
@@ -327,7 +341,6 @@ tr_status tr_model_allocate(tr_model *m, const tr_model_options *options, const 
                             tr_err *err)
 {
     const tr_config *c = m->config;
-    const int layers = m->weights->slice.layers.n;
     if (options->kv_dtype == TR_F32 && !(m->ops->caps & TR_CAP_F32_KV))
         return tr_fail(err, TR_E_USAGE, "--kv-dtype f32: %s has caches of fp8 and bf16 only",
                        tr_device_describe(m->device));
@@ -337,19 +350,15 @@ tr_status tr_model_allocate(tr_model *m, const tr_model_options *options, const 
     tr_status st = take_slots(m, options->n_slots, err);
     if (st == TR_OK) st = take_workspace(m, err);
     if (st == TR_OK) st = take_tables(m, has_token, err);
-    if (st == TR_OK) st = take_counts(m, err);
-    if (st != TR_OK) return st;
+    return st == TR_OK ? take_counts(m, err) : st;
+}
 
+tr_status tr_model_allocate_cache(tr_model *m, tr_dtype dtype, int n_pages, tr_err *err)
+{
     /* More pages than every slot at full length can use are never touched. */
-    size_t useful = (size_t)m->slots.n_slots * (size_t)m->slots.max_pages;
-    size_t pages = (size_t)options->n_pages;
-    const size_t page_bytes = tr_cache_page_bytes(c, layers, options->kv_dtype);
-    if (options->n_pages == 0) pages = options->cache_bytes / page_bytes;
-    if (pages > useful) pages = useful;
-    if (pages < 1)
-        return tr_fail(err, TR_E_MEMORY,
-                       "the cache budget of %.1f MB does not hold one page of %.1f MB (64 tokens)",
-                       (double)options->cache_bytes * 1e-6, (double)page_bytes * 1e-6);
-    return tr_cache_create(&m->cache, m->ops, m->device, c, layers, options->kv_dtype, (int)pages,
-                           err);
+    const size_t useful = (size_t)m->slots.n_slots * (size_t)m->slots.max_pages,
+                 pages = (size_t)n_pages < useful ? (size_t)n_pages : useful;
+    if (n_pages < 1) return tr_fail(err, TR_E_MEMORY, "a cache without a page");
+    return tr_cache_create(&m->cache, m->ops, m->device, m->config, m->weights->slice.layers.n,
+                           dtype, (int)pages, err);
 }

@@ -302,12 +302,21 @@ void tr_model_advance(tr_model *m, tr_comm *comm)
     if (tr_comm_size(m->moving) == 1) set_moving(m, comm);
 }
 
+/* Pages of the cache, now that everything else has its memory or has not got it. */
+static tr_status pages_of(const tr_model_options *o, tr_status so_far, int *n_pages, tr_err *err)
+{
+    *n_pages = o->n_pages;
+    if (o->n_pages || !o->choose_pages) return so_far;
+    return o->choose_pages(o->choose_ctx, so_far, n_pages, err);
+}
+
 tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weights *weights,
                           tr_device *device, const tr_ops *ops, const tr_groups *groups,
                           const tr_model_options *options, const uint32_t *has_token,
                           tr_regions *regions, tr_err *err)
 {
     tr_status st = TR_OK;
+    int n_pages;
 
     *out = NULL;
     const tr_comm *group[] = {groups->attn_tp, groups->attn_cp, groups->moe, groups->pp};
@@ -316,7 +325,7 @@ tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weig
             return tr_fail(err, TR_E_USAGE, "a group of %d ranks (%s): at most %d",
                            tr_comm_size(group[i]), tr_comm_name(group[i]), TR_MEMBERS_MAX);
     tr_model *m = calloc(1, sizeof *m);
-    if (!m) return tr_fail(err, TR_E_MEMORY, "out of memory");
+    if (!m) return pages_of(options, tr_fail(err, TR_E_MEMORY, "out of memory"), &n_pages, err);
     m->config = config;
     m->weights = weights;
     m->device = device;
@@ -335,6 +344,8 @@ tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weig
     name_regions(m);
 
     st = tr_model_allocate(m, options, has_token, err);
+    st = pages_of(options, st, &n_pages, err);
+    if (st == TR_OK) st = tr_model_allocate_cache(m, options->kv_dtype, n_pages, err);
     if (st != TR_OK) goto done;
     const tr_kv_layer kv = tr_cache_layer(m->cache, 0);
     const tr_record key = tr_record_index(&kv), latent = tr_record_latent(&kv);

@@ -59,12 +59,15 @@ typedef struct tr_step { /* one step in flight; the engine owns a ring of them *
 } tr_step;
 
 typedef struct tr_model_options {
-    tr_dtype kv_dtype;  /* TR_E4M3, TR_BF16, TR_F32 */
-    int max_rows;       /* rows of one step: --max-batch-tokens + --max-sequences */
-    int n_slots;        /* --max-sequences, plus what a fork needs */
-    int max_model_len;  /* tokens of one sequence */
-    int n_pages;        /* 0: from cache_bytes */
-    size_t cache_bytes; /* budget for the cache when n_pages is 0 */
+    tr_dtype kv_dtype; /* TR_E4M3, TR_BF16, TR_F32 */
+    int max_rows;      /* rows of one step: --max-batch-tokens + --max-sequences */
+    int n_slots;       /* --max-sequences, plus what a fork needs */
+    int max_model_len; /* tokens of one sequence */
+    int n_pages;       /* of the cache; 0: choose_pages says it */
+    /* Asked once, when all else has its memory, or has not got it (so_far): ranks can agree here. *n_pages is 0 before. What it
+     * returns ends or goes on with tr_model_create; not asked with n_pages. */
+    tr_status (*choose_pages)(void *ctx, tr_status so_far, int *n_pages, tr_err *err);
+    void *choose_ctx;
     tr_cp_mode cp_mode; /* how prompt rows are dealt out to attn_cp */
     bool
         sync_check; /* wait for every operation, so that a failure is the one's that failed (--sync-check) */
@@ -85,8 +88,8 @@ typedef struct tr_probe {
 
 typedef struct tr_model tr_model;
 
-/* Keeps config, weights, device, ops, groups, regions (all must outlive the model). Allocates cache, slots and
- * workspace, once; TR_E_MEMORY with the budget when they do not fit. */
+/* Keeps config, weights, device, ops, groups, regions (all must outlive the model). Allocates slots, workspace and
+ * cache, in this order, once; TR_E_MEMORY with the budget when they do not fit. */
 tr_status tr_model_create(tr_model **out, const tr_config *config, const tr_weights *weights,
                           tr_device *device, const tr_ops *ops, const tr_groups *groups,
                           const tr_model_options *options, const uint32_t *has_token,
@@ -115,10 +118,11 @@ void tr_step_free(tr_step *step, tr_model *model);
 
 /* Before the first step: records (graphs) of steps that decode up to n_rows rows, for contexts without and with selection, where
  * this model's steps can be recorded; else the first step of each kind makes one. Adds to *sum what there are and what they took.
- * Nothing runs, no region counts. */
+ * Where the device has no memory for a record, now or later, steps run without. Nothing runs, no region counts. */
 typedef struct tr_step_records {
     int n;
     uint64_t ns, bytes; /* bytes: of the device's memory */
+    bool no_memory;     /* for all of them */
 } tr_step_records;
 tr_status tr_step_record(tr_step *step, tr_model *model, int n_rows, tr_step_records *sum,
                          tr_err *err);

@@ -291,6 +291,8 @@ tr_status tr_model_head(tr_model *m, const tr_pass *p, tr_step *step, tr_err *er
 struct tr_step_memory {
     tr_step_graph graph[TR_STEP_GRAPHS];
     int n_graphs;
+    bool
+        no_records; /* the device has no memory for another one: steps without a record run as they are */
     void *plan; /* device copy of the block; of this member's part */
     tr_rows rows;
     void *head_plan;                   /* with parts: the whole plan's head rows, */
@@ -302,9 +304,10 @@ struct tr_step_memory {
     int n_owned;
 };
 
-/* memory.c: everything a model allocates, at creation. */
+/* memory.c: everything a model allocates, at creation: first all but the cache. */
 tr_status tr_model_allocate(tr_model *m, const tr_model_options *options, const uint32_t *has_token,
                             tr_err *err);
+tr_status tr_model_allocate_cache(tr_model *m, tr_dtype dtype, int n_pages, tr_err *err);
 tr_status tr_model_take(tr_model *m, size_t bytes, void *out,
                         tr_err *err); /* out: the address of a pointer */
 void tr_model_release(tr_model *m);
