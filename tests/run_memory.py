@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Little memory on one GPU: a job either says at its start that there is too little, with the table and exit status 71, or answers all
-requests, and the same as with room for all.
+"""Little memory on one GPU: a job either says at its start that there is too little, with the table and exit status 71, or answers
+all requests, and the same as with room for all.
 
 usage: tests/run_memory.py [options]        for a machine with a GPU; -h lists the options
 
-Another process holds all of the GPU's memory but a part, which grows from run to run. The jobs: many short answers of models/tiny (as
-many records of steps, CUDA graphs, as there can be), first with prompts that take every form of the attention.
+Another process holds all of the GPU's memory but a part, which grows from job to job. A job: a prompt of LONGEST tokens and many
+short ones, with short answers of models/tiny, up to 32 at a time: many kinds of steps, each with a record (CUDA graph).
 Exit status: 0; 1 a job ended otherwise, or there was none of either kind; 77 no GPU.
 """
 import argparse

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Many mixed requests of models/tiny on one GPU: all are answered, with room for all and with a cache that makes the youngest begin
-again, to the same records; its memory stays as it was; what the model was trained to answer is what the CPU answers.
+again, to the same records; what memory it has in use does not grow; what the model was trained to answer is what the CPU answers.
 
 usage: tests/run_mixed.py [options]        for a machine with a GPU; -h lists the options
 
@@ -62,7 +62,8 @@ def requests(o):
 
 
 class Watch(threading.Thread):
-    """MiB of GPU memory in use, once a second after the first record. Less at the end is a job that leaves."""
+    """MiB of GPU memory in use, once a second after the first record. Less at the end is a job that leaves. The first step of a
+    kind that the start has not foreseen makes a record (a CUDA graph): 2 MiB at a time, while such kinds come up."""
 
     def __init__(self, path):
         super().__init__()
@@ -79,7 +80,7 @@ class Watch(threading.Thread):
 
 
 def job(o, place, name, lines, device, *options):
-    """custom_id -> choices; preemptions; whether the GPU's memory in use grew."""
+    """custom_id -> choices; preemptions; whether the GPU's memory in use grew after the first half of the job."""
     source, out = os.path.join(place, name + ".in"), os.path.join(place, name)
     with open(source, "w") as f:
         f.writelines(json.dumps(x) + "\n" for x in lines)
@@ -106,11 +107,15 @@ def job(o, place, name, lines, device, *options):
         sys.exit("%s: %d records of %d requests" % (name, len(records), len(lines)))
     summary = re.search(r"trireme: (\d+ prompt tokens.*)", log).group(1)
     print("%-8s %d answered in %.1f s: %s" % (name, len(records), time.monotonic() - begun, summary), flush=True)
-    if watch and watch.seen:
-        print("         %d MiB of GPU memory after the first answer, at most %d" % (watch.seen[0], max(watch.seen)))
-    elif watch:
-        sys.exit("%s: nobody saw how much memory the GPU had in use" % name)
-    grew = watch and max(watch.seen) > watch.seen[0]
+    grew = False
+    if watch:
+        half = len(watch.seen) // 2
+        if half < 4:
+            sys.exit("%s: how much memory the GPU had in use was seen %d times only" % (name, len(watch.seen)))
+        first, second = max(watch.seen[:half]), max(watch.seen[half:])
+        print("         GPU memory in use after the first answer %d MiB, at most %d in the first half, %d in the second" %
+              (watch.seen[0], first, second))
+        grew = second > first
     return records, int(re.search(r"(\d+) preemptions", summary).group(1)), grew
 
 
@@ -135,7 +140,7 @@ def main():
         roomy, _, grew = job(o, place, "roomy", lines, o.device, *sequences)
         small, preempted, grew_too = job(o, place, "small", lines, o.device, *sequences, "--max-cache-tokens", str(cache))
         if grew or grew_too:
-            failed.append("the memory in use grew")
+            failed.append("the memory in use grew in the second half")
         if not preempted:
             failed.append("no preemption: --cache is too large")
         differ = [x for x in roomy if roomy[x] != small[x]]

@@ -425,8 +425,9 @@ cudaStream_t tr_cuda_stream(const tr_device *d, tr_lane lane)
     return d->stream[lane];
 }
 
-/* The first call of all, which starts the driver: told before, it loads all kernels with the context (0.1 s, 8 MiB), and a kernel's
- * first launch needs no memory. Who has said something else in the environment is obeyed. */
+/* The first call of all, which starts the driver: told before, it loads all kernels with the context (0.1 s, 8 MiB). A kernel's
+ * first launch needs no memory then, and does not wait for kernels that wait for other ranks. Who has said something else in the
+ * environment is obeyed. */
 static cudaError_t count_devices(int *n)
 {
     (void)setenv("CUDA_MODULE_LOADING", "EAGER", 0);
