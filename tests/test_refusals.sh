@@ -113,7 +113,6 @@ bare()
     shift 2
     case $command in
     batch) set -- "$@" "$TRIREME" batch -m "$dir/model.0" -i "$dir/in" -o "$dir/out" --max-model-len 512 ;;
-    shard*) set -- "$@" "$TRIREME" batch -m "$dir/model.0" -i "$dir/in" -o "$dir/out" --max-model-len 512 --shard "${command#shard}" ;;
     comm) set -- "$@" "$TRIREME" bench comm --bytes 8 --calls 1 ;;
     esac
     rm -f "$dir"/out*
@@ -136,10 +135,4 @@ bare 0 batch SLURM_PROCID=0 SLURM_NTASKS=8 SLURM_JOB_ID=7 SLURM_ARRAY_TASK_ID=3 
 bare 0 batch SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 SLURM_NTASKS=8
 bare 0 batch SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=8 SLURM_PTY_PORT=40001
 bare 0 batch SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=8 PMI_RANK=0 PMI_SIZE=1
-# Each process a part of its own; the parts of something else.
-bare 0 shard0/8 SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=8
-bare 0 shard1/2 PMI_RANK=1 PMI_SIZE=2
-bare 2 shard0/8 SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=8
-bare 2 shard0/16 SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=8
-bare 2 shard0/1 SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=8
 exit "$failed"

@@ -100,7 +100,7 @@ static tr_status with_ranks(tr_batch_options *options, tr_err *err)
     bool apart = false;
     tr_status st = tr_world_start(&world, err);
 
-    if (st == TR_OK) st = tr_launch_check(&world, &options->shard, err);
+    if (st == TR_OK) st = tr_launch_check(&world, err);
     if (st == TR_OK) st = tr_stop_install(err); /* what MPI has loaded may have taken the signals */
     if (st != TR_OK) goto done;
     bool leads = world.rank == 0;

@@ -588,7 +588,7 @@ tr_status tr_bench_comm(int argc, char **argv, tr_err *err)
     if (st == TR_OK) {
         st = parse(&b.options, b.world.size, argc, argv, err);
         /* One rank among strangers is told so, and not what --ranks it may have. */
-        if (!b.options.help && tr_launch_check(&b.world, NULL, err) != TR_OK) st = err->status;
+        if (!b.options.help && tr_launch_check(&b.world, err) != TR_OK) st = err->status;
         if (st == TR_OK && !b.options.help)
             st = run(&b, err);
         else if (st == TR_OK && b.world.rank == 0)

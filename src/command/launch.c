@@ -6,15 +6,15 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-/* `none`: not set, or no such number. */
-static int number_in(const char *name, int none)
+/* 0: not set, or no such number. */
+static int count_in(const char *name)
 {
     const char *text = getenv(name);
     char *end = NULL;
 
-    if (!text || *text < '0' || *text > '9') return none;
+    if (!text || *text < '0' || *text > '9') return 0;
     const long v = strtol(text, &end, 10);
-    return *end || v > INT_MAX ? none : (int)v;
+    return *end || v > INT_MAX ? 0 : (int)v;
 }
 
 /* Of a step, and not below its terminal's shell. */
@@ -26,22 +26,22 @@ static bool is_task(void)
 tr_launch tr_launch_find(void)
 {
     static const struct {
-        const char *mark, *by, *count, *number;
+        const char *mark, *by, *count;
         bool step; /* of Slurm, in which other launchers start theirs */
     } list[] = {
-        {"OMPI_COMM_WORLD_SIZE", "mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", false},
-        {"SLURM_STEP_NUM_TASKS", "srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", true},
-        {"PALS_RANKID", "PALS", "PALS_SIZE", "PALS_RANKID", false},
-        {"HYDI_CONTROL_FD", "mpiexec", "PMI_SIZE", "PMI_RANK", false},
-        {"PMI_RANK", "a PMI launcher", "PMI_SIZE", "PMI_RANK", false},
+        {"OMPI_COMM_WORLD_SIZE", "mpirun", "OMPI_COMM_WORLD_SIZE", false},
+        {"SLURM_STEP_NUM_TASKS", "srun", "SLURM_STEP_NUM_TASKS", true},
+        {"PALS_RANKID", "PALS", "PALS_SIZE", false},
+        {"HYDI_CONTROL_FD", "mpiexec", "PMI_SIZE", false},
+        {"PMI_RANK", "a PMI launcher", "PMI_SIZE", false},
     };
     tr_launch found = {.by = NULL};
 
     for (size_t i = 0; i < sizeof list / sizeof *list; i++) {
         if (!getenv(list[i].mark) || (list[i].step && !is_task())) continue;
-        const int n = number_in(list[i].count, 0);
+        const int n = count_in(list[i].count);
         if (!found.by)
-            found = (tr_launch){list[i].by, n, number_in(list[i].number, -1)};
+            found = (tr_launch){list[i].by, n};
         else if (n == 1 && !list[i].step) /* mpiexec has its daemons started by srun */
             found.n = 1;
     }
@@ -59,19 +59,12 @@ bool tr_launch_tell(char *text, size_t room, const char *by, int n, int n_ranks)
     return true;
 }
 
-/* srun -n 8 sh -c 'trireme batch --shard $SLURM_PROCID/8 ..': jobs that are not to find each other. */
-static bool is_divided(const tr_launch *launch, const tr_input_shard *shard)
-{
-    return shard && launch->i >= 0 && shard->n == (uint64_t)launch->n &&
-           shard->i == (uint64_t)launch->i;
-}
-
-tr_status tr_launch_check(const tr_world *world, const tr_input_shard *shard, tr_err *err)
+tr_status tr_launch_check(const tr_world *world, tr_err *err)
 {
     const tr_launch launch = tr_launch_find();
     char text[400];
 
-    if (world->size > 1 || !launch.by || is_divided(&launch, shard)) return TR_OK;
+    if (world->size > 1 || !launch.by) return TR_OK;
     if (!tr_launch_tell(text, sizeof text, launch.by, launch.n, world->size)) return TR_OK;
     return tr_fail(err, TR_E_USAGE, "%s", text);
 }

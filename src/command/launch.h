@@ -6,13 +6,11 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-#include "batch/input.h"
 #include "mpi/start.h"
 
 typedef struct tr_launch {
     const char *by; /* "mpirun", "srun", ...; NULL: started bare */
     int n;          /* processes started together, by the launcher's own account; 0: unknown */
-    int i;          /* this one's number among them; -1: unknown */
 } tr_launch;
 
 /* Main thread. A step of srun counts only where it runs this program: not under a shell of srun --pty, nor where another launcher has
@@ -22,8 +20,7 @@ tr_launch tr_launch_find(void);
 /* The sentence about n processes started by `by` of which each is in a job of n_ranks; false: these are all. Pure. */
 bool tr_launch_tell(char *text, size_t room, const char *by, int n, int n_ranks);
 
-/* TR_E_USAGE with that sentence where the world is this process alone and its launcher has started more; unless each has a part
- * of the work of its own: process i of n shard i of n. shard NULL: none. After tr_world_start. */
-tr_status tr_launch_check(const tr_world *world, const tr_input_shard *shard, tr_err *err);
+/* TR_E_USAGE with that sentence where the world is this process alone and its launcher has started more. After tr_world_start. */
+tr_status tr_launch_check(const tr_world *world, tr_err *err);
 
 #endif
