@@ -53,6 +53,11 @@ tiny="-m $dir/model.0"
 
     refused 2 "rank 1 on $host: started with another --profile-files than rank 0: node, not auto" 2 '--profile-files node' \
         $tiny --profile "$dir/profile.h5"
+    # Meant to be jobs of their own: only rank 0's would be done.
+    refused 2 "rank 1 on $host: started with another --shard than rank 0: 1/2, not 0/2" 2 '--shard 1/2' $tiny --shard 0/2
+    refused 2 "started with another -o than rank 0: $dir/out.1, not $dir/out" 2 "-o $dir/out.1" $tiny
+    long=$dir/$(printf '%0120d' 0)
+    refused 2 "started with another -i than rank 0: ..$(printf '%s' "$long" | tail -c 91).1, not $dir/in" 2 "-i $long.1" $tiny
     # What would leave ranks in different collectives.
     refused 2 "rank 1 on $host: started with another --no-bind than rank 0: on, not off" 2 --no-bind $tiny
     refused 2 "rank 1 on $host: started with another --step-timeout than rank 0: on, not 0" 2 '--step-timeout 60' \

@@ -20,7 +20,7 @@
 #include "command/open.h"
 #include "model/estimate.h"
 
-enum { MODEL_LEN_MAX = 16384, SMALL_FILE_MAX = 16 << 20, N_FIELDS = 20, FIELD_MAX = 96 };
+enum { MODEL_LEN_MAX = 16384, SMALL_FILE_MAX = 16 << 20, N_FIELDS = 24, FIELD_MAX = 96 };
 enum { TERM_GRACE_S = 5 }; /* Slurm's KillWait is 30 s (parallel.md 10.3) */
 
 struct tr_run {
@@ -341,6 +341,17 @@ static tr_status stage_layers(const tr_run *run, char *out, tr_err *err)
     return TR_OK;
 }
 
+/* Of what is too long the end: that is where names of files differ. */
+static void add_text(identity *id, const char *name, const char *text)
+{
+    const size_t n = text ? strlen(text) : 0;
+
+    if (n < FIELD_MAX)
+        add_field(id, name, "%s", text ? text : "none");
+    else
+        add_field(id, name, "..%s", text + n + 3 - FIELD_MAX);
+}
+
 /* Everything in which ranks of one job must not differ. */
 static tr_status make_alike(const tr_run *run, identity *id, tr_err *err)
 {
@@ -352,6 +363,11 @@ static tr_status make_alike(const tr_run *run, identity *id, tr_err *err)
     tr_status st = model_identity(run, model, sizeof model, err);
     if (st == TR_OK) st = stage_layers(run, layers, err);
     if (st != TR_OK) return st;
+    /* Only rank 0's are read and written: processes that were meant to be jobs of their own would leave theirs undone. */
+    add_field(id, "--shard", "%ju/%ju", (uintmax_t)o->shard.i, (uintmax_t)o->shard.n);
+    add_text(id, "-i", o->input);
+    add_text(id, "-o", o->output);
+    add_text(id, "--prompt", o->prompt);
     add_field(id, "version", "%s", PACKAGE_VERSION);
     add_field(id, "process grid", "pp %d dp %d cp %d tp %d ep %d moe-tp %d", g->pp, g->dp, g->cp,
               g->tp, g->ep, g->xt);
