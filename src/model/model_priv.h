@@ -291,9 +291,8 @@ tr_status tr_model_head(tr_model *m, const tr_pass *p, tr_step *step, tr_err *er
 struct tr_step_memory {
     tr_step_graph graph[TR_STEP_GRAPHS];
     int n_graphs;
-    bool
-        no_records; /* the device has no memory for another one: steps without a record run as they are */
-    void *plan; /* device copy of the block; of this member's part */
+    bool no_records; /* for want of memory: steps that have none run as they are */
+    void *plan;      /* device copy of the block; of this member's part */
     tr_rows rows;
     void *head_plan;                   /* with parts: the whole plan's head rows, */
     tr_rows head_rows;                 /* each a row of its own */
