@@ -12,9 +12,9 @@
 # there is nothing to run on. TR_BUILDDIR, TR_SRCDIR as in make check; TR_JOB_S: seconds for a test (default 300); TR_KEEP: a
 # folder for the reports; TR_LAUNCHES: kernels of a test that the tool looks at, from the first on (default: all). racecheck keeps
 # all that it sees: test_real_* of test_cuda_attention takes 100 GB of the host's memory in 100 launches, one at a time; of
-# test_cuda_model test_recorded_ahead alone came to an end, the others ran out of 125 GB, and with TR_LAUNCHES=500 ended in
-# errors, as tests do where the tool looks at some kernels by name alone. synccheck takes all of the GPU's memory where a whole
-# model runs: one at a time, and test_cuda_model without a verdict.
+# test_cuda_model test_recorded_ahead alone came to an end, the others ran out of 125 GB, and with TR_LAUNCHES=500 had no verdict
+# either (an error, or killed). Where the tool looks at some kernels by name alone it fails itself. synccheck takes all of the
+# GPU's memory where a whole model runs: one at a time, and test_cuda_model without a verdict.
 set -u
 
 jobs=1

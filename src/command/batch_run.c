@@ -454,12 +454,12 @@ static size_t pages_wanted(const tr_run *run)
     return allowed && allowed < all ? allowed : all;
 }
 
-static const uint64_t device_reserve = UINT64_C(4)
-                                       << 30; /* plan: 6 GB with CUDA's context (forecast.c) */
+/* Bytes. plan counts with 6 GB, CUDA's context among them (forecast.c). */
+static const uint64_t device_reserve = UINT64_C(4) << 30;
 
 /* What a rank's caches may take of the `left` bytes that weights and workspace have left. A device's memory is this rank's alone: all
- * of it but what the steps' records (CUDA graphs), kernels loaded when they are first used and NCCL's buffers need. The host's is
- * its ranks', whose workspaces do not count as taken before they are touched, and its page cache's. */
+ * of it but what the steps' records (CUDA graphs) and NCCL's buffers need. The host's is its ranks', whose workspaces do not count as
+ * taken before they are touched, and its page cache's. */
 static uint64_t cache_share(uint64_t left, bool device, int local_size)
 {
     const uint64_t reserve = left / 8 < device_reserve ? left / 8 : device_reserve;
