@@ -261,7 +261,7 @@ static void check_identity(const test_cpu *cpu, const tr_linear *w, const float 
     float *z = test_alloc((size_t)all * n_out, sizeof *z);
     tr_gemm g = {.w = w, .x = x, .ldx = n_in, .y = y, .ldy = n_out, .n_rows = all};
 
-    cpu->d->k.gemm(&g, 0, n_panels);
+    tr_cpu_gemm_panels(cpu->d, &g, 0, n_panels);
     for (int n = 1; n <= all; n += n < 40 ? 1 : 31) {
         int r = all - n;
         g = (tr_gemm){.w = w, .x = x + (size_t)r * n_in, .ldx = n_in, .ldy = n_out, .n_rows = n};
@@ -269,7 +269,7 @@ static void check_identity(const test_cpu *cpu, const tr_linear *w, const float 
         memset(z, 0xff, (size_t)all * n_out * sizeof *z);
         int step = n % 5 + 1; /* groupings of 1 to 5 panels */
         for (int p = 0; p < n_panels; p += step)
-            cpu->d->k.gemm(&g, p, p + step < n_panels ? p + step : n_panels);
+            tr_cpu_gemm_panels(cpu->d, &g, p, p + step < n_panels ? p + step : n_panels);
         assert_rows_equal(what, z, y + (size_t)r * n_out, (size_t)n * n_out);
         memset(z, 0xff, (size_t)all * n_out * sizeof *z);
         tr_cpu_gemm_all(cpu->d, &g);

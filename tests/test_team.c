@@ -76,6 +76,109 @@ static void runs(void **state)
     tr_team_free(NULL);
 }
 
+/* ---- pieces ---- */
+
+enum { PANELS_MAX = 1500 };
+
+typedef struct pieces_work {
+    tr_team *team;
+    int n_panels, lazy;
+    size_t panel_bytes;
+    atomic_int wrong, had[2][PANELS_MAX];
+    int n_first[MEMBERS_MAX]; /* panels of its own share that a member has had */
+} pieces_work;
+
+/* Every panel of two products, the second with an offset, in two passes; who is lazy waits for the others to do its part. */
+static void take_pieces(void *ctx, int i, int n)
+{
+    pieces_work *w = ctx;
+    const int own = tr_team_part(w->n_panels, i, n), own_end = tr_team_part(w->n_panels, i + 1, n);
+    TR_SCRATCH tr_pieces p;
+    int begin, end, n_first = 0, n_again = 0;
+
+    for (int product = 0; product < 2; product++) {
+        tr_pieces_shared(&p, w->team, product * n, w->n_panels, n, i, w->panel_bytes);
+        if (i == w->lazy) tr_team_barrier(w->team);
+        for (int k = 0; tr_piece(&p, k, &begin, &end); k++)
+            for (int panel = begin; panel < end; panel++) {
+                if (panel >= own && panel < own_end) w->n_first[i]++;
+                atomic_fetch_add(&w->had[product][panel], 1);
+                n_first += panel;
+            }
+        if (i != w->lazy && w->lazy >= 0) tr_team_barrier(w->team);
+        p.offset = 7;
+        for (int k = 0; tr_piece(&p, k, &begin, &end); k++)
+            for (int panel = begin; panel < end; panel++)
+                n_again += panel - 7;
+    }
+    if (n_first != n_again) atomic_fetch_add(&w->wrong, 1);
+}
+
+static void check_pieces(tr_team *team, int n, int n_panels, size_t panel_bytes, int lazy)
+{
+    pieces_work *w = calloc(1, sizeof *w);
+    assert_non_null(w);
+    *w =
+        (pieces_work){.team = team, .n_panels = n_panels, .panel_bytes = panel_bytes, .lazy = lazy};
+
+    tr_team_run(team, take_pieces, w);
+    assert_int_equal(atomic_load(&w->wrong), 0);
+    for (int panel = 0; panel < n_panels; panel++)
+        for (int product = 0; product < 2; product++)
+            assert_int_equal(atomic_load(&w->had[product][panel]), 1);
+    if (lazy >= 0) assert_int_equal(w->n_first[lazy], 0);
+    if (lazy < 0 && n == 1) assert_int_equal(w->n_first[0], 2 * n_panels);
+    free(w);
+}
+
+/* Every panel comes once, also those of a member who comes when all is done; counters begin again with every run. */
+static void pieces(void **state)
+{
+    static const int panels[] = {1, 2, 3, 4, 5, 23, 64, 333, PANELS_MAX};
+    static const size_t bytes[] = {0, 1, 20000, 1 << 20};
+    (void)state;
+    for (int n = 1; n <= MEMBERS_MAX; n++) {
+        tr_team *team;
+        tr_err err;
+        assert_int_equal(tr_team_create(&team, n, NULL, &err), TR_OK);
+        for (size_t k = 0; k < sizeof panels / sizeof *panels; k++)
+            for (size_t b = 0; b < sizeof bytes / sizeof *bytes; b++) {
+                check_pieces(team, n, panels[k], bytes[b], -1);
+                if (n > 1) check_pieces(team, n, panels[k], bytes[b], (int)(k + b) % n);
+            }
+        tr_team_free(team);
+    }
+}
+
+static void member_of_none(void *ctx, int i, int n)
+{
+    (void)ctx, (void)i, (void)n;
+}
+
+/* As many pieces as a product may have, all for one member: it has room for them. */
+static void most_pieces(void **state)
+{
+    (void)state;
+    for (int n_shares = 1; n_shares <= TR_PIECES_MAX; n_shares *= 4)
+        for (int n_panels = 4 * TR_PIECES_MAX - 40; n_panels < 4 * TR_PIECES_MAX + 40; n_panels++) {
+            TR_SCRATCH tr_pieces p;
+            tr_team *team;
+            tr_err err;
+            int begin, end, sum = 0, k = 0;
+            if (n_panels % 13 != 0) continue;
+            assert_int_equal(tr_team_create(&team, 1, NULL, &err), TR_OK);
+            tr_team_run(team, member_of_none, NULL);
+            tr_pieces_shared(&p, team, 0, n_panels, n_shares, n_shares / 2, 0);
+            for (; tr_piece(&p, k, &begin, &end); k++) {
+                assert_true(end - begin <= p.size && begin < end);
+                sum += end - begin;
+            }
+            assert_int_equal(sum, n_panels);
+            assert_true(k <= TR_PIECES_MAX && k > TR_PIECES_MAX / 4);
+            tr_team_free(team);
+        }
+}
+
 static void parts(void **state)
 {
     (void)state;
@@ -156,10 +259,8 @@ static void places(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(runs),
-        cmocka_unit_test(parts),
-        cmocka_unit_test(hostile_places),
-        cmocka_unit_test(places),
+        cmocka_unit_test(runs),        cmocka_unit_test(parts),          cmocka_unit_test(pieces),
+        cmocka_unit_test(most_pieces), cmocka_unit_test(hostile_places), cmocka_unit_test(places),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -6,6 +6,7 @@
 #ifndef TR_KERNELS_CPU_PRIV_H
 #define TR_KERNELS_CPU_PRIV_H
 
+#include "kernels/cpu/pieces.h"
 #include "kernels/cpu/team.h"
 #include "kernels/device.h"
 #include "kernels/kernels.h"
@@ -25,8 +26,8 @@ enum { TR_PANEL = 16 }; /* output rows of one weight panel */
 
 typedef enum tr_isa { TR_ISA_PLAIN, TR_ISA_AVX2, TR_ISA_AVX512, TR_ISA_AMX, TR_N_ISAS } tr_isa;
 
-/* One matrix product on packed weights, whole panels: y[r, o] = sum_i x[row(r), i] w[i_mat][o, i] for outputs of panels
- * [panel_begin, panel_end), row(r) = row_index ? row_index[r] : r. Each output has one accumulator per 128-block of k and
+/* One matrix product on packed weights, whole panels: y[r, o] = sum_i x[row(r), i] w[i_mat][o, i] for outputs of the pieces'
+ * panels, row(r) = row_index ? row_index[r] : r. Each output has one accumulator per 128-block of k and
  * sums blocks in order, whatever n_rows is: no row's bits depend on the others. Outputs past n_out are not written. */
 typedef struct tr_gemm {
     const tr_linear *w;
@@ -46,7 +47,7 @@ struct tr_index_scratch;
 /* Functions that exist once per instruction set; NULL fields fall back to plain (filled in by tr_device_open). */
 typedef struct tr_cpu_kernels {
     /* One thread. */
-    void (*gemm)(const tr_gemm *g, int panel_begin, int panel_end);
+    void (*gemm)(const tr_gemm *g, tr_pieces *pieces);
     /* Where gemm wants code (lane, k) of an e4m3 group: byte order[lane * 4 + k % 4] of 64 (packed.h); and whether the
      * bits of a code (seeeemmm) are stored as eeeesmmm. */
     const uint8_t *e4m3_order;
@@ -134,7 +135,15 @@ static inline void tr_device_run(const tr_device *d, double work, tr_team_fn *fn
         tr_team_run(d->team, fn, ctx);
 }
 
-/* Whole product over all threads of the device, panels spread statically. */
+/* One thread: the product's panels [begin, end). */
+static inline void tr_cpu_gemm_panels(const tr_device *d, const tr_gemm *g, int begin, int end)
+{
+    TR_SCRATCH tr_pieces own;
+    tr_pieces_own(&own, begin, end);
+    d->k.gemm(g, &own);
+}
+
+/* Whole product over all threads of the device, panels in pieces. */
 void tr_cpu_gemm_all(tr_device *d, const tr_gemm *g);
 
 /* One thread: out = silu(gate) * up, n numbers; out may be gate. */

@@ -72,13 +72,13 @@ static void block_make(const tr_device *d, const struct tr_dense_mha_args *a, in
     g.w = a->w_uk;
     g.y = to->key;
     g.ldy = d_q;
-    d->k.gemm(&g, 0, tr_n_panels(a->d_nope));
+    tr_cpu_gemm_panels(d, &g, 0, tr_n_panels(a->d_nope));
     tr_tile key = {to->key, d_q, b->n};
     tr_attention_of(d)->turn(b->turned, key, (int)d_q);
     g.w = a->w_uv;
     g.y = b->value;
     g.ldy = (size_t)a->d_v;
-    d->k.gemm(&g, 0, tr_n_panels(a->d_v));
+    tr_cpu_gemm_panels(d, &g, 0, tr_n_panels(a->d_v));
 }
 
 /* Up to TR_ROW_BLOCK rows from row i on against a block whose first key is at position `first`; all see that one. */

@@ -464,15 +464,25 @@ static void strip_panels(const strip *s, size_t at, size_t n_bytes, int panel, i
     move_totals(s, total, panel, P, 1);
 }
 
+static void piece_panels(const strip *s, size_t at, size_t n_bytes, int panel, int end)
+{
+    for (int P; panel < end; panel += P) {
+        P = end - panel < PANELS_MAX ? end - panel : PANELS_MAX;
+        strip_panels(s, at, n_bytes, panel, P);
+    }
+}
+
 /* Rows [i_row, i_row + n_rows), at most N_TILES tiles of them, through all of k. */
-static void gemm_rows(const tr_gemm *g, const tr_packed *m, int i_row, int n_rows, int panel_begin,
-                      int panel_end)
+static void gemm_rows(const tr_gemm *g, const tr_packed *m, int i_row, int n_rows,
+                      tr_pieces *pieces)
 {
     TR_SCRATCH uint8_t parts[PART_STEPS * TR_N_PARTS * TR_TILE_BYTES] __attribute__((aligned(64)));
     const int rows = n_rows < TR_TILE_ROWS ? n_rows : TR_TILE_ROWS;
     strip s = {.g = g, .m = *m, .i_row = i_row, .n_rows = n_rows, .parts = parts};
     size_t at = 0;
+    int begin, end;
 
+    if (!tr_piece(pieces, 0, &begin, &end)) return; /* no piece, no parts of x */
     s.n_tiles = (n_rows + TR_TILE_ROWS - 1) / TR_TILE_ROWS;
     s.part_bytes = (size_t)rows * 64;
     s.unit_bytes = TR_N_PARTS * s.part_bytes;
@@ -488,26 +498,23 @@ static void gemm_rows(const tr_gemm *g, const tr_packed *m, int i_row, int n_row
         }
         for (int i = 0; i < s.n_tiles; i++)
             split_tile(&s, i);
-        for (int panel = panel_begin, P; panel < panel_end; panel += P) {
-            P = panel_end - panel < PANELS_MAX ? panel_end - panel : PANELS_MAX;
-            strip_panels(&s, at, bytes, panel, P);
-        }
+        for (int i = 0; tr_piece(pieces, i, &begin, &end); i++)
+            piece_panels(&s, at, bytes, begin, end);
         at += bytes;
     }
     _tile_release();
 }
 
-static void gemm(const tr_gemm *g, int panel_begin, int panel_end)
+static void gemm(const tr_gemm *g, tr_pieces *pieces)
 {
     if (g->w->format == TR_W_F32) {
-        tr_cpu_avx512.gemm(g, panel_begin, panel_end);
+        tr_cpu_avx512.gemm(g, pieces);
         return;
     }
     tr_packed m = tr_packed_view(g->w, g->i_mat);
     for (int r = 0; r < g->n_rows; r += N_TILES * TR_TILE_ROWS) {
         int left = g->n_rows - r;
-        gemm_rows(g, &m, r, left < N_TILES * TR_TILE_ROWS ? left : N_TILES * TR_TILE_ROWS,
-                  panel_begin, panel_end);
+        gemm_rows(g, &m, r, left < N_TILES * TR_TILE_ROWS ? left : N_TILES * TR_TILE_ROWS, pieces);
     }
 }
 

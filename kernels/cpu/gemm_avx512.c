@@ -268,20 +268,20 @@ static tr_gemm rows_from(const tr_gemm *g, int n)
 }
 
 /* Up to 32 rows in two parts: weights that are read twice take less time than those that pass through a buffer. */
-static void gemm_512(const tr_gemm *g, int panel_begin, int panel_end)
+static void gemm_512(const tr_gemm *g, tr_pieces *pieces)
 {
     const int first = g->n_rows > TURNED_MAX ? (g->n_rows + 1) / 2 : g->n_rows;
     tr_gemm part = *g;
 
     if (g->n_rows < TURNED_MIN || g->n_rows > 2 * TURNED_MAX) {
-        gemm(g, panel_begin, panel_end);
+        gemm(g, pieces);
         return;
     }
     part.n_rows = first;
-    gemm_turned(&part, panel_begin, panel_end);
+    gemm_turned(&part, pieces);
     if (first == g->n_rows) return;
     part = rows_from(g, first);
-    gemm_turned(&part, panel_begin, panel_end);
+    gemm_turned(&part, pieces);
 }
 
 const tr_cpu_kernels tr_cpu_avx512 = {

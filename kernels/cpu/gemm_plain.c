@@ -80,13 +80,14 @@ static void gemm_panel(const tr_gemm *g, const tr_packed *m, int panel, int i_ro
     }
 }
 
-static void gemm(const tr_gemm *g, int panel_begin, int panel_end)
+static void gemm(const tr_gemm *g, tr_pieces *pieces)
 {
     tr_packed m = tr_packed_view(g->w, g->i_mat);
 
     for (int r = 0; r < g->n_rows; r += ROWS)
-        for (int panel = panel_begin; panel < panel_end; panel++)
-            gemm_panel(g, &m, panel, r, g->n_rows - r < ROWS ? g->n_rows - r : ROWS);
+        for (int i = 0, panel, end; tr_piece(pieces, i, &panel, &end); i++)
+            for (; panel < end; panel++)
+                gemm_panel(g, &m, panel, r, g->n_rows - r < ROWS ? g->n_rows - r : ROWS);
 }
 
 /* Sixteen chains; chain c takes the elements c, c + 16, ... */

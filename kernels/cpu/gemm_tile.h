@@ -263,18 +263,21 @@ static void gemm_buffered(const tr_gemm *g, const tr_packed *m, int i_row, int n
     }
 }
 
-static void gemm(const tr_gemm *g, int panel_begin, int panel_end)
+static void gemm(const tr_gemm *g, tr_pieces *pieces)
 {
     tr_packed m = tr_packed_view(g->w, g->i_mat);
+    int begin, end;
 
     if (g->n_rows <= 0) return;
     if (g->n_rows <= DIRECT_ROWS) {
-        gemm_direct(g, &m, panel_begin, panel_end);
+        for (int i = 0; tr_piece(pieces, i, &begin, &end); i++)
+            gemm_direct(g, &m, begin, end);
         return;
     }
     for (int r = 0; r < g->n_rows; r += CHUNK_ROWS) {
         int n = g->n_rows - r < CHUNK_ROWS ? g->n_rows - r : CHUNK_ROWS;
-        gemm_buffered(g, &m, r, n, panel_begin, panel_end);
+        for (int i = 0; tr_piece(pieces, i, &begin, &end); i++)
+            gemm_buffered(g, &m, r, n, begin, end);
     }
 }
 

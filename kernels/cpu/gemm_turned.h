@@ -187,15 +187,19 @@ static void turned_panel(const turned *t, size_t at, int panel)
     store_rows(g, 0, g->n_rows, panel, 1, total);
 }
 
-static void gemm_turned(const tr_gemm *g, int panel_begin, int panel_end)
+static void gemm_turned(const tr_gemm *g, tr_pieces *pieces)
 {
     TR_SCRATCH float x[TURNED_COLUMNS * TURNED_MAX] __attribute__((aligned(64)));
     turned t = {.g = g, .m = tr_packed_view(g->w, g->i_mat), .ld = turned_ld(g->n_rows), .x = x};
 
+    int panel, end;
+
+    if (!tr_piece(pieces, 0, &panel, &end)) return; /* no piece, no x */
     for (size_t at = 0; t.k < t.m.n_in; t.k += t.n_k) {
         const size_t bytes = turn_rows(&t);
-        for (int panel = panel_begin; panel < panel_end; panel++)
-            turned_panel(&t, at, panel);
+        for (int i = 0; tr_piece(pieces, i, &panel, &end); i++)
+            for (; panel < end; panel++)
+                turned_panel(&t, at, panel);
         at += bytes;
     }
 }

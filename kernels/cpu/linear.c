@@ -399,7 +399,17 @@ tr_status tr_cpu_table_fill(tr_device *d, void *dst, size_t row_bytes, int n_row
 
 /* ---- products ---- */
 
-/* Thread i of n: panels are cut first; threads that are left over share the rows. */
+/* Thread i of n, few rows: its own panels (own_panels), then what others have left. */
+static void gemm_shared(const tr_device *d, const tr_gemm *g, int i, int n)
+{
+    TR_SCRATCH tr_pieces pieces;
+    const tr_packed m = tr_packed_view(g->w, g->i_mat);
+
+    tr_pieces_shared(&pieces, d->team, 0, tr_n_panels(g->w->n_out), n, i, m.panel_bytes);
+    d->k.gemm(g, &pieces);
+}
+
+/* Thread i of n, its part alone: panels are cut first; threads that are left over share the rows. */
 static void gemm_part(const tr_device *d, const tr_gemm *g, int i, int n)
 {
     const int n_panels = tr_n_panels(g->w->n_out);
@@ -419,8 +429,8 @@ static void gemm_part(const tr_device *d, const tr_gemm *g, int i, int n)
         mine.out_index += r;
     else
         mine.y += (size_t)r * g->ldy;
-    d->k.gemm(&mine, tr_team_part(n_panels, i_column, columns),
-              tr_team_part(n_panels, i_column + 1, columns));
+    tr_cpu_gemm_panels(d, &mine, tr_team_part(n_panels, i_column, columns),
+                       tr_team_part(n_panels, i_column + 1, columns));
 }
 
 typedef struct gemm_work {
@@ -431,7 +441,12 @@ typedef struct gemm_work {
 static void gemm_member(void *ctx, int i, int n)
 {
     const gemm_work *w = ctx;
-    gemm_part(w->d, w->g, i, n);
+    const int n_panels = tr_n_panels(w->g->w->n_out);
+
+    if (n > 1 && n <= n_panels && n <= TR_PIECES_MAX && w->g->n_rows <= TR_PIECES_ROWS)
+        gemm_shared(w->d, w->g, i, n);
+    else
+        gemm_part(w->d, w->g, i, n);
 }
 
 void tr_cpu_gemm_all(tr_device *d, const tr_gemm *g)

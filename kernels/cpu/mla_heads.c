@@ -29,7 +29,7 @@ static void heads_part(const heads_work *w, int i, int n)
         head.i_mat = h;
         head.x += (size_t)h * w->x_step;
         head.y += (size_t)h * w->y_step;
-        w->d->k.gemm(&head, p, p_end);
+        tr_cpu_gemm_panels(w->d, &head, p, p_end);
         u += p_end - p;
     }
 }

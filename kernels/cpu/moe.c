@@ -5,12 +5,14 @@
 
 #include "base/size.h"
 #include "kernels/cpu/cpu_priv.h"
+#include "kernels/cpu/packed.h"
 #include "kernels/limits.h"
 
 /* Mixture of experts (model.md 6): which experts a row takes, the experts themselves, and their
  * weighted sum. */
 
 enum { EXPERTS_MAX = TR_CPU_EXPERTS_MAX, GROUPS_MAX = EXPERTS_MAX, COMBINE_CHUNK = 1024 };
+_Static_assert(2 * EXPERTS_MAX <= TR_TEAM_COUNTERS, "a counter for both phases of every expert");
 
 /* ---- router ---- */
 
@@ -164,7 +166,7 @@ static int inner_units(int inner)
     return inner % TR_PANEL == 0 ? inner / TR_PANEL : 1;
 }
 
-static void expert_inner(const tr_device *d, const moe_work *w, int e, int begin, int end)
+static void expert_inner(const tr_device *d, const moe_work *w, int e, tr_pieces *units)
 {
     const struct tr_moe_args *a = w->a;
     const int first = a->start[e], n_rows = a->start[e + 1] - first,
@@ -180,23 +182,26 @@ static void expert_inner(const tr_device *d, const moe_work *w, int e, int begin
         .ldy = 2 * (size_t)w->inner,
         .n_rows = n_rows,
     };
-    int i = begin * TR_PANEL, n = (end - begin) * TR_PANEL;
+    const int width = w->inner % TR_PANEL == 0 ? TR_PANEL : w->inner; /* of a unit */
+    int begin, end;
 
-    if (w->inner % TR_PANEL == 0) {
-        d->k.gemm(&g, begin, end);
-        d->k.gemm(&g, n_units + begin, n_units + end);
-    } else {
-        d->k.gemm(&g, 0, tr_n_panels(2 * w->inner));
-        i = 0;
-        n = w->inner;
+    if (width == TR_PANEL) {
+        d->k.gemm(&g, units);
+        units->offset = n_units;
+        d->k.gemm(&g, units);
+        units->offset = 0;
+    } else if (tr_piece(units, 0, &begin, &end)) {
+        tr_cpu_gemm_panels(d, &g, 0, tr_n_panels(2 * w->inner));
     }
-    for (int r = 0; r < n_rows; r++) {
-        float *gate = gate_up + (size_t)r * 2 * (size_t)w->inner + i;
-        tr_swiglu_row(d, gate, gate, gate + w->inner, n);
+    for (int p = 0; tr_piece(units, p, &begin, &end); p++) {
+        for (int r = 0; r < n_rows; r++) {
+            float *gate = gate_up + (size_t)r * 2 * (size_t)w->inner + begin * width;
+            tr_swiglu_row(d, gate, gate, gate + w->inner, (end - begin) * width);
+        }
     }
 }
 
-static void expert_down(const tr_device *d, const moe_work *w, int e, int begin, int end)
+static void expert_down(const tr_device *d, const moe_work *w, int e, tr_pieces *panels)
 {
     const struct tr_moe_args *a = w->a;
     const int first = a->start[e];
@@ -210,42 +215,100 @@ static void expert_down(const tr_device *d, const moe_work *w, int e, int begin,
         .out_index = a->pair + first,
         .n_rows = a->start[e + 1] - first,
     };
-    d->k.gemm(&g, begin, end);
+    d->k.gemm(&g, panels);
 }
 
-typedef void expert_phase(const tr_device *d, const moe_work *w, int e, int begin, int end);
+typedef void expert_fn(const tr_device *d, const moe_work *w, int e, tr_pieces *units);
 
-/* Thread i of n does its share of n_units units of every used expert: shares are consecutive and of
- * equal cost, a unit costing its rows and, for reading and expanding the weights, about four more.
- */
-static void phase_part(const tr_device *d, const moe_work *w, expert_phase *phase, int n_units,
-                       int i, int n)
+typedef struct expert_phase {
+    expert_fn *fn;
+    int n_units;       /* of an expert */
+    size_t unit_bytes; /* of weights */
+    int counter;       /* of expert 0's pieces */
+} expert_phase;
+
+/* A unit costs its rows and, for reading and expanding the weights, about four more. */
+static int64_t unit_cost(const moe_work *w, int e)
 {
     enum { READING = 4 };
-    const int32_t *start = w->a->start;
-    int64_t total = 0, base = 0;
+    const int n_rows = w->a->start[e + 1] - w->a->start[e];
+    return n_rows > 0 ? n_rows + READING : 0;
+}
 
+static int64_t total_cost(const moe_work *w, int n_units)
+{
+    int64_t total = 0;
     for (int e = 0; e < w->a->n_local; e++)
-        if (start[e + 1] > start[e])
-            total += (int64_t)n_units * (start[e + 1] - start[e] + READING);
-    int64_t low = total * i / n, high = total * (i + 1) / n;
+        total += n_units * unit_cost(w, e);
+    return total;
+}
+
+/* Thread i of n does its share of the units of every used expert, and no more: shares are consecutive and of equal cost. */
+static void phase_part(const tr_device *d, const moe_work *w, const expert_phase *phase, int i,
+                       int n)
+{
+    TR_SCRATCH tr_pieces own;
+    const int64_t total = total_cost(w, phase->n_units);
+    const int64_t low = total * i / n, high = total * (i + 1) / n;
+    int64_t base = 0;
+
     for (int e = 0; e < w->a->n_local && base < high; e++) {
-        if (start[e + 1] == start[e]) continue;
-        int64_t cost = start[e + 1] - start[e] + READING;
+        const int64_t cost = unit_cost(w, e);
+        if (cost == 0) continue;
         int64_t begin = low > base ? (low - base + cost - 1) / cost : 0;
         int64_t end = (high - base + cost - 1) / cost;
-        if (end > n_units) end = n_units;
-        if (begin < end) phase(d, w, e, (int)begin, (int)end);
-        base += n_units * cost;
+        if (end > phase->n_units) end = phase->n_units;
+        if (begin < end) {
+            tr_pieces_own(&own, (int)begin, (int)end);
+            phase->fn(d, w, e, &own);
+        }
+        base += phase->n_units * cost;
     }
+}
+
+/* Thread i of n begins where its share would, and takes units of one expert after another until none is left of any. */
+static void phase_shared(const tr_device *d, const moe_work *w, const expert_phase *phase, int i,
+                         int n)
+{
+    TR_SCRATCH tr_pieces units;
+    const int n_local = w->a->n_local;
+    const int64_t low = total_cost(w, phase->n_units) * i / n;
+    int64_t base = 0;
+    int e = 0;
+
+    for (; e + 1 < n_local && base + phase->n_units * unit_cost(w, e) <= low; e++)
+        base += phase->n_units * unit_cost(w, e);
+    for (int k = 0; k < n_local; k++, e = e + 1 < n_local ? e + 1 : 0) {
+        if (unit_cost(w, e) == 0) continue;
+        tr_pieces_shared(&units, d->team, phase->counter + e, phase->n_units, 1, 0,
+                         phase->unit_bytes);
+        phase->fn(d, w, e, &units);
+    }
+}
+
+static int most_rows(const struct tr_moe_args *a)
+{
+    int most = 0;
+    for (int e = 0; e < a->n_local; e++)
+        if (a->start[e + 1] - a->start[e] > most) most = a->start[e + 1] - a->start[e];
+    return most;
 }
 
 static void moe_member(void *ctx, int i, int n)
 {
     const moe_work *w = ctx;
-    phase_part(w->d, w, expert_inner, inner_units(w->inner), i, n);
+    const expert_phase inner = {.fn = expert_inner,
+                                .n_units = inner_units(w->inner),
+                                .unit_bytes = 2 * tr_packed_view(w->a->gate_up, 0).panel_bytes};
+    const expert_phase down = {.fn = expert_down,
+                               .n_units = tr_n_panels(w->a->down->n_out),
+                               .unit_bytes = tr_packed_view(w->a->down, 0).panel_bytes,
+                               .counter = EXPERTS_MAX};
+    const int shared = n > 1 && w->a->n_local <= EXPERTS_MAX && most_rows(w->a) <= TR_PIECES_ROWS;
+
+    (shared ? phase_shared : phase_part)(w->d, w, &inner, i, n);
     tr_team_barrier(w->d->team);
-    phase_part(w->d, w, expert_down, tr_n_panels(w->a->down->n_out), i, n);
+    (shared ? phase_shared : phase_part)(w->d, w, &down, i, n);
 }
 
 tr_status tr_cpu_moe(tr_device *d, tr_lane lane, const struct tr_moe_args *a)

@@ -33,6 +33,11 @@ typedef struct signal_word {
     atomic_int n_asleep;
 } signal_word;
 
+/* Of the run whose number stands above what it counts: nobody needs to put all of them back. */
+typedef struct counter {
+    _Alignas(LINE) _Atomic uint64_t value;
+} counter;
+
 typedef struct member {
     tr_team *team;
     pthread_t thread;
@@ -45,7 +50,9 @@ struct tr_team {
     _Alignas(LINE) atomic_int n_here;
     _Alignas(LINE) atomic_int next;
     _Alignas(LINE) atomic_uint spin_ns;
-    tr_team_fn *fn; /* of this run; NULL: leave */
+    tr_team_fn *fn;   /* of this run; NULL: leave */
+    uint32_t round;   /* the run's number; it may begin again at 0 after 2^32 */
+    counter *counter; /* [TR_TEAM_COUNTERS] */
     void *ctx;
     int n, n_running; /* members; of them in this run: all or 1 */
     int caller_cpu;   /* -1: anywhere */
@@ -116,6 +123,19 @@ int tr_team_next(tr_team *t)
     return atomic_fetch_add_explicit(&t->next, 1, memory_order_relaxed);
 }
 
+int tr_team_count(tr_team *t, int i)
+{
+    _Atomic uint64_t *value = &t->counter[i].value;
+    const uint64_t none = (uint64_t)t->round << 32;
+    uint64_t old = atomic_load_explicit(value, memory_order_relaxed), now;
+
+    do
+        now = (old >> 32 == t->round ? old : none) + 1;
+    while (!atomic_compare_exchange_weak_explicit(value, &old, now, memory_order_relaxed,
+                                                  memory_order_relaxed));
+    return (int)(uint32_t)(now - 1);
+}
+
 static void *member_main(void *arg)
 {
     member *m = arg;
@@ -144,6 +164,7 @@ static void move_to(int cpu)
 void tr_team_run_alone(tr_team *t, tr_team_fn *fn, void *ctx)
 {
     t->n_running = 1;
+    t->round++;
     atomic_store_explicit(&t->next, 0, memory_order_relaxed);
     fn(ctx, 0, 1);
     t->n_running = t->n;
@@ -159,6 +180,7 @@ void tr_team_run(tr_team *t, tr_team_fn *fn, void *ctx)
     if (t->caller_cpu >= 0 && sched_getcpu() != t->caller_cpu) move_to(t->caller_cpu);
     t->fn = fn;
     t->ctx = ctx;
+    t->round++;
     change(&t->go, atomic_load_explicit(&t->go.value, memory_order_relaxed) + 1);
     fn(ctx, 0, t->n);
     tr_team_barrier(t);
@@ -208,6 +230,12 @@ tr_status tr_team_create(tr_team **out, int n, const int *cpu, tr_err *err)
     t = aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE);
     if (!t) return tr_fail(err, TR_E_MEMORY, "out of memory");
     memset(t, 0, bytes);
+    t->counter = aligned_alloc(LINE, TR_TEAM_COUNTERS * sizeof *t->counter);
+    if (!t->counter) {
+        free(t);
+        return tr_fail(err, TR_E_MEMORY, "out of memory");
+    }
+    memset(t->counter, 0, TR_TEAM_COUNTERS * sizeof *t->counter);
     t->n = t->n_running = n;
     t->caller_cpu = cpu ? cpu[0] : -1;
     atomic_store(&t->spin_ns, SPIN_NS_MAX);
@@ -229,5 +257,6 @@ void tr_team_free(tr_team *t)
     change(&t->go, atomic_load_explicit(&t->go.value, memory_order_relaxed) + 1);
     for (int i = 1; i < t->n; i++)
         if (t->member[i].started) pthread_join(t->member[i].thread, NULL);
+    free(t->counter);
     free(t);
 }

@@ -9,6 +9,7 @@
  *         tr_team_barrier(w->device->team);             only if there are phases: every member, equally often
  *         for (int t; (t = tr_team_next(w->device->team)) < n_tasks;)
  *             ...                                       dynamic shares: each task number comes once
+ *                                                       (pieces.h: a static share first, then what others have left)
  *     }
  *     tr_device_run(device, multiply_adds, rows, &work);     cpu_priv.h: all members, or the caller alone for small work
  *
@@ -47,6 +48,10 @@ void tr_team_barrier(tr_team *team);
 
 /* Inside a run: 0, 1, 2, ... to whoever asks; begins again at 0 behind a barrier. */
 int tr_team_next(tr_team *team);
+
+/* Inside a run: the same of TR_TEAM_COUNTERS more counters, which begin again at 0 with each run alone. */
+enum { TR_TEAM_COUNTERS = 2048 };
+int tr_team_count(tr_team *team, int i);
 
 /* Where part i of n of [0, total) begins; i == n: total. Parts differ by at most one, the larger ones first. */
 static inline int tr_team_part(int total, int i, int n)
