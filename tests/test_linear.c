@@ -332,6 +332,8 @@ static void many_columns(void **state)
 {
     (void)state;
     check_size(20, 16384 + 131, 18, 1, 12, 50);
+    check_size(230, 8192 + 131, 18, 3, 13,
+               0); /* threads take panels from each other, and keep them in every pass */
 }
 
 /* row_index and out_index, with threads that share rows (more threads than panels). */

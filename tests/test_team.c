@@ -78,6 +78,43 @@ static void runs(void **state)
 
 /* ---- pieces ---- */
 
+enum { MOST = 29 };
+
+typedef struct count_work {
+    tr_team *team;
+    atomic_int had[MOST + 1];
+} count_work;
+
+static void count(void *ctx, int i, int n)
+{
+    count_work *w = ctx;
+    (void)n;
+    for (int at = 0; at < MOST;) {
+        at = tr_team_count(w->team, TR_TEAM_COUNTERS - 1, MOST);
+        atomic_fetch_add(&w->had[at], 1);
+    }
+    if (i == 0) assert_int_equal(tr_team_count(w->team, TR_TEAM_COUNTERS - 1, MOST), MOST);
+}
+
+/* Each number comes once in every run, of all members or of one, and then the end to each. */
+static void counters(void **state)
+{
+    (void)state;
+    for (int n = 1; n <= MEMBERS_MAX; n++) {
+        count_work w = {0};
+        tr_err err;
+        assert_int_equal(tr_team_create(&w.team, n, NULL, &err), TR_OK);
+        for (int run = 1; run <= 20; run++) {
+            tr_team_run(w.team, count, &w);
+            tr_team_run_alone(w.team, count, &w);
+            for (int at = 0; at < MOST; at++)
+                assert_int_equal(atomic_load(&w.had[at]), 2 * run);
+            assert_int_equal(atomic_load(&w.had[MOST]), run * (n + 1));
+        }
+        tr_team_free(w.team);
+    }
+}
+
 enum { PANELS_MAX = 1500 };
 
 typedef struct pieces_work {
@@ -259,8 +296,9 @@ static void places(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(runs),        cmocka_unit_test(parts),          cmocka_unit_test(pieces),
-        cmocka_unit_test(most_pieces), cmocka_unit_test(hostile_places), cmocka_unit_test(places),
+        cmocka_unit_test(runs),   cmocka_unit_test(parts),       cmocka_unit_test(counters),
+        cmocka_unit_test(pieces), cmocka_unit_test(most_pieces), cmocka_unit_test(hostile_places),
+        cmocka_unit_test(places),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

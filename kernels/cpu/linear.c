@@ -441,9 +441,11 @@ typedef struct gemm_work {
 static void gemm_member(void *ctx, int i, int n)
 {
     const gemm_work *w = ctx;
-    const int n_panels = tr_n_panels(w->g->w->n_out);
+    const size_t n_panels = (size_t)tr_n_panels(w->g->w->n_out);
+    const size_t bytes = n_panels * tr_packed_view(w->g->w, w->g->i_mat).panel_bytes;
 
-    if (n > 1 && n <= n_panels && n <= TR_PIECES_MAX && w->g->n_rows <= TR_PIECES_ROWS)
+    if (n > 1 && (size_t)n <= n_panels && n <= TR_PIECES_MAX &&
+        tr_pieces_pay(w->g->n_rows, bytes / (size_t)n))
         gemm_shared(w->d, w->g, i, n);
     else
         gemm_part(w->d, w->g, i, n);

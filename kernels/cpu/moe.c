@@ -304,7 +304,8 @@ static void moe_member(void *ctx, int i, int n)
                                .n_units = tr_n_panels(w->a->down->n_out),
                                .unit_bytes = tr_packed_view(w->a->down, 0).panel_bytes,
                                .counter = EXPERTS_MAX};
-    const int shared = n > 1 && w->a->n_local <= EXPERTS_MAX && most_rows(w->a) <= TR_PIECES_ROWS;
+    const int shared = n > 1 && w->a->n_local <= EXPERTS_MAX &&
+                       tr_pieces_pay(most_rows(w->a), (size_t)down.n_units * down.unit_bytes);
 
     (shared ? phase_shared : phase_part)(w->d, w, &inner, i, n);
     tr_team_barrier(w->d->team);

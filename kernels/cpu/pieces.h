@@ -39,6 +39,12 @@ typedef struct tr_pieces { /* of one member and product; on its stack */
     } mine[TR_PIECES_MAX];
 } tr_pieces;
 
+/* Whether it pays to take from others: whoever has a piece at most is done with it before anybody comes. */
+static inline int tr_pieces_pay(int n_rows, size_t share_bytes)
+{
+    return n_rows <= TR_PIECES_ROWS && share_bytes >= 2 * TR_PIECE_BYTES;
+}
+
 /* One piece, nobody else's. */
 static inline void tr_pieces_own(tr_pieces *p, int begin, int end)
 {
@@ -74,12 +80,13 @@ static inline void tr_pieces_shared(tr_pieces *p, tr_team *team, int counter, in
 static inline int tr_pieces_take(tr_pieces *p)
 {
     for (; p->tried < p->n_shares; p->tried++) {
+        const int begin = tr_team_part(p->n_panels, p->share, p->n_shares);
         const int end = tr_team_part(p->n_panels, p->share + 1, p->n_shares);
-        const int64_t begin = tr_team_part(p->n_panels, p->share, p->n_shares) +
-                              (int64_t)tr_team_count(p->team, p->counter + p->share) * p->size;
-        if (begin < end) {
-            p->mine[p->n_mine].begin = (int)begin;
-            p->mine[p->n_mine++].end = end - begin < p->size ? end : (int)begin + p->size;
+        const int n = (end - begin + p->size - 1) / p->size;
+        const int at = tr_team_count(p->team, p->counter + p->share, n);
+        if (at < n) {
+            p->mine[p->n_mine].begin = begin + at * p->size;
+            p->mine[p->n_mine++].end = at + 1 < n ? begin + (at + 1) * p->size : end;
             return 1;
         }
         p->share = p->share + 1 < p->n_shares ? p->share + 1 : 0;

@@ -123,17 +123,18 @@ int tr_team_next(tr_team *t)
     return atomic_fetch_add_explicit(&t->next, 1, memory_order_relaxed);
 }
 
-int tr_team_count(tr_team *t, int i)
+int tr_team_count(tr_team *t, int i, int most)
 {
     _Atomic uint64_t *value = &t->counter[i].value;
     const uint64_t none = (uint64_t)t->round << 32;
     uint64_t old = atomic_load_explicit(value, memory_order_relaxed), now;
 
-    do
-        now = (old >> 32 == t->round ? old : none) + 1;
-    while (!atomic_compare_exchange_weak_explicit(value, &old, now, memory_order_relaxed,
-                                                  memory_order_relaxed));
-    return (int)(uint32_t)(now - 1);
+    do {
+        now = old >> 32 == t->round ? old : none;
+        if ((uint32_t)now >= (uint32_t)most) return most;
+    } while (!atomic_compare_exchange_weak_explicit(value, &old, now + 1, memory_order_relaxed,
+                                                    memory_order_relaxed));
+    return (int)(uint32_t)now;
 }
 
 static void *member_main(void *arg)

@@ -49,9 +49,10 @@ void tr_team_barrier(tr_team *team);
 /* Inside a run: 0, 1, 2, ... to whoever asks; begins again at 0 behind a barrier. */
 int tr_team_next(tr_team *team);
 
-/* Inside a run: the same of TR_TEAM_COUNTERS more counters, which begin again at 0 with each run alone. */
+/* Inside a run: the same of TR_TEAM_COUNTERS more counters, which begin again at 0 with each run alone; from `most` on it is
+ * `most` to everybody, which takes no more than a look. */
 enum { TR_TEAM_COUNTERS = 2048 };
-int tr_team_count(tr_team *team, int i);
+int tr_team_count(tr_team *team, int i, int most);
 
 /* Where part i of n of [0, total) begins; i == n: total. Parts differ by at most one, the larger ones first. */
 static inline int tr_team_part(int total, int i, int n)
