@@ -108,8 +108,10 @@ void tr_team_barrier(tr_team *t)
 {
     /* Stays as it is until this member, too, has arrived. */
     const unsigned round = atomic_load_explicit(&t->arrived.value, memory_order_relaxed);
+    const int n =
+        t->n_running; /* read before arriving: behind the last arrival the caller may begin a run alone */
 
-    if (atomic_fetch_add(&t->n_here, 1) + 1 < t->n_running) {
+    if (atomic_fetch_add(&t->n_here, 1) + 1 < n) {
         await_change(t, &t->arrived, round);
         return;
     }
